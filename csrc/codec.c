@@ -1,0 +1,265 @@
+/* codec.c: one sequence's records, tokens and columns to bytes and back.  SPEC.md sections 4 and 5.
+ *
+ * Both directions run the same check of the records, so that nothing can be written which a reader refuses. */
+#include "records.h"
+
+
+/* ---- little-endian bytes ------------------------------------------------------------------------------------ */
+
+static inline uint32_t load_bytes(const uint8_t *src, uint32_t size)
+{
+    uint32_t value = 0;
+    for (uint32_t i = 0; i < size; i++)
+        value |= (uint32_t)src[i] << (8 * i);
+    return value;
+}
+
+static inline void store_bytes(uint8_t *dst, uint32_t value, uint32_t size)
+{
+    for (uint32_t i = 0; i < size; i++)
+        dst[i] = (uint8_t)(value >> (8 * i));
+}
+
+/* ---- shape: where the columns lie ------------------------------------------------------------------------------ */
+
+static inline uint32_t id_bits(const skl_shape *shape)
+{
+    return shape->profile == SKL_PROFILE_R24 ? 17 : shape->profile == SKL_PROFILE_R24W ? 18 : 24;
+}
+
+static inline uint32_t record_size(const skl_shape *shape)
+{
+    return shape->profile == SKL_PROFILE_R32 ? 4 : 3;
+}
+
+static inline uint32_t max_code(const skl_shape *shape)
+{
+    return shape->profile == SKL_PROFILE_R24W ? 63 : 127;
+}
+
+static int known_shape(const skl_shape *shape)
+{
+    const int counts = shape->kind == SKL_KIND_COUNTS;
+    return (counts || shape->kind == SKL_KIND_RATIOS) && shape->profile >= SKL_PROFILE_R24 &&
+           shape->profile <= SKL_PROFILE_R32 && (counts || shape->profile != SKL_PROFILE_R24W) &&
+           (shape->record_count_size == 1 || shape->record_count_size == 2) &&
+           (shape->token_size == 0 || (shape->token_size >= 2 && shape->token_size <= 4)) &&
+           shape->num_columns <= 2 && shape->vocab_size >= 1 &&
+           shape->vocab_size <= UINT32_C(1) << id_bits(shape) &&
+           (!counts || (shape->rounds >= 1 && shape->rounds <= max_code(shape))) &&
+           shape->num_records <= (uint64_t)shape->num_positions * 65535;
+}
+
+typedef struct columns {
+    uint64_t records, tokens, extras, end; /* byte offsets in the payload; the numbers of records lie at 0 */
+} columns;
+
+/* No overflow: every term is below 2^50. */
+static columns locate(const skl_shape *shape)
+{
+    const uint64_t positions = shape->num_positions;
+    columns at;
+    at.records = positions * shape->record_count_size;
+    at.tokens = at.records + shape->num_records * record_size(shape);
+    at.extras = at.tokens + (positions + 1) * shape->token_size;
+    at.end = at.extras + positions * 2 * shape->num_columns;
+    return at;
+}
+
+skl_status skl_payload_size(const skl_shape *shape, uint64_t *size)
+{
+    if (!known_shape(shape))
+        return SKL_ERR_ARG;
+    *size = locate(shape).end;
+    return SKL_OK;
+}
+
+/* ---- what a reader may trust ------------------------------------------------------------------------------------ */
+
+/* The first fault of one position, found again slowly once the fast pass has seen that there is one. */
+static skl_status name_fault(const skl_shape *shape, const uint32_t *token_ids, const uint8_t *codes, uint64_t n,
+                             uint64_t position, skl_status status, skl_fault *fault)
+{
+    uint32_t v = SKL_RATIO_ONE;
+    uint64_t sum = 0;
+    for (uint64_t i = 0; i < n; i++) {
+        const int counts = shape->kind == SKL_KIND_COUNTS;
+        if (token_ids[i] >= shape->vocab_size)
+            return skl_fail(status, fault, SKL_REASON_ID_RANGE, position, token_ids[i]);
+        if (i > 0 && token_ids[i] <= token_ids[i - 1] && (counts || codes[i] == 0))
+            return skl_fail(status, fault, SKL_REASON_ID_ORDER, position, token_ids[i]);
+        if (counts && (codes[i] == 0 || codes[i] > shape->rounds))
+            return skl_fail(status, fault, SKL_REASON_COUNT_RANGE, position, codes[i]);
+        if (!counts && (codes[i] > 127 || (v = skl_ratio_step(v, codes[i])) == 0))
+            return skl_fail(status, fault, SKL_REASON_RATIO_ZERO, position, codes[i]);
+        sum += codes[i];
+    }
+    return skl_fail(status, fault, SKL_REASON_COUNT_SUM, position, sum);
+}
+
+static int counts_are_bad(const skl_shape *shape, const uint32_t *token_ids, const uint8_t *codes, uint64_t n)
+{
+    if (n == 0)
+        return 0;
+    uint32_t sum = codes[0], bad = (codes[0] == 0) | (token_ids[0] >= shape->vocab_size);
+    for (uint64_t i = 1; i < n; i++) {
+        sum += codes[i];
+        bad |= (uint32_t)(codes[i] == 0) | (uint32_t)(token_ids[i] <= token_ids[i - 1]) |
+               (uint32_t)(token_ids[i] >= shape->vocab_size);
+    }
+    return bad | (sum != shape->rounds);
+}
+
+static int ratios_are_bad(const skl_shape *shape, const uint32_t *token_ids, const uint8_t *codes, uint64_t n)
+{
+    uint32_t v = SKL_RATIO_ONE, bad = 0;
+    for (uint64_t i = 0; i < n; i++) {
+        v = skl_ratio_step(v, codes[i]);
+        bad |= (uint32_t)(v == 0) | (uint32_t)(codes[i] > 127) | (uint32_t)(token_ids[i] >= shape->vocab_size) |
+               (uint32_t)(i > 0 && codes[i] == 0 && token_ids[i] <= token_ids[i - 1]);
+    }
+    return bad != 0;
+}
+
+static skl_status check_records(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
+                                const uint8_t *codes, skl_status status, skl_fault *fault)
+{
+    for (uint32_t t = 0; t < shape->num_positions; t++) {
+        const int64_t begin = offsets[t];
+        const uint64_t n = (uint64_t)(offsets[t + 1] - begin);
+        const int bad = shape->kind == SKL_KIND_COUNTS
+                            ? counts_are_bad(shape, token_ids + begin, codes + begin, n)
+                            : ratios_are_bad(shape, token_ids + begin, codes + begin, n);
+        if (bad)
+            return name_fault(shape, token_ids + begin, codes + begin, n, t, status, fault);
+    }
+    return SKL_OK;
+}
+
+static skl_status check_tokens(const skl_shape *shape, const uint32_t *tokens, skl_status status, skl_fault *fault)
+{
+    for (uint64_t i = 0; i <= shape->num_positions; i++)
+        if (tokens[i] >= shape->vocab_size)
+            return skl_fail(status, fault, SKL_REASON_TOKEN_RANGE, i, tokens[i]);
+    return SKL_OK;
+}
+
+/* ---- encode -------------------------------------------------------------------------------------------------------- */
+
+skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
+                      const uint8_t *codes, const uint32_t *tokens, const uint16_t *columns_in, uint8_t *dst,
+                      size_t dst_cap, size_t *written, skl_fault *fault)
+{
+    if (!known_shape(shape) || (tokens == NULL) != (shape->token_size == 0) ||
+        (columns_in == NULL) != (shape->num_columns == 0))
+        return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
+    const columns at = locate(shape);
+    if (at.end > dst_cap)
+        return SKL_ERR_DST_SMALL;
+    skl_status status = skl_check_offsets(shape->num_positions, offsets, shape->num_records, fault);
+    if (status == SKL_OK)
+        status = check_records(shape, offsets, token_ids, codes, SKL_ERR_ARG, fault);
+    if (status == SKL_OK && shape->token_size != 0) {
+        status = check_tokens(shape, tokens, SKL_ERR_ARG, fault);
+        if (status == SKL_OK && shape->token_size < 4 && shape->vocab_size > UINT32_C(1) << (8 * shape->token_size))
+            status = skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, shape->token_size);
+    }
+    if (status != SKL_OK)
+        return status;
+
+    const uint32_t most = shape->record_count_size == 1 ? 255 : 65535;
+    for (uint32_t t = 0; t < shape->num_positions; t++) {
+        const uint64_t n = (uint64_t)(offsets[t + 1] - offsets[t]);
+        if (n > most)
+            return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_NUM_RECORDS, t, n);
+        store_bytes(dst + (size_t)t * shape->record_count_size, (uint32_t)n, shape->record_count_size);
+    }
+    const uint32_t shift = id_bits(shape);
+    const uint32_t size = record_size(shape);
+    for (uint64_t i = 0; i < shape->num_records; i++)
+        store_bytes(dst + at.records + i * size, token_ids[i] | (uint32_t)codes[i] << shift, size);
+    if (shape->token_size != 0)
+        for (uint64_t i = 0; i <= shape->num_positions; i++)
+            store_bytes(dst + at.tokens + i * shape->token_size, tokens[i], shape->token_size);
+    for (uint64_t i = 0; i < (uint64_t)shape->num_columns * shape->num_positions; i++)
+        store_bytes(dst + at.extras + 2 * i, columns_in[i], 2);
+    *written = (size_t)at.end;
+    return SKL_OK;
+}
+
+/* ---- decode -------------------------------------------------------------------------------------------------------- */
+
+/* Prefix sums of the numbers of records; they must end at num_records. */
+static skl_status decode_offsets(const skl_shape *shape, const uint8_t *src, int64_t *offsets, skl_fault *fault)
+{
+    int64_t sum = 0;
+    offsets[0] = 0;
+    if (shape->record_count_size == 1)
+        for (uint32_t t = 0; t < shape->num_positions; t++)
+            offsets[t + 1] = sum += src[t];
+    else
+        for (uint32_t t = 0; t < shape->num_positions; t++)
+            offsets[t + 1] = sum += load_bytes(src + 2 * (size_t)t, 2);
+    if ((uint64_t)sum != shape->num_records)
+        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, (uint64_t)sum);
+    return SKL_OK;
+}
+
+/* Records to ids and codes.  Returns the bits that must be zero, ored over all records. */
+static uint32_t unpack(const skl_shape *shape, const uint8_t *restrict src, uint32_t *restrict token_ids,
+                       uint8_t *restrict codes)
+{
+    const uint64_t n = shape->num_records;
+    uint32_t reserved = 0;
+    if (shape->profile == SKL_PROFILE_R24) {
+        for (uint64_t i = 0; i < n; i++) {
+            const uint32_t record = load_bytes(src + 3 * i, 4); /* the padding makes the fourth byte readable */
+            token_ids[i] = record & 0x1ffff;
+            codes[i] = (uint8_t)(record >> 17 & 127);
+        }
+    } else if (shape->profile == SKL_PROFILE_R24W) {
+        for (uint64_t i = 0; i < n; i++) {
+            const uint32_t record = load_bytes(src + 3 * i, 4);
+            token_ids[i] = record & 0x3ffff;
+            codes[i] = (uint8_t)(record >> 18 & 63);
+        }
+    } else {
+        for (uint64_t i = 0; i < n; i++) {
+            const uint32_t record = load_bytes(src + 4 * i, 4);
+            token_ids[i] = record & 0xffffff;
+            codes[i] = (uint8_t)(record >> 24 & 127);
+            reserved |= record & UINT32_C(1) << 31;
+        }
+    }
+    return reserved;
+}
+
+skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t *offsets,
+                      uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns_out,
+                      skl_fault *fault)
+{
+    if (!known_shape(shape))
+        return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
+    const columns at = locate(shape);
+    if (at.end + 64 > src_len)
+        return SKL_ERR_TRUNCATED;
+    for (size_t i = (size_t)at.end; i < src_len; i++)
+        if (src[i] != 0)
+            return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_PADDING, shape->num_positions, i);
+
+    skl_status status = decode_offsets(shape, src, offsets, fault);
+    if (status != SKL_OK)
+        return status;
+    if (unpack(shape, src + at.records, token_ids, codes) != 0)
+        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_RESERVED, 0, 0);
+    status = check_records(shape, offsets, token_ids, codes, SKL_ERR_CORRUPT, fault);
+    if (status == SKL_OK && tokens != NULL && shape->token_size != 0) {
+        for (uint64_t i = 0; i <= shape->num_positions; i++)
+            tokens[i] = load_bytes(src + at.tokens + i * shape->token_size, shape->token_size);
+        status = check_tokens(shape, tokens, SKL_ERR_CORRUPT, fault);
+    }
+    if (status == SKL_OK && columns_out != NULL)
+        for (uint64_t i = 0; i < (uint64_t)shape->num_columns * shape->num_positions; i++)
+            columns_out[i] = (uint16_t)load_bytes(src + at.extras + 2 * i, 2);
+    return status;
+}

@@ -1,0 +1,193 @@
+/* ratios.c: positive weights as 7-bit ratios to the decoded predecessor.  SPEC.md section 4.3. */
+#include "records.h"
+
+const uint32_t skl_ratio_table[128] = {
+    2147483648u, 2146030505u, 2141676973u, 2134440703u, 2124350982u, 2111448536u, 2095785251u, 2077423834u,
+    2056437387u, 2032908925u, 2006930832u, 1978604253u, 1948038440u, 1915350050u, 1880662405u, 1844104720u,
+    1805811301u, 1765920730u, 1724575029u, 1681918831u, 1638098541u, 1593261510u, 1547555228u, 1501126526u,
+    1454120821u, 1406681375u, 1358948606u, 1311059430u, 1263146652u, 1215338407u, 1167757650u, 1120521696u,
+    1073741824u, 1027522926u, 981963222u, 937154024u, 893179563u, 850116863u, 808035676u, 766998459u,
+    727060411u, 688269547u, 650666822u, 614286287u, 579155293u, 545294717u, 512719224u, 481437553u,
+    451452825u, 422762871u, 395360569u, 369234198u, 344367798u, 320741532u, 298332053u, 277112863u,
+    257054673u, 238125757u, 220292288u, 203518674u, 187767873u, 173001696u, 159181093u, 146266429u,
+    134217728u, 122994916u, 112558031u, 102867424u, 93883937u, 85569062u, 77885085u, 70795211u,
+    64263668u, 58255803u, 52738154u, 47678514u, 43045975u, 38810964u, 34945267u, 31422038u,
+    28215802u, 25302445u, 22659202u, 20264636u, 18098603u, 16142223u, 14377841u, 12788985u,
+    11360319u, 10077598u, 8927617u, 7898164u, 6977965u, 6156636u, 5424632u, 4773194u,
+    4194304u, 3680635u, 3225505u, 2822830u, 2467083u, 2153252u, 1876800u, 1633628u,
+    1420040u, 1232707u, 1068639u, 925155u, 799853u, 690586u, 595439u, 512706u,
+    440872u, 378589u, 324665u, 278045u, 237798u, 203101u, 173232u, 147556u,
+    125515u, 106622u, 90451u, 76628u, 64830u, 54774u, 46216u, 38942u,
+};
+
+/* Heap sort: in place, no recursion, no allocation, the same result everywhere. */
+static void sort_keys(uint64_t *keys, size_t n)
+{
+    for (size_t start = n / 2, end = n; end > 1;) {
+        if (start > 0) {
+            start--;
+        } else {
+            end--;
+            const uint64_t top = keys[0];
+            keys[0] = keys[end];
+            keys[end] = top;
+        }
+        size_t root = start;
+        for (size_t child = 2 * root + 1; child < end; child = 2 * root + 1) {
+            if (child + 1 < end && keys[child] < keys[child + 1])
+                child++;
+            if (keys[root] >= keys[child])
+                break;
+            const uint64_t swap = keys[root];
+            keys[root] = keys[child];
+            keys[child] = swap;
+            root = child;
+        }
+    }
+}
+
+/* Smallest code whose step from v is at most limit; 128 where there is none. */
+static uint32_t first_code(uint32_t v, uint32_t limit)
+{
+    uint32_t low = 0, high = 128;
+    while (low < high) {
+        const uint32_t mid = (low + high) / 2;
+        if (skl_ratio_step(v, (uint8_t)mid) <= limit)
+            high = mid;
+        else
+            low = mid + 1;
+    }
+    return low;
+}
+
+/* Code whose step from v is nearest to u in the logarithm; 128: u is less than half of the smallest step. */
+static uint32_t nearest_code(uint32_t v, uint32_t u)
+{
+    if (u >= v)
+        return 0;
+    const uint32_t last = first_code(v, 0) - 1; /* the last code that does not reach 0: 127 where none does */
+    const uint32_t smallest = skl_ratio_step(v, (uint8_t)last);
+    if (2 * (uint64_t)u < smallest)
+        return 128;
+    if (u <= smallest)
+        return first_code(v, smallest);
+    const uint32_t below = first_code(v, u);
+    const uint32_t a = skl_ratio_step(v, (uint8_t)(below - 1));
+    const uint32_t b = skl_ratio_step(v, (uint8_t)below);
+    return (uint64_t)a * b > (uint64_t)u * u ? below : first_code(v, a);
+}
+
+/* Bits of a positive float rise with it, so that weights sort as integers. */
+static uint32_t float_bits(float value)
+{
+    union {
+        float value;
+        uint32_t bits;
+    } view = {.value = value};
+    return view.bits;
+}
+
+static float bits_float(uint32_t bits)
+{
+    union {
+        uint32_t bits;
+        float value;
+    } view = {.bits = bits};
+    return view.value;
+}
+
+/* Ids that come twice would be two targets for one token; sorts keys. */
+static skl_status check_distinct(const uint32_t *token_ids, size_t n, uint64_t *keys, uint64_t position,
+                                 skl_fault *fault)
+{
+    for (size_t i = 0; i < n; i++)
+        keys[i] = token_ids[i];
+    sort_keys(keys, n);
+    for (size_t i = 1; i < n; i++)
+        if (keys[i] == keys[i - 1])
+            return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_ID_ORDER, position, keys[i]);
+    return SKL_OK;
+}
+
+/* Weights of one position, sorted in keys by (weight descending, id ascending), to codes; returns how many are kept. */
+static size_t quantise_sorted(uint64_t *keys, size_t n, uint32_t scale_log2, uint32_t *out_token_ids,
+                              uint8_t *out_codes)
+{
+    const double to_fixed = (double)SKL_RATIO_ONE / (double)(UINT64_C(1) << scale_log2);
+    uint32_t v = SKL_RATIO_ONE;
+    size_t kept = 0, group = 0;
+    for (size_t i = 0; i <= n; i++) {
+        uint32_t code = 128;
+        if (i < n) {
+            const float weight = bits_float(~(uint32_t)(keys[i] >> 32));
+            code = nearest_code(v, (uint32_t)((double)weight * to_fixed + 0.5));
+        }
+        if (code != 0) { /* the group of equal decoded weights [group, kept) is complete: its ids ascend */
+            for (size_t j = group; j < kept; j++)
+                keys[j] = out_token_ids[j];
+            sort_keys(keys + group, kept - group);
+            for (size_t j = group; j < kept; j++)
+                out_token_ids[j] = (uint32_t)keys[j];
+            group = kept;
+        }
+        if (code == 128)
+            break; /* the weights that follow are no larger */
+        out_token_ids[kept] = (uint32_t)keys[i];
+        out_codes[kept] = (uint8_t)code;
+        v = skl_ratio_step(v, (uint8_t)code);
+        kept++;
+    }
+    return kept;
+}
+
+skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const uint32_t *token_ids,
+                        const float *weights, uint32_t scale_log2, uint64_t *keys, size_t num_keys,
+                        int64_t *out_offsets, uint32_t *out_token_ids, uint8_t *out_codes, skl_fault *fault)
+{
+    if (scale_log2 > 30)
+        return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 30);
+    const skl_status status =
+        skl_check_offsets(num_positions, offsets, (uint64_t)offsets[num_positions], fault);
+    if (status != SKL_OK)
+        return status;
+    const float scale = (float)(UINT64_C(1) << scale_log2);
+    int64_t total = 0;
+    out_offsets[0] = 0;
+    for (uint32_t t = 0; t < num_positions; t++) {
+        const int64_t begin = offsets[t];
+        const size_t n = (size_t)(offsets[t + 1] - begin);
+        if (n > num_keys)
+            return SKL_ERR_DST_SMALL;
+        const skl_status distinct = check_distinct(token_ids + begin, n, keys, t, fault);
+        if (distinct != SKL_OK)
+            return distinct;
+        for (size_t i = 0; i < n; i++) {
+            const float weight = weights[begin + (int64_t)i];
+            if (!(weight > 0.0f && weight <= scale)) /* NaN too */
+                return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_WEIGHT_RANGE, t, (uint64_t)begin + i);
+            keys[i] = (uint64_t)(~float_bits(weight)) << 32 | token_ids[begin + (int64_t)i];
+        }
+        sort_keys(keys, n);
+        total += (int64_t)quantise_sorted(keys, n, scale_log2, out_token_ids + total, out_codes + total);
+        out_offsets[t + 1] = total;
+    }
+    return SKL_OK;
+}
+
+skl_status skl_expand(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
+                      float *weights)
+{
+    if (scale_log2 > 30 || offsets[0] != 0)
+        return SKL_ERR_ARG;
+    const float unit = (float)(UINT64_C(1) << scale_log2) / (float)SKL_RATIO_ONE; /* exact: powers of two */
+    for (uint32_t t = 0; t < num_positions; t++) {
+        if (offsets[t + 1] < offsets[t])
+            return SKL_ERR_ARG;
+        uint32_t v = SKL_RATIO_ONE;
+        for (int64_t i = offsets[t]; i < offsets[t + 1]; i++) {
+            v = skl_ratio_step(v, codes[i]);
+            weights[i] = (float)v * unit;
+        }
+    }
+    return SKL_OK;
+}

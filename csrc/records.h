@@ -1,0 +1,40 @@
+/* records.h: what codec.c and ratios.c share; private. */
+#ifndef SKL_RECORDS_H
+#define SKL_RECORDS_H
+
+#include "skl.h"
+
+/* 2^31, the weight before the first ratio; SPEC.md section 4.3. */
+#define SKL_RATIO_ONE UINT32_C(2147483648)
+
+/* T[q] = round(2^31 * 2^(-q^2 / 1024)). */
+extern const uint32_t skl_ratio_table[128];
+
+/* One step of the ratio code: the decoded weight after v and code q. */
+static inline uint32_t skl_ratio_step(uint32_t v, uint8_t q)
+{
+    return (uint32_t)(((uint64_t)v * skl_ratio_table[q & 127]) >> 31);
+}
+
+static inline skl_status skl_fail(skl_status status, skl_fault *fault, skl_reason reason, uint64_t position,
+                                  uint64_t value)
+{
+    fault->reason = reason;
+    fault->position = position;
+    fault->value = value;
+    return status;
+}
+
+/* offsets must rise from 0 to num_records; a caller's error otherwise. */
+static inline skl_status skl_check_offsets(uint32_t num_positions, const int64_t *offsets, uint64_t num_records,
+                                           skl_fault *fault)
+{
+    if (offsets[0] != 0 || (uint64_t)offsets[num_positions] != num_records)
+        return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, num_positions, num_records);
+    for (uint32_t t = 0; t < num_positions; t++)
+        if (offsets[t + 1] < offsets[t])
+            return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, t, num_records);
+    return SKL_OK;
+}
+
+#endif

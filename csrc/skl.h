@@ -1,0 +1,108 @@
+/* skl.h: the whole C interface of sklformat.
+ *
+ * C knows the bytes of one sequence: pure functions on the caller's memory, without allocation, files, locale or
+ * threads.  Every access is bounded by an argument.  Status is never also a length.  The text between the cffi
+ * marks is plain C that cffi reads too, so that each declaration exists once. */
+#ifndef SKL_H
+#define SKL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* [cffi] */
+
+/* ---- status ---------------------------------------------------------------------------------------------- */
+
+/* The values are pinned; errors.py turns each into an exception. */
+typedef enum skl_status {
+    SKL_OK = 0,
+    SKL_ERR_ARG = 1,         /* an argument contradicts the contract, skl_fault says how */
+    SKL_ERR_DST_SMALL = 2,   /* the destination has no room */
+    SKL_ERR_TRUNCATED = 3,   /* the source ends early */
+    SKL_ERR_CORRUPT = 4,     /* the source contradicts SPEC.md, skl_fault says how */
+    SKL_ERR_UNSUPPORTED = 5, /* not a value this library knows */
+    SKL_ERR_CLOSED = 6,      /* ring: the other side is gone */
+    SKL_ERR_TIMEOUT = 7      /* ring: nothing happened in time */
+} skl_status;
+
+/* What is wrong with a record, and where; filled beside SKL_ERR_ARG and SKL_ERR_CORRUPT. */
+typedef enum skl_reason {
+    SKL_REASON_NONE = 0,
+    SKL_REASON_SHAPE = 1,         /* sizes contradict each other; value: the size that was expected */
+    SKL_REASON_ID_RANGE = 2,      /* value: the id, >= vocab_size */
+    SKL_REASON_ID_ORDER = 3,      /* value: an id that does not rise, or comes twice */
+    SKL_REASON_COUNT_RANGE = 4,   /* value: a count outside 1..rounds */
+    SKL_REASON_COUNT_SUM = 5,     /* value: the sum of the counts, not rounds */
+    SKL_REASON_WEIGHT_RANGE = 6,  /* value: index of a weight that is not in (0, scale] */
+    SKL_REASON_NUM_RECORDS = 7,   /* value: number of records of the position, beyond its field */
+    SKL_REASON_RATIO_ZERO = 8,    /* value: a code that takes the weight to 0 */
+    SKL_REASON_RESERVED = 9,      /* value: a record whose reserved bit is set */
+    SKL_REASON_TOKEN_RANGE = 10,  /* value: a token of the sequence, >= vocab_size; position: its place */
+    SKL_REASON_PADDING = 11,      /* padding that is not zero */
+    SKL_REASON_NOT_FINITE = 12    /* a logit that is NaN or +inf, or a row without any finite logit */
+} skl_reason;
+
+typedef struct skl_fault {
+    uint32_t reason;   /* skl_reason */
+    uint64_t position; /* position in the sequence */
+    uint64_t value;
+} skl_fault;
+
+/* ---- codec: one block's payload, SPEC.md section 5 --------------------------------------------------------- */
+
+typedef enum skl_kind { SKL_KIND_COUNTS = 1, SKL_KIND_RATIOS = 2 } skl_kind;
+typedef enum skl_profile { SKL_PROFILE_R24 = 1, SKL_PROFILE_R24W = 2, SKL_PROFILE_R32 = 3 } skl_profile;
+
+/* Everything that fixes where the bytes of a payload lie. */
+typedef struct skl_shape {
+    uint32_t kind;              /* skl_kind */
+    uint32_t profile;           /* skl_profile */
+    uint32_t record_count_size; /* bytes of a position's number of records: 1 or 2 */
+    uint32_t token_size;        /* bytes of a token: 0 (not stored), 2, 3 or 4 */
+    uint32_t num_columns;       /* optional columns of 2 bytes a position, 0..2 */
+    uint32_t vocab_size;        /* ids and tokens are below */
+    uint32_t rounds;            /* kind counts: the counts of a position sum to it */
+    uint32_t num_positions;     /* T */
+    uint64_t num_records;       /* (id, code) pairs over all positions */
+} skl_shape;
+
+/* Size in bytes of the payload, without padding.  SKL_OK or SKL_ERR_ARG (unknown field values, overflow). */
+skl_status skl_payload_size(const skl_shape *shape, uint64_t *size);
+
+/* Write one payload; codes are counts or ratio codes.
+ *
+ * offsets [num_positions + 1], token_ids and codes [num_records], tokens [num_positions + 1] (NULL iff token_size
+ * is 0), columns [num_columns * num_positions], column after column (NULL iff there are none).
+ * dst, dst_cap: room; *written: bytes written, skl_payload_size's.
+ * Refuses every record that a reader could not trust: SKL_ERR_ARG with *fault; also SKL_ERR_DST_SMALL. */
+skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
+                      const uint8_t *codes, const uint32_t *tokens, const uint16_t *columns, uint8_t *dst,
+                      size_t dst_cap, size_t *written, skl_fault *fault);
+
+/* Read one payload and check every record; src, src_len include the padding, which must be zero.
+ *
+ * Outputs as in skl_encode; tokens and columns may be NULL where the caller does not want them.
+ * SKL_ERR_ARG, SKL_ERR_TRUNCATED or SKL_ERR_CORRUPT with *fault; the outputs are then unspecified. */
+skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t *offsets,
+                      uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns,
+                      skl_fault *fault);
+
+/* ---- ratios: weights as 7-bit ratios to the decoded predecessor, SPEC.md section 4.3 ------------------------ */
+
+/* Quantise the weights of one sequence into ratio codes in canonical order.
+ *
+ * weights in (0, 2^scale_log2], ids distinct within a position and in any order.
+ * keys: scratch for the longest position, num_keys of them.
+ * out_offsets [num_positions + 1]; out_token_ids, out_codes: room for offsets[num_positions].
+ * Weights too small for the code are left out.  SKL_OK, SKL_ERR_ARG with *fault, SKL_ERR_DST_SMALL (keys). */
+skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const uint32_t *token_ids,
+                        const float *weights, uint32_t scale_log2, uint64_t *keys, size_t num_keys,
+                        int64_t *out_offsets, uint32_t *out_token_ids, uint8_t *out_codes, skl_fault *fault);
+
+/* Ratio codes back to weights [offsets[num_positions]].  SKL_OK or SKL_ERR_ARG (offsets). */
+skl_status skl_expand(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
+                      float *weights);
+
+/* [/cffi] */
+
+#endif

@@ -1,0 +1,109 @@
+"""
+Every exception of sklformat, and the one place where a C status becomes one.
+
+Wrong arguments raise ``ValueError`` or ``TypeError``; operating system errors pass through as ``OSError``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class SklError(Exception):
+    """Base of all sklformat errors; never raised itself."""
+
+
+class FormatError(SklError):
+    """
+    A file is at fault; base of the ways in which it can be.
+
+    Attributes:
+        path: The file, or None while only its bytes are known.
+        offset: Byte offset of the fault in the file, or None.
+        section: Part of the file: "header", "block", "index", "trailer" or "manifest", or None.
+        sequence: Index of the affected sequence in the shard, or None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: Path | str | None = None,
+        offset: int | None = None,
+        section: str | None = None,
+        sequence: int | None = None,
+    ) -> None:
+        self.message = message
+        self.path = Path(path) if path is not None else None
+        self.offset = offset
+        self.section = section
+        self.sequence = sequence
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        where = [] if self.path is None else [str(self.path)]
+        if self.section is not None:
+            where.append(self.section if self.sequence is None else f"{self.section} {self.sequence}")
+        if self.offset is not None:
+            where.append(f"byte {self.offset}")
+        return ": ".join([*where, self.message])
+
+
+class CorruptError(FormatError):
+    """Bytes contradict SPEC.md or their checksum."""
+
+
+class TruncatedError(FormatError):
+    """The file ends early: an unsealed shard, or one that lost its end; ``recover`` can help."""
+
+
+class UnsupportedError(FormatError):
+    """Valid, but of a newer version or with an unknown flag; the message says which."""
+
+
+class MissingShardError(FormatError):
+    """A cache lacks a shard; the message names the range of sequences."""
+
+
+class AlignmentError(SklError):
+    """Records are not about these tokens; ``sequence_index`` says where."""
+
+    def __init__(self, message: str, *, sequence_index: int) -> None:
+        self.sequence_index = sequence_index
+        super().__init__(message)
+
+
+class SettingsError(SklError):
+    """A cache or run exists that was made with other settings; the message shows the differing values."""
+
+
+class InUseError(SklError):
+    """Another process is writing here."""
+
+
+class ResumeError(SklError):
+    """A loader's state belongs to another cache or another order."""
+
+
+class RingClosedError(SklError):
+    """The other side of the ring is gone."""
+
+
+class RingTimeoutError(SklError, TimeoutError):
+    """No slot of the ring became free, or filled, in time."""
+
+
+class CaptureError(SklError):
+    """The writer process failed; the message is its own."""
+
+
+# The values are pinned in skl.h; a test walks both lists.
+STATUS_ERRORS: dict[str, type[Exception]] = {
+    "SKL_ERR_ARG": ValueError,
+    "SKL_ERR_DST_SMALL": AssertionError,
+    "SKL_ERR_TRUNCATED": TruncatedError,
+    "SKL_ERR_CORRUPT": CorruptError,
+    "SKL_ERR_UNSUPPORTED": UnsupportedError,
+    "SKL_ERR_CLOSED": RingClosedError,
+    "SKL_ERR_TIMEOUT": RingTimeoutError,
+}
