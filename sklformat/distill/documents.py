@@ -185,5 +185,7 @@ def _read_jsonl(name: str, path: Path) -> Iterator[Document]:
             text = record.get("text") if isinstance(record, dict) else None
             if not isinstance(text, str):
                 raise ValueError(f'{path}: line {number + 1} has no field "text" that is a string')  # noqa: TRY004
+            if any("\ud800" <= char <= "\udfff" for char in text):
+                raise ValueError(f"{path}: line {number + 1} holds half a surrogate pair, which is no character")
             if text:
                 yield Document(f"{name}#{number}", text)

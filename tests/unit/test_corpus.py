@@ -49,7 +49,7 @@ def test_jsonl_gives_one_document_a_line(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "one"}\n\n{"text": ""}\n{"text": "two", "id": 3}\n')
     assert [("t.jsonl#0", "one"), ("t.jsonl#3", "two")] == list(corpus.read_documents(path))
-    for line in ('{"txt": "x"}', "[1]", "{", '{"text": 4}'):
+    for line in ('{"txt": "x"}', "[1]", "{", '{"text": 4}', r'{"text": "\ud800"}'):
         path.write_text('{"text": "one"}\n' + line)
         with pytest.raises(ValueError, match=r"t\.jsonl: line 2 "):
             list(corpus.read_documents(path))
