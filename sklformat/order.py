@@ -10,11 +10,12 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-import xxhash
 from numpy.typing import ArrayLike, NDArray
 
-ALGORITHM = 1
-"""Identifier of this order in headers and loader states."""
+from sklformat.checksums import checksum
+
+ALGORITHM, VERSION = 1, 1
+"""Identifiers of this order in headers and loader states."""
 
 _ROUNDS = 8
 
@@ -43,9 +44,7 @@ def permute(indices: ArrayLike, n: int, *, seed: int, epoch: int = 0) -> NDArray
     if start.size and (start.min() < 0 or start.max() >= n):
         raise ValueError(f"indices must be in [0, {n}), got values from {start.min()} to {start.max()}")
     half = (max((n - 1).bit_length(), 2) + 1) // 2
-    keys = [
-        np.uint64(xxhash.xxh3_64_intdigest(struct.pack("<QQQ", seed, epoch, number))) for number in range(_ROUNDS)
-    ]
+    keys = [np.uint64(checksum(struct.pack("<QQQ", seed, epoch, number))) for number in range(_ROUNDS)]
     values = start.astype(np.uint64).ravel()
     pending = np.arange(values.size)
     while pending.size:
