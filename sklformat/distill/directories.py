@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from sklformat.errors import InUseError
+from sklformat.disk import lock
 
 
 @contextlib.contextmanager
@@ -41,10 +41,13 @@ def published(directory: Path | str, *, replace: bool = False) -> Iterator[Path]
         raise FileExistsError(f"{directory} exists already; remove it or choose another path")
     partial = directory.with_name(directory.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial):
-        for entry in partial.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    # The lock is on the directory itself: it goes with the process, and no file of it is published.
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        lock(handle, partial)
         try:
+            for entry in partial.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             yield partial
             for folder, _, names in os.walk(partial):
                 for name in names:
@@ -54,6 +57,8 @@ def published(directory: Path | str, *, replace: bool = False) -> Iterator[Path]
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+    finally:
+        os.close(handle)
 
 
 def fsync_path(path: Path | str) -> None:
@@ -75,22 +80,3 @@ def _rename(partial: Path, directory: Path, *, replace: bool) -> None:
     fsync_path(directory.parent)
     if replace:
         shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory's advisory lock; it goes with the process, so a killed one blocks nobody."""
-    try:
-        import fcntl  # noqa: PLC0415  (POSIX only; elsewhere there is no such lock)
-    except ImportError:
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUseError(f"{directory}: another process is writing here; wait for it, or stop it") from None
-        yield
-    finally:
-        os.close(handle)

@@ -36,7 +36,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def document_fingerprint(tokens: ArrayLike) -> str:
     """XXH3-128 of one document's token ids, in [0, 2^32), as little-endian u32; whatever integer type holds them."""
-    return fingerprint(np.ascontiguousarray(tokens, dtype="<u4").view(np.uint8))
+    return fingerprint(np.ascontiguousarray(tokens, dtype="<u4").data)
 
 
 def corpus_fingerprint(documents: Iterable[ArrayLike]) -> str:

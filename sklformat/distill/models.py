@@ -217,7 +217,7 @@ def lm_head_weight(model: PreTrainedModel) -> Tensor:
     Weight of the head, [V, D]: the parameter itself, so that gradients reach it.
 
     Raises:
-        ValueError: The model has no head that is one matrix without bias; ``check_linear_head`` says more.
+        ValueError: The model has no head that is one matrix without bias; ``has_linear_head`` looks closer.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
@@ -226,25 +226,37 @@ def lm_head_weight(model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def check_linear_head(model: PreTrainedModel) -> None:
+def has_linear_head(model: PreTrainedModel) -> bool:
     """
-    Make sure that ``hidden_states @ lm_head_weight.T`` are the model's logits (some scale or cap them).
+    Say whether ``hidden_states @ lm_head_weight.T`` are a model's logits; some add a bias, scale or cap them.
 
-    Raises:
-        ValueError: They are not.
+    Tried on a few tokens, since no attribute tells.
     """
-    weight_VD = lm_head_weight(model)
+    try:
+        weight_VD = lm_head_weight(model)
+    except ValueError:
+        return False
     ids_BT = torch.arange(_PROBE_TOKENS, device=weight_VD.device)[None] % weight_VD.shape[0]
     training = model.training
     model.eval()
     expected_BTV = logits(model, ids_BT).float()
     actual_BTV = (hidden_states(model, ids_BT) @ weight_VD.T).float()
     model.train(training)
-    tolerance = 0.02 * float(expected_BTV.abs().max())
-    if expected_BTV.shape != actual_BTV.shape or float((expected_BTV - actual_BTV).abs().max()) > tolerance:
+    tolerance = 0.02 * float(expected_BTV.abs().max())  # bfloat16 has 8 bits
+    return expected_BTV.shape == actual_BTV.shape and float((expected_BTV - actual_BTV).abs().max()) <= tolerance
+
+
+def check_linear_head(model: PreTrainedModel) -> None:
+    """
+    Make sure that ``hidden_states`` and ``lm_head_weight`` are all that a loss needs.
+
+    Raises:
+        ValueError: The model's logits are something else than their product.
+    """
+    if not has_linear_head(model):
         raise ValueError(
-            f"the logits of {type(model).__name__} are not hidden states times the head's matrix "
-            f"(scaled or capped?); use its logits instead"
+            f"the logits of {type(model).__name__} are not hidden states times one matrix "
+            f"(a bias, a scale or a cap?); the chunked loss cannot train it"
         )
 
 

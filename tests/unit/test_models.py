@@ -126,16 +126,19 @@ def test_hidden_states_times_head_are_the_logits():
     assert (2, 6, 32) == tuple(hidden.shape)
     np.testing.assert_allclose(models.logits(model, ids).detach(), (hidden @ weight.T).detach(), atol=1e-6)
     models.check_linear_head(model)
+    assert models.has_linear_head(tiny().bfloat16())
     (hidden @ weight.T).square().sum().backward()
     assert [] == [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert model.training
 
 
-def test_heads_that_are_not_one_matrix_are_refused():
-    """A head with bias, or logits that are scaled, would make the chunked loss wrong: both raise."""
+def test_heads_that_are_not_one_matrix_are_known():
+    """A head with bias, or logits that are scaled, would make the chunked loss wrong: both are told apart."""
     config = transformers.GPTJConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    biased = transformers.GPTJForCausalLM(config)
+    assert not models.has_linear_head(biased)
     with pytest.raises(ValueError, match="without bias"):
-        models.check_linear_head(transformers.GPTJForCausalLM(config))
+        models.lm_head_weight(biased)
     config = transformers.CohereConfig(
         vocab_size=64,
         hidden_size=16,
@@ -144,7 +147,7 @@ def test_heads_that_are_not_one_matrix_are_refused():
         intermediate_size=16,
         logit_scale=0.25,
     )
-    with pytest.raises(ValueError, match="not hidden states times"):
+    with pytest.raises(ValueError, match="logits of CohereForCausalLM are not"):
         models.check_linear_head(transformers.CohereForCausalLM(config))
 
 
