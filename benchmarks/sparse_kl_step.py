@@ -12,20 +12,17 @@ Step: loss of the output layer and gradients of hidden states and weight.  The w
 * plain torch: ``cross_entropy(hidden @ weight.T)``, all logits at once;
 * ``linear_cross_entropy`` of torch, where this version has it (it chunks too, by its own rule).
 
-Each round runs sparse KL next to each peer, in changing order; the ratio is the median over rounds of the pair's own.
+The ratio is the median over rounds of each pair's own (see timing.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from timing import measure, processor
 from torch import Tensor
 from torch.nn import functional
 
@@ -93,45 +90,6 @@ def steps(D: int, V: int, P: int, mean_records: int, dtype: torch.dtype) -> dict
     return ways
 
 
-def seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def measure(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of each way, and the median over rounds of sparse KL's time over the way's, side by side."""
-    for run in ways.values():
-        run()
-    ours = ways["sparse KL"]
-    results = {"sparse KL": (0.0, 1.0)}
-    all_ours: list[float] = []
-    for name, run in ways.items():
-        if name == "sparse KL":
-            continue
-        times, ratios = [], []
-        for round_number in range(rounds):
-            if round_number % 2 == 0:
-                mine, theirs = seconds(ours), seconds(run)
-            else:
-                theirs, mine = seconds(run), seconds(ours)
-            times.append(theirs)
-            ratios.append(mine / theirs)
-            all_ours.append(mine)
-        results[name] = statistics.median(times), statistics.median(ratios)
-    results["sparse KL"] = statistics.median(all_ours), 1.0
-    return results
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of a sparse KL step over a cross-entropy step.")
     parser.add_argument("--quick", action="store_true", help="one small shape, few rounds (seconds, not minutes)")
@@ -146,7 +104,7 @@ def main() -> None:
     print(f"{'D':>5} {'V':>7} {'P':>6}  {'way':<21} {'seconds':>9}  sparse KL / way (median of {rounds} pairs)")
     held = True
     for D, V, P in QUICK_SHAPES if args.quick else SHAPES:
-        results = measure(steps(D, V, P, args.records, getattr(torch, args.dtype)), rounds)
+        results = measure("sparse KL", steps(D, V, P, args.records, getattr(torch, args.dtype)), rounds)
         for name, (median, ratio) in results.items():
             print(f"{D:>5} {V:>7} {P:>6}  {name:<21} {median:>9.3f}  {ratio:.3f}")
         held &= results["one record"][1] <= GOAL

@@ -77,7 +77,7 @@ def rows(batches):
 
 
 def test_batches_hold_what_was_written(cache):
-    """Inputs, labels, ids, probabilities and offsets of a batch are those of its sequences, in the order of the spec."""
+    """Inputs, labels, ids, probabilities and offsets of a batch are those of its sequences, in the order of SPEC."""
     directory, data = cache
     ds = SparseLogitDataset(directory, batch_size=4, seed=3)
     assert SEQUENCES // 4 == len(ds)
