@@ -1,0 +1,208 @@
+"""
+evaluate(): how good a student is on held-out text, and how close to its teacher.
+
+Trains nothing and draws nothing; the metrics themselves are in metrics.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sklformat import order
+from sklformat.disk import write_atomically
+from sklformat.distill import metrics, models
+from sklformat.distill.corpus import PackedSequences, TokenStore
+from sklformat.distill.fingerprints import tokenizer_fingerprint
+from sklformat.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Measure a student on held-out text: LM loss, calibration and, with a teacher, how far the two agree."""
+
+    student: str
+    """Model to measure, path or name of a transformers model with its tokenizer."""
+
+    tokens: Path
+    """Token store of the held-out text."""
+
+    seq_len: int
+    """Positions a sequence; take what the student was trained with."""
+
+    packing_seed: int = 0
+    """Seed of the order in which documents are packed, and of the choice of sequences."""
+
+    num_sequences: int = 0
+    """Sequences to measure on, spread over the text; 0: all."""
+
+    teacher: str | None = None
+    """Teacher to compare with, path or name of a transformers model of the same tokenizer."""
+
+    ce_loss: float | None = None
+    """LM loss of the student trained with cross-entropy, nats a token; with --full-loss for "% CE to FullKD"."""
+
+    full_loss: float | None = None
+    """LM loss of the student trained on the teacher's whole distributions, nats a token."""
+
+    bins: int = 15
+    """Confidence bins of the calibration error, of equal width."""
+
+    batch_size: int = 4
+    """Sequences at once; their logits are held in memory."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the models' weights in memory; the metrics are computed in float32."""
+
+    device: str = "auto"
+    """Torch device; auto: CUDA where there is one."""
+
+    out: Path | None = None
+    """JSON file for the result; none: not written."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("seq_len", 1), ("num_sequences", 0), ("bins", 1), ("batch_size", 1), ("packing_seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if (self.ce_loss is None) != (self.full_loss is None):
+            raise ValueError("ce_loss and full_loss belong together: give both or none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """
+    What ``evaluate`` found.
+
+    Attributes:
+        num_sequences, num_tokens: Measured on.
+        lm_loss: Nats a token.
+        accuracy: Share of positions whose most likely token came next.
+        calibration_error: Expected calibration error (ECE), a fraction.
+        confidence_gap: Mean confidence less accuracy, a fraction; positive: over-confident.
+        reliability: Bins that hold predictions, in rising confidence: their mean confidence, accuracy and share.
+        top1_agreement: Share of positions where student and teacher prefer the same token; None without a teacher.
+        acceptance_rate: Mean of sum_v min(student, teacher), a fraction; None without a teacher.
+        percent_ce_to_full: Share of the gap between CE and FullKD that is closed, percent; None without the two losses.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    lm_loss: float
+    accuracy: float
+    calibration_error: float
+    confidence_gap: float
+    reliability: list[dict[str, float]]
+    top1_agreement: float | None
+    acceptance_rate: float | None
+    percent_ce_to_full: float | None
+
+
+def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
+    """
+    Measure a student, on every position of the chosen sequences.
+
+    Args:
+        config: What to measure on what.
+        progress: Whether to draw a progress bar on stderr.
+
+    Returns:
+        The figures; also written to ``config.out`` as JSON.
+
+    Raises:
+        SettingsError: The student's or the teacher's tokenizer, or vocabulary, is not that of the text.
+        ValueError: A wrong argument, or a text too short for the sequences asked.
+        OSError: A model or the text cannot be read.
+
+    Source: Anshumann et al. 2025 (arXiv 2503.16870), section 4 and Table 5.
+    """
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    facts = TokenStore(config.tokens).facts
+    tokenizer = _checked_tokenizer(config, config.student)
+    student = _load(config, config.student, facts.vocab_size, device)
+    teacher = None
+    if config.teacher is not None:
+        _checked_tokenizer(config, config.teacher)
+        teacher = _load(config, config.teacher, facts.vocab_size, device)
+    sequences = PackedSequences(
+        config.tokens, seq_len=config.seq_len, separator_id=models.separator_id(tokenizer), seed=config.packing_seed
+    )
+    count = config.num_sequences or len(sequences)
+    if count > len(sequences):
+        raise ValueError(
+            f"{config.tokens} gives {len(sequences)} sequences of {config.seq_len} positions, asked for are {count}; "
+            "give fewer, or more text"
+        )
+    # Neighbouring sequences are often of one document: take them from all over the text.
+    chosen = np.sort(order.permute(np.arange(count), len(sequences), seed=config.packing_seed))
+    sums = metrics.Evaluation(config.bins)
+    with torch.inference_mode(), tqdm(total=count, desc="eval", unit="seq", disable=not progress) as bar:
+        for start in range(0, count, config.batch_size):
+            indices = chosen[start : start + config.batch_size]
+            tokens = torch.from_numpy(np.stack([sequences[int(index)] for index in indices]).astype(np.int64))
+            tokens = tokens.to(device)
+            logits = _logits(student, tokens, facts.vocab_size)
+            reference = None if teacher is None else _logits(teacher, tokens, facts.vocab_size)
+            sums.update(logits, tokens[:, 1:].flatten(), reference)
+            bar.update(len(indices))
+    evaluation = _result(config, sums, count)
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(evaluation), indent=1)
+        write_atomically(config.out, (text + "\n").encode())
+    return evaluation
+
+
+def _checked_tokenizer(config: EvalConfig, model: str) -> Any:
+    tokenizer = models.load_tokenizer(model)
+    made_by, own = TokenStore(config.tokens).facts.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
+    if made_by != own:
+        raise SettingsError(
+            f"{config.tokens} was made by another tokenizer than that of {model}: fingerprint {made_by}, the model's "
+            f"is {own}; make the token store with the model's tokenizer"
+        )
+    return tokenizer
+
+
+def _load(config: EvalConfig, path: str, vocab_size: int, device: str) -> Any:
+    model = models.load_model(path, dtype=config.dtype, device=device)
+    width = int(model.config.get_text_config().vocab_size)
+    if width < vocab_size:
+        raise SettingsError(f"{path} has a vocabulary of {width}, {config.tokens} one of {vocab_size}")
+    return model
+
+
+def _logits(model: Any, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    # A head may be padded beyond the ids that mean something.
+    return models.logits(model, tokens[:, :-1]).flatten(0, 1)[:, :vocab_size]
+
+
+def _result(config: EvalConfig, sums: metrics.Evaluation, count: int) -> Evaluation:
+    table = sums.reliability
+    bins = [
+        {"confidence": confidence, "accuracy": accuracy, "share": share}
+        for confidence, accuracy, share in zip(table.confidence, table.accuracy, table.share, strict=True)
+        if share > 0
+    ]
+    percent = None
+    if config.ce_loss is not None and config.full_loss is not None:
+        percent = metrics.percent_ce_to_full(config.ce_loss, config.full_loss, sums.lm_loss)
+    with_teacher = config.teacher is not None
+    return Evaluation(
+        num_sequences=count,
+        num_tokens=sums.num_positions,
+        lm_loss=sums.lm_loss,
+        accuracy=sums.accuracy,
+        calibration_error=table.calibration_error,
+        confidence_gap=sum(entry["share"] * (entry["confidence"] - entry["accuracy"]) for entry in bins),
+        reliability=bins,
+        top1_agreement=sums.top1_agreement if with_teacher else None,
+        acceptance_rate=sums.acceptance_rate if with_teacher else None,
+        percent_ce_to_full=percent,
+    )
