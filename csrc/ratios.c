@@ -21,7 +21,7 @@ const uint32_t skl_ratio_table[128] = {
 };
 
 /* Heap sort: in place, no recursion, no allocation, the same result everywhere. */
-static void sort_keys(uint64_t *keys, size_t n)
+void skl_sort_keys(uint64_t *keys, size_t n)
 {
     for (size_t start = n / 2, end = n; end > 1;) {
         if (start > 0) {
@@ -102,7 +102,7 @@ static skl_status check_distinct(const uint32_t *token_ids, size_t n, uint64_t *
 {
     for (size_t i = 0; i < n; i++)
         keys[i] = token_ids[i];
-    sort_keys(keys, n);
+    skl_sort_keys(keys, n);
     for (size_t i = 1; i < n; i++)
         if (keys[i] == keys[i - 1])
             return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_ID_ORDER, position, keys[i]);
@@ -125,7 +125,7 @@ static size_t quantise_sorted(uint64_t *keys, size_t n, uint32_t scale_log2, uin
         if (code != 0) { /* the group of equal decoded weights [group, kept) is complete: its ids ascend */
             for (size_t j = group; j < kept; j++)
                 keys[j] = out_token_ids[j];
-            sort_keys(keys + group, kept - group);
+            skl_sort_keys(keys + group, kept - group);
             for (size_t j = group; j < kept; j++)
                 out_token_ids[j] = (uint32_t)keys[j];
             group = kept;
@@ -167,7 +167,7 @@ skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const ui
                 return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_WEIGHT_RANGE, t, (uint64_t)begin + i);
             keys[i] = (uint64_t)(~float_bits(weight)) << 32 | token_ids[begin + (int64_t)i];
         }
-        sort_keys(keys, n);
+        skl_sort_keys(keys, n);
         total += (int64_t)quantise_sorted(keys, n, scale_log2, out_token_ids + total, out_codes + total);
         out_offsets[t + 1] = total;
     }

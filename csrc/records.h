@@ -1,4 +1,4 @@
-/* records.h: what codec.c and ratios.c share; private. */
+/* records.h: what codec.c, ratios.c and sampler.c share; private. */
 #ifndef SKL_RECORDS_H
 #define SKL_RECORDS_H
 
@@ -15,6 +15,9 @@ static inline uint32_t skl_ratio_step(uint32_t v, uint8_t q)
 {
     return (uint32_t)(((uint64_t)v * skl_ratio_table[q & 127]) >> 31);
 }
+
+/* Sort ascending. */
+void skl_sort_keys(uint64_t *keys, size_t n);
 
 static inline skl_status skl_fail(skl_status status, skl_fault *fault, skl_reason reason, uint64_t position,
                                   uint64_t value)

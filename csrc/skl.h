@@ -103,6 +103,60 @@ skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const ui
 skl_status skl_expand(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
                       float *weights);
 
+/* ---- sampler: records from teacher logits, kernels_portable.c and sampler.c hold the arithmetic ------------- */
+
+typedef enum skl_dtype { SKL_DTYPE_FLOAT32 = 1, SKL_DTYPE_FLOAT16 = 2, SKL_DTYPE_BFLOAT16 = 3 } skl_dtype;
+
+typedef enum skl_sampler {
+    SKL_SAMPLER_MULTINOMIAL = 1, /* rounds independent draws */
+    SKL_SAMPLER_SYSTEMATIC = 2,  /* rounds evenly spaced points with one common shift */
+    SKL_SAMPLER_TOPK = 3,        /* the k most probable ids, equal logits by lower id */
+    SKL_SAMPLER_TOPP = 4         /* the fewest most probable ids that hold a mass of p, at most k */
+} skl_sampler;
+
+/* One call: rows of consecutive positions of one sequence. */
+typedef struct skl_sampling {
+    uint32_t sampler;            /* skl_sampler */
+    uint32_t dtype;              /* skl_dtype of the logits */
+    uint32_t vocab_size;         /* V, 1..2^24 */
+    uint32_t num_positions;      /* T */
+    uint64_t row_stride;         /* logits from a position to the next, any */
+    uint32_t rounds;             /* multinomial, systematic: 1..65535 */
+    uint32_t k;                  /* topk, topp: 1..65535 */
+    double p;                    /* topp: in (0, 1] */
+    double proposal_temperature; /* multinomial, systematic: t of the proposal q ~ p^t, in [0.001, 100]; else 1 */
+    uint32_t self_normalise;     /* t other than 1: 1: weights sum to 1 (slightly biased); 0: unbiased */
+    uint64_t seed;
+    uint64_t sequence;
+    uint32_t first_position; /* position of the first row; first_position + num_positions <= 2^32 */
+} skl_sampling;
+
+/* Sizes a call needs: scratch in 8-byte words, and the most records a position can have.
+ * SKL_OK or SKL_ERR_ARG: a field outside its range. */
+skl_status skl_draw_sizes(const skl_sampling *sampling, uint64_t *num_scratch, uint64_t *records_per_position);
+
+/* Draw the records of every position, ids ascending.
+ *
+ * logits: num_logits values of dtype, 1 or more rows of V every row_stride; any alignment.
+ * scratch [num_scratch]; offsets [T + 1]; token_ids and counts or weights: room for num_records.
+ * counts, weights: exactly one is given; counts needs multinomial or systematic, t = 1 and rounds <= 127.
+ * weights: counts / rounds, importance weights (t other than 1), or probabilities (topk, topp).
+ * Only ids with a probability above 0 are drawn; logits -inf, and those whose probability is below about 2^-125 of
+ * the largest, have none.  NaN, a logit above 2^20 and a row without one above -2^20 are refused.  Records depend on (row, seed, sequence, position) and on nothing else.
+ * SKL_OK, SKL_ERR_DST_SMALL, SKL_ERR_ARG with *fault (NOT_FINITE: position is first_position + row, value the id). */
+skl_status skl_draw(const skl_sampling *sampling, const void *logits, uint64_t num_logits, uint64_t *scratch,
+                    uint64_t num_scratch, int64_t *offsets, uint32_t *token_ids, uint8_t *counts, float *weights,
+                    uint64_t num_records, skl_fault *fault);
+
+/* One block of Philox4x32-10: counter [4], key [2] to out [4]. */
+void skl_philox(const uint32_t *counter, const uint32_t *key, uint32_t *out);
+
+/* The kernels in use: "avx512", "avx2" or "portable"; all give the same records. */
+const char *skl_kernels_name(void);
+
+/* Use these kernels from now on, in every thread.  SKL_OK or SKL_ERR_UNSUPPORTED: not on this processor. */
+skl_status skl_use_kernels(const char *name);
+
 /* [/cffi] */
 
 #endif

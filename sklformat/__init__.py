@@ -24,6 +24,7 @@ from sklformat.reader import Cache, Shard
 from sklformat.reader import open_cache as open  # noqa: A004  the frozen public name; read as skl.open
 from sklformat.records import Sequence, SparseTargets
 from sklformat.report import Problem, verify
+from sklformat.sampler import draw
 from sklformat.writer import Recovered, ShardWriter, recover
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "SparseTargets",
     "TruncatedError",
     "UnsupportedError",
+    "draw",
     "open",
     "recover",
     "verify",

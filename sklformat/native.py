@@ -30,7 +30,8 @@ _REASONS: dict[str, str] = {
     "SKL_REASON_RESERVED": "a record's reserved bit is set",
     "SKL_REASON_TOKEN_RANGE": "token number {position} of the sequence is {value}, not below vocab_size",
     "SKL_REASON_PADDING": "padding at payload byte {value} is not zero",
-    "SKL_REASON_NOT_FINITE": "position {position}: the logits hold NaN or +inf, or nothing finite (id {value})",
+    "SKL_REASON_NOT_FINITE": "position {position}: the logits hold NaN, +inf or a value above 2**20, or none above "
+    "-2**20 (first at id {value})",
 }
 _REASON_TEXTS: dict[int, str] = {value: _REASONS[name] for name, value in ffi.typeof("skl_reason").relements.items()}
 
@@ -72,9 +73,9 @@ def view(ctype: str, array: NDArray[Any] | None, *, writable: bool = False) -> A
     return NULL if array is None else ffi.from_buffer(ctype, array, require_writable=writable)
 
 
-def check(status: int, fault: Any = None) -> None:
+def check(status: int, fault: Any = None, where: str = "") -> None:
     """
-    Raise what a C status means.
+    Raise what a C status means; the message begins with ``where``.
 
     Raises:
         ValueError, CorruptError, TruncatedError, UnsupportedError, RingClosedError, RingTimeoutError: As STATUS_ERRORS.
@@ -85,7 +86,7 @@ def check(status: int, fault: Any = None) -> None:
     text = name
     if fault is not None and fault.reason:
         text = _REASON_TEXTS[fault.reason].format(position=fault.position, value=fault.value)
-    raise STATUS_ERRORS[name](text)
+    raise STATUS_ERRORS[name](where + text)
 
 
 def payload_size(shape: Shape) -> int:
@@ -247,6 +248,114 @@ def expand(offsets: NDArray[np.int64], codes: NDArray[np.uint8], scale_log2: int
     return weights
 
 
+_SAMPLERS = {
+    "multinomial": lib.SKL_SAMPLER_MULTINOMIAL,
+    "systematic": lib.SKL_SAMPLER_SYSTEMATIC,
+    "topk": lib.SKL_SAMPLER_TOPK,
+    "topp": lib.SKL_SAMPLER_TOPP,
+}
+_DTYPES = {
+    "float32": lib.SKL_DTYPE_FLOAT32,
+    "float16": lib.SKL_DTYPE_FLOAT16,
+    "bfloat16": lib.SKL_DTYPE_BFLOAT16,
+}
+_RECORDS_A_CALL = 1 << 20  # bounds the room for records that a call may need
+
+
+def draw(
+    logits: NDArray[Any],
+    *,
+    dtype: str,
+    sampler: str,
+    rounds: int,
+    k: int,
+    p: float,
+    proposal_temperature: float,
+    self_normalise: bool,
+    weighted: bool,
+    seed: int,
+    sequence: int,
+    first_position: int,
+) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[Any]]:
+    """
+    Draw the records of T positions; ranges as ``skl_sampling`` in skl.h has them.
+
+    Args:
+        logits: [T, V] of 4-byte (float32) or 2-byte items, contiguous along V, rows at any distance >= 0.
+        dtype: "float32", "float16" or "bfloat16".
+        sampler: "multinomial", "systematic", "topk" or "topp".
+        rounds: Draws per position; without meaning for topk and topp.
+        k: Most ids that topk and topp keep; else without meaning.
+        p: Mass that topp keeps; else without meaning.
+        proposal_temperature: Exponent of the proposal.
+        self_normalise: Importance weights sum to 1.
+        weighted: Return weights instead of counts.
+        seed: Seed of the whole cache.
+        sequence: Global number of the sequence.
+        first_position: Position of the first row.
+
+    Returns:
+        offsets [T + 1], token_ids [nnz], counts uint8 or weights float32 [nnz].
+
+    Raises:
+        ValueError: A field out of range, or a row with NaN, +inf or nothing finite; names sequence and position.
+    """
+    positions, vocab_size = logits.shape
+    stride = logits.strides[0] // logits.itemsize if positions > 1 else vocab_size
+    sampling = ffi.new("skl_sampling *")
+    sampling.sampler, sampling.dtype, sampling.vocab_size = _SAMPLERS[sampler], _DTYPES[dtype], vocab_size
+    sampling.row_stride, sampling.rounds, sampling.k, sampling.p = stride, rounds, k, p
+    sampling.proposal_temperature, sampling.self_normalise = proposal_temperature, self_normalise
+    sampling.seed, sampling.sequence = seed, sequence
+    num_scratch, most = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    check(lib.skl_draw_sizes(sampling, num_scratch, most))
+    scratch = np.empty(num_scratch[0], np.uint64)
+    rows_a_call = min(max(1, _RECORDS_A_CALL // most[0]), max(1, positions))
+    token_ids = np.empty(rows_a_call * most[0], np.uint32)
+    values = np.empty(token_ids.size, np.float32 if weighted else np.uint8)
+    offsets = np.zeros(positions + 1, np.int64)
+    parts: list[tuple[NDArray[np.uint32], NDArray[Any]]] = []
+    fault = ffi.new("skl_fault *")
+    for begin in range(0, positions, rows_a_call):
+        rows = logits[begin : begin + rows_a_call]
+        sampling.num_positions, sampling.first_position = len(rows), first_position + begin
+        part = np.empty(len(rows) + 1, np.int64)
+        status = lib.skl_draw(
+            sampling,
+            ffi.cast("void *", rows.ctypes.data),  # rows need not be contiguous with each other
+            (len(rows) - 1) * stride + vocab_size,
+            view("uint64_t[]", scratch, writable=True),
+            scratch.size,
+            view("int64_t[]", part, writable=True),
+            view("uint32_t[]", token_ids, writable=True),
+            NULL if weighted else view("uint8_t[]", values, writable=True),
+            view("float[]", values, writable=True) if weighted else NULL,
+            token_ids.size,
+            fault,
+        )
+        check(status, fault, where=f"sequence {sequence}, ")
+        offsets[begin + 1 : begin + len(part)] = part[1:] + offsets[begin]
+        parts.append((token_ids[: part[-1]].copy(), values[: part[-1]].copy()))
+    if not parts:
+        return offsets, token_ids[:0], values[:0]
+    return offsets, np.concatenate([ids for ids, _ in parts]), np.concatenate([pairs for _, pairs in parts])
+
+
+def use_kernels(name: str) -> None:
+    """
+    Make the sampler run on "avx512", "avx2" or "portable" kernels; all give the same records.
+
+    Raises:
+        UnsupportedError: This processor, or this build, does not have them.
+    """
+    check(lib.skl_use_kernels(name.encode()))
+
+
+def kernels_name() -> str:
+    """Name of the kernels that the sampler runs on."""
+    return str(ffi.string(lib.skl_kernels_name()).decode())
+
+
 def _expect(shape: Shape, *arrays: NDArray[Any] | None) -> None:
     """C trusts lengths and types; they are made sure of here."""
     positions, records = shape.num_positions, shape.num_records
@@ -261,4 +370,16 @@ def _expect(shape: Shape, *arrays: NDArray[Any] | None) -> None:
         assert array is None or (array.size == size and array.dtype == dtype and array.flags.c_contiguous)
 
 
-__all__ = ["Shape", "check", "decode", "encode", "expand", "payload_size", "quantise", "view"]
+__all__ = [
+    "Shape",
+    "check",
+    "decode",
+    "draw",
+    "encode",
+    "expand",
+    "kernels_name",
+    "payload_size",
+    "quantise",
+    "use_kernels",
+    "view",
+]

@@ -1,0 +1,36 @@
+/* kernels.h: the vector work of the sampler, one table for each instruction set; private. */
+#ifndef SKL_KERNELS_H
+#define SKL_KERNELS_H
+
+#include "skl.h"
+
+/* Ids a block of the two-level CDF covers, and lanes of every sum inside it. */
+#define SKL_BLOCK 256
+#define SKL_LANES 16
+
+/* Every table gives the same bits for the same input; kernels_portable.c writes the arithmetic out.
+ *
+ * dtype: skl_dtype.  row: n logits, nothing outside is read.  The exponential of a logit x is
+ * 2^(scale * x - offset), 0 where scale * x - offset <= -125.5, clamped at 2^127; NaN stays NaN. */
+typedef struct skl_kernels {
+    const char *name;
+    /* The logits as float32. */
+    void (*widen)(uint32_t dtype, const void *row, size_t n, float *values);
+    /* Largest logit of each of the ceil(n / SKL_BLOCK) blocks; NaN does not count, -inf where nothing does. */
+    void (*block_maxima)(uint32_t dtype, const void *row, size_t n, float *maxima);
+    /* Sum of the exponentials of each block. */
+    void (*block_sums)(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *sums);
+    /* The exponentials themselves. */
+    void (*exponentials)(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *out);
+} skl_kernels;
+
+extern const skl_kernels skl_kernels_portable;
+#ifdef SKL_X86_KERNELS
+extern const skl_kernels skl_kernels_avx2;
+extern const skl_kernels skl_kernels_avx512;
+#endif
+
+/* The table in use: the widest the processor can run, unless skl_use_kernels chose another. */
+const skl_kernels *skl_current_kernels(void);
+
+#endif

@@ -1,0 +1,197 @@
+/* kernels_portable.c: the sampler's arithmetic, lane by lane.
+ *
+ * The loops are written over lanes so that the compiler can make vectors of them; kernels_avx2.c and
+ * kernels_avx512.c compile this same text for their instruction sets.  The result never depends on which one ran,
+ * because every operation below is one IEEE operation, rounded to nearest, in this order:
+ *
+ *   x        the logit as float32 (exact from float16 and bfloat16)
+ *   d        fma(x, scale, -offset); below -126: -126; above 127: 127.  scale and offset are float32, offset an integer
+ *   n, f     d = n + f, n the integer nearest to d (ties to even), f in [-0.5, 0.5]; exact
+ *   p        2 * 2^f by a polynomial of degree 5, Horner's rule with fma; relative error <= 2.2e-7
+ *   e        p * 2^(n - 1), exact; 0 for n = -126, so that no subnormal number ever appears
+ *
+ *   block sum    lane l holds e[l] + e[16 + l] + ... + e[240 + l], added in this order; then lanes l and l + 8, l and
+ *                l + 4, l and l + 2, l and l + 1 are added.  Ids beyond the row add 0.
+ *
+ * fma is a fused multiply-add: fmaf, an instruction wherever the compiler's target has it.  On x86 without it
+ * (before 2013) the C library computes it, correctly and slowly.  No other operation is ever fused
+ * (-ffp-contract=off). */
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#ifndef SKL_KERNELS
+#define SKL_KERNELS skl_kernels_portable
+#define SKL_KERNELS_NAME "portable"
+#endif
+
+#define SPECIALISED static inline __attribute__((always_inline))
+
+SPECIALISED float as_float(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+SPECIALISED uint32_t as_bits(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* float16 to float32 in integers but for one exact subtraction, which normalises what was subnormal. */
+SPECIALISED float half_to_float(uint16_t half)
+{
+    const uint32_t magnitude = (uint32_t)(half & 0x7fffu) << 13;
+    const uint32_t exponent = magnitude & 0x0f800000u;
+    const uint32_t special = exponent == 0x0f800000u ? 0x38000000u : 0u;
+    const uint32_t rebased = magnitude + 0x38000000u + special;
+    const float subnormal = as_float(rebased + 0x00800000u) - as_float(0x38800000u);
+    const uint32_t bits = exponent == 0 ? as_bits(subnormal) : rebased;
+    return as_float(bits | (uint32_t)(half & 0x8000u) << 16);
+}
+
+/* Logit i of a row, which need not be aligned. */
+SPECIALISED float load(uint32_t dtype, const void *row, size_t i)
+{
+    uint16_t half;
+    if (dtype == SKL_DTYPE_FLOAT32) {
+        float value;
+        memcpy(&value, (const unsigned char *)row + 4 * i, sizeof value);
+        return value;
+    }
+    memcpy(&half, (const unsigned char *)row + 2 * i, sizeof half);
+    return dtype == SKL_DTYPE_BFLOAT16 ? as_float((uint32_t)half << 16) : half_to_float(half);
+}
+
+/* The comparisons are false for NaN, which so passes through; the integer n + 126 stands in the low bits of z. */
+SPECIALISED float exponential(float x, float scale, float offset)
+{
+    const float raw = fmaf(x, scale, -offset);
+    const float above = raw < -126.0f ? -126.0f : raw;
+    const float d = above > 127.0f ? 127.0f : above;
+    const float z = d + 12583038.0f; /* 1.5 * 2^23 + 126 */
+    const float f = d - (z - 12583038.0f);
+    float p = 0x1.5c08e6p-9f;
+    p = fmaf(p, f, 0x1.3d0c52p-6f);
+    p = fmaf(p, f, 0x1.c6b6e4p-4f);
+    p = fmaf(p, f, 0x1.ebf918p-2f);
+    p = fmaf(p, f, 0x1.62e428p+0f);
+    p = fmaf(p, f, 2.0f);
+    return p * as_float(as_bits(z) << 23);
+}
+
+SPECIALISED void widen_as(uint32_t dtype, const void *row, size_t n, float *values)
+{
+    for (size_t i = 0; i < n; i++)
+        values[i] = load(dtype, row, i);
+}
+
+SPECIALISED void exponentials_as(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *out)
+{
+    for (size_t i = 0; i < n; i++)
+        out[i] = exponential(load(dtype, row, i), scale, offset);
+}
+
+SPECIALISED const void *advance(uint32_t dtype, const void *row, size_t n)
+{
+    return (const unsigned char *)row + n * (dtype == SKL_DTYPE_FLOAT32 ? 4 : 2);
+}
+
+SPECIALISED float largest(const float *values)
+{
+    float lanes[SKL_LANES];
+    for (size_t l = 0; l < SKL_LANES; l++)
+        lanes[l] = -INFINITY;
+    for (size_t j = 0; j < SKL_BLOCK; j += SKL_LANES)
+        for (size_t l = 0; l < SKL_LANES; l++)
+            lanes[l] = values[j + l] > lanes[l] ? values[j + l] : lanes[l];
+    for (size_t width = SKL_LANES / 2; width > 0; width /= 2)
+        for (size_t l = 0; l < width; l++)
+            lanes[l] = lanes[l + width] > lanes[l] ? lanes[l + width] : lanes[l];
+    return lanes[0];
+}
+
+SPECIALISED float sum_lanes(const float *e)
+{
+    float lanes[SKL_LANES];
+    for (size_t l = 0; l < SKL_LANES; l++)
+        lanes[l] = e[l];
+    for (size_t j = SKL_LANES; j < SKL_BLOCK; j += SKL_LANES)
+        for (size_t l = 0; l < SKL_LANES; l++)
+            lanes[l] += e[j + l];
+    for (size_t width = SKL_LANES / 2; width > 0; width /= 2)
+        for (size_t l = 0; l < width; l++)
+            lanes[l] += lanes[l + width];
+    return lanes[0];
+}
+
+SPECIALISED void maxima_as(uint32_t dtype, const void *row, size_t n, float *maxima)
+{
+    float values[SKL_BLOCK];
+    for (; n >= SKL_BLOCK; n -= SKL_BLOCK, row = advance(dtype, row, SKL_BLOCK)) {
+        widen_as(dtype, row, SKL_BLOCK, values);
+        *maxima++ = largest(values);
+    }
+    if (n > 0) {
+        for (size_t i = n; i < SKL_BLOCK; i++)
+            values[i] = -INFINITY;
+        widen_as(dtype, row, n, values);
+        *maxima = largest(values);
+    }
+}
+
+SPECIALISED void sums_as(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *sums)
+{
+    float e[SKL_BLOCK];
+    for (; n >= SKL_BLOCK; n -= SKL_BLOCK, row = advance(dtype, row, SKL_BLOCK)) {
+        exponentials_as(dtype, row, SKL_BLOCK, scale, offset, e);
+        *sums++ = sum_lanes(e);
+    }
+    if (n > 0) {
+        memset(e, 0, sizeof e);
+        exponentials_as(dtype, row, n, scale, offset, e);
+        *sums = sum_lanes(e);
+    }
+}
+
+/* One copy of a loop for each type, so that none asks for the type inside. */
+#define FOR_DTYPE(dtype, call)                                                                                        \
+    switch (dtype) {                                                                                                  \
+    case SKL_DTYPE_FLOAT32: call(SKL_DTYPE_FLOAT32); break;                                                           \
+    case SKL_DTYPE_FLOAT16: call(SKL_DTYPE_FLOAT16); break;                                                           \
+    default: call(SKL_DTYPE_BFLOAT16); break;                                                                         \
+    }
+
+static void widen(uint32_t dtype, const void *row, size_t n, float *values)
+{
+#define CALL(type) widen_as(type, row, n, values)
+    FOR_DTYPE(dtype, CALL)
+#undef CALL
+}
+
+static void block_maxima(uint32_t dtype, const void *row, size_t n, float *maxima)
+{
+#define CALL(type) maxima_as(type, row, n, maxima)
+    FOR_DTYPE(dtype, CALL)
+#undef CALL
+}
+
+static void block_sums(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *sums)
+{
+#define CALL(type) sums_as(type, row, n, scale, offset, sums)
+    FOR_DTYPE(dtype, CALL)
+#undef CALL
+}
+
+static void exponentials(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *out)
+{
+#define CALL(type) exponentials_as(type, row, n, scale, offset, out)
+    FOR_DTYPE(dtype, CALL)
+#undef CALL
+}
+
+const skl_kernels SKL_KERNELS = {SKL_KERNELS_NAME, widen, block_maxima, block_sums, exponentials};
