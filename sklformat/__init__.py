@@ -1,0 +1,56 @@
+"""
+sklformat: sparse teacher distributions on disk, for distilling language models from a cached teacher.
+
+The names here need numpy, cffi and xxhash only; ``sklformat.distill`` holds what needs torch.
+"""
+
+from sklformat.errors import (
+    AlignmentError,
+    CaptureError,
+    CorruptError,
+    FormatError,
+    InUseError,
+    MissingShardError,
+    ResumeError,
+    RingClosedError,
+    RingTimeoutError,
+    SettingsError,
+    SklError,
+    TruncatedError,
+    UnsupportedError,
+)
+from sklformat.header import Header
+from sklformat.reader import Cache, Shard
+from sklformat.reader import open_cache as open  # noqa: A004  the frozen public name; read as skl.open
+from sklformat.records import Sequence, SparseTargets
+from sklformat.report import Problem, verify
+from sklformat.writer import Recovered, ShardWriter, recover
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlignmentError",
+    "Cache",
+    "CaptureError",
+    "CorruptError",
+    "FormatError",
+    "Header",
+    "InUseError",
+    "MissingShardError",
+    "Problem",
+    "Recovered",
+    "ResumeError",
+    "RingClosedError",
+    "RingTimeoutError",
+    "Sequence",
+    "SettingsError",
+    "Shard",
+    "ShardWriter",
+    "SklError",
+    "SparseTargets",
+    "TruncatedError",
+    "UnsupportedError",
+    "open",
+    "recover",
+    "verify",
+]

@@ -31,7 +31,7 @@ _REASONS: dict[str, str] = {
     "SKL_REASON_RESERVED": "a record's reserved bit is set",
     "SKL_REASON_TOKEN_RANGE": "token number {position} of the sequence is {value}, not below vocab_size",
     "SKL_REASON_PADDING": "padding at payload byte {value} is not zero",
-    "SKL_REASON_NOT_FINITE": "position {position}: the logits hold NaN or +inf, or nothing finite (first at id {value})",
+    "SKL_REASON_NOT_FINITE": "position {position}: the logits hold NaN or +inf, or nothing finite (id {value})",
 }
 _REASON_TEXTS: dict[int, str] = {value: _REASONS[name] for name, value in ffi.typeof("skl_reason").relements.items()}
 

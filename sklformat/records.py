@@ -6,6 +6,7 @@ Knows nothing of files or of C. SPEC.md section 2 defines the terms.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +65,20 @@ class SparseTargets:
         if offsets_array[0] != 0 or offsets_array[-1] != self.token_ids.size or (np.diff(offsets_array) < 0).any():
             raise ValueError(f"offsets must rise from 0 to the number of pairs, {self.token_ids.size}")
 
+    @classmethod
+    def trusted(
+        cls,
+        token_ids: NDArray[np.uint32],
+        counts: NDArray[np.uint8] | None,
+        weights: NDArray[np.float32] | None,
+        offsets: NDArray[np.int64],
+    ) -> SparseTargets:
+        """Wrap arrays that a decoder has just checked, without checking them again."""
+        targets = object.__new__(cls)
+        for name, value in zip(cls.__slots__, (token_ids, counts, weights, offsets), strict=True):
+            object.__setattr__(targets, name, value)
+        return targets
+
     @property
     def num_positions(self) -> int:
         """T, the number of positions."""
@@ -85,6 +100,24 @@ class SparseTargets:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """
+    One sequence of a cache: its tokens and what the teacher said of them.
+
+    Attributes:
+        tokens: [T + 1] uint32, or None where the cache stores none.
+        targets: Records of the T positions.
+        columns: Optional columns by name, each [T] float16.
+        alignment: Alignment checksum of the tokens.  SPEC section 6.3.
+    """
+
+    tokens: NDArray[np.uint32] | None
+    targets: SparseTargets
+    columns: Mapping[str, NDArray[np.float16]]
+    alignment: int
 
 
 def _equal(left: NDArray[np.generic] | None, right: NDArray[np.generic] | None) -> bool:

@@ -1,0 +1,66 @@
+"""
+The only door to xxhash: checksums that detect damage, and fingerprints that name content.
+
+XXH3-64 values are integers, stored as u64; XXH3-128 values are 32 hexadecimal digits, stored as a 16-byte
+little-endian integer.  SPEC.md section 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import xxhash
+from numpy.typing import ArrayLike, NDArray
+
+Buffer = bytes | bytearray | memoryview
+
+__all__ = ["alignment", "checksum", "fingerprint", "fingerprint_of", "tokens_array"]
+
+
+def checksum(data: Buffer, seed: int = 0) -> int:
+    """XXH3-64 of ``data`` with a 64-bit seed."""
+    return int(xxhash.xxh3_64_intdigest(data, seed))
+
+
+def fingerprint(data: Buffer) -> str:
+    """XXH3-128 of ``data``, 32 hexadecimal digits."""
+    return str(xxhash.xxh3_128_hexdigest(data))
+
+
+def fingerprint_of(parts: Iterable[Buffer]) -> str:
+    """XXH3-128 of the concatenation of ``parts``, 32 hexadecimal digits, without joining them in memory."""
+    state = xxhash.xxh3_128()
+    for part in parts:
+        state.update(part)
+    return str(state.hexdigest())
+
+
+def tokens_array(tokens: ArrayLike) -> NDArray[np.uint32]:
+    """
+    Token ids as a contiguous 1-D uint32 array, never wrapped.
+
+    Raises:
+        ValueError: Not 1-D, not integers, or a value outside [0, 2**32).
+    """
+    array = np.asarray(tokens)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"tokens must be a 1-D array of integers, got shape {array.shape} of {array.dtype}")
+    if array.dtype != np.uint32 and array.size and (int(array.min()) < 0 or int(array.max()) > 0xFFFFFFFF):
+        raise ValueError(f"tokens must be in [0, 2**32), got values from {array.min()} to {array.max()}")
+    return np.ascontiguousarray(array, dtype="<u4")
+
+
+def alignment(tokens: ArrayLike) -> int:
+    """
+    The alignment checksum of a sequence: XXH3-64 over its tokens as little-endian u32.
+
+    Args:
+        tokens: [seq_len + 1] integer token ids.
+
+    Raises:
+        ValueError: Not 1-D integers in [0, 2**32).
+
+    Source: SPEC section 6.3.
+    """
+    return checksum(tokens_array(tokens).view(np.uint8).data)

@@ -1,0 +1,103 @@
+"""
+Files that survive a crash: the only place that appends, syncs, renames and locks.
+
+Knows nothing of the format.  A synced write stays; an fsync that fails is final, since the kernel may have dropped
+the pages; a rename is durable once its directory is synced.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sklformat.errors import InUseError
+
+
+class Disk:
+    """The system calls of a writer; tests put a faulty one in its place."""
+
+    def create(self, path: Path) -> int:
+        """Open a file that must not exist yet, for writing."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+    def reopen(self, path: Path) -> int:
+        """Open a file that exists, for writing."""
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def write(self, fd: int, data: bytes | memoryview, offset: int) -> None:
+        """Write all of ``data`` at ``offset``; a short write goes on where it ended."""
+        rest = memoryview(data).cast("B")
+        while len(rest):
+            written = os.pwrite(fd, rest, offset)
+            rest, offset = rest[written:], offset + written
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Cut the file to ``size`` bytes."""
+        os.ftruncate(fd, size)
+
+    def sync(self, fd: int) -> None:
+        """Make the file's bytes and size durable."""
+        os.fdatasync(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Put ``source`` in the place of ``target``, durably."""
+        source.rename(target)
+        self.sync_directory(target.parent)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make names in a directory durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def lock(fd: int, path: Path) -> None:
+    """
+    Hold a file for this process until it is closed.
+
+    Raises:
+        InUseError: Another process holds it.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InUseError(f"{path}: another process is writing here; wait for it, or choose another place") from None
+
+
+@contextmanager
+def locked_directory(directory: Path) -> Iterator[None]:
+    """
+    Hold a directory, made if it is missing, against a second writer.
+
+    Raises:
+        InUseError: Another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        lock(fd, directory)
+        yield
+    finally:
+        os.close(fd)
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Replace ``path`` by ``data``: a crash leaves the old file or the new one, whole."""
+    disk = Disk()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            disk.write(fd, data, 0)
+            disk.sync(fd)
+        finally:
+            os.close(fd)
+        disk.rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

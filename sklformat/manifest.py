@@ -1,0 +1,140 @@
+"""
+The manifest of a cache: which shards it has, in one small JSON file beside them.
+
+Also the rule that shards follow each other without a gap.  SPEC.md section 11.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sklformat import layout
+from sklformat.checksums import fingerprint, fingerprint_of
+from sklformat.disk import write_atomically
+from sklformat.errors import CorruptError, MissingShardError, UnsupportedError
+
+MANIFEST_NAME = "manifest.json"
+_FORMAT, _VERSION = "sklformat cache", 1
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One shard of a cache; the fingerprint is its root digest, 32 hexadecimal digits."""
+
+    path: Path
+    shard_number: int
+    first_sequence: int
+    num_sequences: int
+    num_records: int
+    size_bytes: int
+    fingerprint: str
+
+
+def cache_fingerprint(shards: Iterable[str]) -> str:
+    """Fingerprint of a cache: XXH3-128 over its shards' fingerprints in order.  SPEC section 6.4."""
+    return fingerprint_of(int(root, 16).to_bytes(16, "little") for root in shards)
+
+
+def check_contiguous(entries: list[Entry], path: Path) -> None:
+    """
+    Shards of a directory start at sequence 0 and follow each other.
+
+    Raises:
+        MissingShardError: A gap; names the range of sequences.
+        CorruptError: Two shards hold the same sequences.
+    """
+    expected = 0
+    for entry in entries:
+        if entry.first_sequence > expected:
+            raise MissingShardError(
+                f"sequences {expected}..{entry.first_sequence - 1} are missing before {entry.path.name}; "
+                "put the shard back or capture it again",
+                path=path,
+            )
+        if entry.first_sequence < expected:
+            raise CorruptError(
+                f"{entry.path.name} begins at sequence {entry.first_sequence}, which an earlier shard holds already",
+                path=path,
+            )
+        expected += entry.num_sequences
+
+
+def write_manifest(directory: Path, entries: list[Entry]) -> None:
+    """Replace a cache's manifest atomically and durably; ``entries`` are in order and without gaps."""
+    check_contiguous(entries, directory)
+    body: dict[str, Any] = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "fingerprint": cache_fingerprint(entry.fingerprint for entry in entries),
+        "shards": [
+            {"name": entry.path.name} | {k: v for k, v in dataclasses.asdict(entry).items() if k != "path"}
+            for entry in entries
+        ],
+    }
+    body["digest"] = _digest(body)
+    write_atomically(directory / MANIFEST_NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode("ascii"))
+
+
+def read_manifest(path: Path) -> list[Entry]:
+    """
+    Read and check a manifest.
+
+    Raises:
+        UnsupportedError: Another format or a newer version.
+        CorruptError: Not what SPEC section 11 says, or its digest differs.
+        MissingShardError: Its shards leave a gap.
+    """
+
+    def corrupt(message: str) -> CorruptError:
+        return CorruptError(message, path=path, section="manifest")
+
+    if path.stat().st_size > layout.MAX_MANIFEST_SIZE:
+        raise corrupt(f"larger than {layout.MAX_MANIFEST_SIZE} bytes")
+    try:
+        body = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise corrupt(f"not JSON: {error}") from error
+    if not isinstance(body, dict) or body.get("format") != _FORMAT:
+        raise UnsupportedError("not a manifest of a sklformat cache", path=path, section="manifest")
+    if body.get("version") != _VERSION:
+        raise UnsupportedError(
+            f"manifest version {body.get('version')}, this library reads {_VERSION}; install a newer sklformat",
+            path=path,
+            section="manifest",
+        )
+    stored = body.pop("digest", None)
+    if stored != _digest(body):
+        raise corrupt(f"digest {stored} stored, {_digest(body)} computed; remove it to open the shards without it")
+    shards = body.get("shards")
+    if not isinstance(shards, list) or not shards or not all(isinstance(shard, dict) for shard in shards):
+        raise corrupt("lists no shards")
+    entries = [_entry(shard, path, corrupt) for shard in shards]
+    check_contiguous(entries, path)
+    if body.get("fingerprint") != cache_fingerprint(entry.fingerprint for entry in entries):
+        raise corrupt("fingerprint does not follow from the shards'")
+    return entries
+
+
+def _entry(shard: dict[str, Any], path: Path, corrupt: Any) -> Entry:
+    names = {f.name for f in dataclasses.fields(Entry)} - {"path"} | {"name"}
+    if set(shard) != names:
+        raise corrupt(f"a shard has fields {sorted(shard)}, must have {sorted(names)}")
+    name, root = shard["name"], shard["fingerprint"]
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        raise corrupt(f"shard name {name!r} is not a plain file name")
+    if not isinstance(root, str) or len(root) != 32 or set(root) - set("0123456789abcdef"):
+        raise corrupt(f"fingerprint {root!r} of {name} is not 32 hexadecimal digits")
+    numbers = {key: shard[key] for key in names - {"name", "fingerprint"}}
+    if not all(type(value) is int and 0 <= value < 1 << 64 for value in numbers.values()):
+        raise corrupt(f"a number of {name} is not in 0..2**64 - 1")
+    return Entry(path=path.parent / name, fingerprint=root, **numbers)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return fingerprint(canonical.encode("ascii"))

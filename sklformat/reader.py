@@ -1,0 +1,377 @@
+"""
+Read sealed shards, one or a directory of them, through memory maps; every byte is checked before it is believed.
+
+Nothing that leaves this module looks into a mapping.  SPEC.md sections 11 and 13.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from sklformat import layout
+from sklformat.block import BlockHeader, check_payload, decode_body, locate, parse_block_header
+from sklformat.checksums import alignment
+from sklformat.errors import AlignmentError, CorruptError, FormatError, MissingShardError, TruncatedError
+from sklformat.header import Header, parse_header
+from sklformat.index import SealedIndex, Trailer, parse_index, parse_trailer
+from sklformat.manifest import MANIFEST_NAME, Entry, cache_fingerprint, check_contiguous, read_manifest
+from sklformat.records import Sequence
+
+MAX_OPEN_SHARDS = 64
+
+
+class Shard:
+    """
+    One sealed shard, mapped read-only; its header, trailer and index are checked on opening, blocks when touched.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FormatError: Its children, as ``parse_header``, ``parse_trailer`` and ``parse_index`` say.
+        OSError: The system's own.
+    """
+
+    header: Header
+    trailer: Trailer
+    index: SealedIndex
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(fd).st_size
+            if size == 0:
+                raise TruncatedError("the file is empty", path=self.path)
+            self._map = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
+        finally:
+            os.close(fd)
+        self._view = memoryview(self._map)
+        self._checked = bytearray()
+        try:
+            self._open(size)
+        except FormatError as error:
+            self.close()
+            raise locate(error, path=self.path) from None
+
+    def _open(self, size: int) -> None:
+        first = bytes(self._view[: layout.HEADER_SIZE])
+        self.header = parse_header(first)
+        self.key = self.header.shard_key
+        end = bytes(self._view[max(size - layout.TRAILER_SIZE, 0) :])
+        self.trailer = parse_trailer(end, self.key, size)
+        start = self.trailer.index_offset
+        packed = self._view[start : start + self.trailer.index_size]
+        try:
+            self.index = parse_index(packed, self.trailer, first, self.header, self.key)
+        finally:
+            packed.release()
+        self._checked = bytearray(len(self.index))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def fingerprint(self) -> str:
+        """The root digest: identity of the shard's whole content.  SPEC section 6.4."""
+        return self.index.root
+
+    def __getitem__(self, number: int) -> Sequence:
+        """
+        Decode sequence ``number`` of this shard.
+
+        Raises:
+            IndexError: There is no such sequence.
+            CorruptError, UnsupportedError: Its block is damaged or of a newer kind.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"{self.path}: sequence {number} of {len(self)}")
+        offset = int(self.index.offset[number])
+        try:
+            block, body = self.block(number)
+            try:
+                return decode_body(self.header, block, body)
+            finally:
+                body.release()
+        except FormatError as error:
+            raise locate(error, path=self.path, section="block", sequence=number, offset=offset) from None
+
+    def block(self, number: int) -> tuple[BlockHeader, memoryview]:
+        """
+        The checked header of a block and a view of its payload with padding, which the caller must release.
+
+        The payload is checksummed when the block is touched for the first time.
+        """
+        index, offset = self.index, int(self.index.offset[number])
+        with self._view[offset : offset + layout.BLOCK_HEADER_SIZE] as head:
+            block = parse_block_header(head, self.header, self.key, number)
+        expected = (
+            int(index.alignment[number]),
+            int(index.block_checksum[number]),
+            int(index.num_positions[number]),
+            int(index.num_records[number]),
+        )
+        if (block.alignment, block.block_checksum, block.num_positions, block.num_records) != expected:
+            raise CorruptError("the block's header contradicts the index")
+        if self._checked[number]:
+            return block, self._view[offset + layout.BLOCK_HEADER_SIZE : offset + block.size]
+        with self._view[offset : offset + block.size] as whole:
+            body = check_payload(whole, block, self.key)
+        self._checked[number] = 1
+        return block, body
+
+    def close(self) -> None:
+        """Unmap the file; the shard is unusable afterwards."""
+        self._view.release()
+        self._map.close()
+
+
+class Cache:
+    """
+    A sequence of sequences: one shard, or a directory of shards in the order of their first sequence.
+
+    Made by ``skl.open``.  ``cache[i]`` counts from 0; i is the global sequence number, except for a single shard opened
+    by itself, where ``first_sequence`` says what 0 stands for.  Safe to pickle (it opens again) and to fork.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise FileNotFoundError(f"{self.path}: no such file or directory; a cache is a directory of .skl shards")
+        self._directory = self.path.is_dir()
+        self._open_shards: OrderedDict[int, Shard] = OrderedDict()
+        self._pid = os.getpid()
+        self._entries = list_shards(self.path)
+        first = self._shard(0)
+        self.header: Header = dataclasses.replace(first.header, shard_number=0, first_sequence=0)
+        self.first_sequence = first.header.first_sequence
+        self.fingerprint = cache_fingerprint(entry.fingerprint for entry in self._entries)
+        self._starts = [entry.first_sequence - self.first_sequence for entry in self._entries]
+        self._length = self._starts[-1] + self._entries[-1].num_sequences
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> Sequence:
+        """
+        Sequence i, decoded and checked.
+
+        Raises:
+            IndexError: There is no sequence i.
+            FormatError: Its shard or block is damaged; names file, byte offset and sequence.
+        """
+        shard, number = self.find(i)
+        return shard[number]
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (self[i] for i in range(len(self)))
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> Path:
+        return self.path
+
+    def __setstate__(self, path: Path) -> None:
+        self.__init__(path)  # type: ignore[misc]
+
+    def find(self, i: int) -> tuple[Shard, int]:
+        """
+        The shard that holds sequence i, and its number there.
+
+        Raises:
+            IndexError: There is no sequence i.
+        """
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{self.path}: sequence {i} of {len(self)}")
+        i %= len(self)
+        place = bisect.bisect_right(self._starts, i) - 1
+        return self._shard(place), i - self._starts[place]
+
+    def check_alignment(self, i: int, tokens: ArrayLike) -> None:
+        """
+        Prove that sequence i was captured on exactly these tokens.
+
+        Args:
+            i: Sequence, counted as in ``cache[i]``.
+            tokens: [T + 1] integer token ids.
+
+        Raises:
+            AlignmentError: It was not; names the sequence, both checksums and the likely cause.
+
+        Source: SPEC section 6.3.
+        """
+        shard, number = self.find(i)
+        stored, computed = int(shard.index.alignment[number]), alignment(tokens)
+        if stored != computed:
+            raise AlignmentError(
+                f"{self.path}: sequence {i}: alignment checksum {stored:#018x} stored, {computed:#018x} computed from "
+                f"the tokens given ({self._cause(i, shard, number, tokens, computed)}); "
+                "pack the tokens with the cache's tokenizer, corpus, seed and seq_len",
+                sequence_index=i,
+            )
+
+    def _cause(self, i: int, shard: Shard, number: int, tokens: ArrayLike, computed: int) -> str:
+        length = int(shard.index.num_positions[number]) + 1
+        if np.size(tokens) != length:
+            return f"{np.size(tokens)} tokens given, {length} captured"
+        same = np.flatnonzero(shard.index.alignment == np.uint64(computed))
+        if same.size:
+            other = i - number + int(same[0])
+            return f"they are sequence {other} of the cache: another order or packing seed, or a shift"
+        stored = shard[number].tokens
+        if stored is None:
+            return "another packing seed, tokenizer or corpus"
+        ids = np.asarray(tokens, np.int64)
+        differing = np.flatnonzero(ids != stored)
+        if np.array_equal(ids[1:], stored[:-1]) or np.array_equal(ids[:-1], stored[1:]):
+            return "shifted by one token"
+        place = int(differing[0])
+        return (
+            f"{differing.size} of {length} tokens differ, the first at {place}: {stored[place]} captured, "
+            f"{ids[place]} given; another packing seed, tokenizer or corpus"
+        )
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Fingerprint of each shard, in order."""
+        return [entry.fingerprint for entry in self._entries]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(entry.size_bytes for entry in self._entries)
+
+    @property
+    def num_records(self) -> int:
+        """(id, code) pairs of all sequences."""
+        return sum(entry.num_records for entry in self._entries)
+
+    def shards(self) -> Iterator[Shard]:
+        """Every shard in turn, opened and checked against the first."""
+        return (self._shard(place) for place in range(len(self._entries)))
+
+    def close(self) -> None:
+        """Unmap every open shard."""
+        while self._open_shards:
+            self._open_shards.popitem()[1].close()
+
+    def _shard(self, place: int) -> Shard:
+        if self._pid != os.getpid():  # after a fork the maps are shared; each process keeps its own list
+            self._open_shards = OrderedDict(self._open_shards)
+            self._pid = os.getpid()
+        shard = self._open_shards.get(place)
+        if shard is None:
+            entry = self._entries[place]
+            if not entry.path.exists():
+                raise MissingShardError(
+                    f"sequences {entry.first_sequence}..{entry.first_sequence + entry.num_sequences - 1} are missing; "
+                    "put the shard back or capture it again",
+                    path=entry.path,
+                )
+            shard = Shard(entry.path)
+            self._check_belongs(shard, entry)
+            self._open_shards[place] = shard
+            if len(self._open_shards) > MAX_OPEN_SHARDS:
+                self._open_shards.popitem(last=False)[1].close()
+        else:
+            self._open_shards.move_to_end(place)
+        return shard
+
+    def _check_belongs(self, shard: Shard, entry: Entry) -> None:
+        if shard.fingerprint != entry.fingerprint or shard.header.first_sequence != entry.first_sequence:
+            shard.close()
+            raise CorruptError(
+                f"fingerprint {shard.fingerprint} at sequence {shard.header.first_sequence}, {entry.fingerprint} at "
+                f"{entry.first_sequence} expected; the file was replaced",
+                path=shard.path,
+            )
+        if hasattr(self, "header") and self.header.cache_key != shard.header.cache_key:
+            differing = "; ".join(self.header.differences(shard.header))
+            shard.close()
+            raise CorruptError(f"belongs to another cache: {differing}", path=shard.path)
+
+
+def list_shards(path: Path) -> list[Entry]:
+    """
+    The shards of a cache in order: of a single file, of a manifest, or of a directory's ``.skl`` files.
+
+    Raises:
+        MissingShardError: Sequences are missing between shards, before the first, or there is no shard at all.
+        FormatError: A shard or the manifest is damaged.
+    """
+    if path.is_file():
+        return [_entry(path)]
+    if (path / MANIFEST_NAME).exists():
+        return read_manifest(path / MANIFEST_NAME)
+    return scan_directory(path)
+
+
+def scan_directory(path: Path) -> list[Entry]:
+    """
+    The sealed shards of a directory in order, read from the files themselves; what ``write_manifest`` takes.
+
+    Raises:
+        MissingShardError, FormatError: As ``list_shards``.
+    """
+    files = sorted(p for p in path.iterdir() if p.suffix == ".skl" and p.is_file())
+    if not files:
+        unfinished = [p.name for p in path.iterdir() if p.name.endswith(".skl.partial")]
+        hint = f"; {unfinished[0]} is unfinished, capture it to the end" if unfinished else ""
+        raise MissingShardError(f"no .skl shards here: not a cache, or an empty one{hint}", path=path)
+    entries = sorted((_entry(p) for p in files), key=lambda entry: entry.first_sequence)
+    check_contiguous(entries, path)
+    return entries
+
+
+def _entry(path: Path) -> Entry:
+    shard = Shard(path)
+    try:
+        return describe(shard)
+    finally:
+        shard.close()
+
+
+def describe(shard: Shard) -> Entry:
+    """What a manifest says of a shard."""
+    return Entry(
+        path=shard.path,
+        shard_number=shard.header.shard_number,
+        first_sequence=shard.header.first_sequence,
+        num_sequences=len(shard),
+        num_records=shard.trailer.num_records,
+        size_bytes=shard.trailer.index_offset + shard.trailer.index_size + layout.TRAILER_SIZE,
+        fingerprint=shard.fingerprint,
+    )
+
+
+def open_cache(path: Path | str) -> Cache:
+    """
+    Open one sealed shard, or a directory of them with or without its manifest.
+
+    Args:
+        path: A ``.skl`` file or a cache directory.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        MissingShardError: A range of sequences is missing; it is named.
+        CorruptError, TruncatedError, UnsupportedError: Damage or another version; names file and byte offset.
+
+    Source: SPEC section 11.
+    """
+    return Cache(path)

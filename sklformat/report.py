@@ -1,0 +1,197 @@
+"""
+What is in a cache and what is wrong with it, as plain data: inspect, verify.
+
+Prints and draws nothing.  SPEC.md section 13 lists what is checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sklformat.errors import CorruptError, FormatError, MissingShardError
+from sklformat.manifest import MANIFEST_NAME, Entry, check_contiguous, read_manifest
+from sklformat.reader import Cache, Shard, describe
+from sklformat.records import SparseTargets
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes checked so far, bytes in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """
+    One damage that ``verify`` found.
+
+    Attributes:
+        path: The file.
+        error: Name of the error that a reader raises, such as "CorruptError".
+        message: What is wrong, with both values.
+        offset: Byte offset in the file, or None.
+        sequence: Index of the sequence in its shard, or None.
+    """
+
+    path: Path
+    error: str
+    message: str
+    offset: int | None = None
+    sequence: int | None = None
+
+    def __str__(self) -> str:
+        place = [str(self.path)]
+        place += [] if self.sequence is None else [f"sequence {self.sequence}"]
+        place += [] if self.offset is None else [f"byte {self.offset}"]
+        return ": ".join([*place, self.message])
+
+
+def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
+    """
+    Check every byte of a shard or cache: checksums, every record's rules, and that the shards belong together.
+
+    Args:
+        path: A ``.skl`` file or a cache directory.
+        progress: Told how far it is, in bytes.
+
+    Returns:
+        The problems found, each naming file, byte offset and sequence; empty: sound.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        MissingShardError: A directory without any shard.
+
+    Source: SPEC section 13.
+    """
+    root = Path(path)
+    files = [root] if not root.is_dir() else sorted(p for p in root.iterdir() if p.suffix == ".skl")
+    if root.is_dir() and not files:
+        raise MissingShardError("no .skl shards here: not a cache, or an empty one", path=root)
+    total, done = sum(p.stat().st_size for p in files), 0
+    problems: list[Problem] = []
+    sound: list[tuple[Entry, str]] = []
+    for file in files:
+        try:
+            shard = Shard(file)
+        except FormatError as error:
+            problems.append(_problem(error, file))
+        else:
+            for number in range(len(shard)):
+                try:
+                    check_distinct(shard[number].targets)
+                except FormatError as error:
+                    problems.append(_problem(error, file, number, int(shard.index.offset[number])))
+                if progress is not None:
+                    progress(done + int(shard.index.offset[number]), total)
+            sound.append((describe(shard), shard.header.cache_key))
+            shard.close()
+        done += file.stat().st_size
+        if progress is not None:
+            progress(done, total)
+    if root.is_dir():
+        problems += _check_together(root, sound)
+    return problems
+
+
+def check_distinct(targets: SparseTargets) -> None:
+    """
+    No id comes twice in one position; kind "ratios" cannot show this in one pass over its order.
+
+    Raises:
+        CorruptError: One does.
+    """
+    if targets.weights is None or targets.num_records == 0:
+        return
+    positions = np.repeat(np.arange(targets.num_positions, dtype=np.uint64), np.diff(targets.offsets))
+    keys = np.sort(positions << np.uint64(32) | targets.token_ids)
+    twice = np.flatnonzero(keys[1:] == keys[:-1])
+    if twice.size:
+        key = int(keys[twice[0]])
+        raise CorruptError(f"position {key >> 32}: token id {key & 0xFFFFFFFF} comes twice")
+
+
+def _check_together(root: Path, sound: list[tuple[Entry, str]]) -> list[Problem]:
+    problems: list[Problem] = []
+    entries = sorted((entry for entry, _ in sound), key=lambda entry: entry.first_sequence)
+    keys = [key for _, key in sound]
+    problems += [
+        Problem(entry.path, "CorruptError", f"belongs to another cache than {sound[0][0].path.name}")
+        for entry, key in sound
+        if key != keys[0]
+    ]
+    try:
+        check_contiguous(entries, root)
+        if (root / MANIFEST_NAME).exists():
+            listed = read_manifest(root / MANIFEST_NAME)
+            problems += _check_listed(listed, entries)
+    except FormatError as error:
+        problems.append(_problem(error, root))
+    return problems
+
+
+def _check_listed(listed: list[Entry], found: list[Entry]) -> list[Problem]:
+    by_path = {entry.path: entry for entry in found}
+    problems = [
+        Problem(entry.path, "MissingShardError", "the manifest lists it, but no sound shard is there")
+        for entry in listed
+        if entry.path not in by_path
+    ]
+    problems += [
+        Problem(entry.path, "CorruptError", f"the manifest says {entry}, the file is {by_path[entry.path]}")
+        for entry in listed
+        if entry.path in by_path and by_path[entry.path] != entry
+    ]
+    names = {entry.path for entry in listed}
+    problems += [
+        Problem(entry.path, "CorruptError", "the manifest does not list this shard")
+        for entry in found
+        if entry.path not in names
+    ]
+    return problems
+
+
+def _problem(error: FormatError, path: Path, sequence: int | None = None, offset: int | None = None) -> Problem:
+    return Problem(
+        error.path or path,
+        type(error).__name__,
+        error.message if error.section is None else f"{error.section}: {error.message}",
+        error.offset if error.offset is not None else offset,
+        error.sequence if error.sequence is not None else sequence,
+    )
+
+
+def inspect(path: Path | str) -> dict[str, Any]:
+    """
+    What a cache holds, from its headers and indexes only.
+
+    Returns:
+        JSON-ready: settings, number of shards, sequences, positions and records, bytes, bytes a position, mean number
+        of unique tokens a position, fingerprint.
+
+    Raises:
+        FormatError, FileNotFoundError: As ``skl.open``.
+    """
+    with Cache(path) as cache:
+        positions = sum(int(shard.index.num_positions.sum(dtype=np.uint64)) for shard in cache.shards())
+        settings = {
+            f.name: getattr(cache.header, f.name)
+            for f in dataclasses.fields(cache.header)
+            if f.name not in ("shard_number", "first_sequence")
+        }
+        return {
+            "path": str(cache.path),
+            "fingerprint": cache.fingerprint,
+            "shards": len(cache.fingerprints),
+            "first_sequence": cache.first_sequence,
+            "sequences": len(cache),
+            "positions": positions,
+            "records": cache.num_records,
+            "bytes": cache.size_bytes,
+            "bytes_per_position": cache.size_bytes / positions if positions else None,
+            "unique_tokens_per_position": cache.num_records / positions if positions else None,
+            "biased": cache.header.biased,
+            "header": settings,
+        }

@@ -1,0 +1,282 @@
+"""
+Write one shard so that nothing acknowledged is lost: append, flush, seal; recover what a crash left.
+
+Bytes of a sequence come from ``block``; this module owns the order of writes, syncs and renames.  SPEC.md section 10.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from numpy.typing import ArrayLike
+
+from sklformat import layout
+from sklformat.block import BlockHeader, check_payload, decode_body, encode_block, locate, parse_block_header
+from sklformat.disk import Disk, lock
+from sklformat.errors import CorruptError, FormatError, SettingsError, TruncatedError
+from sklformat.header import Header, parse_header
+from sklformat.index import Index, pack_trailer
+from sklformat.records import SparseTargets
+
+PARTIAL_SUFFIX = ".partial"
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """
+    What ``recover`` kept.
+
+    Attributes:
+        path: The file that holds it: still ``.partial``, or the sealed shard.
+        sequences: Number of whole, valid sequences kept.
+        bytes_cut: Bytes of the torn tail that were cut off.
+    """
+
+    path: Path
+    sequences: int
+    bytes_cut: int
+
+
+class ShardWriter:
+    """
+    Append sequences to one shard; leaving the context seals it, an exception leaves ``<path>.partial``.
+
+    Args:
+        path: Name of the sealed shard, such as "shard-00000.skl"; must not exist.
+        header: Settings of the shard.
+        resume: Go on with an existing ``.partial`` (its torn tail is cut), or begin where there is none.
+        disk: The system calls; for tests.
+
+    Raises:
+        FileExistsError: The sealed shard exists, or a ``.partial`` does and resume is False.
+        InUseError: Another process is writing this shard.
+        SettingsError: The ``.partial`` was made with other settings; both values are shown.
+        CorruptError: The ``.partial`` is damaged in its header.
+        OSError: The system's own, such as no space; the writer takes nothing more and keeps the ``.partial``.
+
+    Source: SPEC section 10.
+    """
+
+    def __init__(self, path: Path | str, *, header: Header, resume: bool = False, disk: Disk | None = None) -> None:
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+        self.header = header
+        self._key = header.shard_key
+        self._disk = disk or Disk()
+        self._index = Index()
+        self._failed = False
+        self._fd = -1
+        if self.path.exists():
+            raise FileExistsError(f"{self.path}: is sealed already; choose another name, or remove it first")
+        try:
+            self._open(resume)
+        except BaseException:
+            self._close()
+            raise
+
+    def _open(self, resume: bool) -> None:
+        try:
+            self._fd = self._disk.create(self.partial)
+        except FileExistsError:
+            self._fd = self._disk.reopen(self.partial)
+            lock(self._fd, self.partial)
+            if not resume:
+                raise FileExistsError(
+                    f"{self.partial}: an unfinished shard is here; go on with resume=True, or remove it first"
+                ) from None
+            found, self._index, self._end = _scan(self._fd, self.partial)
+            if found is not None:
+                if found != self.header:
+                    differing = "; ".join(found.differences(self.header)) or "another place in the cache"
+                    raise SettingsError(f"{self.partial}: made with other settings: {differing}") from None
+                self._disk.truncate(self._fd, self._end)
+                self._disk.sync(self._fd)
+                return
+            self._disk.truncate(self._fd, 0)
+        else:
+            lock(self._fd, self.partial)
+        # The header is durable before any block, so that a longer file always has one.
+        self._disk.write(self._fd, self.header.pack(), 0)
+        self._disk.sync(self._fd)
+        self._disk.sync_directory(self.partial.parent)
+        self._end = layout.HEADER_SIZE
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._fd < 0:
+            return
+        if kind is None:
+            self.seal()
+        else:
+            self.close()
+
+    def __len__(self) -> int:
+        """Number of sequences appended so far, those of a resumed ``.partial`` included."""
+        return len(self._index)
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._end
+
+    def append(self, tokens: ArrayLike, targets: SparseTargets, columns: Mapping[str, ArrayLike] | None = None) -> int:
+        """
+        Append one sequence; it is durable after the next ``flush``.
+
+        Args:
+            tokens: [T + 1] integer ids below vocab_size; they are kept where header.store_tokens says so, and the
+                alignment checksum always is.
+            targets: Records of T positions, of the header's kind.
+            columns: One [T] array for each of header.columns.
+
+        Returns:
+            The sequence's 0-based index in the shard.
+
+        Raises:
+            ValueError: The sequence breaks a rule of the format; the writer stays usable.
+            OSError: The system could not write; the writer is done and the ``.partial`` kept.
+        """
+        self._check_open()
+        number = len(self._index)
+        if number >= layout.MAX_SEQUENCES - 1:
+            raise ValueError(f"a shard holds fewer than {layout.MAX_SEQUENCES} sequences")
+        try:
+            data, block = encode_block(self.header, self._key, number, tokens, targets, columns)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: sequence {number}: {error}") from error
+        self._write(data)
+        self._index.append(self._end - len(data), block)
+        return number
+
+    def flush(self) -> None:
+        """Make every appended sequence durable."""
+        self._check_open()
+        try:
+            self._disk.sync(self._fd)
+        except OSError:
+            self._failed = True
+            raise
+
+    def seal(self) -> None:
+        """Write index and trailer, make them durable, and give the shard its name."""
+        self._check_open()
+        index = self._index.pack()
+        trailer = pack_trailer(self.header, self._key, self._end, self._index, index)
+        self._write(index)
+        self._write(trailer)
+        try:
+            self._disk.truncate(self._fd, self._end)
+            self._disk.sync(self._fd)
+            self._disk.rename(self.partial, self.path)
+        except OSError:
+            self._failed = True
+            raise
+        self._close()
+
+    def close(self) -> None:
+        """Let go without sealing; what was appended is made durable and the ``.partial`` stays."""
+        if self._fd >= 0 and not self._failed:
+            try:
+                self._disk.sync(self._fd)
+            finally:
+                self._close()
+        self._close()
+
+    def _write(self, data: bytes | memoryview) -> None:
+        try:
+            self._disk.write(self._fd, data, self._end)
+        except OSError:
+            self._failed = True
+            raise
+        self._end += len(data)
+
+    def _check_open(self) -> None:
+        if self._fd < 0:
+            raise ValueError(f"{self.path}: the writer is closed")
+        if self._failed:
+            raise ValueError(f"{self.path}: a write failed earlier; open it again with resume=True")
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def recover(path: Path | str) -> Recovered:
+    """
+    Keep the valid prefix of an unsealed shard and cut its torn tail.
+
+    Args:
+        path: ``<name>.partial``, or the shard's final name.
+
+    Returns:
+        How many sequences are kept, and how many bytes were cut.
+
+    Raises:
+        FileNotFoundError: There is no ``.partial``; a sealed shard is never cut.
+        InUseError: A writer has it open.
+        CorruptError, UnsupportedError: The header is damaged or of another version; nothing is changed.
+
+    Source: SPEC section 10.4.
+    """
+    given = Path(path)
+    partial = given if given.name.endswith(PARTIAL_SUFFIX) else given.with_name(given.name + PARTIAL_SUFFIX)
+    if not partial.exists():
+        state = "is sealed and needs no recovery" if given.exists() else "no such file"
+        raise FileNotFoundError(f"{given}: {state}; there is no {partial.name} to recover")
+    disk = Disk()
+    fd = disk.reopen(partial)
+    try:
+        lock(fd, partial)
+        _, index, end = _scan(fd, partial)
+        cut = os.fstat(fd).st_size - end
+        if cut:
+            disk.truncate(fd, end)
+            disk.sync(fd)
+    finally:
+        os.close(fd)
+    return Recovered(partial, len(index), cut)
+
+
+def _scan(fd: int, path: Path) -> tuple[Header | None, Index, int]:
+    """
+    The valid prefix of an unsealed shard: its header, its blocks, where they end.
+
+    No header (None, and end 0) means that the crash came before the header was durable: nothing was acknowledged.
+    """
+    size = os.fstat(fd).st_size
+    try:
+        header = parse_header(os.pread(fd, layout.HEADER_SIZE, 0))
+    except FormatError as error:
+        if size <= layout.HEADER_SIZE and _never_synced(fd, size):
+            return None, Index(), 0
+        raise locate(error, path=path) from None
+    key, index, end = header.shard_key, Index(), layout.HEADER_SIZE
+    while True:
+        try:
+            block = _read_block(fd, header, key, len(index), end)
+        except (CorruptError, TruncatedError):
+            return header, index, end
+        index.append(end, block)
+        end += block.size
+
+
+def _never_synced(fd: int, size: int) -> bool:
+    """A header that a crash cut short: a prefix of a write, or zeros where data never arrived."""
+    data = os.pread(fd, size, 0)
+    return size < layout.HEADER_SIZE or not any(data)
+
+
+def _read_block(fd: int, header: Header, key: int, number: int, offset: int) -> BlockHeader:
+    block = parse_block_header(os.pread(fd, layout.BLOCK_HEADER_SIZE, offset), header, key, number)
+    body = check_payload(os.pread(fd, block.size, offset), block, key)
+    decode_body(header, block, body)
+    return block

@@ -1,0 +1,168 @@
+"""Models and tokenizers: the door to transformers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from sklformat.distill import models
+from sklformat.distill.corpus import tokenizer_fingerprint
+
+TEXTS = ["def f(x):\n    return x + 1\n", "naïve café — 東京\t\x00\n", "for i in range(10): print(i)\n"] * 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.train_tokenizer(TEXTS, 300)
+
+
+def tiny(**changes):
+    settings = {"vocab_size": 300, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_positions": 16, "seed": 3}
+    return models.new_llama(**settings | changes)
+
+
+def test_tokenizer_gives_every_text_back(tokenizer):
+    """Byte-level BPE loses nothing: texts with bytes never seen in training come back unchanged."""
+    texts = [*TEXTS, "🜁 \r\n  x", "".join(map(chr, range(0x250)))]
+    assert texts == [tokenizer.decode(ids) for ids in models.encode(tokenizer, texts)]
+    assert 300 == models.num_ids(tokenizer) == len(tokenizer)
+    assert 0 == models.separator_id(tokenizer)
+
+
+def test_tokenizer_training_repeats():
+    """The same text gives the same tokenizer, so that caches made on two machines agree."""
+    first, second = models.train_tokenizer(TEXTS, 290), models.train_tokenizer(iter(TEXTS), 290)
+    assert tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
+    assert tokenizer_fingerprint(first) != tokenizer_fingerprint(models.train_tokenizer(TEXTS, 291))
+    with pytest.raises(ValueError, match="must be >= 257"):
+        models.train_tokenizer(TEXTS, 256)
+
+
+def test_special_tokens_in_a_text_are_text(tokenizer):
+    """A text that spells the separator cannot put a document boundary into the corpus."""
+    ids = models.encode(tokenizer, ["a<|endoftext|>b"])[0]
+    assert models.separator_id(tokenizer) not in ids
+    assert "a<|endoftext|>b" == tokenizer.decode(ids)
+
+
+def test_saved_model_loads_in_transformers(tokenizer, tmp_path):
+    """What save writes, transformers reads by itself: the same weights, the same ids, the same logits."""
+    model = tiny(separator_id=0).eval()
+    models.save(model, tokenizer, tmp_path / "m")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    loaded = models.load_model(tmp_path / "m")
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = models.logits(model, ids)
+        assert torch.equal(expected, plain(ids).logits)
+        assert torch.equal(expected, models.logits(loaded, ids))
+    assert models.model_fingerprint(model) == models.model_fingerprint(loaded)
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(models.load_tokenizer(tmp_path / "m"))
+    assert not loaded.training
+    assert torch.bfloat16 == models.load_model(tmp_path / "m", dtype="bfloat16").dtype
+    with pytest.raises(FileExistsError):
+        models.save(model, tokenizer, tmp_path / "m")
+    assert {"m"} == {path.name for path in tmp_path.iterdir()}
+
+
+def test_loading_prints_nothing(tokenizer, tmp_path, capfd):
+    """Loading and saving leave stdout and stderr to the program, and the user's own log level as it was."""
+    transformers.utils.logging.set_verbosity_info()
+    try:
+        models.save(tiny(), tokenizer, tmp_path / "m")
+        models.load_model(tmp_path / "m")
+        models.load_tokenizer(tmp_path / "m")
+        models.encode(tokenizer, ["x " * 5000])
+        assert transformers.logging.INFO == transformers.utils.logging.get_verbosity()
+    finally:
+        transformers.utils.logging.set_verbosity_warning()
+    assert ("", "") == tuple(capfd.readouterr())
+
+
+def test_missing_weights_are_refused(tokenizer, tmp_path):
+    """A model whose files lack weights raises; transformers alone would go on with random ones."""
+    models.save(tiny(), tokenizer, tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(
+        ValueError, match=r"not all weights of a LlamaForCausalLM are there \(missing_keys: model\.layers\.2"
+    ):
+        models.load_model(tmp_path / "m")
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    """A path without model or tokenizer raises OSError, in one line with the path."""
+    for load in (models.load_model, models.load_tokenizer):
+        for path in (tmp_path, tmp_path / "nowhere"):
+            with pytest.raises(OSError, match=str(path)) as raised:
+                load(path)
+            assert "\n" not in str(raised.value)
+
+
+def test_new_model_is_a_function_of_its_seed():
+    """Equal seeds give equal weights and leave the global generator alone; the sizes are Llama's."""
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    assert models.model_fingerprint(tiny()) == models.model_fingerprint(tiny())
+    assert models.model_fingerprint(tiny()) != models.model_fingerprint(tiny(seed=4))
+    assert torch.equal(before, torch.get_rng_state())
+    # 4096·64·2 (embedding, head) + 2·(4·64² + 3·64·192 + 2·64) + 64
+    model = models.new_llama(vocab_size=4096, hidden_size=64, num_layers=2, num_heads=2, max_positions=128, seed=0)
+    assert 631104 == sum(parameter.numel() for parameter in model.parameters())
+    assert 192 == model.config.intermediate_size
+    tied = tiny(tie=True)
+    assert tied.get_input_embeddings().weight is models.lm_head_weight(tied)
+    with pytest.raises(ValueError, match="multiple of twice num_heads"):
+        tiny(hidden_size=34)
+
+
+def test_hidden_states_times_head_are_the_logits():
+    """hidden @ weight.T equals the model's logits, and gradients through both reach every parameter."""
+    model = tiny()
+    ids = torch.arange(12).reshape(2, 6)
+    hidden, weight = models.hidden_states(model, ids), models.lm_head_weight(model)
+    assert (2, 6, 32) == tuple(hidden.shape)
+    np.testing.assert_allclose(models.logits(model, ids).detach(), (hidden @ weight.T).detach(), atol=1e-6)
+    models.check_linear_head(model)
+    (hidden @ weight.T).square().sum().backward()
+    assert [] == [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert model.training
+
+
+def test_heads_that_are_not_one_matrix_are_refused():
+    """A head with bias, or logits that are scaled, would make the chunked loss wrong: both raise."""
+    config = transformers.GPTJConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    with pytest.raises(ValueError, match="without bias"):
+        models.check_linear_head(transformers.GPTJForCausalLM(config))
+    config = transformers.CohereConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        logit_scale=0.25,
+    )
+    with pytest.raises(ValueError, match="not hidden states times"):
+        models.check_linear_head(transformers.CohereForCausalLM(config))
+
+
+def test_fit_of_tokenizer_and_model(tokenizer):
+    """A head narrower than the tokenizer is refused, a padded one allowed; positions beyond the model are refused."""
+    assert 300 == models.check_fit(tokenizer, tiny(), seq_len=16)
+    assert 300 == models.check_fit(tokenizer, tiny(vocab_size=320))
+    with pytest.raises(ValueError, match="tokenizer has 300 ids, the model only 299"):
+        models.check_fit(tokenizer, tiny(vocab_size=299))
+    with pytest.raises(ValueError, match="seq_len 17 is beyond the 16 positions"):
+        models.check_fit(tokenizer, tiny(), seq_len=17)
+
+
+def test_model_fingerprint_covers_every_weight():
+    """One changed weight, or the same numbers in another type, is another model."""
+    model = tiny()
+    before = models.model_fingerprint(model)
+    with torch.no_grad():
+        model.model.norm.weight[5] += 1e-3
+    assert before != models.model_fingerprint(model)
+    assert models.model_fingerprint(tiny()) != models.model_fingerprint(tiny().bfloat16())
