@@ -284,7 +284,7 @@ class Ring:
         with contextlib.suppress(CorruptError, UnsupportedError):  # overwritten memory has to be let go of too
             self.finish()
             self._words = native.ring_words(self._memory)
-        self._abandon()
+        self.abandon()
         native.ring_unmap(self._memory)
         # A view that somebody still holds keeps the mapping; the kernel frees it with the last one.
         with contextlib.suppress(BufferError):
@@ -293,8 +293,8 @@ class Ring:
             self._bytes.release()
             self._map.close()
 
-    def _abandon(self) -> None:
-        """Close the descriptors without a word to the other side."""
+    def abandon(self) -> None:
+        """Close this process's descriptors without a word to the other side: what a forked copy does."""
         self._closed = True
         _open_rings.discard(self)
         self.close_peer()
@@ -346,7 +346,7 @@ def _pipe(undo: contextlib.ExitStack) -> tuple[int, int]:
 def _leave_in_forked_child() -> None:
     """A forked copy of this process is not a side of its rings: its descriptors would hide the side's death."""
     for ring in list(_open_rings):
-        ring._abandon()
+        ring.abandon()
 
 
 if hasattr(os, "register_at_fork"):
