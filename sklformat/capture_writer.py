@@ -29,6 +29,8 @@ class Drain:
     def __init__(self, ring: Ring, setup: Setup) -> None:
         self._ring, self._setup = ring, setup
         self._durable = {work.number: work.next_sequence for work in setup.works}
+        # A complete work "wants" what is the next shard's first sequence.
+        self._beginnings = {work.next_sequence: work for work in setup.works if work.next_sequence < work.end}
         self._shard: ShardWriter | None = None
         self._work: ShardWork | None = None
         self._flushed_size, self._flushed_at = 0, 0.0
@@ -70,7 +72,7 @@ class Drain:
 
     def _take(self, frame: Frame) -> None:
         if self._shard is None:
-            self._open(next(work for work in self._setup.works if work.next_sequence == frame.tag))
+            self._open(self._beginnings[frame.tag])
         assert self._shard is not None
         assert self._work is not None
         assert frame.tag == self._work.first_sequence + len(self._shard)

@@ -193,7 +193,7 @@ class Ring:
         if not 0 <= type <= _MAX_TYPE:
             raise ValueError(f"type must be in 0..{_MAX_TYPE}, got {type}")
         if time.monotonic() - self._last_look > _SLICE_SECONDS and self._peer_died():
-            raise RingClosedError("the consumer of the ring died")
+            raise self._consumer_gone()
         for wait_ns in _slices(timeout):
             try:
                 if native.ring_push(self._memory, type, tag, parts, wait_ns):
@@ -206,9 +206,9 @@ class Ring:
                     f"frame of {size} bytes, the ring takes up to {self.max_payload}; make the ring larger"
                 ) from None
             except RingClosedError:
-                raise RingClosedError("the consumer closed the ring") from None
+                raise self._consumer_gone() from None
             if self._peer_died():
-                raise RingClosedError("the consumer of the ring died")
+                raise self._consumer_gone()
         raise RingTimeoutError(f"no room in the ring for {timeout} s")
 
     def pop(self, timeout: float | None = None) -> Frame:
@@ -219,12 +219,12 @@ class Ring:
             timeout: Seconds to wait; None: as long as the producer lives.
 
         Returns:
-            The frame; its payload is a view into the ring, valid until the next pop, release or close.
+            The frame; its payload is a view into the ring, valid until the next pop, release or close.  Arrays made
+            on top of it (``np.frombuffer``) must not be read after that: the producer overwrites them.
 
         Raises:
             RingClosedError: The producer closed or died, and every frame it completed was taken.
             RingTimeoutError: Nothing in time.
-            BufferError: Something still holds the payload of the frame before.
             CorruptError: The ring's memory was overwritten.
         """
         self._check_side(producer=False)
@@ -242,12 +242,7 @@ class Ring:
         raise RingTimeoutError(f"nothing in the ring for {timeout} s")
 
     def release(self) -> None:
-        """
-        Hand the space of the last popped frame back to the producer; does nothing where there is none.
-
-        Raises:
-            BufferError: Something still holds the payload.
-        """
+        """Hand the space of the last popped frame back to the producer; does nothing where there is none."""
         if self._payload is not None:
             self._payload.release()
             self._payload = None
@@ -306,6 +301,9 @@ class Ring:
             return native.ring_peek(self._memory, wait_ns)
         except RingClosedError:
             raise RingClosedError(f"the producer closed the ring after frame {self.words.popped}") from None
+
+    def _consumer_gone(self) -> RingClosedError:
+        return RingClosedError("the consumer closed the ring" if self.words.consumer_closed else "the consumer died")
 
     def _peer_died(self) -> bool:
         self._last_look = time.monotonic()

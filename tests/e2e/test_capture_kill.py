@@ -1,0 +1,133 @@
+"""kill -9 of teacher or writer process, anywhere: sealed shards are whole, the next run completes the same cache."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sklformat as skl
+from capture_data import NUM_SEQUENCES, open_capture, push_all, shard_bytes, write_undisturbed
+
+_DATA = Path(__file__).parents[1] / "capture_data.py"
+
+# Put before the standard library's own start in the writer process: end it at the n-th call of a function of os.
+_DIE_AT = """
+import os, signal, sys
+if "capture_writer" in " ".join(sys.orig_argv):
+    real, left = os.{name}, {calls}
+    def dying(*arguments, **named):
+        global left
+        left -= 1
+        if left == 0:
+            {before}
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
+    os.{name} = dying
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return write_undisturbed(tmp_path_factory.mktemp("undisturbed") / "cache")
+
+
+def alive(pid):
+    """Whether a process still runs; one whose parent has not asked for its status yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def run_until_killed(directory, victim, after, start=None):
+    """A teacher's process that ends by a kill of it or of its writer; both are gone on return."""
+    paths = [str(start)] if start else []
+    process = subprocess.Popen(
+        [sys.executable, str(_DATA), str(directory), victim, str(after)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([*paths, str(_DATA.parents[1])])},
+    )
+    # The writer holds the same pipes: their end is the end of both processes.
+    out, err = process.communicate(timeout=60)
+    writer = int(out)
+    assert not alive(writer)
+    return process.returncode, err
+
+
+def check_and_finish(directory, undisturbed):
+    """What was sealed is right; the next run recovers the rest, and makes exactly the undisturbed cache."""
+    for name, content in shard_bytes(directory).items():
+        assert undisturbed[name] == content
+    with open_capture(directory) as capture:
+        kept = NUM_SEQUENCES - sum(work.end - work.next_sequence for work in capture.shards())
+        push_all(capture)
+    assert undisturbed == shard_bytes(directory)
+    assert [] == skl.verify(directory)
+    assert {"manifest.json", ".lock", *undisturbed} == {path.name for path in directory.iterdir()}
+    return kept
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 4, 6, NUM_SEQUENCES - 1])
+def test_killed_teacher(tmp_path, undisturbed, after):
+    """Every sequence that the teacher handed over before its death is kept: the writer drains the ring and ends."""
+    status, _ = run_until_killed(tmp_path / "cache", "teacher", after)
+    assert -signal.SIGKILL == status
+    assert after == check_and_finish(tmp_path / "cache", undisturbed)
+
+
+@pytest.mark.parametrize("after", [2, 5, 8])
+def test_killed_writer(tmp_path, undisturbed, after):
+    """The teacher raises, and every sequence that was called durable is kept."""
+    status, err = run_until_killed(tmp_path / "cache", "writer", after)
+    assert status == 1
+    assert f"killed by signal 9; sequences below {after} are safe" in err
+    assert check_and_finish(tmp_path / "cache", undisturbed) >= after
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "before"),
+    [
+        ("rename", 1, "pass"),  # index and trailer are written, the shard has not its name yet
+        ("rename", 2, "real(*arguments, **named)"),  # it has, and the directory is not synced
+        ("fdatasync", 1, "pass"),  # the header is not known to be durable
+        ("pwrite", 4, "real(arguments[0], arguments[1][:100], arguments[2])"),  # in the middle of a block
+    ],
+)
+def test_writer_killed_between_two_calls(tmp_path, undisturbed, name, calls, before):
+    """The places where a half-done change would show: none does."""
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "sitecustomize.py").write_text(_DIE_AT.format(name=name, calls=calls, before=before))
+    status, err = run_until_killed(tmp_path / "cache", "nobody", -1, tmp_path / "start")
+    assert status == 1
+    assert "killed by signal 9" in err
+    check_and_finish(tmp_path / "cache", undisturbed)
+
+
+def test_killed_again_and_again(tmp_path, undisturbed):
+    """A capture that is killed after every few sequences still ends with the undisturbed cache."""
+    runs = 0
+    while len(shard_bytes(tmp_path / "cache")) < len(undisturbed):
+        status, _ = run_until_killed(tmp_path / "cache", ("teacher", "writer")[runs % 2], 3)
+        runs += 1
+        if status == 0:
+            break
+    assert runs >= NUM_SEQUENCES // 3
+    assert NUM_SEQUENCES == check_and_finish(tmp_path / "cache", undisturbed)
+
+
+def test_a_new_teacher_waits_for_the_old_writer(tmp_path, undisturbed):
+    """A run that begins while a dead teacher's writer still drains waits for it instead of writing beside it."""
+    process = subprocess.Popen(
+        [sys.executable, str(_DATA), str(tmp_path / "cache"), "teacher", "6"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(_DATA.parents[1])},
+    )
+    process.wait()  # its writer may well be busy
+    assert 6 == check_and_finish(tmp_path / "cache", undisturbed)
+    process.stdout.close()

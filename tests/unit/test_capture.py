@@ -1,0 +1,311 @@
+"""Capture: what the teacher hands over is what the shards hold, and every failure is told to the teacher."""
+
+import dataclasses
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import sklformat as skl
+from capture_data import (
+    HEADER,
+    NUM_SEQUENCES,
+    draws_of,
+    open_capture,
+    push_all,
+    shard_bytes,
+    tokens_of,
+    wait_for_durable,
+    write_undisturbed,
+)
+from sklformat.capture import Capture, ShardWork, merge_draws
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks():
+    """No test leaves a descriptor or a child process behind."""
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    assert before == set(os.listdir("/proc/self/fd"))
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_draws_become_the_shards_a_plain_writer_makes(tmp_path):
+    """The way through ring and writer process changes no byte; the manifest is written; all is durable at the end."""
+    expected = write_undisturbed(tmp_path / "plain")
+    with open_capture(tmp_path / "cache") as capture:
+        works = list(capture.shards())
+        push_all(capture)
+    assert [ShardWork(0, 0, 4, 0), ShardWork(1, 4, 4, 4), ShardWork(2, 8, 3, 8)] == works
+    assert expected == shard_bytes(tmp_path / "cache")
+    assert (NUM_SEQUENCES, []) == (capture.durable, skl.verify(tmp_path / "cache"))
+    assert {"manifest.json", ".lock", *expected} == set(os.listdir(tmp_path / "cache"))
+    assert NUM_SEQUENCES == len(skl.open(tmp_path / "cache"))
+
+
+def test_counts_and_draws_are_the_same(tmp_path):
+    """Pushing (id, count) pairs gives the bytes that pushing their draws gives, for sequences of any length."""
+    header = dataclasses.replace(HEADER, seq_len=0)
+    for name in ("draws", "pairs"):
+        with open_capture(tmp_path / name, header=header, num_sequences=3) as capture:
+            for i in range(3):
+                tokens, draws = tokens_of(i)[: 10 + i], draws_of(i)[: 9 + i]
+                if name == "draws":
+                    capture.push_draws(i, tokens, draws.astype(np.int32))
+                else:
+                    capture.push(i, tokens, merge_draws(draws))
+    assert shard_bytes(tmp_path / "draws") == shard_bytes(tmp_path / "pairs")
+
+
+def test_weights_and_columns_arrive(tmp_path):
+    """Weights go through the ring as they are, and so do columns; positions without a record stay without."""
+    names = ("label_logprob", "entropy")
+    header = skl.Header(vocab_size=1000, seq_len=3, kind="ratios", rounds=0, sampler="topk", columns=names)
+    targets = skl.SparseTargets(token_ids=[5, 7, 1], weights=[0.5, 0.25, 1.0], offsets=[0, 2, 2, 3])
+    columns = {"entropy": [0.5, 1.5, 2.5], "label_logprob": np.array([-1.0, -2.0, -3.0], np.float32)}
+    with Capture(tmp_path / "c", header=header, num_sequences=1, sequences_per_shard=1) as capture:
+        capture.push(0, [1, 2, 3, 4], targets, columns)
+    sequence = skl.open(tmp_path / "c")[0]
+    np.testing.assert_array_equal([1, 2, 3, 4], sequence.tokens)
+    np.testing.assert_array_equal([0, 2, 2, 3], sequence.targets.offsets)
+    np.testing.assert_allclose([0.5, 0.25, 1.0], sequence.targets.weights, rtol=0.01)
+    for name, values in columns.items():
+        np.testing.assert_array_equal(values, sequence.columns[name])
+
+
+def test_order_and_shapes_are_checked_before_the_ring(tmp_path):
+    """Sequences come in order within a shard, and what cannot fit the header is refused at once; nothing is lost."""
+    expected = write_undisturbed(tmp_path / "plain")
+    targets = merge_draws(draws_of(0))
+    with open_capture(tmp_path / "cache", ring_bytes=8192) as capture:
+        with pytest.raises(ValueError, match="sequence 1 pushed, 0 is due"):
+            capture.push(1, tokens_of(1), targets)
+        capture.push(0, tokens_of(0), targets)
+        for wrong in (0, 2, 4, NUM_SEQUENCES, -1):
+            with pytest.raises(ValueError, match=f"sequence {wrong} pushed, 1 is due"):
+                capture.push(wrong, tokens_of(1), targets)
+        for message, tokens, draws, columns in (
+            ("10 draws a position, the header's rounds is 20", tokens_of(1), draws_of(1)[:, :10], None),
+            ("32 tokens and 32 positions", tokens_of(1)[1:], draws_of(1), None),
+            ("5 positions, the header's seq_len is 32", tokens_of(1)[:6], draws_of(1)[:5], None),
+            ("columns .'entropy'. given", tokens_of(1), draws_of(1), {"entropy": np.zeros(32)}),
+            (r"tokens must be in \[0", -1 - tokens_of(1), draws_of(1), None),
+            ("draws must be integers", tokens_of(1), draws_of(1).astype(float), None),
+        ):
+            with pytest.raises(ValueError, match=message):
+                capture.push_draws(1, tokens, draws, columns)
+        weights = skl.SparseTargets(token_ids=[1], weights=[1.0], offsets=[0, 1])
+        with pytest.raises(ValueError, match="kind 'ratios', the header's kind is 'counts'"):
+            capture.push(1, tokens_of(1), weights)
+        for sequence in range(1, NUM_SEQUENCES):
+            capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+        with pytest.raises(ValueError, match="no shard wants any more"):
+            capture.push_draws(NUM_SEQUENCES, tokens_of(0), draws_of(0))
+    assert expected == shard_bytes(tmp_path / "cache")
+
+
+def test_whole_shards_may_come_in_any_order(tmp_path):
+    """Shards are separate work: only within a shard does the order count; durable is what is whole from the start."""
+    expected = write_undisturbed(tmp_path / "plain")
+    with open_capture(tmp_path / "cache") as capture:
+        for work in reversed(list(capture.shards())):
+            assert 0 == capture.durable
+            for sequence in range(work.first_sequence, work.end):
+                capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+    assert (NUM_SEQUENCES, expected) == (capture.durable, shard_bytes(tmp_path / "cache"))
+
+
+def test_a_sequence_larger_than_the_ring(tmp_path):
+    """A ring that cannot hold one sequence is a wrong argument, said in bytes."""
+    header = dataclasses.replace(HEADER, seq_len=0)
+    with open_capture(tmp_path / "cache", ring_bytes=4096, header=header) as capture:
+        capture.push_draws(0, tokens_of(0), draws_of(0))
+        with pytest.raises(ValueError, match="frame of 8384 bytes, the ring takes up to 4032; make the ring larger"):
+            capture.push_draws(1, np.zeros(100, int), np.zeros((99, 20), int))
+
+
+@pytest.mark.parametrize("name", ["num_sequences", "sequences_per_shard", "ring_bytes", "checkpoint_seconds"])
+def test_numbers_must_be_positive(tmp_path, name):
+    """A number that means nothing is refused before anything is made."""
+    with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
+        open_capture(tmp_path / "cache", **{name: 0})
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_two_captures_on_one_directory(tmp_path):
+    """The second is refused, the first goes on."""
+    with open_capture(tmp_path / "cache") as capture:
+        with pytest.raises(skl.InUseError, match="another process is writing"), open_capture(tmp_path / "cache"):
+            pass
+        push_all(capture)
+    assert [] == skl.verify(tmp_path / "cache")
+
+
+def test_an_exception_keeps_what_was_pushed(tmp_path):
+    """The shard begun stays as .partial with every pushed sequence; the next run asks for the rest only."""
+    expected = write_undisturbed(tmp_path / "plain")
+    with pytest.raises(KeyboardInterrupt), open_capture(tmp_path / "cache") as capture:
+        for sequence in range(6):
+            capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+        raise KeyboardInterrupt
+    assert 6 == capture.durable
+    assert {"shard-00000.skl", "shard-00001.skl.partial", ".lock", ".writer.lock"} == set(
+        os.listdir(tmp_path / "cache")
+    )
+    with open_capture(tmp_path / "cache") as capture:
+        assert [ShardWork(1, 4, 4, 6), ShardWork(2, 8, 3, 8)] == list(capture.shards())
+        push_all(capture)
+    assert expected == shard_bytes(tmp_path / "cache")
+
+
+def test_leaving_early_writes_no_manifest(tmp_path):
+    """A capture that is not complete ends without an error and without a manifest."""
+    with open_capture(tmp_path / "cache") as capture:
+        capture.push_draws(0, tokens_of(0), draws_of(0))
+    assert 1 == capture.durable
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
+def test_a_finished_cache_wants_nothing(tmp_path):
+    """Capturing into a finished cache starts nothing, and writes a manifest that was lost again."""
+    expected = write_undisturbed(tmp_path / "cache")
+    with open_capture(tmp_path / "cache") as capture:
+        assert 0 == capture.wait_seconds
+        assert ([], None, NUM_SEQUENCES) == (list(capture.shards()), capture._process, capture.durable)
+        with pytest.raises(ValueError, match="no shard wants"):
+            capture.push_draws(0, tokens_of(0), draws_of(0))
+    assert expected == shard_bytes(tmp_path / "cache")
+    assert (tmp_path / "cache" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"header": dataclasses.replace(HEADER, rounds=21)}, "rounds: 20 != 21"),
+        ({"header": dataclasses.replace(HEADER, capture={"teacher": "b"})}, "'made up'.* != .*'b'"),
+        ({"sequences_per_shard": 5}, "holds 4 sequences, this capture asks for 5"),
+        ({"sequences_per_shard": 2, "num_sequences": 20}, "holds 4 sequences, this capture asks for 2"),
+        ({"num_sequences": 8}, "make 2 shards, this is number 2"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, changes, message):
+    """A directory with shards of other settings is left alone, and the message shows both values."""
+    write_undisturbed(tmp_path / "cache")
+    (tmp_path / "cache" / "shard-00001.skl").unlink()
+    before = shard_bytes(tmp_path / "cache")
+    with pytest.raises(skl.SettingsError, match=message), open_capture(tmp_path / "cache", **changes):
+        pass
+    assert before == shard_bytes(tmp_path / "cache")
+
+
+def test_an_unfinished_shard_of_other_settings_is_refused(tmp_path):
+    """The same holds for a .partial, which is not cut or replaced; one that holds too much is refused too."""
+    with open_capture(tmp_path / "cache") as capture:
+        for sequence in range(3):
+            capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+    partial = tmp_path / "cache" / "shard-00000.skl.partial"
+    before = partial.read_bytes()
+    other = dataclasses.replace(HEADER, sampling_seed=7)
+    with pytest.raises(skl.SettingsError, match="sampling_seed: 0 != 7"), open_capture(partial.parent, header=other):
+        pass
+    assert before == partial.read_bytes()
+    with pytest.raises(skl.SettingsError, match="holds 3 sequences already, this capture asks for 2"):
+        open_capture(partial.parent, sequences_per_shard=2).__enter__()
+
+
+def test_a_bad_record_is_told_by_sequence(tmp_path):
+    """A record that breaks the format stops the capture with the writer's own words; what came before is kept."""
+    draws = draws_of(2)
+    draws[3, -1] = HEADER.vocab_size
+    with (
+        pytest.raises(skl.CaptureError, match=r"sequence 2: .*position 3: token id 1000"),
+        open_capture(tmp_path / "cache") as capture,
+    ):
+        for sequence in range(2):
+            capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+        capture.push_draws(2, tokens_of(2), draws)
+    assert 2 == skl.recover(tmp_path / "cache" / "shard-00000.skl").sequences
+
+
+def test_unsorted_draws_are_told_on_the_next_push(tmp_path):
+    """The writer's error reaches a teacher that goes on pushing, again and again."""
+    with (
+        pytest.raises(skl.CaptureError, match="sequence 0: position 5: draws are not sorted"),
+        open_capture(tmp_path / "cache") as capture,
+    ):
+        draws = draws_of(0)
+        draws[5] = draws[5, ::-1]
+        capture.push_draws(0, tokens_of(0), draws)
+        capture._process.wait()
+        for _ in range(2):
+            with pytest.raises(skl.CaptureError, match="position 5"):
+                capture.push_draws(1, tokens_of(1), draws_of(1))
+        capture.push_draws(1, tokens_of(1), draws_of(1))
+
+
+def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
+    """When the system takes no more bytes, the message is the system's, and a later run goes on."""
+    expected = write_undisturbed(tmp_path / "plain")
+    with (
+        pytest.raises(skl.CaptureError, match="File too large; sequences below 0 are safe"),
+        open_capture(tmp_path / "cache") as capture,
+    ):
+        resource.prlimit(capture._process.pid, resource.RLIMIT_FSIZE, (9000, 9000))
+        push_all(capture)
+    with open_capture(tmp_path / "cache") as capture:
+        push_all(capture)
+    assert expected == shard_bytes(tmp_path / "cache")
+
+
+def test_a_killed_writer_is_noticed(tmp_path):
+    """A teacher blocked on a full ring learns within 200 ms that its writer process was killed, not merely stopped."""
+    with (
+        pytest.raises(skl.CaptureError, match="killed by signal 9; sequences below 2 are safe"),
+        open_capture(tmp_path / "cache", ring_bytes=8192, checkpoint_bytes=1) as capture,
+    ):
+        for sequence in range(2):
+            capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+        wait_for_durable(capture, 2)
+        capture._process.send_signal(signal.SIGSTOP)
+        killer = subprocess.Popen(
+            ["/bin/sh", "-c", f"sleep 0.4; kill -9 {capture._process.pid}; date +%s.%N"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            for sequence in range(2, NUM_SEQUENCES):
+                capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+        finally:
+            noticed = time.time()
+            killed = float(killer.communicate()[0])
+    assert capture.wait_seconds > 0.2
+    assert noticed - killed < 0.2
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint_bytes": 1}, {"checkpoint_seconds": 0.05}])
+def test_checkpoints_move_the_watermark(tmp_path, changes):
+    """With a checkpoint after every byte, or after a moment, sequences become durable while the shard is unfinished."""
+    with open_capture(tmp_path, sequences_per_shard=100, **changes) as capture:
+        for sequence in range(5):
+            capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+            wait_for_durable(capture, sequence + 1)
+
+
+def test_a_writer_that_cannot_start_is_told(tmp_path, monkeypatch):
+    """An interpreter that fails at once is an error of the capture, not a hang."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(skl.CaptureError, match="ended with status 1"), open_capture(tmp_path / "cache"):
+        pass
+
+
+def test_neither_side_imports_torch():
+    """Teacher's handle and writer process stay light: neither imports torch."""
+    code = "import sys, sklformat.capture, sklformat.capture_writer; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "False\n" == done.stdout
