@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-
-import sklformat as skl
 from capture_data import (
     HEADER,
     NUM_SEQUENCES,
@@ -23,15 +22,25 @@ from capture_data import (
     wait_for_durable,
     write_undisturbed,
 )
+
+import sklformat as skl
 from sklformat.capture import Capture, ShardWork, merge_draws
+
+
+def names(directory):
+    return {path.name for path in directory.iterdir()}
+
+
+def open_descriptors():
+    return names(Path("/proc/self/fd"))
 
 
 @pytest.fixture(autouse=True)
 def nothing_leaks():
     """No test leaves a descriptor or a child process behind."""
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     yield
-    assert before == set(os.listdir("/proc/self/fd"))
+    assert before == open_descriptors()
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
@@ -45,7 +54,7 @@ def test_draws_become_the_shards_a_plain_writer_makes(tmp_path):
     assert [ShardWork(0, 0, 4, 0), ShardWork(1, 4, 4, 4), ShardWork(2, 8, 3, 8)] == works
     assert expected == shard_bytes(tmp_path / "cache")
     assert (NUM_SEQUENCES, []) == (capture.durable, skl.verify(tmp_path / "cache"))
-    assert {"manifest.json", ".lock", *expected} == set(os.listdir(tmp_path / "cache"))
+    assert {"manifest.json", ".lock", *expected} == names(tmp_path / "cache")
     assert NUM_SEQUENCES == len(skl.open(tmp_path / "cache"))
 
 
@@ -155,9 +164,7 @@ def test_an_exception_keeps_what_was_pushed(tmp_path):
             capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
         raise KeyboardInterrupt
     assert 6 == capture.durable
-    assert {"shard-00000.skl", "shard-00001.skl.partial", ".lock", ".writer.lock"} == set(
-        os.listdir(tmp_path / "cache")
-    )
+    assert {"shard-00000.skl", "shard-00001.skl.partial", ".lock", ".writer.lock"} == names(tmp_path / "cache")
     with open_capture(tmp_path / "cache") as capture:
         assert [ShardWork(1, 4, 4, 6), ShardWork(2, 8, 3, 8)] == list(capture.shards())
         push_all(capture)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,10 @@ from sklformat import native
 from sklformat.capture import merge_draws
 from sklformat.errors import CorruptError, RingClosedError, RingTimeoutError, UnsupportedError
 from sklformat.ring import Ring
+
+
+def open_descriptors():
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
 
 
 @pytest.fixture
@@ -185,7 +190,7 @@ def test_a_ring_without_room():
 
 def test_creating_and_closing_leaks_no_descriptor():
     """Rings, closed on both sides, leave the process as it was."""
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     for _ in range(50):
         producer = Ring.create(4096)
         consumer = Ring.attach(*map(os.dup, producer.peer_descriptors))
@@ -194,7 +199,7 @@ def test_creating_and_closing_leaks_no_descriptor():
         consumer.close()
         producer.close()
         producer.close()
-    assert before == os.listdir("/proc/self/fd")
+    assert before == open_descriptors()
 
 
 _CONSUME = """
