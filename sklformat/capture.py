@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import operator
 import os
 import subprocess
 import sys
@@ -84,9 +85,9 @@ class Capture:
                 raise ValueError(f"{name} must be positive, got {value}")
         self.directory = Path(directory)
         self.header = header
-        self.num_sequences = num_sequences
-        self.sequences_per_shard = sequences_per_shard
-        self._ring_bytes = ring_bytes
+        self.num_sequences = operator.index(num_sequences)
+        self.sequences_per_shard = operator.index(sequences_per_shard)
+        self._ring_bytes = operator.index(ring_bytes)
         self._checkpoints = checkpoint_bytes, checkpoint_seconds
         self._works: list[ShardWork] = []
         self._todo: dict[int, ShardWork] = {}

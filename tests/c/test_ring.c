@@ -145,6 +145,19 @@ static void refuses_other_memory(void)
     CHECK(skl_ring_state(memory, RING_LEN - CAPACITY / 2, &words) == SKL_ERR_CORRUPT);
 }
 
+/* A frame that is not the next one (lost, doubled, out of order) is seen by its number. */
+static void numbers_are_checked(void)
+{
+    fresh();
+    CHECK(push("x", 1, 0, 0) == SKL_OK);
+    skl_frame frame;
+    CHECK(skl_ring_peek(memory, RING_LEN, 0, &frame) == SKL_OK);
+    const uint64_t number = 1;
+    memcpy(memory + frame.offset - 64 + 8, &number, sizeof number);
+    CHECK(skl_ring_peek(memory, RING_LEN, 0, &frame) == SKL_ERR_CORRUPT);
+    CHECK(skl_ring_release(memory, RING_LEN) == SKL_ERR_CORRUPT);
+}
+
 /* Whatever the shared words and frame headers say, every access stays inside the memory and every call returns. */
 static void survives_overwritten_words(void)
 {
@@ -264,6 +277,54 @@ static void closing_wakes(void)
     }
 }
 
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * SECOND + (uint64_t)now.tv_nsec;
+}
+
+static void *act_late(void *filling)
+{
+    const struct timespec nap = {.tv_nsec = 5000000};
+    for (uint32_t i = 0; i < 20; i++) {
+        nanosleep(&nap, NULL);
+        skl_frame frame;
+        if (filling != NULL) { /* the other side waits for room */
+            CHECK(skl_ring_peek(memory, RING_LEN, SECOND, &frame) == SKL_OK);
+            CHECK(skl_ring_release(memory, RING_LEN) == SKL_OK);
+        } else {
+            CHECK(push("x", 1, i, 0) == SKL_OK);
+        }
+    }
+    return NULL;
+}
+
+/* A side that sleeps is woken by what it waits for: 20 times lie far below 20 of the time limits that would hide it. */
+static void sleepers_are_woken(void)
+{
+    static const uint8_t bytes[CAPACITY - 64];
+    for (uint32_t filling = 0; filling < 2; filling++) {
+        fresh();
+        if (filling)
+            CHECK(push(bytes, sizeof bytes, 0, 0) == SKL_OK);
+        const uint64_t started = now_ns();
+        pthread_t other;
+        CHECK(pthread_create(&other, NULL, act_late, filling ? &filling : NULL) == 0);
+        for (uint32_t i = 0; i < 20; i++) {
+            skl_frame frame;
+            if (filling) {
+                CHECK(push(bytes, sizeof bytes, i, SECOND) == SKL_OK);
+            } else {
+                CHECK(skl_ring_peek(memory, RING_LEN, SECOND, &frame) == SKL_OK);
+                CHECK(skl_ring_release(memory, RING_LEN) == SKL_OK);
+            }
+        }
+        CHECK(pthread_join(other, NULL) == 0);
+        CHECK(now_ns() - started < SECOND);
+    }
+}
+
 int main(void)
 {
     keeps_order_and_content();
@@ -271,8 +332,10 @@ int main(void)
     full_ring_waits();
     closing();
     refuses_other_memory();
+    numbers_are_checked();
     survives_overwritten_words();
     soak();
     closing_wakes();
+    sleepers_are_woken();
     return 0;
 }
