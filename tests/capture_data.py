@@ -58,23 +58,33 @@ def shard_bytes(directory):
     return {path.name: path.read_bytes() for path in Path(directory).glob("*.skl")}
 
 
-def wait_for_durable(capture, sequences):
-    """Until the writer process has said so; the test's own time limit ends a wait in vain."""
+def wait_for(condition):
+    """Until it holds, in another process's own time; not for ever."""
     end = time.monotonic() + 30
-    while capture.durable < sequences and time.monotonic() < end:
+    while not condition() and time.monotonic() < end:
         os.sched_yield()
-    assert capture.durable >= sequences
+    assert condition()
+
+
+def wait_for_durable(capture, sequences):
+    wait_for(lambda: capture.durable >= sequences)
 
 
 def main(directory, victim, after):
-    """Capture, and kill the teacher or the writer process after so many pushes; run by the tests as a process."""
+    """
+    Capture, and kill the teacher or the writer process after so many pushes; run by the tests as a process.
+
+    "stopped": the teacher dies while its writer process is stopped.
+    """
     with open_capture(directory, checkpoint_bytes=1) as capture:
         print(capture._process.pid, flush=True)
         pushed = 0
         for work in capture.shards():
             for sequence in range(work.next_sequence, work.end):
                 if pushed == int(after):
-                    if victim == "teacher":
+                    if victim == "stopped":
+                        os.kill(capture._process.pid, signal.SIGSTOP)
+                    if victim in ("teacher", "stopped"):
                         os.kill(os.getpid(), signal.SIGKILL)
                     if victim == "writer":
                         wait_for_durable(capture, sequence)

@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from capture_data import NUM_SEQUENCES, open_capture, push_all, shard_bytes, write_undisturbed
+from capture_data import NUM_SEQUENCES, open_capture, push_all, shard_bytes, wait_for, write_undisturbed
 
 import sklformat as skl
+from sklformat import capture
 
 _DATA = Path(__file__).parents[1] / "capture_data.py"
 
@@ -56,10 +56,7 @@ def run_until_killed(directory, victim, after, start=None):
     # The writer holds the same pipes: their end is the end of both processes.
     out, err = process.communicate(timeout=60)
     writer = int(out)
-    end = time.monotonic() + 30  # descriptors close a moment before the process is gone
-    while alive(writer) and time.monotonic() < end:
-        os.sched_yield()
-    assert not alive(writer)
+    wait_for(lambda: not alive(writer))  # descriptors close a moment before the process is gone
     return process.returncode, err
 
 
@@ -67,9 +64,9 @@ def check_and_finish(directory, undisturbed):
     """What was sealed is right; the next run recovers the rest, and makes exactly the undisturbed cache."""
     for name, content in shard_bytes(directory).items():
         assert undisturbed[name] == content
-    with open_capture(directory) as capture:
-        kept = NUM_SEQUENCES - sum(work.end - work.next_sequence for work in capture.shards())
-        push_all(capture)
+    with open_capture(directory) as run:
+        kept = NUM_SEQUENCES - sum(work.end - work.next_sequence for work in run.shards())
+        push_all(run)
     assert undisturbed == shard_bytes(directory)
     assert [] == skl.verify(directory)
     assert {"manifest.json", ".lock", *undisturbed} == {path.name for path in directory.iterdir()}
@@ -124,14 +121,20 @@ def test_killed_again_and_again(tmp_path, undisturbed):
     assert NUM_SEQUENCES == check_and_finish(tmp_path / "cache", undisturbed)
 
 
-def test_a_new_teacher_waits_for_the_old_writer(tmp_path, undisturbed):
-    """A run that begins while a dead teacher's writer still drains waits for it instead of writing beside it."""
+def test_a_new_teacher_waits_for_the_old_writer(tmp_path, undisturbed, monkeypatch):
+    """A run that begins while a dead teacher's writer still drains never writes beside it."""
     process = subprocess.Popen(
-        [sys.executable, str(_DATA), str(tmp_path / "cache"), "teacher", "6"],
+        [sys.executable, str(_DATA), str(tmp_path / "cache"), "stopped", "6"],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(_DATA.parents[1])},
     )
-    process.wait()  # its writer may well be busy
+    writer = int(process.stdout.readline())
+    process.wait()
+    monkeypatch.setattr(capture, "_TAKEOVER_SECONDS", 0.1)
+    with pytest.raises(skl.InUseError, match="writer process of an interrupted capture is still writing"):
+        open_capture(tmp_path / "cache").__enter__()
+    monkeypatch.undo()
+    os.kill(writer, signal.SIGCONT)
     assert 6 == check_and_finish(tmp_path / "cache", undisturbed)
     process.stdout.close()

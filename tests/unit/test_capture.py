@@ -19,6 +19,7 @@ from capture_data import (
     push_all,
     shard_bytes,
     tokens_of,
+    wait_for,
     wait_for_durable,
     write_undisturbed,
 )
@@ -127,6 +128,7 @@ def test_whole_shards_may_come_in_any_order(tmp_path):
             assert 0 == capture.durable
             for sequence in range(work.first_sequence, work.end):
                 capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+            wait_for(lambda number=work.number: (tmp_path / "cache" / f"shard-{number:05d}.skl").exists())
     assert (NUM_SEQUENCES, expected) == (capture.durable, shard_bytes(tmp_path / "cache"))
 
 

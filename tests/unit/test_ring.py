@@ -256,7 +256,7 @@ def test_a_killed_consumer_is_noticed():
         process.wait()
         killed = time.monotonic()
         with pytest.raises(RingClosedError, match="died"):
-            ring.push(bytes(1000))
+            ring.push(bytes(1000), timeout=10)
         assert time.monotonic() - killed < 0.2
         process.stdout.close()
 
@@ -269,6 +269,7 @@ child = subprocess.Popen([sys.executable, "-c", sys.argv[1], *map(str, ring.peer
                          pass_fds=ring.peer_descriptors)
 ring.close_peer()
 if os.fork() == 0:  # a forked copy must not hide the death of its parent
+    signal.alarm(20)
     signal.pause()
 print(child.pid, flush=True)
 for i in range(40):
@@ -282,10 +283,12 @@ def test_a_killed_producer_is_noticed_and_drained():
     process = subprocess.Popen(
         [sys.executable, "-c", _PRODUCE_AND_DIE, _CONSUME], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
+    started = time.monotonic()
     lines = [process.stdout.readline(), process.stdout.readline()]
     try:
         assert "40 the producer died after frame 40\n" == lines[1]
         assert -signal.SIGKILL == process.wait()
+        assert time.monotonic() - started < 15  # the forked copy lives longer
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # the forked copy
         process.stdout.close()
