@@ -132,9 +132,11 @@ def test_a_new_teacher_waits_for_the_old_writer(tmp_path, undisturbed, monkeypat
     writer = int(process.stdout.readline())
     process.wait()
     monkeypatch.setattr(capture, "_TAKEOVER_SECONDS", 0.1)
-    with pytest.raises(skl.InUseError, match="writer process of an interrupted capture is still writing"):
-        open_capture(tmp_path / "cache").__enter__()
+    try:
+        with pytest.raises(skl.InUseError, match="writer process of an interrupted capture is still writing"):
+            open_capture(tmp_path / "cache").__enter__()
+    finally:
+        os.kill(writer, signal.SIGCONT)
     monkeypatch.undo()
-    os.kill(writer, signal.SIGCONT)
     assert 6 == check_and_finish(tmp_path / "cache", undisturbed)
     process.stdout.close()
