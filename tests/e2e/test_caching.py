@@ -1,7 +1,11 @@
 """cache_teacher: text and a teacher in, a finished cache out; stopped, gone on with, refused."""
 
+import pickle
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -179,6 +183,32 @@ def test_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, capsys, stop
     assert shard_bytes(config("whole").out) == shard_bytes(config("stopped").out)
     # Larger teachers give other last bits in batches of another shape; so every batch must be one of the whole run's.
     assert [] == [batch for batch in batches if batch not in whole]
+
+
+KILLED = """
+import os, pathlib, pickle, signal, sys
+import torch
+from sklformat.distill import caching
+torch.set_num_threads(1)
+drawn = caching._drawn
+def killing(settings, teacher, output, sequence):
+    if sequence == 17:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return drawn(settings, teacher, output, sequence)
+caching._drawn = killing
+caching.cache_teacher(pickle.load(sys.stdin.buffer))
+"""
+
+
+def test_killed_run_goes_on_to_the_same_bytes(config):
+    """After kill -9 of the teacher's process the same command ends with the bytes of an undisturbed run."""
+    cache_teacher(config("whole"))
+    killed = subprocess.run([sys.executable, "-c", KILLED], input=pickle.dumps(config("killed")), check=False)
+    assert -signal.SIGKILL == killed.returncode
+    summary = cache_teacher(config("killed"))
+    assert 5 <= summary.sequences_made <= 12  # the first shard is sealed; the writer may have lost none of the second
+    assert shard_bytes(config("whole").out) == shard_bytes(config("killed").out)
+    assert [] == skl.verify(config("killed").out)
 
 
 @pytest.mark.parametrize(
