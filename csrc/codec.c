@@ -47,6 +47,7 @@ static int known_shape(const skl_shape *shape)
            (shape->token_size == 0 || (shape->token_size >= 2 && shape->token_size <= 4)) &&
            shape->num_columns <= 2 && shape->vocab_size >= 1 &&
            shape->vocab_size <= UINT32_C(1) << id_bits(shape) &&
+           (shape->token_size != 2 || shape->vocab_size <= UINT32_C(1) << 16) &&
            (!counts || (shape->rounds >= 1 && shape->rounds <= max_code(shape))) &&
            shape->num_records <= (uint64_t)shape->num_positions * 65535;
 }
@@ -110,7 +111,7 @@ static int counts_are_bad(const skl_shape *shape, const int64_t *offsets, const 
     uint64_t falls = scan->falls;
     for (uint32_t t = 0; t < shape->num_positions; t++) {
         const int64_t begin = offsets[t];
-        falls -= begin > 0 && begin < offsets[t + 1] && token_ids[begin] <= token_ids[begin - 1];
+        falls -= begin > offsets[0] && begin < offsets[t + 1] && token_ids[begin] <= token_ids[begin - 1];
     }
     return falls != 0 || scan->large || scan->zeros ||
            skl_current_kernels()->sums_differ(offsets, shape->num_positions, codes, shape->rounds);
@@ -154,11 +155,8 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
     skl_status status = skl_check_offsets(shape->num_positions, offsets, shape->num_records, fault);
     if (status == SKL_OK)
         status = check_records(shape, offsets, token_ids, codes, SKL_ERR_ARG, fault);
-    if (status == SKL_OK && shape->token_size != 0) {
+    if (status == SKL_OK && shape->token_size != 0)
         status = check_tokens(shape, tokens, SKL_ERR_ARG, fault);
-        if (status == SKL_OK && shape->token_size < 4 && shape->vocab_size > UINT32_C(1) << (8 * shape->token_size))
-            status = skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, shape->token_size);
-    }
     if (status != SKL_OK)
         return status;
 
@@ -184,25 +182,25 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
 
 /* ---- decode -------------------------------------------------------------------------------------------------------- */
 
-/* Prefix sums of the numbers of records; they must end at num_records. */
-static skl_status decode_offsets(const skl_shape *shape, const uint8_t *src, int64_t *offsets, skl_fault *fault)
+/* Prefix sums of the numbers of records, from base on; they must end at base + num_records. */
+static skl_status decode_offsets(const skl_shape *shape, const uint8_t *src, int64_t base, int64_t *offsets,
+                                 skl_fault *fault)
 {
-    int64_t sum = 0;
-    offsets[0] = 0;
+    int64_t sum = base;
+    offsets[0] = base;
     if (shape->record_count_size == 1)
         for (uint32_t t = 0; t < shape->num_positions; t++)
             offsets[t + 1] = sum += src[t];
     else
         for (uint32_t t = 0; t < shape->num_positions; t++)
             offsets[t + 1] = sum += load_bytes(src + 2 * (size_t)t, 2);
-    if ((uint64_t)sum != shape->num_records)
-        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, (uint64_t)sum);
+    if ((uint64_t)(sum - base) != shape->num_records)
+        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, (uint64_t)(sum - base));
     return SKL_OK;
 }
 
-skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t *offsets,
-                      uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns_out,
-                      skl_fault *fault)
+skl_status skl_decode_records(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t base,
+                              int64_t *offsets, uint32_t *token_ids, uint8_t *codes, skl_fault *fault)
 {
     if (!known_shape(shape))
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
@@ -213,17 +211,33 @@ skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len
         if (src[i] != 0)
             return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_PADDING, shape->num_positions, i);
 
-    skl_status status = decode_offsets(shape, src, offsets, fault);
+    const skl_status status = decode_offsets(shape, src, base, offsets, fault);
     if (status != SKL_OK)
         return status;
     skl_scan scan;
     skl_current_kernels()->unpack(shape->profile, shape->vocab_size, src + at.records, (size_t)shape->num_records,
-                                  token_ids, codes, &scan);
+                                  token_ids + base, codes + base, &scan);
     if (scan.reserved)
         return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_RESERVED, 0, 0);
     if (shape->kind != SKL_KIND_COUNTS || counts_are_bad(shape, offsets, token_ids, codes, &scan))
-        status = check_records(shape, offsets, token_ids, codes, SKL_ERR_CORRUPT, fault);
-    if (status == SKL_OK && tokens != NULL && shape->token_size != 0) {
+        return check_records(shape, offsets, token_ids, codes, SKL_ERR_CORRUPT, fault);
+    return SKL_OK;
+}
+
+uint64_t skl_tokens_offset(const skl_shape *shape)
+{
+    return locate(shape).tokens;
+}
+
+skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t *offsets,
+                      uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns_out,
+                      skl_fault *fault)
+{
+    skl_status status = skl_decode_records(shape, src, src_len, 0, offsets, token_ids, codes, fault);
+    if (status != SKL_OK)
+        return status;
+    const columns at = locate(shape);
+    if (tokens != NULL && shape->token_size != 0) {
         for (uint64_t i = 0; i <= shape->num_positions; i++)
             tokens[i] = load_bytes(src + at.tokens + i * shape->token_size, shape->token_size);
         status = check_tokens(shape, tokens, SKL_ERR_CORRUPT, fault);

@@ -35,6 +35,8 @@ typedef struct skl_kernels {
                    uint8_t *codes, skl_scan *scan);
     /* Whether the counts of any position that has some sum to something else than rounds. */
     int (*sums_differ)(const int64_t *offsets, uint32_t num_positions, const uint8_t *codes, uint32_t rounds);
+    /* codes[i] / rounds, rounded once. */
+    void (*divide)(const uint8_t *codes, size_t n, uint32_t rounds, float *quotients);
 } skl_kernels;
 
 extern const skl_kernels skl_kernels_portable;

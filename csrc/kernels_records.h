@@ -180,6 +180,13 @@ static int sums_differ(const int64_t *offsets, uint32_t num_positions, const uin
     return bad != 0;
 }
 
+static void divide(const uint8_t *restrict codes, size_t n, uint32_t rounds, float *restrict quotients)
+{
+    const float by = (float)rounds;
+    for (size_t i = 0; i < n; i++)
+        quotients[i] = (float)codes[i] / by;
+}
+
 #undef SPECIALISED
 
 #endif

@@ -87,6 +87,34 @@ skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len
                       uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns,
                       skl_fault *fault);
 
+/* ---- batches: sequences straight into the arrays that a training step takes --------------------------------- */
+
+/* B rows of T positions each; a sequence that is shorter is padded on the right. */
+typedef struct skl_batch {
+    uint32_t num_rows;      /* B */
+    uint32_t row_positions; /* T */
+    uint64_t num_records;   /* of all rows */
+    int64_t ignored_label;  /* the label where there is none */
+    int64_t *input_ids;     /* [B, T]: tokens but the last; 0 where padded */
+    int64_t *labels;        /* [B, T]: tokens but the first; ignored_label where padded */
+    int64_t *offsets;       /* [B * T + 1]: records of each position; none where padded */
+    uint32_t *token_ids;    /* [num_records] */
+    float *probs;           /* [num_records]: count / rounds, or the weight */
+} skl_batch;
+
+/* Decode and check the payloads of a batch.
+ *
+ * shape: of every row, its num_positions and num_records aside.
+ * sources, source_lens [B]: payloads with their padding; num_positions, num_records [B]: of each, 0 positions for a
+ * row that is empty.
+ * tokens: [B, T + 1], used for the rows instead of those in the payloads, or NULL; one must be there.
+ * codes: scratch, num_records bytes.  *row: the row at fault.
+ * As skl_decode; SKL_ERR_ARG too where the rows do not fit the batch. */
+skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const uint8_t *const *sources,
+                            const uint64_t *source_lens, const uint32_t *num_positions, const uint32_t *num_records,
+                            const uint32_t *tokens, const skl_batch *batch, uint8_t *codes, uint32_t *row,
+                            skl_fault *fault);
+
 /* ---- ratios: weights as 7-bit ratios to the decoded predecessor, SPEC.md section 4.3 ------------------------ */
 
 /* Quantise the weights of one sequence into ratio codes in canonical order.

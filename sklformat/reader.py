@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -22,11 +22,12 @@ from numpy.typing import ArrayLike
 
 from sklformat import layout
 from sklformat.block import BlockHeader, check_payload, decode_body, locate, parse_block_header
-from sklformat.checksums import alignment
+from sklformat.checksums import alignment, checksum
 from sklformat.errors import AlignmentError, CorruptError, FormatError, MissingShardError, TruncatedError
 from sklformat.header import Header, parse_header
 from sklformat.index import SealedIndex, Trailer, parse_index, parse_trailer
 from sklformat.manifest import MANIFEST_NAME, Entry, cache_fingerprint, check_contiguous, place_in_cache, read_manifest
+from sklformat.native import address_of
 from sklformat.records import Sequence
 
 MAX_OPEN_SHARDS = 64
@@ -59,6 +60,7 @@ class Shard:
         finally:
             os.close(fd)
         self._view = memoryview(self._map)
+        self._address = address_of(self._view)
         self._checked = bytearray()
         try:
             self._open(size)
@@ -132,10 +134,88 @@ class Shard:
         self._checked[number] = 1
         return block, body
 
+    def payload(self, number: int) -> tuple[int, int]:
+        """
+        Address and size in bytes of a checked payload with its padding, for C; valid while the shard is open.
+
+        Header and payload are checked when they are touched for the first time; records and tokens are the decoder's
+        to check.
+
+        Raises:
+            FormatError: As ``shard[number]``.
+        """
+        offset = int(self.index.offset[number])
+        if not self._checked[number]:
+            self._touch(number, offset)
+            self._checked[number] = 1
+        start = offset + layout.BLOCK_HEADER_SIZE
+        return self._address + start, self._block_end(number) - start
+
+    def _touch(self, number: int, offset: int) -> None:
+        """Check header and payload of a block against the index; what is wrong is then named by the full check."""
+        with self._view[offset : self._block_end(number)] as block:
+            head = block[: layout.BLOCK_HEADER_SIZE]
+            stored = int(self.index.block_checksum[number])
+            # The index proves the checksum, the checksum proves the header, and the header its payload.
+            if checksum(head[:-8], self.key) == stored:
+                values = layout.unpack(layout.BLOCK_FIELDS, head)
+                if (
+                    values["block_checksum"] == stored
+                    and values["magic"] == layout.BLOCK_MAGIC
+                    and values["codec"] == layout.CODECS["plain"]
+                    and values["block_number"] == number
+                    and values["num_records"] == self.index.num_records[number]
+                    and values["num_positions"] == self.index.num_positions[number]
+                    and values["alignment"] == self.index.alignment[number]
+                    and checksum(block[layout.BLOCK_HEADER_SIZE :], self.key) == values["payload_checksum"]
+                ):
+                    return
+            head.release()
+        self[number]
+        raise CorruptError("a fault that the full check does not find", path=self.path, sequence=number, offset=offset)
+
+    def _block_end(self, number: int) -> int:
+        following = number + 1
+        return int(self.index.offset[following]) if following < len(self) else self.trailer.index_offset
+
     def close(self) -> None:
         """Unmap the file; the shard is unusable afterwards."""
         self._view.release()
         self._map.close()
+
+
+class Payloads:
+    """
+    Where the payloads of some sequences lie; keeps their shards open.
+
+    Attributes:
+        shards: Shard of each row, None for an empty one.
+        numbers: Its number there.
+        rows: For each row: address and size in bytes of the payload, positions, records, alignment checksum.
+    """
+
+    def __init__(self) -> None:
+        self.shards: list[Shard | None] = []
+        self.numbers: list[int] = []
+        self.rows: list[tuple[int, int, int, int, int]] = []
+
+    def append(self, shard: Shard | None, number: int) -> None:
+        """Add a row."""
+        self.shards.append(shard)
+        self.numbers.append(number)
+        if shard is None:
+            self.rows.append((0, 0, 0, 0, 0))
+            return
+        index = shard.index
+        row = (index.num_positions.item(number), index.num_records.item(number), index.alignment.item(number))
+        self.rows.append((*shard.payload(number), *row))
+
+    def located(self, row: int, error: FormatError) -> FormatError:
+        """Say of which file, block and byte a fault in a row is."""
+        shard, number = self.shards[row], self.numbers[row]
+        assert shard is not None
+        offset = int(shard.index.offset[number])
+        return locate(error, path=shard.path, section="block", sequence=number, offset=offset)
 
 
 class Cache:
@@ -250,6 +330,18 @@ class Cache:
             f"{differing.size} of {length} tokens differ, the first at {place}: {stored[place]} captured, "
             f"{ids[place]} given; another packing seed, tokenizer or corpus"
         )
+
+    def payloads(self, numbers: Iterable[int]) -> Payloads:
+        """
+        The checked payloads of sequences, for ``native.decode_batch``; -1 stands for an empty row.
+
+        Raises:
+            IndexError, FormatError: As ``cache[i]``.
+        """
+        found = Payloads()
+        for number in numbers:
+            found.append(*self.find(number)) if number >= 0 else found.append(None, 0)
+        return found
 
     @property
     def fingerprints(self) -> list[str]:
