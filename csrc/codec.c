@@ -14,6 +14,12 @@ static inline uint32_t load_bytes(const uint8_t *src, uint32_t size)
     return value;
 }
 
+/* Written out so that the compiler sees one load. */
+static inline uint32_t load_u32(const uint8_t *src)
+{
+    return (uint32_t)src[0] | (uint32_t)src[1] << 8 | (uint32_t)src[2] << 16 | (uint32_t)src[3] << 24;
+}
+
 static inline void store_bytes(uint8_t *dst, uint32_t value, uint32_t size)
 {
     for (uint32_t i = 0; i < size; i++)
@@ -76,9 +82,9 @@ skl_status skl_payload_size(const skl_shape *shape, uint64_t *size)
 
 /* ---- what a reader may trust ------------------------------------------------------------------------------------ */
 
-/* The first fault of one position, found again slowly once the fast pass has seen that there is one. */
-static skl_status name_fault(const skl_shape *shape, const uint32_t *token_ids, const uint8_t *codes, uint64_t n,
-                             uint64_t position, skl_status status, skl_fault *fault)
+/* The first fault of one position, which has n >= 1 records; SKL_OK if it has none. */
+static skl_status check_position(const skl_shape *shape, const uint32_t *token_ids, const uint8_t *codes, uint64_t n,
+                                 uint64_t position, skl_status status, skl_fault *fault)
 {
     uint32_t v = SKL_RATIO_ONE;
     uint64_t sum = 0;
@@ -94,44 +100,58 @@ static skl_status name_fault(const skl_shape *shape, const uint32_t *token_ids, 
             return skl_fail(status, fault, SKL_REASON_RATIO_ZERO, position, codes[i]);
         sum += codes[i];
     }
-    return skl_fail(status, fault, SKL_REASON_COUNT_SUM, position, sum);
+    if (shape->kind == SKL_KIND_COUNTS && sum != shape->rounds)
+        return skl_fail(status, fault, SKL_REASON_COUNT_SUM, position, sum);
+    return SKL_OK;
 }
 
-static int counts_are_bad(const skl_shape *shape, const uint32_t *token_ids, const uint8_t *codes, uint64_t n)
+/* Whether any record of any position breaks a rule of kind counts.
+ *
+ * Whole columns at a time, since the positions are short: ids that do not rise are counted over the whole column and
+ * again at the starts of positions, where they may; the two numbers differ iff one does not rise inside a position. */
+static int counts_are_bad(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
+                          const uint8_t *codes)
 {
-    if (n == 0)
-        return 0;
-    uint32_t sum = codes[0], bad = (codes[0] == 0) | (token_ids[0] >= shape->vocab_size);
-    for (uint64_t i = 1; i < n; i++) {
-        sum += codes[i];
-        bad |= (uint32_t)(codes[i] == 0) | (uint32_t)(token_ids[i] <= token_ids[i - 1]) |
-               (uint32_t)(token_ids[i] >= shape->vocab_size);
+    const uint64_t n = shape->num_records;
+    uint32_t too_large = 0, zeros = 0;
+    uint64_t falls = 0;
+    for (uint64_t i = 0; i < n; i++)
+        too_large |= (uint32_t)(token_ids[i] >= shape->vocab_size);
+    for (uint64_t i = 0; i < n; i++)
+        zeros |= (uint32_t)(codes[i] == 0);
+    for (uint64_t begin = 1; begin < n; begin += UINT64_C(1) << 30) { /* so that the inner count fits 32 bits */
+        const uint64_t end = n - begin > UINT64_C(1) << 30 ? begin + (UINT64_C(1) << 30) : n;
+        uint32_t some = 0;
+        for (uint64_t i = begin; i < end; i++)
+            some += (uint32_t)(token_ids[i] <= token_ids[i - 1]);
+        falls += some;
     }
-    return bad | (sum != shape->rounds);
-}
-
-static int ratios_are_bad(const skl_shape *shape, const uint32_t *token_ids, const uint8_t *codes, uint64_t n)
-{
-    uint32_t v = SKL_RATIO_ONE, bad = 0;
-    for (uint64_t i = 0; i < n; i++) {
-        v = skl_ratio_step(v, codes[i]);
-        bad |= (uint32_t)(v == 0) | (uint32_t)(codes[i] > 127) | (uint32_t)(token_ids[i] >= shape->vocab_size) |
-               (uint32_t)(i > 0 && codes[i] == 0 && token_ids[i] <= token_ids[i - 1]);
+    uint32_t bad = too_large | zeros;
+    for (uint32_t t = 0; t < shape->num_positions; t++) {
+        const int64_t begin = offsets[t], end = offsets[t + 1];
+        uint32_t sum = 0;
+        for (int64_t i = begin; i < end; i++)
+            sum += codes[i];
+        bad |= (uint32_t)(sum != shape->rounds) & (uint32_t)(begin < end);
+        falls -= begin > 0 && begin < end && token_ids[begin] <= token_ids[begin - 1];
     }
-    return bad != 0;
+    return (bad | (uint32_t)(falls != 0)) != 0;
 }
 
 static skl_status check_records(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
                                 const uint8_t *codes, skl_status status, skl_fault *fault)
 {
+    const int counts = shape->kind == SKL_KIND_COUNTS;
+    if (counts && !counts_are_bad(shape, offsets, token_ids, codes))
+        return SKL_OK;
     for (uint32_t t = 0; t < shape->num_positions; t++) {
         const int64_t begin = offsets[t];
         const uint64_t n = (uint64_t)(offsets[t + 1] - begin);
-        const int bad = shape->kind == SKL_KIND_COUNTS
-                            ? counts_are_bad(shape, token_ids + begin, codes + begin, n)
-                            : ratios_are_bad(shape, token_ids + begin, codes + begin, n);
-        if (bad)
-            return name_fault(shape, token_ids + begin, codes + begin, n, t, status, fault);
+        if (n == 0)
+            continue;
+        const skl_status named = check_position(shape, token_ids + begin, codes + begin, n, t, status, fault);
+        if (named != SKL_OK)
+            return named;
     }
     return SKL_OK;
 }
@@ -213,19 +233,19 @@ static uint32_t unpack(const skl_shape *shape, const uint8_t *restrict src, uint
     uint32_t reserved = 0;
     if (shape->profile == SKL_PROFILE_R24) {
         for (uint64_t i = 0; i < n; i++) {
-            const uint32_t record = load_bytes(src + 3 * i, 4); /* the padding makes the fourth byte readable */
+            const uint32_t record = load_u32(src + 3 * i); /* the padding makes the fourth byte readable */
             token_ids[i] = record & 0x1ffff;
             codes[i] = (uint8_t)(record >> 17 & 127);
         }
     } else if (shape->profile == SKL_PROFILE_R24W) {
         for (uint64_t i = 0; i < n; i++) {
-            const uint32_t record = load_bytes(src + 3 * i, 4);
+            const uint32_t record = load_u32(src + 3 * i);
             token_ids[i] = record & 0x3ffff;
             codes[i] = (uint8_t)(record >> 18 & 63);
         }
     } else {
         for (uint64_t i = 0; i < n; i++) {
-            const uint32_t record = load_bytes(src + 4 * i, 4);
+            const uint32_t record = load_u32(src + 4 * i);
             token_ids[i] = record & 0xffffff;
             codes[i] = (uint8_t)(record >> 24 & 127);
             reserved |= record & UINT32_C(1) << 31;

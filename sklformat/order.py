@@ -8,6 +8,7 @@ SPEC.md section 12 specifies it with test vectors; a change of one bit here is a
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -67,3 +68,83 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """
+    Which sequences make up each batch of an epoch, on each rank and worker: arithmetic on the order, no state.
+
+    Global step s takes ``batch_size * world_size`` sequences that follow each other in the epoch's order; rank r has
+    the r-th slice of them, and worker w of W makes every W-th batch of its rank.  So the stream of sequences is the
+    same for any number of workers and for any world size that makes the same global batch.
+
+    Args:
+        num_sequences: Size of the epoch, >= 1.
+        batch_size: Sequences a batch on one rank, >= 1.
+        rank, world_size: Which process of how many.
+        seed: Of the order, 0..2**64 - 1.
+        shuffle: Whether the order is ``permute``'s; else it is 0, 1, 2, ...
+        tail: What becomes of the sequences at the end that fill no global batch: "drop" them, "pad" with empty places
+            (index -1), or "wrap" around to the epoch's beginning.
+
+    Raises:
+        ValueError: A value out of range, or an epoch that has no batch at all.
+
+    Source: SPEC section 12.
+    """
+
+    num_sequences: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    shuffle: bool = True
+    tail: str = "drop"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.world_size < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"need batch_size >= 1 and 0 <= rank < world_size, got batch_size {self.batch_size}, "
+                f"rank {self.rank}, world_size {self.world_size}"
+            )
+        if self.tail not in ("drop", "pad", "wrap"):
+            raise ValueError(f"tail must be drop, pad or wrap, got {self.tail!r}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed must be in 0..2**64 - 1, got {self.seed}")
+        if self.num_batches(0) < 1:
+            raise ValueError(
+                f"{self.num_sequences} sequences do not fill one batch of {self.batch_size} x {self.world_size} ranks; "
+                "lower batch_size, or take tail='pad' or 'wrap'"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of all ranks in one step."""
+        return self.batch_size * self.world_size
+
+    def num_batches(self, consumed: int) -> int:
+        """Batches that this rank (and so every rank) still has in an epoch of which ``consumed`` sequences are done."""
+        rest = max(self.num_sequences - consumed, 0)
+        return rest // self.global_batch if self.tail == "drop" else -(-rest // self.global_batch)
+
+    def batch(self, epoch: int, consumed: int) -> NDArray[np.int64]:
+        """The [batch_size] sequences of this rank in the step that begins after ``consumed`` sequences; -1: none."""
+        places = consumed + self.rank * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        empty = places >= self.num_sequences
+        places %= self.num_sequences
+        if self.shuffle:
+            places = permute(places, self.num_sequences, seed=self.seed, epoch=epoch)
+        if self.tail == "pad":
+            places[empty] = -1
+        return places
+
+    def after(self, epoch: int, consumed: int) -> tuple[int, int]:
+        """(epoch, consumed) after the step that begins there; the end of an epoch is the beginning of the next."""
+        consumed += self.global_batch
+        return (epoch, consumed) if self.num_batches(consumed) else (epoch + 1, 0)
+
+    def steps(self, consumed: int, worker: int = 0, num_workers: int = 1) -> range:
+        """Sequences consumed before each batch that worker ``worker`` makes."""
+        first, size = consumed, self.global_batch
+        return range(first + worker * size, first + self.num_batches(consumed) * size, num_workers * size)

@@ -274,15 +274,17 @@ class LossRows:
         sum_R = rest_R + segment_sum(e_N, offsets)
         log_sum_R = sum_R.log()
         is_label_N = None if label_index_R is None else (index_N == label_index_R[rows_N]).to(self.dtype)
+        # Masked ids have a logit of minus infinity: under a target of 0 they must give 0, not NaN.
+        lowest = torch.finfo(self.dtype).min
         b = Block(
             t_N=self.ragged.probs[first:end].detach().to(self.dtype),
-            logp_N=z_N - log_sum_R[rows_N],
+            logp_N=(z_N - log_sum_R[rows_N]).clamp_(min=lowest),
             p_N=e_N / sum_R[rows_N],
             rows_N=rows_N,
             offsets=offsets,
             log_rest_R=rest_R.clamp(min=torch.finfo(self.dtype).tiny).log() - log_sum_R,
-            sum_logp_R=None if sum_z_R is None else sum_z_R - self.vocab_size * log_sum_R,
-            logp_label_R=None if z_label_R is None else z_label_R - log_sum_R,
+            sum_logp_R=None if sum_z_R is None else (sum_z_R - self.vocab_size * log_sum_R).clamp_(min=lowest),
+            logp_label_R=None if z_label_R is None else (z_label_R - log_sum_R).clamp_(min=lowest),
             is_label_N=is_label_N,
             vocab_size=self.vocab_size,
         )
@@ -307,7 +309,7 @@ class LossRows:
         self, z_RV: Tensor, start: int, stop: int, weights_R: Tensor, label_index_R: Tensor | None, *, want_grad: bool
     ) -> Tensor:
         t_RV = self._teacher_probs(start, stop)
-        # A logit of minus infinity under a target of 0 must give 0, not NaN.
+        # As above: a masked id under a target of 0 gives 0.
         z_RV.clamp_(min=torch.finfo(self.dtype).min)
         alpha, beta = self.ce_weight, 1 - self.ce_weight
         target_sum_R = t_RV.sum(1)

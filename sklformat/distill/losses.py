@@ -187,7 +187,7 @@ def sparse_kl(
 
     Returns:
         Scalar, float32 (float64 for float64), nats a position.  The gradient is computed here, together with the
-        value, and takes the memory of the logits once more; there is no second derivative (RuntimeError if asked).
+        value, and held in the type of the logits; there is no second derivative (RuntimeError if asked).
 
     Raises:
         ValueError: Shapes, types or devices disagree, the method is unknown, labels are missing, no position counts,

@@ -297,7 +297,7 @@ def test_linear_equals_sparse_kl_of_the_product(method, chunk_positions):
 
 
 def test_blocks_smaller_than_a_chunk_change_nothing(monkeypatch):
-    """The cache-sized blocks inside a chunk are invisible: the same bits for any block size."""
+    """The cache-sized blocks inside a chunk change no more than the order of sums."""
     hidden_PD, weight_VD, targets, _ = linear_case(torch.float32)
     results = []
     for elements in (1, 253 * 4, 1 << 21):
@@ -389,6 +389,57 @@ def test_second_derivative_is_refused(name):
     (grad_PD,) = torch.autograd.grad(loss, hidden_PD, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         grad_PD.sum().backward()
+
+
+def test_the_weight_gradient_does_not_stall_over_many_chunks():
+    """1024 equal bfloat16 contributions add up to 1024 of them; a bfloat16 sum would stop growing at about 256."""
+    P = 1024
+    targets = Ragged(torch.zeros(P, dtype=torch.int32), torch.ones(P), torch.arange(P + 1))
+    hidden_PD = torch.ones(P, 1, dtype=torch.bfloat16)
+    weight_VD = torch.zeros(4, 1, dtype=torch.bfloat16, requires_grad=True)
+    loss = linear_sparse_kl(hidden_PD, weight_VD, targets, chunk_positions=1)
+    expected = torch.tensor([[-0.75], [0.25], [0.25], [0.25]], dtype=torch.bfloat16)
+    torch.testing.assert_close(torch.autograd.grad(loss, weight_VD)[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", SPARSE_METHODS)
+def test_masked_ids_give_no_nan(method):
+    """An id with a logit of minus infinity outside the records takes nothing and breaks nothing where S = 1."""
+    x_PV = torch.tensor([[0.5, -1.0, 2.0, -math.inf]], requires_grad=True)
+    targets = Ragged(torch.tensor([0, 1]), torch.tensor([0.25, 0.75]), torch.tensor([0, 2]))
+    expected = value_and_grads(
+        functional.kl_div(torch.log_softmax(x_PV[:, :3], 1), torch.tensor([[0.25, 0.75, 0.0]]), reduction="batchmean"),
+        x_PV,
+    )
+    loss = sparse_kl(x_PV, targets, method=method, labels_P=torch.tensor([3]))
+    value, grad_PV = value_and_grads(loss, x_PV)
+    torch.testing.assert_close(value, expected[0])
+    if method != "ghost_token":
+        torch.testing.assert_close(grad_PV, expected[1])
+    assert grad_PV.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_accelerator_gives_the_same(method, dtype):
+    """Value and gradients on a CUDA device equal the CPU's within the type's rounding, offsets on either side."""
+    hidden_PD, weight_VD, targets, labels_P = linear_case(dtype)
+    args = {"method": method, "ce_weight": 0.2, "chunk_positions": 8}
+    if method == "full":
+        targets = DenseTeacher(0.5 * hidden_PD.detach(), weight_VD.detach())
+        moved = DenseTeacher(targets.hidden_PD.cuda(), targets.lm_head_weight_VD.cuda())
+    else:
+        moved = replace(targets, token_ids=targets.token_ids.cuda(), probs=targets.probs.cuda())
+    expected = value_and_grads(
+        linear_sparse_kl(hidden_PD, weight_VD, targets, labels_P=labels_P, **args), hidden_PD, weight_VD
+    )
+    h, w = (t.detach().cuda().requires_grad_() for t in (hidden_PD, weight_VD))
+    bound = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+    actual = value_and_grads(linear_sparse_kl(h, w, moved, labels_P=labels_P.cuda(), **args), h, w)
+    for ours, wanted in zip(actual, expected, strict=True):
+        assert float((ours.cpu().double() - wanted.double()).norm() / wanted.double().norm()) < bound
 
 
 class LargestAllocation(TorchDispatchMode):

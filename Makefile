@@ -1,0 +1,55 @@
+# make demo   set up, then run the whole way: teacher, cache, students, table and plot (ARGS="--seed 1" passes flags on)
+# make test   set up, then check style, types and floors, and run the C and Python tests
+# make soak   the long tests
+# make bench  the benchmarks; results go to the terminal
+# make clean  remove what was built
+# Torch that is in .venv already is left alone; PYTHON=... names the interpreter for a new .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+ARGS ?=
+BENCHMARKS := $(wildcard benchmarks/*.py)
+
+.PHONY: demo test lint ctest pytest soak bench clean
+
+demo: $(READY)
+	$(BIN)/sklformat demo $(ARGS)
+
+test: lint ctest pytest
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Two builds: memory and undefined behaviour, then data races of the ring.
+ctest: $(READY)
+	for sanitizer in address,undefined thread; do \
+	  PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S csrc -B build/c-$$sanitizer -G Ninja -DSKL_TESTS=ON \
+	    -DSKL_SANITIZE=$$sanitizer >build/c.log && \
+	  $(BIN)/cmake --build build/c-$$sanitizer && \
+	  $(BIN)/ctest --test-dir build/c-$$sanitizer --output-on-failure || exit 1; \
+	done
+
+pytest: $(READY)
+	$(BIN)/python -m pytest -m "not soak and not gpu" $(ARGS)
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak $(ARGS)
+
+bench: $(READY)
+	for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+
+# pip is brought to a version that knows dependency groups; torch comes first, so that nothing else chooses it.
+$(READY): pyproject.toml $(wildcard csrc/*)
+	@command -v cc >/dev/null || { echo "installing a C compiler"; apt-get update && apt-get install -y gcc libc6-dev; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
+	mkdir -p build && touch $@
+
+clean:
+	rm -rf build .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,548 @@
+"""A second reader and writer of the format, written from SPEC.md alone.
+
+Slow, short and independent: plain integers and lists, no arrays, and nothing of the package that it checks.
+Each function names the section of SPEC.md that it follows.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+HEADER_MAGIC = bytes.fromhex("89534b4c0d0a1a0a")
+BLOCK_MAGIC = bytes.fromhex("534b4c42")
+TRAILER_MAGIC = bytes.fromhex("89534b4c454e440a")
+HEADER_SIZE, BLOCK_HEADER_SIZE, TRAILER_SIZE, ROW_SIZE = 4096, 64, 64, 32
+COUNTS, RATIOS = 1, 2
+R24, R24W, R32 = 1, 2, 3
+ID_BITS = {R24: 17, R24W: 18, R32: 24}
+CODE_BITS = {R24: 7, R24W: 6, R32: 7}
+RECORD_SIZE = {R24: 3, R24W: 3, R32: 4}
+MAX_POSITIONS, MAX_PAYLOAD, MAX_CAPTURE = 2**22, 2**30, 3832
+
+
+class UnsupportedError(Exception):
+    """The file needs something that this reader does not know."""
+
+
+class TruncatedError(Exception):
+    """The file ends too early."""
+
+
+class CorruptError(Exception):
+    """The file contradicts itself or the specification."""
+
+
+class MissingShardError(Exception):
+    """The shards of a cache leave a gap."""
+
+
+def xxh64(data: bytes, seed: int) -> int:
+    """Section 2: XXH3-64."""
+    return xxhash.xxh3_64_intdigest(data, seed)
+
+
+def xxh128(data: bytes) -> int:
+    """Section 2: XXH3-128; the integer whose 32 digits are the canonical text."""
+    return int(xxhash.xxh3_128_hexdigest(data), 16)
+
+
+def canonical_json(value: Any) -> bytes:
+    """Section 7: canonical JSON."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def round_up(size: int) -> int:
+    """The next multiple of 64."""
+    return (size + 63) // 64 * 64
+
+
+# Section 4.3: ratios
+
+
+def ratio_table() -> list[int]:
+    """T[q], rounded exactly: the 1024th root of a power of two is ten integer square roots."""
+    table = []
+    for q in range(128):
+        doubled = 2 ** (32 * 1024 - q * q)
+        for _ in range(10):
+            doubled = math.isqrt(doubled)
+        table.append((doubled + 1) // 2)
+    return table
+
+
+T = ratio_table()
+
+
+def encode_ratios(pairs: ListLike[tuple[int, float]], scale_log2: int) -> list[tuple[int, int]]:
+    """The (id, code) pairs of (id, weight) pairs with weights in (0, 2^scale_log2]; section 4.3, steps 1 to 3."""
+    for _, weight in pairs:
+        if not 0 < weight <= 2**scale_log2:
+            raise ValueError(f"weight {weight} is not in (0, {2**scale_log2}]")
+    v = 2**31
+    ids, codes, values = [], [], []
+    for token_id, weight in sorted(pairs, key=lambda pair: (-pair[1], pair[0])):
+        u = math.floor(Fraction(weight) * Fraction(2) ** (31 - scale_log2) + Fraction(1, 2))
+        steps = [(v * ratio) >> 31 for ratio in T]
+        m = min(step for step in steps if step != 0)
+        if u >= v:
+            code = 0
+        elif 2 * u < m:
+            break
+        elif u <= m:
+            code = steps.index(m)
+        else:
+            q_b = next(q for q in range(128) if steps[q] <= u)
+            a, b = steps[q_b - 1], steps[q_b]
+            code = q_b if a * b > u * u else steps.index(a)
+        v = steps[code]
+        ids.append(token_id)
+        codes.append(code)
+        values.append(v)
+    order = sorted(range(len(ids)), key=lambda i: (-values[i], ids[i]))
+    return [(ids[i], code) for i, code in zip(order, codes, strict=True)]
+
+
+def ratio_values(codes: ListLike[int]) -> list[int]:
+    """v_1, v_2, ... of the codes of a position; section 4.3."""
+    v, values = 2**31, []
+    for code in codes:
+        v = (v * T[code]) >> 31
+        values.append(v)
+    return values
+
+
+# Sections 5 and 7: the things that a shard holds
+
+
+@dataclass
+class Settings:
+    """Every free field of a header; section 7."""
+
+    kind: int = COUNTS
+    profile: int = R24
+    record_count_size: int = 1
+    token_size: int = 0
+    scale_log2: int = 0
+    columns: int = 0
+    vocab_size: int = 1
+    seq_len: int = 0
+    rounds: int = 0
+    shard_number: int = 0
+    first_sequence: int = 0
+    sampler: int = 0
+    order_algorithm: int = 0
+    order_version: int = 0
+    proposal_temperature: float = 1.0
+    sampling_seed: int = 0
+    packing_seed: int = 0
+    tokenizer_fingerprint: int = 0
+    corpus_fingerprint: int = 0
+    teacher_fingerprint: int = 0
+    capture: dict[str, Any] = field(default_factory=dict)
+    version_minor: int = 0
+    compatible_flags: int = 0
+
+
+@dataclass
+class Sequence:
+    """One sequence: T + 1 tokens and, at each of T positions, (id, count) or (id, ratio code) pairs in stored order."""
+
+    tokens: list[int] | None
+    positions: list[list[tuple[int, int]]]
+    label_logprob: list[float] | None = None
+    entropy: list[float] | None = None
+    alignment: int = 0
+
+    def values(self) -> list[list[int]]:
+        """The exact integer weights v_i of kind ratios, in units of 2^(scale_log2 - 31)."""
+        return [ratio_values([code for _, code in records]) for records in self.positions]
+
+
+@dataclass
+class Shard:
+    """A decoded shard."""
+
+    settings: Settings
+    sequences: list[Sequence]
+    cache_key: int
+    root: int
+    num_records: int
+    size_bytes: int
+
+
+# Writing
+
+
+def cache_key_of(header: bytes) -> int:
+    """Section 6.2."""
+    data = bytearray(header[32:4088])
+    data[52 - 32 : 64 - 32] = bytes(12)
+    return xxh128(bytes(data))
+
+
+def shard_key_of(header: bytes) -> int:
+    """Section 6.2."""
+    shard_number = struct.unpack_from("<I", header, 52)[0]
+    return xxh128(cache_key_of(header).to_bytes(16, "little") + struct.pack("<I", shard_number)) & (2**64 - 1)
+
+
+def alignment_of(tokens: ListLike[int]) -> int:
+    """Section 6.3."""
+    return xxh64(b"".join(struct.pack("<I", token) for token in tokens), 0)
+
+
+def root_of(header: bytes, block_checksums: ListLike[int]) -> int:
+    """Section 6.4."""
+    return xxh128(header[4088:4096] + b"".join(struct.pack("<Q", checksum) for checksum in block_checksums))
+
+
+def cache_fingerprint(roots: ListLike[int]) -> int:
+    """Section 6.4."""
+    return xxh128(b"".join(root.to_bytes(16, "little") for root in roots))
+
+
+def encode_header(settings: Settings) -> bytes:
+    """Section 7."""
+    s = settings
+    capture = canonical_json(s.capture)
+    header = HEADER_MAGIC + struct.pack("<HHIQQ", 1, s.version_minor, HEADER_SIZE, 0, s.compatible_flags)
+    header += struct.pack("<6BH", s.kind, s.profile, 1, s.record_count_size, s.token_size, s.scale_log2, s.columns)
+    header += struct.pack("<IIIIQ", s.vocab_size, s.seq_len, s.rounds, s.shard_number, s.first_sequence)
+    header += struct.pack("<BBHHH", s.sampler, 0, s.order_algorithm, s.order_version, 0)
+    header += struct.pack("<dQQ", s.proposal_temperature, s.sampling_seed, s.packing_seed)
+    for fingerprint in (s.tokenizer_fingerprint, s.corpus_fingerprint, s.teacher_fingerprint):
+        header += fingerprint.to_bytes(16, "little")
+    header += struct.pack("<I", len(capture)) + bytes(108) + capture + bytes(MAX_CAPTURE - len(capture))
+    return header + struct.pack("<Q", xxh64(header, 0))
+
+
+def encode_payload(settings: Settings, sequence: Sequence) -> bytes:
+    """Section 5.1."""
+    assert sequence.tokens is not None
+    counts = b"".join(len(p).to_bytes(settings.record_count_size, "little") for p in sequence.positions)
+    records = b"".join(
+        (token_id + (code << ID_BITS[settings.profile])).to_bytes(RECORD_SIZE[settings.profile], "little")
+        for position in sequence.positions
+        for token_id, code in position
+    )
+    tokens = b"".join(token.to_bytes(settings.token_size, "little") for token in sequence.tokens if settings.token_size)
+    columns = b""
+    if settings.columns & 1:
+        columns += b"".join(struct.pack("<e", value) for value in sequence.label_logprob or [])
+    if settings.columns & 2:
+        columns += b"".join(struct.pack("<e", value) for value in sequence.entropy or [])
+    return counts + records + tokens + columns
+
+
+def encode_block(settings: Settings, sequence: Sequence, number: int, seed: int) -> bytes:
+    """Section 5.2."""
+    assert sequence.tokens is not None
+    payload = encode_payload(settings, sequence)
+    padded = payload + bytes(round_up(len(payload) + 64) - len(payload))
+    num_records = sum(len(position) for position in sequence.positions)
+    header = BLOCK_MAGIC + bytes(4) + struct.pack("<Q", number)
+    header += struct.pack("<IIII", len(sequence.positions), num_records, len(payload), 0)
+    header += struct.pack("<QQQ", alignment_of(sequence.tokens), xxh64(padded, seed), 0)
+    return header + struct.pack("<Q", xxh64(header, seed)) + padded
+
+
+def join_shard(header: bytes, blocks: ListLike[bytes]) -> bytes:
+    """Sections 8 and 9: put index and trailer behind a header and its blocks."""
+    seed = shard_key_of(header)
+    offsets, at = [], HEADER_SIZE
+    for block in blocks:
+        offsets.append(at)
+        at += len(block)
+    rows = [struct.unpack_from("<II", block, 16) for block in blocks]
+    index = b"".join(struct.pack("<Q", offset) for offset in offsets)
+    index += b"".join(block[32:40] for block in blocks) + b"".join(block[56:64] for block in blocks)
+    index += b"".join(struct.pack("<I", row[0]) for row in rows) + b"".join(struct.pack("<I", row[1]) for row in rows)
+    index += bytes(round_up(len(index)) - len(index))
+    root = root_of(header, [struct.unpack_from("<Q", block, 56)[0] for block in blocks])
+    trailer = TRAILER_MAGIC + struct.pack("<QQQ", at, len(blocks), sum(row[1] for row in rows))
+    trailer += root.to_bytes(16, "little") + struct.pack("<Q", xxh64(index, seed))
+    return header + b"".join(blocks) + index + trailer + struct.pack("<Q", xxh64(trailer, seed))
+
+
+def encode_shard(settings: Settings, sequences: ListLike[Sequence]) -> bytes:
+    """The bytes of a sealed shard."""
+    header = encode_header(settings)
+    seed = shard_key_of(header)
+    return join_shard(header, [encode_block(settings, s, number, seed) for number, s in enumerate(sequences)])
+
+
+# Reading
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise CorruptError unless the condition holds."""
+    if not condition:
+        raise CorruptError(message)
+
+
+def decode_header(header: bytes) -> Settings:
+    """Section 13, the rows that concern the header, behind its magic and its size."""
+    major, minor, header_size, incompatible, compatible = struct.unpack_from("<HHIQQ", header, 8)
+    if major != 1:
+        raise UnsupportedError(f"version_major {major}")
+    check(struct.unpack_from("<Q", header, 4088)[0] == xxh64(header[:4088], 0), "header_checksum")
+    if incompatible:
+        raise UnsupportedError(f"incompatible_flags {incompatible:#x}")
+    kind, profile, row_convention, record_count_size, token_size, scale, columns = struct.unpack_from(
+        "<6BH", header, 32
+    )
+    vocab_size, seq_len, rounds, shard_number, first_sequence = struct.unpack_from("<IIIIQ", header, 40)
+    sampler, zero_0, order_algorithm, order_version, zero_1 = struct.unpack_from("<BBHHH", header, 64)
+    temperature, sampling_seed, packing_seed = struct.unpack_from("<dQQ", header, 72)
+    for name, value, known in (
+        ("kind", kind, range(1, 3)),
+        ("profile", profile, range(1, 4)),
+        ("row_convention", row_convention, range(1, 2)),
+        ("sampler", sampler, range(5)),
+        ("columns", columns, range(4)),
+    ):
+        if value not in known:
+            raise UnsupportedError(f"{name} {value}")
+    check(header_size == HEADER_SIZE, "header_size")
+    check(record_count_size in (1, 2), "record_count_size")
+    check(token_size in (0, 2, 3, 4), "token_size")
+    check(scale <= 30 and (kind == RATIOS or scale == 0), "scale_log2")
+    check(profile != R24W or kind == COUNTS, "R24W holds counts only")
+    check(1 <= vocab_size <= 2 ** ID_BITS[profile], "vocab_size")
+    check(token_size == 0 or vocab_size <= 2 ** (8 * token_size), "vocab_size does not fit token_size")
+    check(seq_len <= MAX_POSITIONS, "seq_len")
+    check(1 <= rounds <= 2 ** CODE_BITS[profile] - 1 if kind == COUNTS else rounds <= 65535, "rounds")
+    check(math.isfinite(temperature) and temperature > 0, "proposal_temperature")
+    check(kind == RATIOS or temperature == 1, "proposal_temperature of counts")
+    capture_size = struct.unpack_from("<I", header, 144)[0]
+    check(capture_size <= MAX_CAPTURE, "capture_size")
+    check(zero_0 == 0 and zero_1 == 0 and not any(header[148:256]), "reserved")
+    check(not any(header[256 + capture_size : 4088]), "zero bytes behind the capture")
+    text = header[256 : 256 + capture_size]
+    try:
+        capture = json.loads(text.decode("ascii"))
+        canonical = canonical_json(capture)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError("capture") from error
+    check(isinstance(capture, dict) and canonical == text, "capture")
+    fingerprints = [int.from_bytes(header[at : at + 16], "little") for at in (96, 112, 128)]
+    return Settings(
+        kind,
+        profile,
+        record_count_size,
+        token_size,
+        scale,
+        columns,
+        vocab_size,
+        seq_len,
+        rounds,
+        shard_number,
+        first_sequence,
+        sampler,
+        order_algorithm,
+        order_version,
+        temperature,
+        sampling_seed,
+        packing_seed,
+        *fingerprints,
+        capture,
+        minor,
+        compatible,
+    )
+
+
+def check_records(settings: Settings, records: list[tuple[int, int]]) -> None:
+    """Sections 4.2 and 4.3: what the records of one position must be."""
+    ids = [token_id for token_id, _ in records]
+    check(all(token_id < settings.vocab_size for token_id in ids), "id")
+    if settings.kind == COUNTS:
+        check(all(a < b for a, b in zip(ids, ids[1:], strict=False)), "ids increase")
+        check(all(1 <= count <= settings.rounds for _, count in records), "count")
+        check(not records or sum(count for _, count in records) == settings.rounds, "sum of counts")
+    else:
+        values = ratio_values([code for _, code in records])
+        check(len(set(ids)) == len(ids), "id twice")
+        check(0 not in values, "weight of 0")
+        for i in range(1, len(ids)):
+            check(values[i] != values[i - 1] or ids[i] > ids[i - 1], "ids of equal weights increase")
+
+
+def decode_payload(settings: Settings, payload: bytes, num_positions: int, num_records: int) -> Sequence:
+    """Section 5.1 of a payload of the right size."""
+    s = settings
+    at = 0
+
+    def take(count: int, size: int) -> list[int]:
+        nonlocal at
+        values = [int.from_bytes(payload[at + i * size : at + (i + 1) * size], "little") for i in range(count)]
+        at += count * size
+        return values
+
+    numbers = take(num_positions, s.record_count_size)
+    check(sum(numbers) == num_records, "num_records")
+    words = take(num_records, RECORD_SIZE[s.profile])
+    id_bits, code_bits = ID_BITS[s.profile], CODE_BITS[s.profile]
+    check(all(word >> (id_bits + code_bits) == 0 for word in words), "bits that must be 0")
+    records = [(word % 2**id_bits, word >> id_bits) for word in words]
+    positions, first = [], 0
+    for number in numbers:
+        positions.append(records[first : first + number])
+        check_records(s, positions[-1])
+        first += number
+    tokens = take(num_positions + 1, s.token_size) if s.token_size else None
+    check(tokens is None or all(token < s.vocab_size for token in tokens), "token")
+    columns: list[list[float] | None] = [None, None]
+    for bit in (0, 1):
+        if s.columns >> bit & 1:
+            halves = take(num_positions, 2)
+            column = [struct.unpack("<e", struct.pack("<H", half))[0] for half in halves]
+            check(all(math.isfinite(value) for value in column), "column is not finite")
+            for value, number in zip(column, numbers, strict=True):
+                check(number != 0 or value == 0, "column of a position without records")
+            columns[bit] = column
+    return Sequence(tokens, positions, columns[0], columns[1])
+
+
+def decode_shard(data: bytes) -> Shard:
+    """Read and check a whole shard; section 13 in its order."""
+    if data[:8] != HEADER_MAGIC[: len(data)]:
+        raise UnsupportedError("magic")
+    if len(data) < HEADER_SIZE + TRAILER_SIZE:
+        raise TruncatedError("the file is shorter than header and trailer")
+    header, trailer = data[:HEADER_SIZE], data[-TRAILER_SIZE:]
+    settings = decode_header(header)
+    seed = shard_key_of(header)
+    if trailer[:8] != TRAILER_MAGIC:
+        raise TruncatedError("magic of the trailer")
+    index_offset, num_sequences, num_records = struct.unpack_from("<QQQ", trailer, 8)
+    root = int.from_bytes(trailer[32:48], "little")
+    index_checksum, trailer_checksum = struct.unpack_from("<QQ", trailer, 48)
+    check(trailer_checksum == xxh64(trailer[:56], seed), "trailer_checksum")
+    check(num_sequences < 2**32, "num_sequences")
+    check(index_offset + round_up(ROW_SIZE * num_sequences) + TRAILER_SIZE == len(data), "size of the file")
+    check(index_offset >= HEADER_SIZE, "index_offset")
+    index = data[index_offset : len(data) - TRAILER_SIZE]
+    check(index_checksum == xxh64(index, seed), "index_checksum")
+    n = num_sequences
+    check(not any(index[ROW_SIZE * n :]), "zero bytes of the index")
+    offsets = struct.unpack_from(f"<{n}Q", index, 0)
+    alignments = struct.unpack_from(f"<{n}Q", index, 8 * n)
+    checksums = struct.unpack_from(f"<{n}Q", index, 16 * n)
+    positions = struct.unpack_from(f"<{n}I", index, 24 * n)
+    records = struct.unpack_from(f"<{n}I", index, 28 * n)
+    check(root == root_of(header, checksums), "root digest")
+    check(num_records == sum(records), "num_records of the trailer")
+    sequences, at = [], HEADER_SIZE
+    for i in range(n):
+        check(offsets[i] == at, "offset")
+        check(1 <= positions[i] <= MAX_POSITIONS, "num_positions")
+        check(settings.seq_len in (0, positions[i]), "num_positions is not seq_len")
+        size = positions[i] * settings.record_count_size + records[i] * RECORD_SIZE[settings.profile]
+        size += (positions[i] + 1) * settings.token_size + 2 * positions[i] * settings.columns.bit_count()
+        check(size <= MAX_PAYLOAD, "payload_size")
+        end = at + BLOCK_HEADER_SIZE + round_up(size + 64)
+        check(end <= index_offset, "the block ends behind the index")
+        block = data[at:end]
+        check(struct.unpack_from("<Q", block, 56)[0] == xxh64(block[:56], seed), "block_checksum")
+        check(checksums[i] == struct.unpack_from("<Q", block, 56)[0], "block_checksum of the index")
+        check(block[:4] == BLOCK_MAGIC, "magic of a block")
+        if block[4] != 0:
+            raise UnsupportedError("codec")
+        check(not any(block[5:8]) and not any(block[28:32]) and not any(block[48:56]), "reserved")
+        number, num_positions, num_block_records, payload_size = struct.unpack_from("<QIII", block, 8)
+        check(number == i, "block_number")
+        check((num_positions, num_block_records) == (positions[i], records[i]), "block header and index")
+        check(payload_size == size, "payload_size")
+        alignment, payload_checksum = struct.unpack_from("<QQ", block, 32)
+        check(alignment == alignments[i], "alignment of the index")
+        check(payload_checksum == xxh64(block[64:], seed), "payload_checksum")
+        check(not any(block[64 + size :]), "zero bytes of a block")
+        sequence = decode_payload(settings, block[64 : 64 + size], num_positions, num_block_records)
+        check(sequence.tokens is None or alignment_of(sequence.tokens) == alignment, "alignment")
+        sequence.alignment = alignment
+        sequences.append(sequence)
+        at = end
+    check(at == index_offset, "index_offset")
+    return Shard(settings, sequences, cache_key_of(header), root, num_records, len(data))
+
+
+def decode_cache(directory: Path) -> list[Shard]:
+    """Read and check a whole cache; section 11."""
+    paths = [path for path in directory.iterdir() if path.name.endswith(".skl")]
+    named = [(decode_shard(path.read_bytes()), path.name) for path in paths]
+    named.sort(key=lambda pair: (pair[0].settings.first_sequence, pair[0].settings.shard_number))
+    expected = 0
+    for place, (shard, name) in enumerate(named):
+        check(shard.cache_key == named[0][0].cache_key, f"{name} belongs to another cache")
+        check(shard.settings.first_sequence >= expected, f"{name} overlaps the shard before it")
+        if shard.settings.first_sequence > expected or shard.settings.shard_number > place:
+            raise MissingShardError(f"no shard holds sequence {expected}")
+        check(shard.settings.shard_number == place, f"{name} has the wrong shard_number")
+        expected += len(shard.sequences)
+    manifest = directory / "manifest.json"
+    if manifest.exists():
+        check_manifest(manifest.read_bytes(), named)
+    return [shard for shard, _ in named]
+
+
+def check_manifest(text: bytes, named: list[tuple[Shard, str]]) -> None:
+    """Section 11: the manifest says exactly what the shards say."""
+    check(len(text) <= 2**28, "size of the manifest")
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError("manifest") from error
+    check(manifest == expected_manifest(named), "manifest")
+
+
+def expected_manifest(named: list[tuple[Shard, str]]) -> dict[str, Any]:
+    """The manifest of shards and their file names."""
+    manifest = {
+        "format": "sklformat cache",
+        "version": 1,
+        "fingerprint": f"{cache_fingerprint([shard.root for shard, _ in named]):032x}",
+        "shards": [
+            {
+                "name": name,
+                "shard_number": shard.settings.shard_number,
+                "first_sequence": shard.settings.first_sequence,
+                "num_sequences": len(shard.sequences),
+                "num_records": shard.num_records,
+                "size_bytes": shard.size_bytes,
+                "fingerprint": f"{shard.root:032x}",
+            }
+            for shard, name in named
+        ],
+    }
+    return manifest | {"digest": f"{xxh128(canonical_json(manifest)):032x}"}
+
+
+# Section 12
+
+
+def permute(n: int, seed: int, epoch: int, i: int) -> int:
+    """Where place i of an epoch finds its sequence; order_algorithm 1, version 1."""
+    word = 2**64 - 1
+    half = (max(2, (n - 1).bit_length()) + 1) // 2
+    keys = [xxh64(struct.pack("<QQQ", seed, epoch, r), 0) for r in range(8)]
+
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & word
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & word
+        return x ^ (x >> 31)
+
+    x = i
+    while True:
+        left, right = x >> half, x % 2**half
+        for key in keys:
+            left, right = right, left ^ mix((right + key) & word) % 2**half
+        x = left * 2**half + right
+        if x < n:
+            return x
