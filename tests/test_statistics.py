@@ -97,6 +97,18 @@ def test_rare_ids_inside_a_heavy_block_are_drawn_in_proportion():
     assert ((counts - expected) ** 2 / expected).sum() < normal_quantile_chi_square(16, DEVIATE)
 
 
+@pytest.mark.parametrize(("vocab_size", "rare"), [(256, 3e-8), (51_200, 1e-10)])
+def test_what_a_float32_running_sum_would_lose_is_drawn(vocab_size, rare):
+    """Behind an id of probability almost 1, ids below float32's resolution at 1 share their mass evenly."""
+    row = np.full(vocab_size, math.log(rare), np.float32)
+    row[0] = 0.0
+    law, draws = probabilities(row), 200 * 65_535
+    counts = shares(row, 200, 65_535, sampler="systematic", seed=6) * draws
+    for bins in (np.arange(vocab_size) % 16, np.arange(vocab_size) * 8 // vocab_size):
+        drawn, expected = (np.bincount(bins[1:], values[1:]) for values in (counts, law * draws))
+        assert ((drawn - expected) ** 2 / expected).sum() < normal_quantile_chi_square(expected.size, DEVIATE)
+
+
 def test_variance_of_multinomial_is_its_formula_and_systematic_is_far_below():
     """E |t - p|^2 is (1 - sum p^2) / N for multinomial within 5 percent, and at most a third of it for systematic."""
     row = power_law(exponent=1.5)
