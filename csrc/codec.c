@@ -1,6 +1,7 @@
 /* codec.c: one sequence's records, tokens and columns to bytes and back.  SPEC.md sections 4 and 5.
  *
  * Both directions run the same check of the records, so that nothing can be written which a reader refuses. */
+#include "kernels.h"
 #include "records.h"
 
 
@@ -12,12 +13,6 @@ static inline uint32_t load_bytes(const uint8_t *src, uint32_t size)
     for (uint32_t i = 0; i < size; i++)
         value |= (uint32_t)src[i] << (8 * i);
     return value;
-}
-
-/* Written out so that the compiler sees one load. */
-static inline uint32_t load_u32(const uint8_t *src)
-{
-    return (uint32_t)src[0] | (uint32_t)src[1] << 8 | (uint32_t)src[2] << 16 | (uint32_t)src[3] << 24;
 }
 
 static inline void store_bytes(uint8_t *dst, uint32_t value, uint32_t size)
@@ -105,45 +100,25 @@ static skl_status check_position(const skl_shape *shape, const uint32_t *token_i
     return SKL_OK;
 }
 
-/* Whether any record of any position breaks a rule of kind counts.
+/* Whether any position breaks a rule of kind counts, from what one pass over the records saw.
  *
- * Whole columns at a time, since the positions are short: ids that do not rise are counted over the whole column and
- * again at the starts of positions, where they may; the two numbers differ iff one does not rise inside a position. */
+ * The pass counts the ids that do not rise over the whole column; at the starts of positions they may.  The two numbers
+ * differ iff one does not rise inside a position. */
 static int counts_are_bad(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
-                          const uint8_t *codes)
+                          const uint8_t *codes, const skl_scan *scan)
 {
-    const uint64_t n = shape->num_records;
-    uint32_t too_large = 0, zeros = 0;
-    uint64_t falls = 0;
-    for (uint64_t i = 0; i < n; i++)
-        too_large |= (uint32_t)(token_ids[i] >= shape->vocab_size);
-    for (uint64_t i = 0; i < n; i++)
-        zeros |= (uint32_t)(codes[i] == 0);
-    for (uint64_t begin = 1; begin < n; begin += UINT64_C(1) << 30) { /* so that the inner count fits 32 bits */
-        const uint64_t end = n - begin > UINT64_C(1) << 30 ? begin + (UINT64_C(1) << 30) : n;
-        uint32_t some = 0;
-        for (uint64_t i = begin; i < end; i++)
-            some += (uint32_t)(token_ids[i] <= token_ids[i - 1]);
-        falls += some;
-    }
-    uint32_t bad = too_large | zeros;
+    uint64_t falls = scan->falls;
     for (uint32_t t = 0; t < shape->num_positions; t++) {
-        const int64_t begin = offsets[t], end = offsets[t + 1];
-        uint32_t sum = 0;
-        for (int64_t i = begin; i < end; i++)
-            sum += codes[i];
-        bad |= (uint32_t)(sum != shape->rounds) & (uint32_t)(begin < end);
-        falls -= begin > 0 && begin < end && token_ids[begin] <= token_ids[begin - 1];
+        const int64_t begin = offsets[t];
+        falls -= begin > 0 && begin < offsets[t + 1] && token_ids[begin] <= token_ids[begin - 1];
     }
-    return (bad | (uint32_t)(falls != 0)) != 0;
+    return falls != 0 || scan->large || scan->zeros ||
+           skl_current_kernels()->sums_differ(offsets, shape->num_positions, codes, shape->rounds);
 }
 
 static skl_status check_records(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
                                 const uint8_t *codes, skl_status status, skl_fault *fault)
 {
-    const int counts = shape->kind == SKL_KIND_COUNTS;
-    if (counts && !counts_are_bad(shape, offsets, token_ids, codes))
-        return SKL_OK;
     for (uint32_t t = 0; t < shape->num_positions; t++) {
         const int64_t begin = offsets[t];
         const uint64_t n = (uint64_t)(offsets[t + 1] - begin);
@@ -225,35 +200,6 @@ static skl_status decode_offsets(const skl_shape *shape, const uint8_t *src, int
     return SKL_OK;
 }
 
-/* Records to ids and codes.  Returns the bits that must be zero, ored over all records. */
-static uint32_t unpack(const skl_shape *shape, const uint8_t *restrict src, uint32_t *restrict token_ids,
-                       uint8_t *restrict codes)
-{
-    const uint64_t n = shape->num_records;
-    uint32_t reserved = 0;
-    if (shape->profile == SKL_PROFILE_R24) {
-        for (uint64_t i = 0; i < n; i++) {
-            const uint32_t record = load_u32(src + 3 * i); /* the padding makes the fourth byte readable */
-            token_ids[i] = record & 0x1ffff;
-            codes[i] = (uint8_t)(record >> 17 & 127);
-        }
-    } else if (shape->profile == SKL_PROFILE_R24W) {
-        for (uint64_t i = 0; i < n; i++) {
-            const uint32_t record = load_u32(src + 3 * i);
-            token_ids[i] = record & 0x3ffff;
-            codes[i] = (uint8_t)(record >> 18 & 63);
-        }
-    } else {
-        for (uint64_t i = 0; i < n; i++) {
-            const uint32_t record = load_u32(src + 4 * i);
-            token_ids[i] = record & 0xffffff;
-            codes[i] = (uint8_t)(record >> 24 & 127);
-            reserved |= record & UINT32_C(1) << 31;
-        }
-    }
-    return reserved;
-}
-
 skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t *offsets,
                       uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns_out,
                       skl_fault *fault)
@@ -270,9 +216,13 @@ skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len
     skl_status status = decode_offsets(shape, src, offsets, fault);
     if (status != SKL_OK)
         return status;
-    if (unpack(shape, src + at.records, token_ids, codes) != 0)
+    skl_scan scan;
+    skl_current_kernels()->unpack(shape->profile, shape->vocab_size, src + at.records, (size_t)shape->num_records,
+                                  token_ids, codes, &scan);
+    if (scan.reserved)
         return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_RESERVED, 0, 0);
-    status = check_records(shape, offsets, token_ids, codes, SKL_ERR_CORRUPT, fault);
+    if (shape->kind != SKL_KIND_COUNTS || counts_are_bad(shape, offsets, token_ids, codes, &scan))
+        status = check_records(shape, offsets, token_ids, codes, SKL_ERR_CORRUPT, fault);
     if (status == SKL_OK && tokens != NULL && shape->token_size != 0) {
         for (uint64_t i = 0; i <= shape->num_positions; i++)
             tokens[i] = load_bytes(src + at.tokens + i * shape->token_size, shape->token_size);

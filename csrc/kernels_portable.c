@@ -17,6 +17,7 @@
  * (before 2013) the C library computes it, correctly and slowly.  No other operation is ever fused
  * (-ffp-contract=off). */
 #include "kernels.h"
+#include "kernels_records.h"
 
 #include <math.h>
 #include <string.h>
@@ -204,4 +205,4 @@ static void exponentials(uint32_t dtype, const void *row, size_t n, float scale,
 #undef CALL
 }
 
-const skl_kernels SKL_KERNELS = {SKL_KERNELS_NAME, widen, block_maxima, block_sums, exponentials};
+const skl_kernels SKL_KERNELS = {SKL_KERNELS_NAME, widen, block_maxima, block_sums, exponentials, unpack, sums_differ};

@@ -1,7 +1,7 @@
 /* skl.h: the whole C interface of sklformat.
  *
  * C knows the bytes of one sequence: pure functions on the caller's memory, without allocation, files, locale or
- * threads.  Every access is bounded by an argument.  Status is never also a length.  The text between the cffi
+ * threads; only the ring asks the system for anything, to sleep and to wake.  Every access is bounded by an argument.  Status is never also a length.  The text between the cffi
  * marks is plain C that cffi reads too, so that each declaration exists once. */
 #ifndef SKL_H
 #define SKL_H
@@ -156,6 +156,70 @@ const char *skl_kernels_name(void);
 
 /* Use these kernels from now on, in every thread.  SKL_OK or SKL_ERR_UNSUPPORTED: not on this processor. */
 skl_status skl_use_kernels(const char *name);
+
+/* ---- draws to records ------------------------------------------------------------------------------------- */
+
+/* Merge the sorted draws of each position into (token id, count) pairs.
+ *
+ * draws [num_positions * rounds], each row of rounds ids ascending; rounds 1..127.
+ * offsets [num_positions + 1]; token_ids, counts: room for num_positions * rounds, offsets[num_positions] written.
+ * SKL_OK or SKL_ERR_ARG with *fault (rounds out of range, a row that is not sorted). */
+skl_status skl_merge_draws(uint32_t num_positions, uint32_t rounds, const uint32_t *draws, int64_t *offsets,
+                           uint32_t *token_ids, uint8_t *counts, skl_fault *fault);
+
+/* ---- ring: frames from one producer to one consumer in shared memory ------------------------------------------ */
+
+/* The memory is the caller's: zero-filled, mapped by both sides, aligned to a page, 4096 bytes of control words and
+ * a power of two >= 4096 of data.  One side pushes, the other peeks and releases.  Every function returns
+ * SKL_ERR_ARG for memory of another size, SKL_ERR_UNSUPPORTED where it holds no ring of this version or the system
+ * has no futex, and SKL_ERR_CORRUPT where its words contradict each other.
+ * A frame lies in one piece, its payload on a cache line.  timeout_ns limits each wait; 0 does not wait. */
+
+typedef enum skl_side { SKL_SIDE_PRODUCER = 0, SKL_SIDE_CONSUMER = 1 } skl_side;
+
+typedef struct skl_frame {
+    uint64_t offset; /* of the payload, from the start of the memory */
+    uint64_t length; /* of the payload, in bytes */
+    uint64_t number; /* frames before this one */
+    uint64_t tag;    /* the producer's */
+    uint32_t type;   /* the producer's */
+} skl_frame;
+
+typedef struct skl_ring_words {
+    uint64_t capacity;   /* bytes of data */
+    uint64_t durable;    /* what the consumer set last */
+    uint64_t pushed;     /* frames */
+    uint64_t popped;     /* frames */
+    uint64_t wait_ns;    /* time the producer waited for room */
+    uint64_t high_water; /* most bytes in use that the producer saw before a push */
+    uint32_t producer_closed;
+    uint32_t consumer_closed;
+} skl_ring_words;
+
+/* Make the memory a ring, before the other side sees it. */
+skl_status skl_ring_init(void *memory, size_t memory_len);
+
+/* Producer: append a frame of the parts one after the other; type is not UINT32_MAX.
+ * SKL_OK, SKL_ERR_CLOSED (the consumer is), SKL_ERR_TIMEOUT (no room in time, push again), SKL_ERR_ARG (frame
+ * larger than the ring's data less 64). */
+skl_status skl_ring_push(void *memory, size_t memory_len, uint32_t type, uint64_t tag, const void *const *parts,
+                         const size_t *lengths, size_t num_parts, uint64_t timeout_ns);
+
+/* Consumer: the oldest frame, without taking it; its payload stays until skl_ring_release.
+ * SKL_OK, SKL_ERR_CLOSED (the producer is, and nothing is left), SKL_ERR_TIMEOUT. */
+skl_status skl_ring_peek(void *memory, size_t memory_len, uint64_t timeout_ns, skl_frame *frame);
+
+/* Consumer: hand the space of the frame last peeked back.  SKL_ERR_ARG where none was. */
+skl_status skl_ring_release(void *memory, size_t memory_len);
+
+/* Consumer: publish how far its output is safe. */
+skl_status skl_ring_set_durable(void *memory, size_t memory_len, uint64_t durable);
+
+/* Either side (skl_side): no more pushes, or no more pops; wakes the other side. */
+skl_status skl_ring_close(void *memory, size_t memory_len, uint32_t side);
+
+/* Either side: the words, each read by itself. */
+skl_status skl_ring_state(void *memory, size_t memory_len, skl_ring_words *state);
 
 /* [/cffi] */
 

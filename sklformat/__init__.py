@@ -4,6 +4,7 @@ sklformat: sparse teacher distributions on disk, for distilling language models 
 The names here need numpy, cffi and xxhash only; ``sklformat.distill`` holds what needs torch.
 """
 
+from sklformat.capture import Capture
 from sklformat.errors import (
     AlignmentError,
     CaptureError,
@@ -25,6 +26,7 @@ from sklformat.reader import open_cache as open  # noqa: A004  the frozen public
 from sklformat.records import Sequence, SparseTargets
 from sklformat.report import Problem, verify
 from sklformat.sampler import draw
+from sklformat.sampler import draw
 from sklformat.writer import Recovered, ShardWriter, recover
 
 __version__ = "0.1.0"
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlignmentError",
     "Cache",
+    "Capture",
     "CaptureError",
     "CorruptError",
     "FormatError",

@@ -79,7 +79,7 @@ def encode_block(
     body = data[layout.BLOCK_HEADER_SIZE :]
     stored = ids if header.token_size else None
     try:
-        native.encode(shape, offsets, token_ids, codes, stored, _column_bits(header, columns, positions), body)
+        native.encode(shape, offsets, token_ids, codes, stored, _column_bits(header, columns, offsets), body)
     except ValueError as error:
         raise ValueError(f"{error} (vocab_size {header.vocab_size}, rounds {header.rounds})") from error
     aligned, payload_checksum = alignment(ids), checksum(body.data, key)
@@ -188,8 +188,8 @@ def decode_body(
     if bits is not None:
         values = dict(zip(header.columns, bits.view(np.float16), strict=True))
         for name, column in values.items():
-            if not np.isfinite(column).all():
-                raise CorruptError(f"column {name} holds a value that is not finite")
+            if fault := _column_fault(column, offsets):
+                raise CorruptError(f"column {name} holds {fault}")
     return Sequence(ids, targets, values, block.alignment)
 
 
@@ -241,20 +241,31 @@ def _shape(header: Header, num_positions: int, num_records: int) -> native.Shape
 
 
 def _column_bits(
-    header: Header, columns: Mapping[str, ArrayLike] | None, num_positions: int
+    header: Header, columns: Mapping[str, ArrayLike] | None, offsets: NDArray[np.int64]
 ) -> NDArray[np.uint16] | None:
     given = dict(columns or {})
     if set(given) != set(header.columns):
         raise ValueError(f"columns {sorted(given)} given, the header names {sorted(header.columns)}")
     if not given:
         return None
-    rows = []
+    rows, num_positions = [], offsets.size - 1
     for name in header.columns:
         with np.errstate(over="ignore"):
             values = np.asarray(given[name], np.float64).astype(np.float16)
         if values.shape != (num_positions,):
             raise ValueError(f"column {name} has shape {values.shape}, must be ({num_positions},)")
-        if not np.isfinite(values).all():
-            raise ValueError(f"column {name} holds a value that is not finite in float16")
+        if fault := _column_fault(values, offsets):
+            raise ValueError(f"column {name} holds {fault}")
         rows.append(values)
     return np.ascontiguousarray(np.stack(rows)).view(np.uint16)
+
+
+def _column_fault(column: NDArray[np.float16], offsets: NDArray[np.int64]) -> str | None:
+    """What SPEC section 5.1 forbids in an optional column, or None."""
+    bad = np.flatnonzero(~np.isfinite(column))
+    if bad.size:
+        return f"a value at position {bad[0]} that is not finite in float16"
+    stray = np.flatnonzero((column != 0) & (offsets[1:] == offsets[:-1]))
+    if stray.size:
+        return f"{column[stray[0]]} at position {stray[0]}, which has no record; it must be 0"
+    return None

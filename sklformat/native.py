@@ -6,14 +6,15 @@ Every buffer stays referenced by a typed ``from_buffer`` handle for the length o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sklformat._native import ffi, lib
-from sklformat.errors import STATUS_ERRORS
+from sklformat.errors import STATUS_ERRORS, CorruptError
 
 NULL = ffi.NULL
 _STATUS_NAMES: dict[int, str] = {value: name for name, value in ffi.typeof("skl_status").relements.items()}
@@ -356,6 +357,165 @@ def kernels_name() -> str:
     return str(ffi.string(lib.skl_kernels_name()).decode())
 
 
+def merge_draws(
+    draws: NDArray[np.uint32],
+) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint8]]:
+    """
+    Merge the sorted draws of each position into (token id, count) pairs.
+
+    Args:
+        draws: [T, rounds] uint32, each row ascending; rounds 1..127.
+
+    Returns:
+        offsets [T + 1], token_ids [nnz] ascending within a position, counts [nnz] that sum to rounds.
+
+    Raises:
+        ValueError: A row is not sorted, or rounds is out of range; the message names the position.
+    """
+    assert draws.dtype == np.uint32
+    assert draws.flags.c_contiguous
+    positions, rounds = draws.shape
+    if not 1 <= rounds <= 127:
+        raise ValueError(f"counts hold 1..127 rounds, got {rounds}")
+    offsets = np.empty(positions + 1, np.int64)
+    token_ids, counts = np.empty(draws.size, np.uint32), np.empty(draws.size, np.uint8)
+    fault = ffi.new("skl_fault *")
+    status = lib.skl_merge_draws(
+        positions,
+        rounds,
+        view("uint32_t[]", draws),
+        view("int64_t[]", offsets, writable=True),
+        view("uint32_t[]", token_ids, writable=True),
+        view("uint8_t[]", counts, writable=True),
+        fault,
+    )
+    if status == lib.SKL_ERR_ARG and fault.reason == lib.SKL_REASON_ID_ORDER:
+        raise ValueError(f"position {fault.position}: draws are not sorted (id {fault.value} follows a larger one)")
+    check(status, fault)
+    kept = int(offsets[-1])
+    return offsets, token_ids[:kept], counts[:kept]
+
+
+RING_CONTROL_SIZE = 4096
+"""Bytes of a ring's memory before its data; the data is a power of two of at least as many."""
+
+
+class RingFrame(NamedTuple):
+    """Where a frame's payload lies in the ring's memory, and what its header says; as ``skl_frame`` in skl.h."""
+
+    offset: int
+    length: int
+    number: int
+    tag: int
+    type: int
+
+
+class RingWords(NamedTuple):
+    """The shared words of a ring; as ``skl_ring_words`` in skl.h."""
+
+    capacity: int
+    durable: int
+    pushed: int
+    popped: int
+    wait_ns: int
+    high_water: int
+    producer_closed: bool
+    consumer_closed: bool
+
+
+def ring_memory(memory: Any) -> Any:
+    """A handle on a writable mapping for the functions below; ``ring_unmap`` lets go of it."""
+    return ffi.from_buffer("uint8_t[]", memory, require_writable=True)
+
+
+def ring_unmap(memory: Any) -> None:
+    """Let go of the mapping, so that it can be closed."""
+    ffi.release(memory)
+
+
+def ring_init(memory: Any) -> None:
+    """
+    Make zero-filled memory a ring.
+
+    Raises:
+        ValueError: The size is not RING_CONTROL_SIZE plus a power of two of at least as many bytes.
+        UnsupportedError: The system has no futex: not a 64-bit Linux.
+    """
+    _check_ring(lib.skl_ring_init(memory, len(memory)))
+
+
+def ring_push(memory: Any, type_: int, tag: int, parts: Sequence[Any], timeout_ns: int) -> bool:
+    """
+    Append a frame of contiguous buffers one after the other; False: no room in time.
+
+    Raises:
+        ValueError: The frame is larger than the ring.
+        RingClosedError: The consumer closed.
+        CorruptError: The ring's words were overwritten.
+    """
+    handles = [ffi.from_buffer("uint8_t[]", part) for part in parts]
+    lengths = ffi.new("size_t[]", [len(handle) for handle in handles])
+    pointers = ffi.new("void *[]", handles)
+    status = lib.skl_ring_push(memory, len(memory), type_, tag, pointers, lengths, len(handles), timeout_ns)
+    return _check_ring(status)
+
+
+def ring_peek(memory: Any, timeout_ns: int) -> RingFrame | None:
+    """
+    The oldest frame, without taking it; None: nothing in time.
+
+    Raises:
+        RingClosedError: The producer closed and nothing is left.
+        CorruptError: The ring's words were overwritten.
+    """
+    frame = ffi.new("skl_frame *")
+    if not _check_ring(lib.skl_ring_peek(memory, len(memory), timeout_ns, frame)):
+        return None
+    return RingFrame(frame.offset, frame.length, frame.number, frame.tag, frame.type)
+
+
+def ring_release(memory: Any) -> None:
+    """Hand back the space of the frame last peeked."""
+    _check_ring(lib.skl_ring_release(memory, len(memory)))
+
+
+def ring_set_durable(memory: Any, durable: int) -> None:
+    """Publish how far the consumer's output is safe, 0..2**64 - 1."""
+    _check_ring(lib.skl_ring_set_durable(memory, len(memory), durable))
+
+
+def ring_close(memory: Any, *, producer: bool) -> None:
+    """Say that this side pushes or pops no more, and wake the other."""
+    side = lib.SKL_SIDE_PRODUCER if producer else lib.SKL_SIDE_CONSUMER
+    _check_ring(lib.skl_ring_close(memory, len(memory), side))
+
+
+def ring_words(memory: Any) -> RingWords:
+    """The shared words, each read by itself."""
+    words = ffi.new("skl_ring_words *")
+    _check_ring(lib.skl_ring_state(memory, len(memory), words))
+    return RingWords(
+        words.capacity,
+        words.durable,
+        words.pushed,
+        words.popped,
+        words.wait_ns,
+        words.high_water,
+        bool(words.producer_closed),
+        bool(words.consumer_closed),
+    )
+
+
+def _check_ring(status: int) -> bool:
+    """False on a time-out, which is no error here: the caller looks whether the other side lives, and goes on."""
+    if status == lib.SKL_ERR_TIMEOUT:
+        return False
+    if status == lib.SKL_ERR_CORRUPT:
+        raise CorruptError("the ring's shared memory contradicts itself: something overwrote it")
+    check(status)
+    return True
+
+
 def _expect(shape: Shape, *arrays: NDArray[Any] | None) -> None:
     """C trusts lengths and types; they are made sure of here."""
     positions, records = shape.num_positions, shape.num_records
@@ -371,6 +531,9 @@ def _expect(shape: Shape, *arrays: NDArray[Any] | None) -> None:
 
 
 __all__ = [
+    "RING_CONTROL_SIZE",
+    "RingFrame",
+    "RingWords",
     "Shape",
     "check",
     "decode",
@@ -378,8 +541,18 @@ __all__ = [
     "encode",
     "expand",
     "kernels_name",
+    "merge_draws",
     "payload_size",
     "quantise",
+    "ring_close",
+    "ring_init",
+    "ring_memory",
+    "ring_peek",
+    "ring_push",
+    "ring_release",
+    "ring_set_durable",
+    "ring_unmap",
+    "ring_words",
     "use_kernels",
     "view",
 ]

@@ -10,8 +10,10 @@ import bisect
 import dataclasses
 import mmap
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
@@ -24,7 +26,7 @@ from sklformat.checksums import alignment
 from sklformat.errors import AlignmentError, CorruptError, FormatError, MissingShardError, TruncatedError
 from sklformat.header import Header, parse_header
 from sklformat.index import SealedIndex, Trailer, parse_index, parse_trailer
-from sklformat.manifest import MANIFEST_NAME, Entry, cache_fingerprint, check_contiguous, read_manifest
+from sklformat.manifest import MANIFEST_NAME, Entry, cache_fingerprint, check_contiguous, place_in_cache, read_manifest
 from sklformat.records import Sequence
 
 MAX_OPEN_SHARDS = 64
@@ -141,7 +143,8 @@ class Cache:
     A sequence of sequences: one shard, or a directory of shards in the order of their first sequence.
 
     Made by ``skl.open``.  ``cache[i]`` counts from 0; i is the global sequence number, except for a single shard opened
-    by itself, where ``first_sequence`` says what 0 stands for.  Safe to pickle (it opens again) and to fork.
+    by itself, where ``first_sequence`` says what 0 stands for.  Safe to pickle (it opens again), to fork, and to read
+    from several threads.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -150,6 +153,7 @@ class Cache:
             raise FileNotFoundError(f"{self.path}: no such file or directory; a cache is a directory of .skl shards")
         self._directory = self.path.is_dir()
         self._open_shards: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
         self._pid = os.getpid()
         self._entries = list_shards(self.path)
         first = self._shard(0)
@@ -273,8 +277,12 @@ class Cache:
 
     def _shard(self, place: int) -> Shard:
         if self._pid != os.getpid():  # after a fork the maps are shared; each process keeps its own list
-            self._open_shards = OrderedDict(self._open_shards)
+            self._open_shards, self._lock = OrderedDict(self._open_shards), threading.Lock()
             self._pid = os.getpid()
+        with self._lock:
+            return self._open_shard(place)
+
+    def _open_shard(self, place: int) -> Shard:
         shard = self._open_shards.get(place)
         if shard is None:
             entry = self._entries[place]
@@ -288,17 +296,21 @@ class Cache:
             self._check_belongs(shard, entry)
             self._open_shards[place] = shard
             if len(self._open_shards) > MAX_OPEN_SHARDS:
-                self._open_shards.popitem(last=False)[1].close()
+                self._open_shards.popitem(last=False)  # unmapped once nobody reads from it any more
         else:
             self._open_shards.move_to_end(place)
         return shard
 
     def _check_belongs(self, shard: Shard, entry: Entry) -> None:
-        if shard.fingerprint != entry.fingerprint or shard.header.first_sequence != entry.first_sequence:
+        if (found := describe(shard)) != entry:
             shard.close()
             raise CorruptError(
-                f"fingerprint {shard.fingerprint} at sequence {shard.header.first_sequence}, {entry.fingerprint} at "
-                f"{entry.first_sequence} expected; the file was replaced",
+                "; ".join(
+                    f"{f.name} is {getattr(found, f.name)}, {getattr(entry, f.name)} expected"
+                    for f in dataclasses.fields(Entry)
+                    if getattr(found, f.name) != getattr(entry, f.name)
+                )
+                + "; the file was replaced, or the manifest is of another cache",
                 path=shard.path,
             )
         if hasattr(self, "header") and self.header.cache_key != shard.header.cache_key:
@@ -327,24 +339,31 @@ def scan_directory(path: Path) -> list[Entry]:
     The sealed shards of a directory in order, read from the files themselves; what ``write_manifest`` takes.
 
     Raises:
-        MissingShardError, FormatError: As ``list_shards``.
+        MissingShardError, FormatError: As ``list_shards``; CorruptError too where a shard belongs to another cache.
     """
     files = sorted(p for p in path.iterdir() if p.suffix == ".skl" and p.is_file())
     if not files:
         unfinished = [p.name for p in path.iterdir() if p.name.endswith(".skl.partial")]
         hint = f"; {unfinished[0]} is unfinished, capture it to the end" if unfinished else ""
         raise MissingShardError(f"no .skl shards here: not a cache, or an empty one{hint}", path=path)
-    entries = sorted((_entry(p) for p in files), key=lambda entry: entry.first_sequence)
+    entries, first = [], None
+    for file in files:
+        with closing(Shard(file)) as shard:
+            first = first or shard.header
+            if first.cache_key != shard.header.cache_key:
+                raise CorruptError(
+                    f"belongs to another cache than {files[0].name}: {'; '.join(first.differences(shard.header))}",
+                    path=file,
+                )
+            entries.append(describe(shard))
+    entries.sort(key=place_in_cache)
     check_contiguous(entries, path)
     return entries
 
 
 def _entry(path: Path) -> Entry:
-    shard = Shard(path)
-    try:
+    with closing(Shard(path)) as shard:
         return describe(shard)
-    finally:
-        shard.close()
 
 
 def describe(shard: Shard) -> Entry:

@@ -1,0 +1,439 @@
+/* ring.c: single-producer single-consumer ring on memory that two processes share.
+ *
+ * The only file that asks the system for anything: futex(2) to sleep and wake, and the monotonic clock (no system
+ * call where the kernel maps it) for time limits and the producer's wait counter.
+ *
+ * Words that one side writes and the other reads are C11 atomics.  The pairings:
+ *   P1  producer's store of `tail` after the payload  ->  consumer's load of `tail` before reading it
+ *   P2  consumer's store of `head` after its reading  ->  producer's load of `head` before overwriting it
+ *   P3  each side's store of its `closed`             ->  the other's load of it, before a last look at head or tail
+ *   P4  consumer's store of `durable`                 ->  producer's load of it
+ * P1 to P4 need release and acquire.  P1, P2 and P3 also take part in Dekker's game with the sleeping flags
+ * (publish, then look for a sleeper; announce sleep, then look for what was published), which needs one total order
+ * over the four accesses: those stores and the loads in the sleeping path are therefore seq_cst, which includes
+ * release and acquire.  Accesses, not fences, because ThreadSanitizer understands them.
+ *
+ * What is read from shared memory is checked before it is used as a size or place: a word that something overwrote
+ * gives SKL_ERR_CORRUPT, never an access outside the memory. */
+#include "skl.h"
+
+#include <assert.h>
+#include <stdalign.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#if defined(__linux__) && UINTPTR_MAX > UINT32_MAX
+#define RING_SUPPORTED 1
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#else
+#define RING_SUPPORTED 0
+#endif
+
+static_assert(ATOMIC_LLONG_LOCK_FREE == 2, "a lock would not be shared between processes");
+static_assert(ATOMIC_INT_LOCK_FREE == 2, "a lock would not be shared between processes");
+
+#define MAGIC UINT64_C(0x31474e49524c4b53) /* "SKLRING1" in memory */
+#define CONTROL_SIZE 4096u
+#define ALIGNMENT 64u
+#define PADDING_TYPE UINT32_MAX
+#define SLICE_NS UINT64_C(100000000) /* longest single sleep: bounds the cost of any lost wake-up */
+#define SPINS 200
+
+/* Two lines of 64 bytes apart: neighbouring lines are fetched in pairs. */
+typedef struct control {
+    uint64_t magic; /* written once, before the memory is shared */
+    uint64_t capacity;
+
+    alignas(128) _Atomic uint64_t tail; /* producer: bytes ever published, padding included */
+    _Atomic uint64_t pushed;            /* producer: frames ever published */
+    _Atomic uint64_t wait_ns;           /* producer: time it waited for room */
+    _Atomic uint64_t high_water;        /* producer: most bytes it ever saw in use */
+    _Atomic uint32_t producer_closed;
+    _Atomic uint32_t consumer_sleeps; /* consumer sets, producer clears; the consumer's futex */
+
+    alignas(128) _Atomic uint64_t head; /* consumer: bytes ever released, padding included */
+    _Atomic uint64_t popped;            /* consumer: frames ever released */
+    _Atomic uint64_t durable;           /* consumer */
+    _Atomic uint32_t consumer_closed;
+    _Atomic uint32_t producer_sleeps; /* producer sets, consumer clears; the producer's futex */
+} control;
+
+/* The first 64 bytes of a frame; the payload follows. */
+typedef struct frame_header {
+    uint64_t length; /* bytes of payload */
+    uint64_t number; /* frames before this one; padding has none and says 0 */
+    uint64_t tag;
+    uint32_t type;
+    uint32_t reserved;
+    uint8_t unused[32];
+} frame_header;
+
+static_assert(sizeof(control) <= CONTROL_SIZE, "control words fit their page");
+static_assert(sizeof(frame_header) == ALIGNMENT, "a payload starts on a cache line");
+
+/* ---- sleeping -------------------------------------------------------------------------------------------- */
+
+#if RING_SUPPORTED
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
+}
+
+/* Not FUTEX_PRIVATE: the two sides are processes.  Any reason to return will do, the caller looks again. */
+static void sleep_on(_Atomic uint32_t *word, uint64_t limit_ns)
+{
+    const uint64_t ns = limit_ns < SLICE_NS ? limit_ns : SLICE_NS;
+    const struct timespec timeout = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
+    syscall(SYS_futex, (uint32_t *)word, FUTEX_WAIT, 1u, &timeout, NULL, 0);
+}
+
+static void wake(_Atomic uint32_t *word)
+{
+    /* Dekker, second half: what was published is before this load in the total order of seq_cst. */
+    if (atomic_load_explicit(word, memory_order_seq_cst) == 0)
+        return;
+    /* A sleeper that is only on its way into the kernel finds the word changed and does not sleep. */
+    atomic_store_explicit(word, 0, memory_order_seq_cst);
+    syscall(SYS_futex, (uint32_t *)word, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
+static void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+#else
+static uint64_t now_ns(void) { return 0; }
+static void sleep_on(_Atomic uint32_t *word, uint64_t limit_ns) { (void)word, (void)limit_ns; }
+static void wake(_Atomic uint32_t *word) { (void)word; }
+static void relax(void) {}
+#endif
+
+/* ---- checked access -------------------------------------------------------------------------------------- */
+
+static uint64_t round_up(uint64_t size) { return (size + (ALIGNMENT - 1)) & ~(uint64_t)(ALIGNMENT - 1); }
+
+/* One side's view; the capacity is the caller's, not what the shared memory says now. */
+typedef struct view {
+    control *words;
+    uint8_t *data;
+    uint64_t capacity; /* a power of two */
+} view;
+
+static uint64_t index_of(const view *ring, uint64_t place) { return place & (ring->capacity - 1); }
+
+static uint64_t bytes_to_end(const view *ring, uint64_t place) { return ring->capacity - index_of(ring, place); }
+
+static skl_status open_memory(void *memory, size_t memory_len, view *ring)
+{
+    if (!RING_SUPPORTED)
+        return SKL_ERR_UNSUPPORTED;
+    if (memory == NULL || memory_len < 2 * (size_t)CONTROL_SIZE || (uintptr_t)memory % alignof(control) != 0)
+        return SKL_ERR_ARG;
+    ring->words = memory;
+    ring->data = (uint8_t *)memory + CONTROL_SIZE;
+    ring->capacity = memory_len - CONTROL_SIZE;
+    return (ring->capacity & (ring->capacity - 1)) == 0 ? SKL_OK : SKL_ERR_ARG;
+}
+
+static skl_status attach(void *memory, size_t memory_len, view *ring)
+{
+    const skl_status status = open_memory(memory, memory_len, ring);
+    if (status != SKL_OK)
+        return status;
+    if (ring->words->magic != MAGIC)
+        return SKL_ERR_UNSUPPORTED;
+    return ring->words->capacity == ring->capacity ? SKL_OK : SKL_ERR_CORRUPT;
+}
+
+/* Bytes between head and tail; neither side can leave this range or alignment, an overwritten word would. */
+static skl_status bytes_used(const view *ring, uint64_t head, uint64_t tail, uint64_t *used)
+{
+    *used = tail - head;
+    return *used <= ring->capacity && (head | tail) % ALIGNMENT == 0 ? SKL_OK : SKL_ERR_CORRUPT;
+}
+
+/* ---- producer -------------------------------------------------------------------------------------------- */
+
+/* Wait until `size` bytes from tail on are free.  size <= capacity. */
+static skl_status wait_for_room(const view *ring, uint64_t tail, uint64_t size, uint64_t timeout_ns)
+{
+    uint64_t started = 0;
+    skl_status status = SKL_OK;
+    for (uint32_t spin = 0;; spin++) {
+        if (atomic_load_explicit(&ring->words->consumer_closed, memory_order_seq_cst)) { /* P3, Dekker */
+            status = SKL_ERR_CLOSED;
+            break;
+        }
+        uint64_t used;
+        const uint64_t head = atomic_load_explicit(&ring->words->head, memory_order_seq_cst); /* P2, Dekker */
+        status = bytes_used(ring, head, tail, &used);
+        if (status != SKL_OK)
+            break;
+        if (used > atomic_load_explicit(&ring->words->high_water, memory_order_relaxed))
+            atomic_store_explicit(&ring->words->high_water, used, memory_order_relaxed);
+        if (ring->capacity - used >= size)
+            break;
+        if (started == 0)
+            started = now_ns();
+        if (spin < SPINS) {
+            relax();
+            continue;
+        }
+        const uint64_t waited = now_ns() - started;
+        if (waited >= timeout_ns) {
+            status = SKL_ERR_TIMEOUT;
+            break;
+        }
+        if (atomic_load_explicit(&ring->words->producer_sleeps, memory_order_relaxed)) {
+            sleep_on(&ring->words->producer_sleeps, timeout_ns - waited);
+            atomic_store_explicit(&ring->words->producer_sleeps, 0, memory_order_relaxed);
+        } else { /* announce, then look once more before sleeping */
+            atomic_store_explicit(&ring->words->producer_sleeps, 1, memory_order_seq_cst);
+        }
+    }
+    atomic_store_explicit(&ring->words->producer_sleeps, 0, memory_order_relaxed);
+    if (started != 0) {
+        const uint64_t before = atomic_load_explicit(&ring->words->wait_ns, memory_order_relaxed);
+        atomic_store_explicit(&ring->words->wait_ns, before + (now_ns() - started), memory_order_relaxed);
+    }
+    return status;
+}
+
+static void publish(const view *ring, uint64_t tail)
+{
+    atomic_store_explicit(&ring->words->tail, tail, memory_order_seq_cst); /* P1, Dekker */
+    wake(&ring->words->consumer_sleeps);
+}
+
+skl_status skl_ring_push(void *memory, size_t memory_len, uint32_t type, uint64_t tag, const void *const *parts,
+                         const size_t *lengths, size_t num_parts, uint64_t timeout_ns)
+{
+    view ring;
+    skl_status status = attach(memory, memory_len, &ring);
+    if (status != SKL_OK)
+        return status;
+    const uint64_t room = ring.capacity - sizeof(frame_header);
+    uint64_t length = 0;
+    for (size_t i = 0; i < num_parts; i++) {
+        if (lengths[i] > room - length)
+            return SKL_ERR_ARG;
+        length += lengths[i];
+    }
+    if (type == PADDING_TYPE)
+        return SKL_ERR_ARG;
+
+    /* Only this side writes tail and pushed: relaxed. */
+    uint64_t tail = atomic_load_explicit(&ring.words->tail, memory_order_relaxed);
+    const uint64_t size = sizeof(frame_header) + round_up(length);
+    const uint64_t to_end = bytes_to_end(&ring, tail);
+    if (tail % ALIGNMENT != 0)
+        return SKL_ERR_CORRUPT;
+    if (size > to_end) {
+        /* Published by itself, so that a frame may be as large as the ring; a push repeated after a time-out
+         * starts behind it. */
+        status = wait_for_room(&ring, tail, to_end, timeout_ns);
+        if (status != SKL_OK)
+            return status;
+        const frame_header padding = {.length = to_end - sizeof(frame_header), .type = PADDING_TYPE};
+        memcpy(ring.data + index_of(&ring, tail), &padding, sizeof padding);
+        tail += to_end;
+        publish(&ring, tail);
+    }
+    status = wait_for_room(&ring, tail, size, timeout_ns);
+    if (status != SKL_OK)
+        return status;
+    const uint64_t number = atomic_load_explicit(&ring.words->pushed, memory_order_relaxed);
+    const frame_header header = {.length = length, .number = number, .tag = tag, .type = type};
+    uint8_t *place = ring.data + index_of(&ring, tail);
+    memcpy(place, &header, sizeof header);
+    place += sizeof header;
+    for (size_t i = 0; i < num_parts; i++) {
+        if (lengths[i] > 0)
+            memcpy(place, parts[i], lengths[i]);
+        place += lengths[i];
+    }
+    atomic_store_explicit(&ring.words->pushed, number + 1, memory_order_relaxed);
+    publish(&ring, tail + size);
+    return SKL_OK;
+}
+
+/* ---- consumer -------------------------------------------------------------------------------------------- */
+
+/* Wait until something is published; *used: bytes published and not released. */
+static skl_status wait_for_frame(const view *ring, uint64_t head, uint64_t timeout_ns, uint64_t *used)
+{
+    uint64_t started = 0;
+    skl_status status = SKL_OK;
+    for (uint32_t spin = 0;; spin++) {
+        /* P3: closed is read before tail, so that all that was pushed before closing is seen. */
+        const uint32_t closed = atomic_load_explicit(&ring->words->producer_closed, memory_order_seq_cst);
+        const uint64_t tail = atomic_load_explicit(&ring->words->tail, memory_order_seq_cst); /* P1, Dekker */
+        status = bytes_used(ring, head, tail, used);
+        if (status != SKL_OK || *used > 0)
+            break;
+        if (closed) {
+            status = SKL_ERR_CLOSED;
+            break;
+        }
+        if (started == 0)
+            started = now_ns();
+        if (spin < SPINS && timeout_ns > 0) {
+            relax();
+            continue;
+        }
+        const uint64_t waited = now_ns() - started;
+        if (waited >= timeout_ns) {
+            status = SKL_ERR_TIMEOUT;
+            break;
+        }
+        if (atomic_load_explicit(&ring->words->consumer_sleeps, memory_order_relaxed)) {
+            sleep_on(&ring->words->consumer_sleeps, timeout_ns - waited);
+            atomic_store_explicit(&ring->words->consumer_sleeps, 0, memory_order_relaxed);
+        } else {
+            atomic_store_explicit(&ring->words->consumer_sleeps, 1, memory_order_seq_cst);
+        }
+    }
+    atomic_store_explicit(&ring->words->consumer_sleeps, 0, memory_order_relaxed);
+    return status;
+}
+
+static void release_to(const view *ring, uint64_t head)
+{
+    atomic_store_explicit(&ring->words->head, head, memory_order_seq_cst); /* P2, Dekker */
+    wake(&ring->words->producer_sleeps);
+}
+
+/* The header at head, checked against what is published and against the end of the memory. */
+static skl_status read_header(const view *ring, uint64_t head, uint64_t used, frame_header *header)
+{
+    memcpy(header, ring->data + index_of(ring, head), sizeof *header);
+    const uint64_t to_end = bytes_to_end(ring, head);
+    const uint64_t limit = used < to_end ? used : to_end;
+    if (header->length > limit - sizeof *header || header->reserved != 0)
+        return SKL_ERR_CORRUPT;
+    if (header->type == PADDING_TYPE)
+        return header->length == to_end - sizeof *header ? SKL_OK : SKL_ERR_CORRUPT;
+    const uint64_t expected = atomic_load_explicit(&ring->words->popped, memory_order_relaxed);
+    return header->number == expected ? SKL_OK : SKL_ERR_CORRUPT;
+}
+
+skl_status skl_ring_peek(void *memory, size_t memory_len, uint64_t timeout_ns, skl_frame *frame)
+{
+    view ring;
+    skl_status status = attach(memory, memory_len, &ring);
+    if (status != SKL_OK)
+        return status;
+    for (;;) { /* at most twice: after padding comes a frame */
+        /* Only this side writes head and popped: relaxed. */
+        const uint64_t head = atomic_load_explicit(&ring.words->head, memory_order_relaxed);
+        uint64_t used;
+        frame_header header;
+        status = wait_for_frame(&ring, head, timeout_ns, &used);
+        if (status == SKL_OK)
+            status = read_header(&ring, head, used, &header);
+        if (status != SKL_OK)
+            return status;
+        if (header.type == PADDING_TYPE) {
+            release_to(&ring, head + sizeof header + header.length);
+            continue;
+        }
+        frame->offset = CONTROL_SIZE + index_of(&ring, head) + sizeof header;
+        frame->length = header.length;
+        frame->number = header.number;
+        frame->tag = header.tag;
+        frame->type = header.type;
+        return SKL_OK;
+    }
+}
+
+skl_status skl_ring_release(void *memory, size_t memory_len)
+{
+    view ring;
+    skl_status status = attach(memory, memory_len, &ring);
+    if (status != SKL_OK)
+        return status;
+    const uint64_t head = atomic_load_explicit(&ring.words->head, memory_order_relaxed);
+    const uint64_t tail = atomic_load_explicit(&ring.words->tail, memory_order_acquire); /* P1 */
+    uint64_t used;
+    frame_header header;
+    status = bytes_used(&ring, head, tail, &used);
+    if (status != SKL_OK)
+        return status;
+    if (used == 0)
+        return SKL_ERR_ARG;
+    status = read_header(&ring, head, used, &header);
+    if (status != SKL_OK)
+        return status;
+    if (header.type == PADDING_TYPE)
+        return SKL_ERR_ARG;
+    atomic_store_explicit(&ring.words->popped, header.number + 1, memory_order_relaxed);
+    release_to(&ring, head + sizeof header + round_up(header.length));
+    return SKL_OK;
+}
+
+skl_status skl_ring_set_durable(void *memory, size_t memory_len, uint64_t durable)
+{
+    view ring;
+    const skl_status status = attach(memory, memory_len, &ring);
+    if (status == SKL_OK)
+        atomic_store_explicit(&ring.words->durable, durable, memory_order_release); /* P4 */
+    return status;
+}
+
+/* ---- both sides ------------------------------------------------------------------------------------------ */
+
+skl_status skl_ring_init(void *memory, size_t memory_len)
+{
+    view ring;
+    const skl_status status = open_memory(memory, memory_len, &ring);
+    if (status != SKL_OK)
+        return status;
+    memset(memory, 0, CONTROL_SIZE); /* zero is the first state of every atomic word; nobody else sees it yet */
+    ring.words->capacity = ring.capacity;
+    ring.words->magic = MAGIC;
+    return SKL_OK;
+}
+
+skl_status skl_ring_close(void *memory, size_t memory_len, uint32_t side)
+{
+    view ring;
+    const skl_status status = attach(memory, memory_len, &ring);
+    if (status != SKL_OK)
+        return status;
+    if (side == SKL_SIDE_PRODUCER) {
+        atomic_store_explicit(&ring.words->producer_closed, 1, memory_order_seq_cst); /* P3, Dekker */
+        wake(&ring.words->consumer_sleeps);
+    } else if (side == SKL_SIDE_CONSUMER) {
+        atomic_store_explicit(&ring.words->consumer_closed, 1, memory_order_seq_cst); /* P3, Dekker */
+        wake(&ring.words->producer_sleeps);
+    } else {
+        return SKL_ERR_ARG;
+    }
+    return SKL_OK;
+}
+
+skl_status skl_ring_state(void *memory, size_t memory_len, skl_ring_words *state)
+{
+    view ring;
+    const skl_status status = attach(memory, memory_len, &ring);
+    if (status != SKL_OK)
+        return status;
+    state->capacity = ring.capacity;
+    state->durable = atomic_load_explicit(&ring.words->durable, memory_order_acquire); /* P4 */
+    state->pushed = atomic_load_explicit(&ring.words->pushed, memory_order_relaxed);
+    state->popped = atomic_load_explicit(&ring.words->popped, memory_order_relaxed);
+    state->wait_ns = atomic_load_explicit(&ring.words->wait_ns, memory_order_relaxed);
+    state->high_water = atomic_load_explicit(&ring.words->high_water, memory_order_relaxed);
+    state->producer_closed = atomic_load_explicit(&ring.words->producer_closed, memory_order_acquire);
+    state->consumer_closed = atomic_load_explicit(&ring.words->consumer_closed, memory_order_acquire);
+    return SKL_OK;
+}

@@ -1,0 +1,264 @@
+"""
+The teacher's side of a capture: hand sequences over and go on; a process of its own writes them to disk.
+
+Knows no teacher and no sampler, and imports no torch; ``capture_writer`` is the other side.  For Linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from sklformat.capture_frames import Setup, merge_draws, pack_draws, pack_targets
+from sklformat.capture_plan import ShardWork, survey
+from sklformat.disk import locked_directory
+from sklformat.errors import CaptureError, InUseError, RingClosedError
+from sklformat.header import Header
+from sklformat.manifest import write_manifest
+from sklformat.reader import scan_directory
+from sklformat.records import SparseTargets
+from sklformat.ring import Ring
+
+__all__ = ["Capture", "ShardWork", "merge_draws"]
+
+_WRITER_LOCK = ".writer.lock"
+_TAKEOVER_SECONDS = 60.0
+_START = "import sys; sys.path[:] = {path!r}; from sklformat.capture_writer import main; sys.exit(main(sys.argv[1:]))"
+
+
+class Capture:
+    """
+    Write a cache of shards while the teacher runs; go on where an interrupted capture ended.
+
+    A context: entering takes the directory and starts the writer process; leaving waits until everything is on disk
+    and, when every shard is sealed, writes the manifest.  An exception leaves the shard begun as ``.partial``,
+    durable.  Use one thread.
+
+    Args:
+        directory: Of the cache; made if it is missing.
+        header: Settings of all shards; shard_number and first_sequence are set for each.
+        num_sequences: Of the whole cache, >= 1.
+        sequences_per_shard: >= 1; the last shard may hold fewer.
+        ring_bytes: Room between teacher and writer, at least one sequence.
+        checkpoint_bytes, checkpoint_seconds: How much may be lost at most when both processes die: after so many
+            bytes, or so many seconds, what was written is made durable.
+
+    Raises:
+        ValueError: A number out of range.
+        InUseError: On entering: another capture has the directory.
+        SettingsError: On entering: shards here were made with other settings; the message shows both values.
+        FormatError: On entering: a shard here is damaged.
+        UnsupportedError: On entering: this is not Linux.
+        CaptureError: On leaving, or from a push: the writer process failed; the message is its own.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        header: Header,
+        num_sequences: int,
+        sequences_per_shard: int,
+        ring_bytes: int = 64 << 20,
+        checkpoint_bytes: int = 256 << 20,
+        checkpoint_seconds: float = 30.0,
+    ) -> None:
+        for name, value in (
+            ("num_sequences", num_sequences),
+            ("sequences_per_shard", sequences_per_shard),
+            ("ring_bytes", ring_bytes),
+            ("checkpoint_bytes", checkpoint_bytes),
+            ("checkpoint_seconds", checkpoint_seconds),
+        ):
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        self.directory = Path(directory)
+        self.header = header
+        self.num_sequences = num_sequences
+        self.sequences_per_shard = sequences_per_shard
+        self._ring_bytes = ring_bytes
+        self._checkpoints = checkpoint_bytes, checkpoint_seconds
+        self._works: list[ShardWork] = []
+        self._todo: dict[int, ShardWork] = {}
+        self._sealed_before = 0
+        self._expected: tuple[int, ShardWork] | None = None
+        self._ring: Ring | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._error: str | None = None
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Capture:
+        with contextlib.ExitStack() as held:
+            held.enter_context(locked_directory(self.directory))
+            writer_lock = self._take_over(held)
+            self._works = survey(self.directory, self.header, self.num_sequences, self.sequences_per_shard)
+            if not self._works:
+                self._sealed_before = self.num_sequences
+            self._todo = {work.next_sequence: work for work in self._works if work.next_sequence < work.end}
+            if self._works:
+                self._ring = held.enter_context(Ring.create(self._ring_bytes))
+                self._process = self._start(self._ring, writer_lock)
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._held:
+            if self._process is not None and self._ring is not None:
+                self._ring.finish()
+                status = self._process.wait()
+                if kind is not None:
+                    return
+                if status != 0 or self._error is not None:
+                    raise self._failure()
+            if kind is None and self.durable == self.num_sequences:  # the last seal made it so
+                write_manifest(self.directory, scan_directory(self.directory))
+                (self.directory / _WRITER_LOCK).unlink()
+
+    def shards(self) -> Iterator[ShardWork]:
+        """Shards that still want sequences, in order; push those from ``next_sequence`` on, then go to the next."""
+        yield from (work for work in self._works if work.next_sequence < work.end)
+
+    def push(
+        self,
+        sequence: int,
+        tokens: ArrayLike,
+        targets: SparseTargets,
+        columns: Mapping[str, ArrayLike] | None = None,
+    ) -> None:
+        """
+        Hand over one sequence with its (id, count) or (id, weight) pairs; copied once, written by the writer process.
+
+        Args:
+            sequence: Global number: the one after the last push, or ``next_sequence`` of a shard that has not begun.
+            tokens: [T + 1] integer token ids.
+            targets: Records of T positions, of the header's kind.
+            columns: One [T] array for each of header.columns.
+
+        Raises:
+            ValueError: Another sequence is due, shapes or kinds disagree, or the sequence is larger than the ring.
+            CaptureError: The writer process failed or died; records that break a rule of the format are reported so.
+        """
+        self._check_due(sequence)
+        self._send(sequence, *pack_targets(self.header, tokens, targets, columns))
+
+    def push_draws(
+        self, sequence: int, tokens: ArrayLike, draws: ArrayLike, columns: Mapping[str, ArrayLike] | None = None
+    ) -> None:
+        """
+        Hand over one sequence with its sorted draws; the writer process counts them.
+
+        Args:
+            sequence: As in ``push``.
+            tokens: [T + 1] integer token ids.
+            draws: [T, header.rounds] token ids, each row ascending; uint32 or int32 are not converted.
+            columns: One [T] array for each of header.columns.
+
+        Raises:
+            ValueError, CaptureError: As ``push``; rows that are not sorted are reported by the writer process.
+        """
+        self._check_due(sequence)
+        self._send(sequence, *pack_draws(self.header, tokens, draws, columns))
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time this side has waited because the ring was full."""
+        return 0.0 if self._ring is None else self._ring.wait_seconds
+
+    @property
+    def durable(self) -> int:
+        """Every sequence below this global number is on disk, whatever happens to both processes."""
+        return self._sealed_before if self._ring is None else self._ring.durable
+
+    def _take_over(self, held: contextlib.ExitStack) -> int:
+        """
+        Wait until the writer process of an interrupted capture has ended, and hold its place.
+
+        Its teacher is dead, else the directory would be locked; it only writes what the ring still held.
+        """
+        fd = os.open(self.directory / _WRITER_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        held.callback(os.close, fd)
+        end = time.monotonic() + _TAKEOVER_SECONDS
+        while not _try_lock(fd):
+            if time.monotonic() > end:
+                raise InUseError(
+                    f"{self.directory}: the writer process of an interrupted capture is still writing; "
+                    "wait for it, or end it"
+                )
+            time.sleep(0.02)
+        return fd
+
+    def _start(self, ring: Ring, writer_lock: int) -> subprocess.Popen[bytes]:
+        """
+        A fresh interpreter with this one's module path: nothing of the teacher's process is copied or run again.
+
+        A session of its own: the terminal's Ctrl-C is the teacher's to handle, after which the writer finishes.
+        """
+        descriptors = ring.peer_descriptors
+        process = subprocess.Popen(  # noqa: S603  our own interpreter and code
+            [sys.executable, "-c", _START.format(path=sys.path), *map(str, descriptors)],
+            stdin=subprocess.PIPE,
+            pass_fds=[*descriptors, writer_lock],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        ring.close_peer()
+        setup = Setup(self.directory, self.header, self._works, self.num_sequences, *self._checkpoints)
+        assert process.stdin is not None
+        # A writer that is dead already shows at the next push or on leaving.
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(setup.pack())
+        return process
+
+    def _check_due(self, sequence: int) -> None:
+        if self._error is not None:
+            raise CaptureError(self._error)
+        if self._expected is not None and sequence == self._expected[0]:
+            return
+        if self._expected is None and sequence in self._todo:
+            return
+        due = [self._expected[0]] if self._expected is not None else list(self._todo)
+        raise ValueError(
+            f"sequence {sequence} pushed, "
+            + (f"{due[0]} is due; a shard's sequences come in order" if due else "but no shard wants any more")
+        )
+
+    def _send(self, sequence: int, kind: int, parts: list[Any]) -> None:
+        assert self._ring is not None
+        try:
+            self._ring.push(*parts, type=kind, tag=sequence)
+        except RingClosedError:
+            raise self._failure() from None
+        work = self._todo.pop(sequence) if self._expected is None else self._expected[1]
+        self._expected = (sequence + 1, work) if sequence + 1 < work.end else None
+
+    def _failure(self) -> CaptureError:
+        """What the writer process said, or how it ended."""
+        assert self._ring is not None
+        assert self._process is not None
+        if self._error is None:
+            message, status = self._ring.last_words(), self._process.wait()
+            if not message:
+                how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+                message = f"{self.directory}: the writer process {how}"
+            self._error = f"{message}; sequences below {self.durable} are safe, run the capture again to go on"
+        return CaptureError(self._error)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

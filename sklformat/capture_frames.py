@@ -1,0 +1,193 @@
+"""
+What the two processes of a capture say to each other: how a sequence lies in a frame of the ring.
+
+A frame holds what the teacher made, not what the file will hold; both processes run the same version of this module.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sklformat import native
+from sklformat.capture_plan import ShardWork
+from sklformat.checksums import tokens_array
+from sklformat.header import Header, parse_header
+from sklformat.records import SparseTargets
+
+# Number of positions, number of pairs or of rounds, number of columns; arrays follow, the widest type first, so that
+# each lies on a multiple of its size.
+_PREFIX = struct.Struct("<QQQ40x")
+_DRAWS, _COUNTS, _WEIGHTS = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the writer process needs to know before the first frame."""
+
+    directory: Path
+    header: Header
+    works: list[ShardWork]
+    num_sequences: int
+    checkpoint_bytes: int
+    checkpoint_seconds: float
+
+    def pack(self) -> bytes:
+        """As JSON."""
+        values = self.__dict__ | {
+            "directory": str(self.directory),
+            "header": self.header.pack().hex(),
+            "works": [asdict(work) for work in self.works],
+        }
+        return json.dumps(values).encode()
+
+    @classmethod
+    def parse(cls, data: bytes) -> Setup:
+        """What ``pack`` wrote."""
+        values: dict[str, Any] = json.loads(data)
+        values["directory"] = Path(values["directory"])
+        values["header"] = parse_header(bytes.fromhex(values["header"]))
+        values["works"] = [ShardWork(**work) for work in values["works"]]
+        return cls(**values)
+
+
+def merge_draws(draws: ArrayLike) -> SparseTargets:
+    """
+    Count equal draws: sorted draws become records of kind "counts".
+
+    Args:
+        draws: [T, rounds] token ids, each row ascending; rounds 1..127.
+
+    Returns:
+        Targets of T positions whose counts sum to rounds.
+
+    Raises:
+        ValueError: A row is not sorted (names the position), not a 2-D array of integers, or rounds out of range.
+    """
+    offsets, token_ids, counts = native.merge_draws(draws_array(draws))
+    return SparseTargets.trusted(token_ids, counts, None, offsets)
+
+
+def draws_array(draws: ArrayLike) -> NDArray[np.uint32]:
+    """
+    Draws [T, rounds] as contiguous uint32, without a copy where their type allows it.
+
+    Raises:
+        ValueError: Not a 2-D array of integers in [0, 2**32).
+    """
+    array = np.asarray(draws)
+    if array.ndim != 2 or array.dtype.kind not in "iu":
+        raise ValueError(f"draws must be integers [T, rounds], got shape {array.shape} of {array.dtype}")
+    if array.dtype == np.int32:
+        # A negative id reads as one above 2**31: no vocabulary is that wide, so that the writer refuses it.
+        return np.ascontiguousarray(array).view(np.uint32)
+    if array.dtype != np.uint32 and array.size and not 0 <= int(array.min()) <= int(array.max()) < 1 << 32:
+        raise ValueError(f"draws must be in [0, 2**32), got values from {array.min()} to {array.max()}")
+    return np.ascontiguousarray(array, np.uint32)
+
+
+def pack_draws(
+    header: Header, tokens: ArrayLike, draws: ArrayLike, columns: Mapping[str, ArrayLike] | None
+) -> tuple[int, list[Any]]:
+    """
+    A frame's type and parts for a sequence with its sorted draws.
+
+    Raises:
+        ValueError: Shapes disagree with each other or with the header.
+    """
+    if header.kind != "counts":
+        raise ValueError(f"draws become counts, the header's kind is {header.kind!r}; push targets with weights")
+    ids, array = tokens_array(tokens), draws_array(draws)
+    positions, rounds = array.shape
+    if rounds != header.rounds:
+        raise ValueError(f"{rounds} draws a position, the header's rounds is {header.rounds}")
+    _check_positions(header, ids, positions)
+    rows = _column_rows(header, columns, positions)
+    return _DRAWS, [_PREFIX.pack(positions, rounds, len(rows)), array, ids, *rows]
+
+
+def pack_targets(
+    header: Header, tokens: ArrayLike, targets: SparseTargets, columns: Mapping[str, ArrayLike] | None
+) -> tuple[int, list[Any]]:
+    """
+    A frame's type and parts for a sequence with its (id, count) or (id, weight) pairs.
+
+    Raises:
+        ValueError: Shapes or kind disagree with each other or with the header.
+    """
+    ids, positions = tokens_array(tokens), targets.num_positions
+    kind = "counts" if targets.counts is not None else "ratios"
+    if kind != header.kind:
+        raise ValueError(f"the targets are of kind {kind!r}, the header's kind is {header.kind!r}")
+    _check_positions(header, ids, positions)
+    rows = _column_rows(header, columns, positions)
+    parts = [_PREFIX.pack(positions, targets.num_records, len(rows)), targets.offsets, targets.token_ids, ids]
+    if targets.counts is not None:
+        return _COUNTS, [*parts, *rows, targets.counts]
+    return _WEIGHTS, [*parts, targets.weights, *rows]
+
+
+def unpack(
+    header: Header, kind: int, payload: memoryview
+) -> tuple[NDArray[np.uint32], SparseTargets, dict[str, NDArray[np.float16]]]:
+    """
+    Tokens, targets and columns of a frame, views into it where nothing had to be merged.
+
+    Raises:
+        ValueError: The draws are not sorted; names the position.
+    """
+    positions, size, num_columns = _PREFIX.unpack_from(payload)
+    place = _PREFIX.size
+
+    def take(count: int, dtype: type[np.generic]) -> NDArray[Any]:
+        nonlocal place
+        array = np.frombuffer(payload, dtype, count, place)
+        place += array.nbytes
+        return array
+
+    def take_columns() -> dict[str, NDArray[np.float16]]:
+        assert num_columns == len(header.columns)
+        return {name: take(positions, np.float16) for name in header.columns}
+
+    if kind == _DRAWS:
+        draws = take(positions * size, np.uint32).reshape(positions, size)
+        tokens = take(positions + 1, np.uint32)
+        return tokens, merge_draws(draws), take_columns()
+    offsets, token_ids = take(positions + 1, np.int64), take(size, np.uint32)
+    tokens = take(positions + 1, np.uint32)
+    if kind == _COUNTS:
+        columns = take_columns()
+        return tokens, SparseTargets(token_ids=token_ids, counts=take(size, np.uint8), offsets=offsets), columns
+    assert kind == _WEIGHTS
+    weights = take(size, np.float32)
+    return tokens, SparseTargets(token_ids=token_ids, weights=weights, offsets=offsets), take_columns()
+
+
+def _check_positions(header: Header, ids: NDArray[np.uint32], positions: int) -> None:
+    if ids.size != positions + 1:
+        raise ValueError(
+            f"{ids.size} tokens and {positions} positions of records; a sequence of L tokens has exactly L - 1 records"
+        )
+    if header.seq_len and positions != header.seq_len:
+        raise ValueError(f"sequence of {positions} positions, the header's seq_len is {header.seq_len}")
+
+
+def _column_rows(header: Header, columns: Mapping[str, ArrayLike] | None, positions: int) -> list[NDArray[np.float16]]:
+    given = columns or {}
+    if set(given) != set(header.columns):
+        raise ValueError(f"columns {sorted(given)} given, the header names {sorted(header.columns)}")
+    rows = []
+    for name in header.columns:
+        with np.errstate(over="ignore"):  # the writer refuses what is not finite in float16
+            row = np.ascontiguousarray(np.asarray(given[name]), np.float16)
+        if row.shape != (positions,):
+            raise ValueError(f"column {name} has shape {row.shape}, must be ({positions},)")
+        rows.append(row)
+    return rows

@@ -1,0 +1,139 @@
+"""
+The writer process of a capture: frames from the ring in, sealed shards out.
+
+Runs in an interpreter of its own, started by ``capture``; imports neither torch nor the teacher.  Ends when the
+producer closed or died and every frame it completed is written.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from sklformat.capture_frames import Setup, unpack
+from sklformat.capture_plan import ShardWork, shard_header, shard_path
+from sklformat.errors import RingClosedError, RingTimeoutError, SklError
+from sklformat.ring import Frame, Ring
+from sklformat.writer import ShardWriter
+
+
+class Drain:
+    """
+    Take frames until the ring is closed and empty.
+
+    Args:
+        ring: The consumer's side.
+        setup: What the producer told.
+    """
+
+    def __init__(self, ring: Ring, setup: Setup) -> None:
+        self._ring, self._setup = ring, setup
+        self._durable = {work.number: work.next_sequence for work in setup.works}
+        self._shard: ShardWriter | None = None
+        self._work: ShardWork | None = None
+        self._flushed_size, self._flushed_at = 0, 0.0
+
+    def run(self) -> None:
+        """
+        Write every frame; an unfinished shard stays as ``.partial``, durable.
+
+        Raises:
+            SklError, ValueError, OSError: What stopped the writing; what was flushed before is safe.
+        """
+        try:
+            for work in self._setup.works:
+                if work.next_sequence == work.end:  # stopped between its last sequence and its seal
+                    self._open(work)
+                    self._seal()
+            self._publish()
+            while True:
+                frame = self._next()
+                if frame is None:
+                    self._flush()
+                else:
+                    self._take(frame)
+        except RingClosedError:
+            pass
+        finally:
+            if self._shard is not None:
+                self._shard.close()
+        if self._work is not None:
+            self._advance(self._work)
+            self._publish()
+
+    def _next(self) -> Frame | None:
+        """None: a checkpoint is due."""
+        try:
+            return self._ring.pop(self._seconds_left())
+        except RingTimeoutError:
+            return None
+
+    def _take(self, frame: Frame) -> None:
+        if self._shard is None:
+            self._open(next(work for work in self._setup.works if work.next_sequence == frame.tag))
+        assert self._shard is not None
+        assert self._work is not None
+        assert frame.tag == self._work.first_sequence + len(self._shard)
+        try:
+            tokens, targets, columns = unpack(self._setup.header, frame.type, frame.payload)
+            self._shard.append(tokens, targets, columns)
+        except ValueError as error:
+            raise ValueError(f"sequence {frame.tag}: {error}") from error
+        if len(self._shard) == self._work.num_sequences:
+            self._seal()
+        elif self._shard.size - self._flushed_size >= self._setup.checkpoint_bytes or self._seconds_left() == 0:
+            self._flush()
+
+    def _open(self, work: ShardWork) -> None:
+        header = shard_header(self._setup.header, work.number, work.first_sequence)
+        self._shard = ShardWriter(shard_path(self._setup.directory, work.number), header=header, resume=True)
+        self._work = work
+        assert len(self._shard) == work.next_sequence - work.first_sequence
+        self._flushed_size, self._flushed_at = self._shard.size, time.monotonic()
+
+    def _seconds_left(self) -> float | None:
+        """Until the next checkpoint; None: nothing waits for one."""
+        if self._shard is None or self._shard.size == self._flushed_size:
+            return None
+        return max(0.0, self._flushed_at + self._setup.checkpoint_seconds - time.monotonic())
+
+    def _flush(self) -> None:
+        assert self._shard is not None
+        assert self._work is not None
+        self._shard.flush()
+        self._flushed_size, self._flushed_at = self._shard.size, time.monotonic()
+        self._advance(self._work)
+        self._publish()
+
+    def _seal(self) -> None:
+        assert self._shard is not None
+        assert self._work is not None
+        self._shard.seal()
+        self._durable[self._work.number] = self._work.end
+        self._shard = self._work = None
+        self._publish()
+
+    def _advance(self, work: ShardWork) -> None:
+        assert self._shard is not None
+        self._durable[work.number] = work.first_sequence + len(self._shard)
+
+    def _publish(self) -> None:
+        unfinished = (self._durable[work.number] for work in self._setup.works if self._durable[work.number] < work.end)
+        self._ring.set_durable(min(unfinished, default=self._setup.num_sequences))
+
+
+def main(arguments: list[str]) -> int:
+    """
+    Run the writer process: the ring's three descriptors as arguments, the setup on standard input.
+
+    Returns:
+        0, or 1 after telling the producer what went wrong.
+    """
+    setup = Setup.parse(sys.stdin.buffer.read())
+    with Ring.attach(*map(int, arguments)) as ring:
+        try:
+            Drain(ring, setup).run()
+        except (SklError, ValueError, OSError) as error:
+            ring.report(str(error) if str(setup.directory) in str(error) else f"{setup.directory}: {error}")
+            return 1
+    return 0

@@ -1,0 +1,353 @@
+"""
+A ring of frames in shared memory, from one producer process to one consumer process.
+
+Owns the memory, the descriptors and the question whether the other side still lives; the protocol is in ring.c, the
+meaning of a frame is its user's.  For Linux: elsewhere the module can be imported, and ``Ring.create`` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import select
+import sys
+import time
+import weakref
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from sklformat import native
+from sklformat.errors import CorruptError, RingClosedError, RingTimeoutError, UnsupportedError
+
+_MIN_CAPACITY = 4096
+_FRAME_HEADER = 64
+_MAX_TYPE = 2**32 - 2  # the largest value marks padding
+# Longest sleep before the other side's life is looked at: what a death costs at most, beside scheduling.
+_SLICE_SECONDS = 0.05
+_MAX_MESSAGE = 4096  # bytes; less than any pipe holds, so that reporting never blocks
+
+_open_rings: weakref.WeakSet[Ring] = weakref.WeakSet()
+
+
+class Frame(NamedTuple):
+    """One frame; ``payload`` lies in the ring and ends with the next pop, release or close."""
+
+    payload: memoryview
+    type: int
+    tag: int
+    number: int
+
+
+class PeerDescriptors(NamedTuple):
+    """What the consumer's process needs to attach: hand these over (``pass_fds``), then ``close_peer``."""
+
+    memory: int
+    producer_life: int
+    consumer_life: int
+
+
+class Ring:
+    """
+    One side of a ring; use one thread a side.
+
+    The producer's process creates it, the consumer's attaches to descriptors that it inherited.  Memory is an
+    anonymous file that can neither shrink nor grow, without a name that could be left behind.  Each side holds the
+    writing end of a pipe whose end of file, for whatever reason, tells the other that it is gone; a stopped process
+    keeps its pipe, so being slow is not death.
+    """
+
+    def __init__(self, memory_fd: int, *, producer: bool, own_life: int, peer_life: int) -> None:
+        self._producer = producer
+        self._peer_fds: PeerDescriptors | None = None
+        self._own_life, self._peer_life = own_life, peer_life
+        self._payload: memoryview | None = None
+        self._last_look = 0.0
+        self._closed = False
+        self._map = mmap.mmap(memory_fd, os.fstat(memory_fd).st_size)
+        self._bytes = memoryview(self._map)
+        self._memory: Any = native.ring_memory(self._map)
+        self._poll = select.poll()
+        self._poll.register(peer_life, 0)  # a hang-up is always reported
+        self._words = native.RingWords(len(self._map) - native.RING_CONTROL_SIZE, 0, 0, 0, 0, 0, False, False)
+        _open_rings.add(self)
+
+    @classmethod
+    def create(cls, size_bytes: int) -> Ring:
+        """
+        Make a ring and be its producer.
+
+        Args:
+            size_bytes: Room for frames, rounded up to a power of two, at least 4096; a frame takes its payload
+                rounded up to 64 bytes, and 64 more.
+
+        Raises:
+            UnsupportedError: Not a 64-bit Linux.
+            ValueError: size_bytes < 1.
+            OSError: No memory or descriptors.
+        """
+        if not hasattr(os, "memfd_create"):
+            raise UnsupportedError(
+                f"the ring needs Linux (memfd, futex), this is {sys.platform}; capture there, read and train anywhere"
+            )
+        if size_bytes < 1:
+            raise ValueError(f"size_bytes must be positive, got {size_bytes}")
+        capacity = max(_MIN_CAPACITY, 1 << (size_bytes - 1).bit_length())
+        with contextlib.ExitStack() as undo:
+            memory = os.memfd_create("sklformat-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            undo.callback(os.close, memory)
+            os.ftruncate(memory, native.RING_CONTROL_SIZE + capacity)
+            _seal(memory)
+            producer_read, producer_write = _pipe(undo)
+            consumer_read, consumer_write = _pipe(undo)
+            ring = cls(memory, producer=True, own_life=producer_write, peer_life=consumer_read)
+            native.ring_init(ring._memory)
+            ring._peer_fds = PeerDescriptors(memory, producer_read, consumer_write)
+            undo.pop_all()
+        return ring
+
+    @classmethod
+    def attach(cls, memory: int, producer_life: int, consumer_life: int) -> Ring:
+        """
+        Be the consumer of a ring; takes over the three descriptors of ``peer_descriptors``.
+
+        Raises:
+            ValueError, UnsupportedError, CorruptError: The memory holds no ring of this version.
+        """
+        ring = cls(memory, producer=False, own_life=consumer_life, peer_life=producer_life)
+        os.close(memory)
+        native.ring_words(ring._memory)
+        return ring
+
+    def __enter__(self) -> Ring:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def peer_descriptors(self) -> PeerDescriptors:
+        """
+        Descriptors for the consumer's process.
+
+        Raises:
+            ValueError: This side is the consumer, or handed them over already.
+        """
+        if self._peer_fds is None:
+            raise ValueError("only a producer that has not handed over yet has descriptors to give")
+        return self._peer_fds
+
+    def close_peer(self) -> None:
+        """Close this process's copies of the consumer's descriptors, else its death could not be seen."""
+        if self._peer_fds is not None:
+            for fd in self._peer_fds:
+                os.close(fd)
+            self._peer_fds = None
+
+    @property
+    def capacity(self) -> int:
+        """Room for frames in bytes."""
+        return self._words.capacity
+
+    @property
+    def max_payload(self) -> int:
+        """Largest payload of one frame in bytes."""
+        return self.capacity - _FRAME_HEADER
+
+    @property
+    def words(self) -> native.RingWords:
+        """Counters and flags of both sides; the last ones after closing."""
+        if not self._closed:
+            self._words = native.ring_words(self._memory)
+        return self._words
+
+    @property
+    def durable(self) -> int:
+        """What the consumer said last about how far its output is safe."""
+        return self.words.durable
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time the producer has waited for room."""
+        return self.words.wait_ns * 1e-9
+
+    def push(self, *parts: Any, type: int = 0, tag: int = 0, timeout: float | None = None) -> None:  # noqa: A002
+        """
+        Copy one frame into the ring, waiting for room.
+
+        Args:
+            parts: Contiguous buffers, put one after the other; the first lies on a multiple of 64 bytes.
+            type: 0..2**32 - 2, the user's.
+            tag: 0..2**64 - 1, the user's.
+            timeout: Seconds to wait; None: as long as the consumer lives.
+
+        Raises:
+            RingClosedError: The consumer closed or died; noticed within 100 ms also while waiting.
+            RingTimeoutError: No room in time; nothing was pushed.
+            ValueError: The frame is larger than the ring, a value is out of range, or the ring is closed.
+        """
+        self._check_side(producer=True)
+        if not 0 <= type <= _MAX_TYPE:
+            raise ValueError(f"type must be in 0..{_MAX_TYPE}, got {type}")
+        if time.monotonic() - self._last_look > _SLICE_SECONDS and self._peer_died():
+            raise RingClosedError("the consumer of the ring died")
+        for wait_ns in _slices(timeout):
+            try:
+                if native.ring_push(self._memory, type, tag, parts, wait_ns):
+                    return
+            except ValueError:
+                size = sum(memoryview(part).nbytes for part in parts)
+                if size <= self.max_payload:
+                    raise
+                raise ValueError(
+                    f"frame of {size} bytes, the ring takes up to {self.max_payload}; make the ring larger"
+                ) from None
+            except RingClosedError:
+                raise RingClosedError("the consumer closed the ring") from None
+            if self._peer_died():
+                raise RingClosedError("the consumer of the ring died")
+        raise RingTimeoutError(f"no room in the ring for {timeout} s")
+
+    def pop(self, timeout: float | None = None) -> Frame:
+        """
+        Take the oldest frame, releasing the one before.
+
+        Args:
+            timeout: Seconds to wait; None: as long as the producer lives.
+
+        Returns:
+            The frame; its payload is a view into the ring, valid until the next pop, release or close.
+
+        Raises:
+            RingClosedError: The producer closed or died, and every frame it completed was taken.
+            RingTimeoutError: Nothing in time.
+            BufferError: Something still holds the payload of the frame before.
+            CorruptError: The ring's memory was overwritten.
+        """
+        self._check_side(producer=False)
+        self.release()
+        for wait_ns in _slices(timeout):
+            found = self._peek(wait_ns)
+            # Dead first, then a last look: the dead push nothing after it.
+            if found is None and self._peer_died():
+                found = self._peek(0)
+                if found is None:
+                    raise RingClosedError(f"the producer died after frame {self.words.popped}")
+            if found is not None:
+                self._payload = self._bytes[found.offset : found.offset + found.length].toreadonly()
+                return Frame(self._payload, found.type, found.tag, found.number)
+        raise RingTimeoutError(f"nothing in the ring for {timeout} s")
+
+    def release(self) -> None:
+        """
+        Hand the space of the last popped frame back to the producer; does nothing where there is none.
+
+        Raises:
+            BufferError: Something still holds the payload.
+        """
+        if self._payload is not None:
+            self._payload.release()
+            self._payload = None
+            native.ring_release(self._memory)
+
+    def set_durable(self, durable: int) -> None:
+        """Tell the producer how far the consumer's output is safe."""
+        self._check_side(producer=False)
+        native.ring_set_durable(self._memory, durable)
+
+    def report(self, message: str) -> None:
+        """Leave a message for the producer, up to 4096 bytes of UTF-8, that outlives this process."""
+        self._check_side(producer=False)
+        os.write(self._own_life, message.encode()[:_MAX_MESSAGE])
+
+    def last_words(self) -> str:
+        """What the consumer reported before it closed; waits for its end."""
+        self._check_side(producer=True)
+        self.close_peer()
+        parts = []
+        while part := os.read(self._peer_life, _MAX_MESSAGE):
+            parts.append(part)
+        return b"".join(parts).decode(errors="replace")
+
+    def finish(self) -> None:
+        """Say that no more frames will be pushed, or popped, and wake the other side; the memory stays mapped."""
+        if not self._closed:
+            native.ring_close(self._memory, producer=self._producer)
+
+    def close(self) -> None:
+        """Finish, and let go of memory and descriptors; closing again does nothing."""
+        if self._closed:
+            return
+        with contextlib.suppress(CorruptError, UnsupportedError):  # overwritten memory has to be let go of too
+            self.finish()
+            self._words = native.ring_words(self._memory)
+        self.abandon()
+        native.ring_unmap(self._memory)
+        # A view that somebody still holds keeps the mapping; the kernel frees it with the last one.
+        with contextlib.suppress(BufferError):
+            if self._payload is not None:
+                self._payload.release()
+            self._bytes.release()
+            self._map.close()
+
+    def abandon(self) -> None:
+        """Close this process's descriptors without a word to the other side: what a forked copy does."""
+        self._closed = True
+        _open_rings.discard(self)
+        self.close_peer()
+        os.close(self._own_life)
+        os.close(self._peer_life)
+
+    def _peek(self, wait_ns: int) -> native.RingFrame | None:
+        try:
+            return native.ring_peek(self._memory, wait_ns)
+        except RingClosedError:
+            raise RingClosedError(f"the producer closed the ring after frame {self.words.popped}") from None
+
+    def _peer_died(self) -> bool:
+        self._last_look = time.monotonic()
+        return bool(self._poll.poll(0))
+
+    def _check_side(self, *, producer: bool) -> None:
+        if self._closed:
+            raise ValueError("the ring is closed")
+        if producer != self._producer:
+            raise ValueError(f"this is the ring's {'producer' if self._producer else 'consumer'}")
+
+
+def _slices(timeout: float | None) -> Any:
+    """Nanoseconds to wait, at most a slice at a time, until the time is over; at least once."""
+    if timeout is None:
+        while True:
+            yield int(_SLICE_SECONDS * 1e9)
+    end = time.monotonic() + timeout
+    while True:
+        left = end - time.monotonic()
+        yield max(0, int(min(left, _SLICE_SECONDS) * 1e9))
+        if left <= _SLICE_SECONDS:
+            return
+
+
+def _seal(memory: int) -> None:
+    """Fix the size for ever: neither side can make the other fault by shrinking the file."""
+    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+
+
+def _pipe(undo: contextlib.ExitStack) -> tuple[int, int]:
+    read, write = os.pipe()
+    undo.callback(os.close, read)
+    undo.callback(os.close, write)
+    return read, write
+
+
+def _leave_in_forked_child() -> None:
+    """A forked copy of this process is not a side of its rings: its descriptors would hide the side's death."""
+    for ring in list(_open_rings):
+        ring.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_in_forked_child)
