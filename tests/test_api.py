@@ -6,9 +6,9 @@ import sys
 import sklformat as skl
 
 NAMES = """
-    AlignmentError Cache Capture CaptureError CorruptError FormatError Header InUseError MissingShardError Problem Recovered
-    ResumeError RingClosedError RingTimeoutError Sequence SettingsError Shard ShardWriter SklError SparseTargets
-    TruncatedError UnsupportedError draw open recover verify
+    AlignmentError Cache Capture CaptureError CorruptError FormatError Header InUseError MissingShardError
+    Problem Recovered ResumeError RingClosedError RingTimeoutError Sequence SettingsError Shard ShardWriter
+    SklError SparseTargets TruncatedError UnsupportedError draw open recover verify
 """
 
 
