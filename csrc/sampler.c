@@ -25,6 +25,7 @@
 
 #define LARGEST_LOGIT 0x1p20f /* beyond it float32 has no room left for differences that matter */
 #define LARGEST_TOTAL 0x1p100
+#define SMALLEST_WEIGHT 0x1p-126 /* below it float32 is subnormal, and some processes flush that to 0 */
 #define MAX_VOCAB (UINT32_C(1) << 24)
 #define MAX_ROUNDS UINT32_C(65535)
 #define GROUPS (SKL_BLOCK / SKL_LANES)
@@ -262,7 +263,7 @@ static size_t draw_points(const skl_sampling *s, uint32_t position, const row_vi
     return n;
 }
 
-/* Importance weights count * p / q, either summing to 1 or with their true factor; ids of p = 0 are left out. */
+/* Importance weights count * p / q, either summing to 1 or with their true factor; the smallest are left out. */
 static size_t weigh(const skl_sampling *s, const level *q, const level *of_p, const scratch_view *scratch, size_t n,
                     uint32_t *token_ids, float *weights)
 {
@@ -274,10 +275,10 @@ static size_t weigh(const skl_sampling *s, const level *q, const level *of_p, co
     const double divisor = s->self_normalise ? sum : (double)s->rounds * (of_p->total / q->total);
     size_t kept = 0;
     for (size_t i = 0; i < n; i++) {
-        const float weight = (float)(scratch->ratios[i] / divisor);
-        if (weight > 0.0f) { /* false for 0 / 0 too */
+        const double weight = scratch->ratios[i] / divisor;
+        if (weight >= SMALLEST_WEIGHT) { /* false for 0 / 0 too */
             token_ids[kept] = token_ids[i];
-            weights[kept++] = weight;
+            weights[kept++] = (float)weight;
         }
     }
     return kept;
@@ -410,10 +411,10 @@ static size_t top_position(const skl_sampling *s, const row_view *row, const lev
     skl_sort_keys(chosen, taken);
     size_t kept = 0;
     for (size_t i = 0; i < taken; i++) {
-        const float weight = (float)(exponential_of(row, lv, (uint32_t)chosen[i]) / lv->total);
-        if (weight > 0.0f) {
+        const double weight = exponential_of(row, lv, (uint32_t)chosen[i]) / lv->total;
+        if (weight >= SMALLEST_WEIGHT) {
             token_ids[kept] = (uint32_t)chosen[i];
-            weights[kept++] = weight;
+            weights[kept++] = (float)weight;
         }
     }
     return kept;

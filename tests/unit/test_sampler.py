@@ -179,6 +179,7 @@ def test_tensors_and_bits_are_read_as_what_they_are():
     assert expected == draw(values)
     assert expected == draw(values.float())
     assert expected == draw(values.view(torch.int16).numpy().view(np.uint16), dtype="bfloat16")
+    assert expected == draw(values.view(torch.uint16), dtype="bfloat16")
     assert expected == draw(values.float().requires_grad_(True))
     halves = torch.from_numpy(some_logits()).half()
     assert draw(halves.float()) == draw(halves)
@@ -291,6 +292,20 @@ def test_importance_weights_are_p_over_q(t):
     assert 6 * [40] == np.round(counts).sum(1).tolist()
     weights = dense(plain, 400)
     np.testing.assert_allclose(weights / weights.sum(1, keepdims=True), dense(normal, 400), rtol=1e-6)
+
+
+def test_flushing_subnormal_numbers_changes_nothing():
+    """A process that flushes subnormal floats to zero draws the same records: none ever matters."""
+    logits = some_logits(spread=25.0)
+    logits[:, ::3] = 1e-41
+    calls = [{"sampler": "multinomial"}, {"sampler": "topp", "p": 1.0}, {"proposal_temperature": 0.5}]
+    expected = [draw(logits, **call) for call in calls]
+    supported = torch.set_flush_denormal(True)
+    try:
+        actual = [draw(logits, **call) for call in calls]
+    finally:
+        torch.set_flush_denormal(False)
+    assert expected == actual or not supported
 
 
 def test_keys_make_different_records():
