@@ -168,7 +168,8 @@ skl_status skl_draw_sizes(const skl_sampling *sampling, uint64_t *num_scratch, u
  * logits: num_logits values of dtype, 1 or more rows of V every row_stride; any alignment.
  * scratch [num_scratch]; offsets [T + 1]; token_ids and counts or weights: room for num_records.
  * counts, weights: exactly one is given; counts needs multinomial or systematic, t = 1 and rounds <= 127.
- * weights: counts / rounds, importance weights (t other than 1), or probabilities (topk, topp).
+ * weights: counts / rounds, importance weights (t other than 1), or probabilities (topk, topp);
+ * those below 2^-126 are left out.
  * Only ids with a probability above 0 are drawn; logits -inf, and those whose probability is below about 2^-125 of
  * the largest, have none.  NaN, a logit above 2^20 and a row without one above -2^20 are refused.  Records depend on (row, seed, sequence, position) and on nothing else.
  * SKL_OK, SKL_ERR_DST_SMALL, SKL_ERR_ARG with *fault (NOT_FINITE: position is first_position + row, value the id). */
