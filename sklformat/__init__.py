@@ -26,7 +26,6 @@ from sklformat.reader import open_cache as open  # noqa: A004  the frozen public
 from sklformat.records import Sequence, SparseTargets
 from sklformat.report import Problem, verify
 from sklformat.sampler import draw
-from sklformat.sampler import draw
 from sklformat.writer import Recovered, ShardWriter, recover
 
 __version__ = "0.1.0"

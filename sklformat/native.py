@@ -238,7 +238,8 @@ def decode_batch(
         np.empty(total, np.float32),
     )
     codes = np.empty(total, np.uint8)
-    views = [view(c, a, writable=True) for c, a in zip(_BATCH_TYPES, out, strict=True)]
+    arrays: tuple[NDArray[Any], ...] = out
+    views = [view(c, a, writable=True) for c, a in zip(_BATCH_TYPES, arrays, strict=True)]
     batch = ffi.new("skl_batch *", [rows, row_positions, total, ignored_label, *views])
     row, fault = ffi.new("uint32_t *"), ffi.new("skl_fault *")
     pointers = ffi.cast("uint8_t **", view("uint64_t[]", sources))
@@ -621,13 +622,13 @@ def _expect(shape: Shape, *arrays: NDArray[Any] | None) -> None:
 
 
 __all__ = [
-    "address_of",
-    "BatchArrays",
     "RING_CONTROL_SIZE",
+    "BatchArrays",
     "RingFrame",
     "RingWords",
     "RowError",
     "Shape",
+    "address_of",
     "check",
     "decode",
     "decode_batch",

@@ -102,9 +102,9 @@ class SparseLogitDataset(IterableDataset[Batch]):
     alignment checksum against the tokens that are handed out, so that records of other tokens stop training before the
     first step.
 
-    Protocol of use: ``ds.set_epoch(e)`` before each epoch (as for torch's DistributedSampler; without it every iteration
-    repeats the same epoch).  To resume, ``ds.load_state_dict(batch.state)`` of the last batch trained on: the next
-    iteration goes on right after it, later ones begin at the start of their epoch again.
+    Protocol of use: ``ds.set_epoch(e)`` before each epoch (as for torch's DistributedSampler; without it every
+    iteration repeats the same epoch).  To resume, ``ds.load_state_dict(batch.state)`` of the last batch trained on: the
+    next iteration goes on right after it, later ones begin at the start of their epoch again.
 
     Args:
         path: A cache directory or one shard.
