@@ -280,7 +280,7 @@ static void test_encode_faults(void)
     expect_encode_fault(&s, SKL_REASON_SHAPE, 2, 3);
     s.offsets[2] = 3;
     s.shape.vocab_size = 65537; /* does not fit two bytes a token */
-    expect_encode_fault(&s, SKL_REASON_SHAPE, 0, 2);
+    expect_encode_fault(&s, SKL_REASON_SHAPE, 0, 0);
     s.shape.vocab_size = 10;
     s.shape.kind = SKL_KIND_RATIOS;
     memcpy(s.codes, (uint8_t[]){127, 127, 128}, 3);
