@@ -65,8 +65,7 @@ class PackedBatches(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for consumed in self.schedule.steps(self._consumed, worker_id, num_workers):
-            chosen = self.schedule.batch(self._epoch, consumed)
+        for chosen, consumed in self.schedule.batches(self._epoch, self._consumed, worker_id, num_workers):
             tokens = torch.from_numpy(np.stack([self.sequences[int(index)] for index in chosen]).astype(np.int64))
             labels = tokens[:, 1:].contiguous()
             epoch, after = self.schedule.after(self._epoch, consumed)
