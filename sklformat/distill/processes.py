@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -97,6 +98,7 @@ def _start(job: Job, bar: int, threads: int) -> tuple[Connection, Any]:
 
 def _work(connection: Connection, job: Job) -> None:
     """What runs in the new process: the job, and its result or its error into the pipe."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         message = (True, job.function(*job.arguments))
     except KeyboardInterrupt:
@@ -104,6 +106,14 @@ def _work(connection: Connection, job: Job) -> None:
     except (SklError, ValueError, TypeError, OSError, RuntimeError, ArithmeticError, LookupError) as error:
         message = (False, (type(error), str(error)))
     connection.send(message)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed could not say so; a job that went on would hold its directory against the next run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _rebuilt(kind: type[Exception], text: str) -> Exception:
