@@ -107,6 +107,15 @@ def decode_inputs():
         yield "fault-" + name, shape_bytes(PADDED, ratios, 1, len(records)) + payload
 
 
+def batch_inputs():
+    """The sound payloads again, two rows of each: the input as it is, and with its first byte of payload changed."""
+    for name, data in decode_inputs():
+        if not name.startswith("fault") or name in ("fault-token", "fault-sum"):
+            yield name, data[:24] + bytes([2]) + data[24:]
+    yield "given-tokens", dict(decode_inputs())["1-1-131072-141"][:24] + bytes([2 + 16]) + bytes(200)
+    yield "no-tokens", dict(decode_inputs())["1-1-131072-100"][:24] + bytes([2]) + bytes(200)
+
+
 def encode_inputs():
     """Shapes and records of encode: sound ones, and one for each refusal."""
 
@@ -177,6 +186,7 @@ def main() -> None:
     """Write every input."""
     for target, inputs in (
         ("decode", decode_inputs()),
+        ("batch", batch_inputs()),
         ("encode", encode_inputs()),
         ("roundtrip", roundtrip_inputs()),
         ("merge", merge_inputs()),
