@@ -42,6 +42,7 @@ class ConvertConfig:
     Convert a cache, or a file of plain columns, to another of them.
 
     Plain columns are input_ids (L ids), token_ids (L - 1 lists of ids) and counts or logprobs (lists beside them).
+    Counts become ratios with a small loss, which is stated; ratios become counts only where nothing is lost.
     """
 
     source: Path
@@ -57,12 +58,10 @@ class ConvertConfig:
     """What to make. auto: by the name's end; skl, a cache directory, where it has none."""
 
     kind: Literal["counts", "ratios"] | None = None
-    """Kind of the destination's records (plain columns: counts, or logprobs for ratios). None: as in the source.
-    Counts become ratios with a small loss, which is stated; ratios become counts only where nothing is lost."""
+    """Kind of records to make; plain columns hold counts, or logprobs for ratios. None: the source's kind."""
 
     profile: Literal["R24", "R24W", "R32"] | None = None
-    """Record layout of a cache: R24 has 17-bit ids, R24W 18-bit ids and at most 63 rounds, R32 24-bit ids. None: the
-    source's, or the smallest that fits."""
+    """Record layout: 17-bit ids, 18-bit ids with at most 63 rounds, 24-bit ids. None: the source's, or the smallest."""
 
     drop_tokens: bool = False
     """Leave the tokens out of the cache, 2 or 3 bytes a position; training then needs them from elsewhere."""
@@ -80,8 +79,7 @@ class ConvertConfig:
     """Draws a position, the sum of its counts; only for plain columns that do not come from sklformat."""
 
     sampler: Literal["multinomial", "systematic", "topk", "topp", "unknown"] | None = None
-    """How the records were taken; only for plain columns that do not come from sklformat. topk and topp mark the cache
-    as biased."""
+    """How records were taken; topk, topp: biased. Only for plain columns that do not come from sklformat."""
 
     drop_last_row: bool = False
     """Leave out the last row of records: for plain columns with as many rows as tokens."""
