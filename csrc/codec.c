@@ -1,6 +1,7 @@
 /* codec.c: one sequence's records, tokens and columns to bytes and back.  SPEC.md sections 4 and 5.
  *
  * Both directions run the same check of the records, so that nothing can be written which a reader refuses. */
+#include "kernels.h"
 #include "records.h"
 
 
@@ -12,12 +13,6 @@ static inline uint32_t load_bytes(const uint8_t *src, uint32_t size)
     for (uint32_t i = 0; i < size; i++)
         value |= (uint32_t)src[i] << (8 * i);
     return value;
-}
-
-/* Written out so that the compiler sees one load. */
-static inline uint32_t load_u32(const uint8_t *src)
-{
-    return (uint32_t)src[0] | (uint32_t)src[1] << 8 | (uint32_t)src[2] << 16 | (uint32_t)src[3] << 24;
 }
 
 static inline void store_bytes(uint8_t *dst, uint32_t value, uint32_t size)
@@ -52,6 +47,7 @@ static int known_shape(const skl_shape *shape)
            (shape->token_size == 0 || (shape->token_size >= 2 && shape->token_size <= 4)) &&
            shape->num_columns <= 2 && shape->vocab_size >= 1 &&
            shape->vocab_size <= UINT32_C(1) << id_bits(shape) &&
+           (shape->token_size != 2 || shape->vocab_size <= UINT32_C(1) << 16) &&
            (!counts || (shape->rounds >= 1 && shape->rounds <= max_code(shape))) &&
            shape->num_records <= (uint64_t)shape->num_positions * 65535;
 }
@@ -105,45 +101,25 @@ static skl_status check_position(const skl_shape *shape, const uint32_t *token_i
     return SKL_OK;
 }
 
-/* Whether any record of any position breaks a rule of kind counts.
+/* Whether any position breaks a rule of kind counts, from what one pass over the records saw.
  *
- * Whole columns at a time, since the positions are short: ids that do not rise are counted over the whole column and
- * again at the starts of positions, where they may; the two numbers differ iff one does not rise inside a position. */
+ * The pass counts the ids that do not rise over the whole column; at the starts of positions they may.  The two numbers
+ * differ iff one does not rise inside a position. */
 static int counts_are_bad(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
-                          const uint8_t *codes)
+                          const uint8_t *codes, const skl_scan *scan)
 {
-    const uint64_t n = shape->num_records;
-    uint32_t too_large = 0, zeros = 0;
-    uint64_t falls = 0;
-    for (uint64_t i = 0; i < n; i++)
-        too_large |= (uint32_t)(token_ids[i] >= shape->vocab_size);
-    for (uint64_t i = 0; i < n; i++)
-        zeros |= (uint32_t)(codes[i] == 0);
-    for (uint64_t begin = 1; begin < n; begin += UINT64_C(1) << 30) { /* so that the inner count fits 32 bits */
-        const uint64_t end = n - begin > UINT64_C(1) << 30 ? begin + (UINT64_C(1) << 30) : n;
-        uint32_t some = 0;
-        for (uint64_t i = begin; i < end; i++)
-            some += (uint32_t)(token_ids[i] <= token_ids[i - 1]);
-        falls += some;
-    }
-    uint32_t bad = too_large | zeros;
+    uint64_t falls = scan->falls;
     for (uint32_t t = 0; t < shape->num_positions; t++) {
-        const int64_t begin = offsets[t], end = offsets[t + 1];
-        uint32_t sum = 0;
-        for (int64_t i = begin; i < end; i++)
-            sum += codes[i];
-        bad |= (uint32_t)(sum != shape->rounds) & (uint32_t)(begin < end);
-        falls -= begin > 0 && begin < end && token_ids[begin] <= token_ids[begin - 1];
+        const int64_t begin = offsets[t];
+        falls -= begin > offsets[0] && begin < offsets[t + 1] && token_ids[begin] <= token_ids[begin - 1];
     }
-    return (bad | (uint32_t)(falls != 0)) != 0;
+    return falls != 0 || scan->large || scan->zeros ||
+           skl_current_kernels()->sums_differ(offsets, shape->num_positions, codes, shape->rounds);
 }
 
 static skl_status check_records(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
                                 const uint8_t *codes, skl_status status, skl_fault *fault)
 {
-    const int counts = shape->kind == SKL_KIND_COUNTS;
-    if (counts && !counts_are_bad(shape, offsets, token_ids, codes))
-        return SKL_OK;
     for (uint32_t t = 0; t < shape->num_positions; t++) {
         const int64_t begin = offsets[t];
         const uint64_t n = (uint64_t)(offsets[t + 1] - begin);
@@ -179,11 +155,8 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
     skl_status status = skl_check_offsets(shape->num_positions, offsets, shape->num_records, fault);
     if (status == SKL_OK)
         status = check_records(shape, offsets, token_ids, codes, SKL_ERR_ARG, fault);
-    if (status == SKL_OK && shape->token_size != 0) {
+    if (status == SKL_OK && shape->token_size != 0)
         status = check_tokens(shape, tokens, SKL_ERR_ARG, fault);
-        if (status == SKL_OK && shape->token_size < 4 && shape->vocab_size > UINT32_C(1) << (8 * shape->token_size))
-            status = skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, shape->token_size);
-    }
     if (status != SKL_OK)
         return status;
 
@@ -209,54 +182,25 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
 
 /* ---- decode -------------------------------------------------------------------------------------------------------- */
 
-/* Prefix sums of the numbers of records; they must end at num_records. */
-static skl_status decode_offsets(const skl_shape *shape, const uint8_t *src, int64_t *offsets, skl_fault *fault)
+/* Prefix sums of the numbers of records, from base on; they must end at base + num_records. */
+static skl_status decode_offsets(const skl_shape *shape, const uint8_t *src, int64_t base, int64_t *offsets,
+                                 skl_fault *fault)
 {
-    int64_t sum = 0;
-    offsets[0] = 0;
+    int64_t sum = base;
+    offsets[0] = base;
     if (shape->record_count_size == 1)
         for (uint32_t t = 0; t < shape->num_positions; t++)
             offsets[t + 1] = sum += src[t];
     else
         for (uint32_t t = 0; t < shape->num_positions; t++)
             offsets[t + 1] = sum += load_bytes(src + 2 * (size_t)t, 2);
-    if ((uint64_t)sum != shape->num_records)
-        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, (uint64_t)sum);
+    if ((uint64_t)(sum - base) != shape->num_records)
+        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, (uint64_t)(sum - base));
     return SKL_OK;
 }
 
-/* Records to ids and codes.  Returns the bits that must be zero, ored over all records. */
-static uint32_t unpack(const skl_shape *shape, const uint8_t *restrict src, uint32_t *restrict token_ids,
-                       uint8_t *restrict codes)
-{
-    const uint64_t n = shape->num_records;
-    uint32_t reserved = 0;
-    if (shape->profile == SKL_PROFILE_R24) {
-        for (uint64_t i = 0; i < n; i++) {
-            const uint32_t record = load_u32(src + 3 * i); /* the padding makes the fourth byte readable */
-            token_ids[i] = record & 0x1ffff;
-            codes[i] = (uint8_t)(record >> 17 & 127);
-        }
-    } else if (shape->profile == SKL_PROFILE_R24W) {
-        for (uint64_t i = 0; i < n; i++) {
-            const uint32_t record = load_u32(src + 3 * i);
-            token_ids[i] = record & 0x3ffff;
-            codes[i] = (uint8_t)(record >> 18 & 63);
-        }
-    } else {
-        for (uint64_t i = 0; i < n; i++) {
-            const uint32_t record = load_u32(src + 4 * i);
-            token_ids[i] = record & 0xffffff;
-            codes[i] = (uint8_t)(record >> 24 & 127);
-            reserved |= record & UINT32_C(1) << 31;
-        }
-    }
-    return reserved;
-}
-
-skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t *offsets,
-                      uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns_out,
-                      skl_fault *fault)
+skl_status skl_decode_records(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t base,
+                              int64_t *offsets, uint32_t *token_ids, uint8_t *codes, skl_fault *fault)
 {
     if (!known_shape(shape))
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
@@ -267,13 +211,33 @@ skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len
         if (src[i] != 0)
             return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_PADDING, shape->num_positions, i);
 
-    skl_status status = decode_offsets(shape, src, offsets, fault);
+    const skl_status status = decode_offsets(shape, src, base, offsets, fault);
     if (status != SKL_OK)
         return status;
-    if (unpack(shape, src + at.records, token_ids, codes) != 0)
+    skl_scan scan;
+    skl_current_kernels()->unpack(shape->profile, shape->vocab_size, src + at.records, (size_t)shape->num_records,
+                                  token_ids + base, codes + base, &scan);
+    if (scan.reserved)
         return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_RESERVED, 0, 0);
-    status = check_records(shape, offsets, token_ids, codes, SKL_ERR_CORRUPT, fault);
-    if (status == SKL_OK && tokens != NULL && shape->token_size != 0) {
+    if (shape->kind != SKL_KIND_COUNTS || counts_are_bad(shape, offsets, token_ids, codes, &scan))
+        return check_records(shape, offsets, token_ids, codes, SKL_ERR_CORRUPT, fault);
+    return SKL_OK;
+}
+
+uint64_t skl_tokens_offset(const skl_shape *shape)
+{
+    return locate(shape).tokens;
+}
+
+skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t *offsets,
+                      uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns_out,
+                      skl_fault *fault)
+{
+    skl_status status = skl_decode_records(shape, src, src_len, 0, offsets, token_ids, codes, fault);
+    if (status != SKL_OK)
+        return status;
+    const columns at = locate(shape);
+    if (tokens != NULL && shape->token_size != 0) {
         for (uint64_t i = 0; i <= shape->num_positions; i++)
             tokens[i] = load_bytes(src + at.tokens + i * shape->token_size, shape->token_size);
         status = check_tokens(shape, tokens, SKL_ERR_CORRUPT, fault);

@@ -1,4 +1,4 @@
-/* kernels.h: the vector work of the sampler, one table for each instruction set; private. */
+/* kernels.h: the vector work of sampler and codec, one table for each instruction set; private. */
 #ifndef SKL_KERNELS_H
 #define SKL_KERNELS_H
 
@@ -7,6 +7,14 @@
 /* Ids a block of the two-level CDF covers, and lanes of every sum inside it. */
 #define SKL_BLOCK 256
 #define SKL_LANES 16
+
+/* What a pass over the records of a block saw. */
+typedef struct skl_scan {
+    uint32_t reserved; /* a bit that must be 0 is set */
+    uint32_t large;    /* an id is not below vocab_size */
+    uint32_t zeros;    /* a code is 0 */
+    uint64_t falls;    /* ids that are not above the id before them, positions not regarded */
+} skl_scan;
 
 /* Every table gives the same bits for the same input; kernels_portable.c writes the arithmetic out.
  *
@@ -22,6 +30,13 @@ typedef struct skl_kernels {
     void (*block_sums)(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *sums);
     /* The exponentials themselves. */
     void (*exponentials)(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *out);
+    /* n records of a profile to ids and codes; at least 64 bytes after them are readable. */
+    void (*unpack)(uint32_t profile, uint32_t vocab_size, const uint8_t *src, size_t n, uint32_t *token_ids,
+                   uint8_t *codes, skl_scan *scan);
+    /* Whether the counts of any position that has some sum to something else than rounds. */
+    int (*sums_differ)(const int64_t *offsets, uint32_t num_positions, const uint8_t *codes, uint32_t rounds);
+    /* codes[i] / rounds, rounded once. */
+    void (*divide)(const uint8_t *codes, size_t n, uint32_t rounds, float *quotients);
 } skl_kernels;
 
 extern const skl_kernels skl_kernels_portable;

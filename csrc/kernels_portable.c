@@ -17,6 +17,7 @@
  * (before 2013) the C library computes it, correctly and slowly.  No other operation is ever fused
  * (-ffp-contract=off). */
 #include "kernels.h"
+#include "kernels_records.h"
 
 #include <math.h>
 #include <string.h>
@@ -25,6 +26,9 @@
 #define SKL_KERNELS skl_kernels_portable
 #define SKL_KERNELS_NAME "portable"
 #endif
+
+/* Far enough that a line arrives from memory before its turn; 4 to 16 KiB measure alike. */
+#define PREFETCH_BYTES 8192
 
 #define SPECIALISED static inline __attribute__((always_inline))
 
@@ -101,18 +105,16 @@ SPECIALISED const void *advance(uint32_t dtype, const void *row, size_t n)
     return (const unsigned char *)row + n * (dtype == SKL_DTYPE_FLOAT32 ? 4 : 2);
 }
 
+/* Largest of a block, -inf in place of NaN; order does not matter to it. */
 SPECIALISED float largest(const float *values)
 {
-    float lanes[SKL_LANES];
-    for (size_t l = 0; l < SKL_LANES; l++)
-        lanes[l] = -INFINITY;
-    for (size_t j = 0; j < SKL_BLOCK; j += SKL_LANES)
-        for (size_t l = 0; l < SKL_LANES; l++)
-            lanes[l] = values[j + l] > lanes[l] ? values[j + l] : lanes[l];
-    for (size_t width = SKL_LANES / 2; width > 0; width /= 2)
-        for (size_t l = 0; l < width; l++)
-            lanes[l] = lanes[l + width] > lanes[l] ? lanes[l + width] : lanes[l];
-    return lanes[0];
+    float left[SKL_BLOCK];
+    for (size_t i = 0; i < SKL_BLOCK; i++)
+        left[i] = values[i] > -INFINITY ? values[i] : -INFINITY;
+    for (size_t width = SKL_BLOCK / 2; width > 0; width /= 2)
+        for (size_t i = 0; i < width; i++)
+            left[i] = left[i + width] > left[i] ? left[i + width] : left[i];
+    return left[0];
 }
 
 SPECIALISED float sum_lanes(const float *e)
@@ -127,6 +129,14 @@ SPECIALISED float sum_lanes(const float *e)
         for (size_t l = 0; l < width; l++)
             lanes[l] += lanes[l + width];
     return lanes[0];
+}
+
+/* Ask for the lines of the block that lies PREFETCH_BYTES ahead, often in the next row; it need not exist. */
+SPECIALISED void prefetch_block(uint32_t dtype, const void *row)
+{
+    const size_t bytes = SKL_BLOCK * (dtype == SKL_DTYPE_FLOAT32 ? 4 : 2);
+    for (size_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const void *)((uintptr_t)row + PREFETCH_BYTES + i));
 }
 
 SPECIALISED void maxima_as(uint32_t dtype, const void *row, size_t n, float *maxima)
@@ -148,6 +158,7 @@ SPECIALISED void sums_as(uint32_t dtype, const void *row, size_t n, float scale,
 {
     float e[SKL_BLOCK];
     for (; n >= SKL_BLOCK; n -= SKL_BLOCK, row = advance(dtype, row, SKL_BLOCK)) {
+        prefetch_block(dtype, row);
         exponentials_as(dtype, row, SKL_BLOCK, scale, offset, e);
         *sums++ = sum_lanes(e);
     }
@@ -194,4 +205,4 @@ static void exponentials(uint32_t dtype, const void *row, size_t n, float scale,
 #undef CALL
 }
 
-const skl_kernels SKL_KERNELS = {SKL_KERNELS_NAME, widen, block_maxima, block_sums, exponentials};
+const skl_kernels SKL_KERNELS = {SKL_KERNELS_NAME, widen, block_maxima, block_sums, exponentials, unpack, sums_differ, divide};

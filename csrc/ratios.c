@@ -174,10 +174,10 @@ skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const ui
     return SKL_OK;
 }
 
-skl_status skl_expand(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
-                      float *weights)
+skl_status skl_expand_from(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
+                           float *weights)
 {
-    if (scale_log2 > 30 || offsets[0] != 0)
+    if (scale_log2 > 30)
         return SKL_ERR_ARG;
     const float unit = (float)(UINT64_C(1) << scale_log2) / (float)SKL_RATIO_ONE; /* exact: powers of two */
     for (uint32_t t = 0; t < num_positions; t++) {
@@ -190,4 +190,10 @@ skl_status skl_expand(uint32_t num_positions, const int64_t *offsets, const uint
         }
     }
     return SKL_OK;
+}
+
+skl_status skl_expand(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
+                      float *weights)
+{
+    return offsets[0] != 0 ? SKL_ERR_ARG : skl_expand_from(num_positions, offsets, codes, scale_log2, weights);
 }

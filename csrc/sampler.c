@@ -25,6 +25,7 @@
 
 #define LARGEST_LOGIT 0x1p20f /* beyond it float32 has no room left for differences that matter */
 #define LARGEST_TOTAL 0x1p100
+#define SMALLEST_WEIGHT 0x1p-126 /* below it float32 is subnormal, and some processes flush that to 0 */
 #define MAX_VOCAB (UINT32_C(1) << 24)
 #define MAX_ROUNDS UINT32_C(65535)
 #define GROUPS (SKL_BLOCK / SKL_LANES)
@@ -262,7 +263,7 @@ static size_t draw_points(const skl_sampling *s, uint32_t position, const row_vi
     return n;
 }
 
-/* Importance weights count * p / q, either summing to 1 or with their true factor; ids of p = 0 are left out. */
+/* Importance weights count * p / q, either summing to 1 or with their true factor; the smallest are left out. */
 static size_t weigh(const skl_sampling *s, const level *q, const level *of_p, const scratch_view *scratch, size_t n,
                     uint32_t *token_ids, float *weights)
 {
@@ -274,10 +275,10 @@ static size_t weigh(const skl_sampling *s, const level *q, const level *of_p, co
     const double divisor = s->self_normalise ? sum : (double)s->rounds * (of_p->total / q->total);
     size_t kept = 0;
     for (size_t i = 0; i < n; i++) {
-        const float weight = (float)(scratch->ratios[i] / divisor);
-        if (weight > 0.0f) { /* false for 0 / 0 too */
+        const double weight = scratch->ratios[i] / divisor;
+        if (weight >= SMALLEST_WEIGHT) { /* false for 0 / 0 too */
             token_ids[kept] = token_ids[i];
-            weights[kept++] = weight;
+            weights[kept++] = (float)weight;
         }
     }
     return kept;
@@ -310,6 +311,16 @@ static uint64_t rank_key(float logit, uint32_t id)
     return (uint64_t)bits << 32 | (uint32_t)~id;
 }
 
+/* The logit of a key. */
+static float key_logit(uint64_t key)
+{
+    const uint32_t rank = (uint32_t)(key >> 32);
+    const uint32_t bits = rank & UINT32_C(0x80000000) ? rank ^ UINT32_C(0x80000000) : ~rank;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 /* Keep the `room` largest keys in a heap whose top is the smallest of them. */
 static void heap_offer(uint64_t *heap, size_t room, size_t *used, uint64_t key)
 {
@@ -337,24 +348,21 @@ static void heap_offer(uint64_t *heap, size_t room, size_t *used, uint64_t key)
 /* Keys of the k largest logits, or of all, as a heap; row->sums holds the blocks' maxima.  Returns how many. */
 static size_t top_keys(const row_view *row, size_t k, uint64_t *heap)
 {
-    /* k blocks whose maxima reach it prove that the k-th largest logit does; id 2^32 - 1 loses every tie */
+    /* k blocks have a logit of at least the k-th largest maximum, so that the k-th largest logit has that too */
     size_t used = 0;
     for (size_t b = 0; b < row->num_blocks; b++)
         heap_offer(heap, k, &used, rank_key(row->sums[b], UINT32_MAX));
-    const uint64_t floor_key = used == k ? heap[0] : 0;
+    const float least = used == k ? key_logit(heap[0]) : -INFINITY;
     used = 0;
     float values[SKL_BLOCK];
     for (size_t b = 0; b < row->num_blocks; b++) {
-        const uint64_t bound = used == k && heap[0] > floor_key ? heap[0] : floor_key;
-        if (rank_key(row->sums[b], 0) < bound)
+        if (row->sums[b] < least || (used == k && rank_key(row->sums[b], 0) < heap[0]))
             continue;
         const size_t n = block_length(row, b);
         row->kernels->widen(row->dtype, block_start(row, b), n, values);
-        for (size_t i = 0; i < n; i++) {
-            const uint64_t key = rank_key(values[i], (uint32_t)(b * SKL_BLOCK + i));
-            if (key >= floor_key)
-                heap_offer(heap, k, &used, key);
-        }
+        for (size_t i = 0; i < n; i++)
+            if (values[i] >= least)
+                heap_offer(heap, k, &used, rank_key(values[i], (uint32_t)(b * SKL_BLOCK + i)));
     }
     return used;
 }
@@ -403,10 +411,10 @@ static size_t top_position(const skl_sampling *s, const row_view *row, const lev
     skl_sort_keys(chosen, taken);
     size_t kept = 0;
     for (size_t i = 0; i < taken; i++) {
-        const float weight = (float)(exponential_of(row, lv, (uint32_t)chosen[i]) / lv->total);
-        if (weight > 0.0f) {
+        const double weight = exponential_of(row, lv, (uint32_t)chosen[i]) / lv->total;
+        if (weight >= SMALLEST_WEIGHT) {
             token_ids[kept] = (uint32_t)chosen[i];
-            weights[kept++] = weight;
+            weights[kept++] = (float)weight;
         }
     }
     return kept;

@@ -87,6 +87,34 @@ skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len
                       uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns,
                       skl_fault *fault);
 
+/* ---- batches: sequences straight into the arrays that a training step takes --------------------------------- */
+
+/* B rows of T positions each; a sequence that is shorter is padded on the right. */
+typedef struct skl_batch {
+    uint32_t num_rows;      /* B */
+    uint32_t row_positions; /* T */
+    uint64_t num_records;   /* of all rows */
+    int64_t ignored_label;  /* the label where there is none */
+    int64_t *input_ids;     /* [B, T]: tokens but the last; 0 where padded */
+    int64_t *labels;        /* [B, T]: tokens but the first; ignored_label where padded */
+    int64_t *offsets;       /* [B * T + 1]: records of each position; none where padded */
+    uint32_t *token_ids;    /* [num_records] */
+    float *probs;           /* [num_records]: count / rounds, or the weight */
+} skl_batch;
+
+/* Decode and check the payloads of a batch.
+ *
+ * shape: of every row, its num_positions and num_records aside.
+ * sources, source_lens [B]: payloads with their padding; num_positions, num_records [B]: of each, 0 positions for a
+ * row that is empty.
+ * tokens: [B, T + 1], used for the rows instead of those in the payloads, or NULL; one must be there.
+ * codes: scratch, num_records bytes.  *row: the row at fault.
+ * As skl_decode; SKL_ERR_ARG too where the rows do not fit the batch. */
+skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const uint8_t *const *sources,
+                            const uint64_t *source_lens, const uint32_t *num_positions, const uint32_t *num_records,
+                            const uint32_t *tokens, const skl_batch *batch, uint8_t *codes, uint32_t *row,
+                            skl_fault *fault);
+
 /* ---- ratios: weights as 7-bit ratios to the decoded predecessor, SPEC.md section 4.3 ------------------------ */
 
 /* Quantise the weights of one sequence into ratio codes in canonical order.
@@ -140,7 +168,8 @@ skl_status skl_draw_sizes(const skl_sampling *sampling, uint64_t *num_scratch, u
  * logits: num_logits values of dtype, 1 or more rows of V every row_stride; any alignment.
  * scratch [num_scratch]; offsets [T + 1]; token_ids and counts or weights: room for num_records.
  * counts, weights: exactly one is given; counts needs multinomial or systematic, t = 1 and rounds <= 127.
- * weights: counts / rounds, importance weights (t other than 1), or probabilities (topk, topp).
+ * weights: counts / rounds, importance weights (t other than 1), or probabilities (topk, topp);
+ * those below 2^-126 are left out.
  * Only ids with a probability above 0 are drawn; logits -inf, and those whose probability is below about 2^-125 of
  * the largest, have none.  NaN, a logit above 2^20 and a row without one above -2^20 are refused.  Records depend on (row, seed, sequence, position) and on nothing else.
  * SKL_OK, SKL_ERR_DST_SMALL, SKL_ERR_ARG with *fault (NOT_FINITE: position is first_position + row, value the id). */

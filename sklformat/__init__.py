@@ -4,6 +4,7 @@ sklformat: sparse teacher distributions on disk, for distilling language models 
 The names here need numpy, cffi and xxhash only; ``sklformat.distill`` holds what needs torch.
 """
 
+from sklformat.capture import Capture
 from sklformat.errors import (
     AlignmentError,
     CaptureError,
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlignmentError",
     "Cache",
+    "Capture",
     "CaptureError",
     "CorruptError",
     "FormatError",

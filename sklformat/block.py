@@ -71,7 +71,7 @@ def encode_block(
         place = int(np.argmax(ids >= header.vocab_size))
         raise ValueError(f"token number {place} is {ids[place]}, vocab_size is {header.vocab_size}")
     offsets, token_ids, codes = _codes(header, targets)
-    shape = _shape(header, positions, int(token_ids.size))
+    shape = block_shape(header, positions, int(token_ids.size))
     payload_size = native.payload_size(shape)
     if payload_size > layout.MAX_PAYLOAD_SIZE:
         raise ValueError(f"payload of {payload_size} bytes, the format's limit is {layout.MAX_PAYLOAD_SIZE}")
@@ -79,7 +79,7 @@ def encode_block(
     body = data[layout.BLOCK_HEADER_SIZE :]
     stored = ids if header.token_size else None
     try:
-        native.encode(shape, offsets, token_ids, codes, stored, _column_bits(header, columns, positions), body)
+        native.encode(shape, offsets, token_ids, codes, stored, _column_bits(header, columns, offsets), body)
     except ValueError as error:
         raise ValueError(f"{error} (vocab_size {header.vocab_size}, rounds {header.rounds})") from error
     aligned, payload_checksum = alignment(ids), checksum(body.data, key)
@@ -116,7 +116,7 @@ def parse_block_header(data: bytes | memoryview, header: Header, key: int, numbe
     """
     if len(data) < layout.BLOCK_HEADER_SIZE:
         raise TruncatedError(f"{len(data)} bytes, a block header has {layout.BLOCK_HEADER_SIZE}")
-    data = data[: layout.BLOCK_HEADER_SIZE]
+    data = bytes(data[: layout.BLOCK_HEADER_SIZE])  # a copy: an error's traceback would keep the file mapped
     values = layout.unpack(layout.BLOCK_FIELDS, data)
     if values["magic"] != layout.BLOCK_MAGIC:
         raise CorruptError(f"block magic is {values['magic'].hex(' ')}, must be {layout.BLOCK_MAGIC.hex(' ')}")
@@ -133,7 +133,7 @@ def parse_block_header(data: bytes | memoryview, header: Header, key: int, numbe
     if not 1 <= positions <= layout.MAX_POSITIONS or (header.seq_len and positions != header.seq_len):
         raise CorruptError(f"block of {positions} positions, seq_len is {header.seq_len}")
     try:
-        expected = native.payload_size(_shape(header, positions, values["num_records"]))
+        expected = native.payload_size(block_shape(header, positions, values["num_records"]))
     except ValueError as error:
         raise CorruptError(f"{values['num_records']} records in {positions} positions") from error
     if values["payload_size"] != expected or expected > layout.MAX_PAYLOAD_SIZE:
@@ -157,11 +157,12 @@ def check_payload(data: memoryview | bytes, block: BlockHeader, key: int) -> mem
         TruncatedError: The block ends early.
         CorruptError: The checksum differs.
     """
-    body = memoryview(data)[layout.BLOCK_HEADER_SIZE : block.size]
-    if len(body) < block.size - layout.BLOCK_HEADER_SIZE:
+    if len(data) < block.size:
         raise TruncatedError(f"block of {block.size} bytes ends after {len(data)}")
+    body = memoryview(data)[layout.BLOCK_HEADER_SIZE : block.size]
     computed = checksum(body, key)
     if computed != block.payload_checksum:
+        body.release()  # the error's traceback would keep the file mapped
         raise CorruptError(f"payload checksum {block.payload_checksum:#018x} stored, {computed:#018x} computed")
     return body
 
@@ -175,7 +176,7 @@ def decode_body(
     Raises:
         CorruptError: Records, tokens or columns contradict SPEC sections 4 and 5.
     """
-    shape = _shape(header, block.num_positions, block.num_records)
+    shape = block_shape(header, block.num_positions, block.num_records)
     offsets, token_ids, codes, ids, bits = native.decode(shape, body, tokens=tokens, columns=columns)
     if header.kind == "counts":
         targets = SparseTargets.trusted(token_ids, codes, None, offsets)
@@ -188,8 +189,8 @@ def decode_body(
     if bits is not None:
         values = dict(zip(header.columns, bits.view(np.float16), strict=True))
         for name, column in values.items():
-            if not np.isfinite(column).all():
-                raise CorruptError(f"column {name} holds a value that is not finite")
+            if fault := _column_fault(column, offsets):
+                raise CorruptError(f"column {name} holds {fault}")
     return Sequence(ids, targets, values, block.alignment)
 
 
@@ -223,7 +224,8 @@ def _codes(header: Header, targets: SparseTargets) -> tuple[NDArray[np.int64], N
     return native.quantise(targets.offsets, targets.token_ids, targets.weights, header.scale_log2)
 
 
-def _shape(header: Header, num_positions: int, num_records: int) -> native.Shape:
+def block_shape(header: Header, num_positions: int, num_records: int) -> native.Shape:
+    """What fixes where the bytes of a payload lie."""
     assert header.profile is not None
     assert header.record_count_size is not None
     assert header.token_size is not None
@@ -241,20 +243,31 @@ def _shape(header: Header, num_positions: int, num_records: int) -> native.Shape
 
 
 def _column_bits(
-    header: Header, columns: Mapping[str, ArrayLike] | None, num_positions: int
+    header: Header, columns: Mapping[str, ArrayLike] | None, offsets: NDArray[np.int64]
 ) -> NDArray[np.uint16] | None:
     given = dict(columns or {})
     if set(given) != set(header.columns):
         raise ValueError(f"columns {sorted(given)} given, the header names {sorted(header.columns)}")
     if not given:
         return None
-    rows = []
+    rows, num_positions = [], offsets.size - 1
     for name in header.columns:
         with np.errstate(over="ignore"):
             values = np.asarray(given[name], np.float64).astype(np.float16)
         if values.shape != (num_positions,):
             raise ValueError(f"column {name} has shape {values.shape}, must be ({num_positions},)")
-        if not np.isfinite(values).all():
-            raise ValueError(f"column {name} holds a value that is not finite in float16")
+        if fault := _column_fault(values, offsets):
+            raise ValueError(f"column {name} holds {fault}")
         rows.append(values)
     return np.ascontiguousarray(np.stack(rows)).view(np.uint16)
+
+
+def _column_fault(column: NDArray[np.float16], offsets: NDArray[np.int64]) -> str | None:
+    """What SPEC section 5.1 forbids in an optional column, or None."""
+    bad = np.flatnonzero(~np.isfinite(column))
+    if bad.size:
+        return f"a value at position {bad[0]} that is not finite in float16"
+    stray = np.flatnonzero((column != 0) & (offsets[1:] == offsets[:-1]))
+    if stray.size:
+        return f"{column[stray[0]]} at position {stray[0]}, which has no record; it must be 0"
+    return None

@@ -69,6 +69,18 @@ def lock(fd: int, path: Path) -> None:
         raise InUseError(f"{path}: another process is writing here; wait for it, or choose another place") from None
 
 
+def lock_named(fd: int, path: Path) -> None:
+    """
+    As ``lock``, and make sure that ``path`` still names the file: its writer may have renamed it before it let go.
+
+    Raises:
+        InUseError: Another process holds it, or finished it between opening and locking.
+    """
+    lock(fd, path)
+    if not path.exists() or not os.path.samestat(os.fstat(fd), path.stat()):
+        raise InUseError(f"{path}: another process finished it just now; look again")
+
+
 @contextmanager
 def locked_directory(directory: Path) -> Iterator[None]:
     """

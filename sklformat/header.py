@@ -57,6 +57,7 @@ class Header:
 
     Raises:
         ValueError: A value out of range, or settings that contradict each other; the message says which and what to do.
+        TypeError: A value of the wrong type.
 
     Source: SPEC section 7.
     """
@@ -87,6 +88,8 @@ class Header:
 
     def __post_init__(self) -> None:
         self._check_ranges()
+        if not isinstance(self.capture, Mapping):
+            raise TypeError(f"capture must be a JSON object (a dict), got {type(self.capture).__name__}")
         if self.sampler is None:
             self._set("sampler", "multinomial" if self.rounds > 0 else "unknown")
         if self.profile is None:
@@ -249,10 +252,10 @@ def parse_header(data: bytes | memoryview) -> Header:
     values = layout.unpack(layout.HEADER_FIELDS, data)
     computed = checksum(data[:-8])
     major = values["version_major"]
-    if major != layout.VERSION_MAJOR and (computed == values["header_checksum"] or major > layout.VERSION_MAJOR):
+    if major != layout.VERSION_MAJOR:  # before the checksum, which may lie elsewhere in another version
         raise UnsupportedError(
             f"format version {major}.{values['version_minor']}, this library reads {layout.VERSION_MAJOR}.x; "
-            "install a newer sklformat",
+            "install the sklformat that wrote it",
             section="header",
             offset=8,
         )
@@ -289,7 +292,7 @@ def _checked(values: dict[str, Any]) -> Header:
         raise CorruptError(f"capture_size {size} does not fit the capture", section="header", offset=144)
     try:
         capture = json.loads(values["capture"][:size].decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"capture is not JSON: {error}", section="header", offset=256) from error
     if not isinstance(capture, dict):
         raise CorruptError("capture is not a JSON object", section="header", offset=256)

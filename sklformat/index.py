@@ -137,7 +137,11 @@ def parse_trailer(data: bytes | memoryview, key: int, file_size: int) -> Trailer
         )
     sequences = values["num_sequences"]
     if sequences >= layout.MAX_SEQUENCES:
-        raise CorruptError(f"{sequences} sequences, the limit is {layout.MAX_SEQUENCES}", section="trailer")
+        raise CorruptError(
+            f"{sequences} sequences, a shard holds fewer than {layout.MAX_SEQUENCES}",
+            section="trailer",
+            offset=offset + 16,
+        )
     index_size = layout.round_up(sequences * layout.INDEX_ROW_SIZE)
     expected = values["index_offset"] + index_size + layout.TRAILER_SIZE
     if expected != file_size or values["index_offset"] < layout.HEADER_SIZE:

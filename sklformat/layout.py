@@ -6,6 +6,7 @@ A test parses the tables of SPEC.md and holds them against these.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -150,16 +151,22 @@ def pack(fields: tuple[Field, ...], values: Mapping[str, Any]) -> bytearray:
 
 def unpack(fields: tuple[Field, ...], data: bytes | memoryview) -> dict[str, Any]:
     """Read a table's values; 128-bit fields become 32 hexadecimal digits, reserved ones stay bytes."""
-    values: dict[str, Any] = {}
-    for field in fields:
-        raw = bytes(data[field.offset : field.offset + field.size])
-        if field.type in ("zero", "bytes"):
-            values[field.name] = raw
-        elif field.type == "u128":
-            values[field.name] = f"{int.from_bytes(raw, 'little'):032x}"
-        else:
-            values[field.name] = struct.unpack("<" + _FORMATS[field.type], raw)[0]
+    names, whole, wide = _compiled(fields)
+    values: dict[str, Any] = dict(zip(names, whole.unpack(data), strict=True))
+    for name in wide:
+        values[name] = f"{int.from_bytes(values[name], 'little'):032x}"
     return values
+
+
+@functools.cache
+def _compiled(fields: tuple[Field, ...]) -> tuple[tuple[str, ...], struct.Struct, tuple[str, ...]]:
+    """Names, one struct for the whole table (its fields follow each other without holes), and the 128-bit fields."""
+    formats = (_FORMATS.get(f.type, f"{f.size}s") for f in fields)
+    return (
+        tuple(f.name for f in fields),
+        struct.Struct("<" + "".join(formats)),
+        tuple(f.name for f in fields if f.type == "u128"),
+    )
 
 
 def first_nonzero_reserved(fields: tuple[Field, ...], values: Mapping[str, Any]) -> Field | None:

@@ -42,14 +42,14 @@ def cache_fingerprint(shards: Iterable[str]) -> str:
 
 def check_contiguous(entries: list[Entry], path: Path) -> None:
     """
-    Shards of a directory start at sequence 0 and follow each other.
+    Shards of a directory start at sequence 0, follow each other and are numbered from 0.
 
     Raises:
         MissingShardError: A gap; names the range of sequences.
-        CorruptError: Two shards hold the same sequences.
+        CorruptError: Two shards hold the same sequences, or a shard's number is not its place.
     """
     expected = 0
-    for entry in entries:
+    for place, entry in enumerate(entries):
         if entry.first_sequence > expected:
             raise MissingShardError(
                 f"sequences {expected}..{entry.first_sequence - 1} are missing before {entry.path.name}; "
@@ -61,7 +61,18 @@ def check_contiguous(entries: list[Entry], path: Path) -> None:
                 f"{entry.path.name} begins at sequence {entry.first_sequence}, which an earlier shard holds already",
                 path=path,
             )
+        if entry.shard_number != place:
+            raise CorruptError(
+                f"{entry.path.name} has shard_number {entry.shard_number}, but it is number {place} of the cache; "
+                "capture it with its own number",
+                path=path,
+            )
         expected += entry.num_sequences
+
+
+def place_in_cache(entry: Entry) -> tuple[int, int]:
+    """Sort key of the shards of a cache; an empty shard begins where the next one does.  SPEC section 11."""
+    return entry.first_sequence, entry.shard_number
 
 
 def write_manifest(directory: Path, entries: list[Entry]) -> None:
@@ -97,6 +108,7 @@ def read_manifest(path: Path) -> list[Entry]:
         raise corrupt(f"larger than {layout.MAX_MANIFEST_SIZE} bytes")
     try:
         body = json.loads(path.read_bytes())
+        _digest(body)
     except (ValueError, RecursionError) as error:
         raise corrupt(f"not JSON: {error}") from error
     if not isinstance(body, dict) or body.get("format") != _FORMAT:

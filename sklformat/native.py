@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat._native import ffi, lib
-from sklformat.errors import STATUS_ERRORS, CorruptError
+from sklformat.errors import STATUS_ERRORS, CorruptError, FormatError
 
 NULL = ffi.NULL
 _STATUS_NAMES: dict[int, str] = {value: name for name, value in ffi.typeof("skl_status").relements.items()}
@@ -72,6 +72,11 @@ class Shape:
 def view(ctype: str, array: NDArray[Any] | None, *, writable: bool = False) -> Any:
     """Hand a C-contiguous array to C as ``ctype`` (such as "uint8_t[]"), NULL for None; keep the result referenced."""
     return NULL if array is None else ffi.from_buffer(ctype, array, require_writable=writable)
+
+
+def address_of(buffer: memoryview) -> int:
+    """Address of the first byte; good only while whoever owns the memory keeps it."""
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(buffer)))
 
 
 def check(status: int, fault: Any = None, where: str = "") -> None:
@@ -178,20 +183,106 @@ def decode(
     tokens_out = np.empty(positions + 1, np.uint32) if tokens and shape.token_size else None
     columns_out = np.empty((shape.num_columns, positions), np.uint16) if columns and shape.num_columns else None
     fault = ffi.new("skl_fault *")
-    source = ffi.from_buffer("uint8_t[]", payload)
-    status = lib.skl_decode(
-        shape.to_c(),
-        source,
-        len(source),
-        view("int64_t[]", offsets, writable=True),
-        view("uint32_t[]", token_ids, writable=True),
-        view("uint8_t[]", codes, writable=True),
-        view("uint32_t[]", tokens_out, writable=True),
-        view("uint16_t[]", columns_out, writable=True),
-        fault,
-    )
+    # Released before an error is raised: its traceback would keep the payload's file mapped.
+    with ffi.from_buffer("uint8_t[]", payload) as source:
+        status = lib.skl_decode(
+            shape.to_c(),
+            source,
+            len(source),
+            view("int64_t[]", offsets, writable=True),
+            view("uint32_t[]", token_ids, writable=True),
+            view("uint8_t[]", codes, writable=True),
+            view("uint32_t[]", tokens_out, writable=True),
+            view("uint16_t[]", columns_out, writable=True),
+            fault,
+        )
     check(status, fault)
     return offsets, token_ids, codes, tokens_out, columns_out
+
+
+def decode_batch(
+    shape: Shape,
+    scale_log2: int,
+    sources: NDArray[np.uint64],
+    source_lens: NDArray[np.uint64],
+    num_positions: NDArray[np.uint32],
+    num_records: NDArray[np.uint32],
+    tokens: NDArray[np.uint32] | None,
+    row_positions: int,
+    ignored_label: int,
+) -> BatchArrays:
+    """
+    Decode and check the payloads of B sequences straight into the arrays of a training step.
+
+    Args:
+        shape: Of every row; its num_positions and num_records do not count.
+        scale_log2: Kind ratios, 0..30.
+        sources: [B] addresses of the payloads, which the caller keeps alive; 0 for an empty row.
+        source_lens: [B] their bytes, padding included.
+        num_positions: [B], at most row_positions; 0 for an empty row.
+        num_records: [B].
+        tokens: [B, row_positions + 1], used instead of the stored ones, or None.
+        row_positions: T.
+        ignored_label: Label where there is none.
+
+    Raises:
+        RowError: Around the ValueError, TruncatedError or CorruptError of one row.
+    """
+    rows = sources.size
+    total = int(num_records.sum(dtype=np.uint64))
+    out = BatchArrays(
+        np.empty((rows, row_positions), np.int64),
+        np.empty((rows, row_positions), np.int64),
+        np.empty(rows * row_positions + 1, np.int64),
+        np.empty(total, np.uint32),
+        np.empty(total, np.float32),
+    )
+    codes = np.empty(total, np.uint8)
+    arrays: tuple[NDArray[Any], ...] = out
+    views = [view(c, a, writable=True) for c, a in zip(_BATCH_TYPES, arrays, strict=True)]
+    batch = ffi.new("skl_batch *", [rows, row_positions, total, ignored_label, *views])
+    row, fault = ffi.new("uint32_t *"), ffi.new("skl_fault *")
+    pointers = ffi.cast("uint8_t **", view("uint64_t[]", sources))
+    status = lib.skl_decode_batch(
+        shape.to_c(),
+        scale_log2,
+        pointers,
+        view("uint64_t[]", source_lens),
+        view("uint32_t[]", num_positions),
+        view("uint32_t[]", num_records),
+        view("uint32_t[]", tokens),
+        batch,
+        view("uint8_t[]", codes, writable=True),
+        row,
+        fault,
+    )
+    if status != lib.SKL_OK:
+        try:
+            check(status, fault)
+        except (ValueError, FormatError) as error:
+            raise RowError(int(row[0])) from error
+    return out
+
+
+class BatchArrays(NamedTuple):
+    """input_ids, labels int64 [B, T]; offsets int64 [B * T + 1]; token_ids uint32, probs float32 [nnz]."""
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    token_ids: NDArray[np.uint32]
+    probs: NDArray[np.float32]
+
+
+_BATCH_TYPES = ("int64_t[]", "int64_t[]", "int64_t[]", "uint32_t[]", "float[]")
+
+
+class RowError(Exception):
+    """Says which row of a batch its cause is about."""
+
+    def __init__(self, row: int) -> None:
+        self.row = row
+        super().__init__(f"row {row}")
 
 
 def quantise(
@@ -532,11 +623,15 @@ def _expect(shape: Shape, *arrays: NDArray[Any] | None) -> None:
 
 __all__ = [
     "RING_CONTROL_SIZE",
+    "BatchArrays",
     "RingFrame",
     "RingWords",
+    "RowError",
     "Shape",
+    "address_of",
     "check",
     "decode",
+    "decode_batch",
     "draw",
     "encode",
     "expand",

@@ -8,6 +8,7 @@ SPEC.md section 12 specifies it with test vectors; a change of one bit here is a
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ ALGORITHM, VERSION = 1, 1
 """Identifiers of this order in headers and loader states."""
 
 _ROUNDS = 8
+_PLACES_AT_ONCE = 4096  # the network costs the same for one index and for some hundred
 
 
 def permute(indices: ArrayLike, n: int, *, seed: int, epoch: int = 0) -> NDArray[np.int64]:
@@ -128,23 +130,31 @@ class Schedule:
         rest = max(self.num_sequences - consumed, 0)
         return rest // self.global_batch if self.tail == "drop" else -(-rest // self.global_batch)
 
-    def batch(self, epoch: int, consumed: int) -> NDArray[np.int64]:
-        """The [batch_size] sequences of this rank in the step that begins after ``consumed`` sequences; -1: none."""
-        places = consumed + self.rank * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
-        empty = places >= self.num_sequences
-        places %= self.num_sequences
-        if self.shuffle:
-            places = permute(places, self.num_sequences, seed=self.seed, epoch=epoch)
-        if self.tail == "pad":
-            places[empty] = -1
-        return places
+    def batches(
+        self, epoch: int, consumed: int, worker: int = 0, num_workers: int = 1
+    ) -> Iterator[tuple[NDArray[np.int64], int]]:
+        """
+        The batches of this rank that worker ``worker`` makes in an epoch of which ``consumed`` sequences are done.
+
+        Yields:
+            The [batch_size] sequences of a batch, -1 for an empty place, and the sequences consumed before its step.
+        """
+        size = self.global_batch
+        steps = range(consumed + worker * size, consumed + self.num_batches(consumed) * size, num_workers * size)
+        at_once = max(1, _PLACES_AT_ONCE // self.batch_size)
+        within = self.rank * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        for first in range(0, len(steps), at_once):
+            some = steps[first : first + at_once]
+            places = np.asarray(some, np.int64)[:, None] + within
+            empty = places >= self.num_sequences
+            places %= self.num_sequences
+            if self.shuffle:
+                places = permute(places, self.num_sequences, seed=self.seed, epoch=epoch)
+            if self.tail == "pad":
+                places[empty] = -1
+            yield from zip(places, some, strict=True)
 
     def after(self, epoch: int, consumed: int) -> tuple[int, int]:
         """(epoch, consumed) after the step that begins there; the end of an epoch is the beginning of the next."""
         consumed += self.global_batch
         return (epoch, consumed) if self.num_batches(consumed) else (epoch + 1, 0)
-
-    def steps(self, consumed: int, worker: int = 0, num_workers: int = 1) -> range:
-        """Sequences consumed before each batch that worker ``worker`` makes."""
-        first, size = consumed, self.global_batch
-        return range(first + worker * size, first + self.num_batches(consumed) * size, num_workers * size)

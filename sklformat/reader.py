@@ -10,8 +10,10 @@ import bisect
 import dataclasses
 import mmap
 import os
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
@@ -20,11 +22,12 @@ from numpy.typing import ArrayLike
 
 from sklformat import layout
 from sklformat.block import BlockHeader, check_payload, decode_body, locate, parse_block_header
-from sklformat.checksums import alignment
+from sklformat.checksums import alignment, checksum
 from sklformat.errors import AlignmentError, CorruptError, FormatError, MissingShardError, TruncatedError
 from sklformat.header import Header, parse_header
 from sklformat.index import SealedIndex, Trailer, parse_index, parse_trailer
-from sklformat.manifest import MANIFEST_NAME, Entry, cache_fingerprint, check_contiguous, read_manifest
+from sklformat.manifest import MANIFEST_NAME, Entry, cache_fingerprint, check_contiguous, place_in_cache, read_manifest
+from sklformat.native import address_of
 from sklformat.records import Sequence
 
 MAX_OPEN_SHARDS = 64
@@ -57,6 +60,7 @@ class Shard:
         finally:
             os.close(fd)
         self._view = memoryview(self._map)
+        self._address = address_of(self._view)
         self._checked = bytearray()
         try:
             self._open(size)
@@ -130,10 +134,88 @@ class Shard:
         self._checked[number] = 1
         return block, body
 
+    def payload(self, number: int) -> tuple[int, int]:
+        """
+        Address and size in bytes of a checked payload with its padding, for C; valid while the shard is open.
+
+        Header and payload are checked when they are touched for the first time; records and tokens are the decoder's
+        to check.
+
+        Raises:
+            FormatError: As ``shard[number]``.
+        """
+        offset = int(self.index.offset[number])
+        if not self._checked[number]:
+            self._touch(number, offset)
+            self._checked[number] = 1
+        start = offset + layout.BLOCK_HEADER_SIZE
+        return self._address + start, self._block_end(number) - start
+
+    def _touch(self, number: int, offset: int) -> None:
+        """Check header and payload of a block against the index; what is wrong is then named by the full check."""
+        with self._view[offset : self._block_end(number)] as block:
+            head = block[: layout.BLOCK_HEADER_SIZE]
+            stored = int(self.index.block_checksum[number])
+            # The index proves the checksum, the checksum proves the header, and the header its payload.
+            if checksum(head[:-8], self.key) == stored:
+                values = layout.unpack(layout.BLOCK_FIELDS, head)
+                if (
+                    values["block_checksum"] == stored
+                    and values["magic"] == layout.BLOCK_MAGIC
+                    and values["codec"] == layout.CODECS["plain"]
+                    and values["block_number"] == number
+                    and values["num_records"] == self.index.num_records[number]
+                    and values["num_positions"] == self.index.num_positions[number]
+                    and values["alignment"] == self.index.alignment[number]
+                    and checksum(block[layout.BLOCK_HEADER_SIZE :], self.key) == values["payload_checksum"]
+                ):
+                    return
+            head.release()
+        self[number]
+        raise CorruptError("a fault that the full check does not find", path=self.path, sequence=number, offset=offset)
+
+    def _block_end(self, number: int) -> int:
+        following = number + 1
+        return int(self.index.offset[following]) if following < len(self) else self.trailer.index_offset
+
     def close(self) -> None:
         """Unmap the file; the shard is unusable afterwards."""
         self._view.release()
         self._map.close()
+
+
+class Payloads:
+    """
+    Where the payloads of some sequences lie; keeps their shards open.
+
+    Attributes:
+        shards: Shard of each row, None for an empty one.
+        numbers: Its number there.
+        rows: For each row: address and size in bytes of the payload, positions, records, alignment checksum.
+    """
+
+    def __init__(self) -> None:
+        self.shards: list[Shard | None] = []
+        self.numbers: list[int] = []
+        self.rows: list[tuple[int, int, int, int, int]] = []
+
+    def append(self, shard: Shard | None, number: int) -> None:
+        """Add a row."""
+        self.shards.append(shard)
+        self.numbers.append(number)
+        if shard is None:
+            self.rows.append((0, 0, 0, 0, 0))
+            return
+        index = shard.index
+        row = (index.num_positions.item(number), index.num_records.item(number), index.alignment.item(number))
+        self.rows.append((*shard.payload(number), *row))
+
+    def located(self, row: int, error: FormatError) -> FormatError:
+        """Say of which file, block and byte a fault in a row is."""
+        shard, number = self.shards[row], self.numbers[row]
+        assert shard is not None
+        offset = int(shard.index.offset[number])
+        return locate(error, path=shard.path, section="block", sequence=number, offset=offset)
 
 
 class Cache:
@@ -141,7 +223,8 @@ class Cache:
     A sequence of sequences: one shard, or a directory of shards in the order of their first sequence.
 
     Made by ``skl.open``.  ``cache[i]`` counts from 0; i is the global sequence number, except for a single shard opened
-    by itself, where ``first_sequence`` says what 0 stands for.  Safe to pickle (it opens again) and to fork.
+    by itself, where ``first_sequence`` says what 0 stands for.  Safe to pickle (it opens again), to fork, and to read
+    from several threads.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -150,6 +233,7 @@ class Cache:
             raise FileNotFoundError(f"{self.path}: no such file or directory; a cache is a directory of .skl shards")
         self._directory = self.path.is_dir()
         self._open_shards: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
         self._pid = os.getpid()
         self._entries = list_shards(self.path)
         first = self._shard(0)
@@ -247,6 +331,18 @@ class Cache:
             f"{ids[place]} given; another packing seed, tokenizer or corpus"
         )
 
+    def payloads(self, numbers: Iterable[int]) -> Payloads:
+        """
+        The checked payloads of sequences, for ``native.decode_batch``; -1 stands for an empty row.
+
+        Raises:
+            IndexError, FormatError: As ``cache[i]``.
+        """
+        found = Payloads()
+        for number in numbers:
+            found.append(*self.find(number)) if number >= 0 else found.append(None, 0)
+        return found
+
     @property
     def fingerprints(self) -> list[str]:
         """Fingerprint of each shard, in order."""
@@ -273,8 +369,12 @@ class Cache:
 
     def _shard(self, place: int) -> Shard:
         if self._pid != os.getpid():  # after a fork the maps are shared; each process keeps its own list
-            self._open_shards = OrderedDict(self._open_shards)
+            self._open_shards, self._lock = OrderedDict(self._open_shards), threading.Lock()
             self._pid = os.getpid()
+        with self._lock:
+            return self._open_shard(place)
+
+    def _open_shard(self, place: int) -> Shard:
         shard = self._open_shards.get(place)
         if shard is None:
             entry = self._entries[place]
@@ -288,17 +388,21 @@ class Cache:
             self._check_belongs(shard, entry)
             self._open_shards[place] = shard
             if len(self._open_shards) > MAX_OPEN_SHARDS:
-                self._open_shards.popitem(last=False)[1].close()
+                self._open_shards.popitem(last=False)  # unmapped once nobody reads from it any more
         else:
             self._open_shards.move_to_end(place)
         return shard
 
     def _check_belongs(self, shard: Shard, entry: Entry) -> None:
-        if shard.fingerprint != entry.fingerprint or shard.header.first_sequence != entry.first_sequence:
+        if (found := describe(shard)) != entry:
             shard.close()
             raise CorruptError(
-                f"fingerprint {shard.fingerprint} at sequence {shard.header.first_sequence}, {entry.fingerprint} at "
-                f"{entry.first_sequence} expected; the file was replaced",
+                "; ".join(
+                    f"{f.name} is {getattr(found, f.name)}, {getattr(entry, f.name)} expected"
+                    for f in dataclasses.fields(Entry)
+                    if getattr(found, f.name) != getattr(entry, f.name)
+                )
+                + "; the file was replaced, or the manifest is of another cache",
                 path=shard.path,
             )
         if hasattr(self, "header") and self.header.cache_key != shard.header.cache_key:
@@ -327,24 +431,31 @@ def scan_directory(path: Path) -> list[Entry]:
     The sealed shards of a directory in order, read from the files themselves; what ``write_manifest`` takes.
 
     Raises:
-        MissingShardError, FormatError: As ``list_shards``.
+        MissingShardError, FormatError: As ``list_shards``; CorruptError too where a shard belongs to another cache.
     """
     files = sorted(p for p in path.iterdir() if p.suffix == ".skl" and p.is_file())
     if not files:
         unfinished = [p.name for p in path.iterdir() if p.name.endswith(".skl.partial")]
         hint = f"; {unfinished[0]} is unfinished, capture it to the end" if unfinished else ""
         raise MissingShardError(f"no .skl shards here: not a cache, or an empty one{hint}", path=path)
-    entries = sorted((_entry(p) for p in files), key=lambda entry: entry.first_sequence)
+    entries, first = [], None
+    for file in files:
+        with closing(Shard(file)) as shard:
+            first = first or shard.header
+            if first.cache_key != shard.header.cache_key:
+                raise CorruptError(
+                    f"belongs to another cache than {files[0].name}: {'; '.join(first.differences(shard.header))}",
+                    path=file,
+                )
+            entries.append(describe(shard))
+    entries.sort(key=place_in_cache)
     check_contiguous(entries, path)
     return entries
 
 
 def _entry(path: Path) -> Entry:
-    shard = Shard(path)
-    try:
+    with closing(Shard(path)) as shard:
         return describe(shard)
-    finally:
-        shard.close()
 
 
 def describe(shard: Shard) -> Entry:

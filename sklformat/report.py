@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sklformat.errors import CorruptError, FormatError, MissingShardError
-from sklformat.manifest import MANIFEST_NAME, Entry, check_contiguous, read_manifest
+from sklformat.manifest import MANIFEST_NAME, Entry, check_contiguous, place_in_cache, read_manifest
 from sklformat.reader import Cache, Shard, describe
 from sklformat.records import SparseTargets
 
@@ -115,7 +115,7 @@ def check_distinct(targets: SparseTargets) -> None:
 
 def _check_together(root: Path, sound: list[tuple[Entry, str]]) -> list[Problem]:
     problems: list[Problem] = []
-    entries = sorted((entry for entry, _ in sound), key=lambda entry: entry.first_sequence)
+    entries = sorted((entry for entry, _ in sound), key=place_in_cache)
     keys = [key for _, key in sound]
     problems += [
         Problem(entry.path, "CorruptError", f"belongs to another cache than {sound[0][0].path.name}")

@@ -68,8 +68,7 @@ def draw(
 
     Returns:
         T positions, ids ascending. Counts where q = p and rounds <= 127; else weights: counts / rounds, importance
-        weights, or probabilities that are not normalised (topk, topp). Where t is not 1, an id whose weight is below
-        the smallest float32 is left out.
+        weights, or probabilities that are not normalised (topk, topp); weights below 2**-126 are left out.
 
     Raises:
         ValueError: An argument out of range, missing, or without meaning for the sampler; logits that are not 2-D, not
@@ -140,15 +139,17 @@ def _rows(logits: Any, dtype: str | None) -> tuple[NDArray[Any], str]:
         if logits.device.type != "cpu":
             raise ValueError(f"logits are on {logits.device}; draw works on the CPU, call .cpu() first")
         tensor = logits.detach()
-        is_bfloat16 = tensor.dtype == torch.bfloat16
-        array = tensor.view(torch.int16).numpy().view(np.uint16) if is_bfloat16 else tensor.numpy()
-        name = "bfloat16" if is_bfloat16 else array.dtype.name
+        if tensor.dtype == torch.bfloat16:  # numpy has no such type; its bits do
+            array, name = tensor.view(torch.int16).numpy().view(np.uint16), "bfloat16"
+        else:
+            array = tensor.numpy()
+            name = array.dtype.name
     elif isinstance(logits, np.ndarray):
         array, name = logits, logits.dtype.name
-        if name == "bfloat16" or (name == "uint16" and dtype == "bfloat16"):
-            array, name = array.view(np.uint16), "bfloat16"
     else:
         raise TypeError(f"logits must be a numpy array or a torch tensor, got {type(logits).__name__}")
+    if name == "bfloat16" or (name == "uint16" and dtype == "bfloat16"):
+        array, name = array.view(np.uint16), "bfloat16"
     if name not in ("float32", "float16", "bfloat16") or not array.dtype.isnative:
         raise ValueError(
             f"logits must be float32, float16 or bfloat16 in native byte order, or uint16 bits with dtype='bfloat16'; "

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from sklformat import layout
 from sklformat.block import BlockHeader, check_payload, decode_body, encode_block, locate, parse_block_header
-from sklformat.disk import Disk, lock
+from sklformat.disk import Disk, lock_named
 from sklformat.errors import CorruptError, FormatError, SettingsError, TruncatedError
 from sklformat.header import Header, parse_header
 from sklformat.index import Index, pack_trailer
@@ -83,22 +83,26 @@ class ShardWriter:
             self._fd = self._disk.create(self.partial)
         except FileExistsError:
             self._fd = self._disk.reopen(self.partial)
-            lock(self._fd, self.partial)
+            lock_named(self._fd, self.partial)
             if not resume:
                 raise FileExistsError(
                     f"{self.partial}: an unfinished shard is here; go on with resume=True, or remove it first"
                 ) from None
             found, self._index, self._end = _scan(self._fd, self.partial)
             if found is not None:
-                if found != self.header:
-                    differing = "; ".join(found.differences(self.header)) or "another place in the cache"
+                if os.pread(self._fd, layout.HEADER_SIZE, 0) != self.header.pack():
+                    differing = "; ".join(found.differences(self.header)) or (
+                        "another place in the cache"
+                        if found != self.header
+                        else "its version_minor or compatible_flags; finish it with the sklformat that began it"
+                    )
                     raise SettingsError(f"{self.partial}: made with other settings: {differing}") from None
                 self._disk.truncate(self._fd, self._end)
                 self._disk.sync(self._fd)
                 return
             self._disk.truncate(self._fd, 0)
         else:
-            lock(self._fd, self.partial)
+            lock_named(self._fd, self.partial)
         # The header is durable before any block, so that a longer file always has one.
         self._disk.write(self._fd, self.header.pack(), 0)
         self._disk.sync(self._fd)
@@ -113,10 +117,13 @@ class ShardWriter:
     ) -> None:
         if self._fd < 0:
             return
-        if kind is None:
-            self.seal()
-        else:
+        if kind is not None:
             self.close()
+            return
+        try:
+            self.seal()
+        finally:  # a failed seal lets go of the lock too, so that the shard can be resumed
+            self._close()
 
     def __len__(self) -> int:
         """Number of sequences appended so far, those of a resumed ``.partial`` included."""
@@ -235,7 +242,7 @@ def recover(path: Path | str) -> Recovered:
     disk = Disk()
     fd = disk.reopen(partial)
     try:
-        lock(fd, partial)
+        lock_named(fd, partial)
         _, index, end = _scan(fd, partial)
         cut = os.fstat(fd).st_size - end
         if cut:
@@ -277,6 +284,8 @@ def _never_synced(fd: int, size: int) -> bool:
 
 def _read_block(fd: int, header: Header, key: int, number: int, offset: int) -> BlockHeader:
     block = parse_block_header(os.pread(fd, layout.BLOCK_HEADER_SIZE, offset), header, key, number)
+    if offset + block.size > os.fstat(fd).st_size:  # before anything is allocated
+        raise TruncatedError(f"block of {block.size} bytes ends behind the file")
     body = check_payload(os.pread(fd, block.size, offset), block, key)
     decode_body(header, block, body)
     return block

@@ -4,6 +4,7 @@ Slow, short and independent: plain integers and lists, no arrays, and nothing of
 Each function names the section of SPEC.md that it follows.
 """
 
+import itertools
 import json
 import math
 import struct
@@ -302,6 +303,7 @@ def decode_header(header: bytes) -> Settings:
     sampler, zero_0, order_algorithm, order_version, zero_1 = struct.unpack_from("<BBHHH", header, 64)
     temperature, sampling_seed, packing_seed = struct.unpack_from("<dQQ", header, 72)
     for name, value, known in (
+        ("header_size", header_size, range(HEADER_SIZE, HEADER_SIZE + 1)),
         ("kind", kind, range(1, 3)),
         ("profile", profile, range(1, 4)),
         ("row_convention", row_convention, range(1, 2)),
@@ -310,7 +312,6 @@ def decode_header(header: bytes) -> Settings:
     ):
         if value not in known:
             raise UnsupportedError(f"{name} {value}")
-    check(header_size == HEADER_SIZE, "header_size")
     check(record_count_size in (1, 2), "record_count_size")
     check(token_size in (0, 2, 3, 4), "token_size")
     check(scale <= 30 and (kind == RATIOS or scale == 0), "scale_log2")
@@ -363,7 +364,7 @@ def check_records(settings: Settings, records: list[tuple[int, int]]) -> None:
     ids = [token_id for token_id, _ in records]
     check(all(token_id < settings.vocab_size for token_id in ids), "id")
     if settings.kind == COUNTS:
-        check(all(a < b for a, b in zip(ids, ids[1:], strict=False)), "ids increase")
+        check(all(a < b for a, b in itertools.pairwise(ids)), "ids increase")
         check(all(1 <= count <= settings.rounds for _, count in records), "count")
         check(not records or sum(count for _, count in records) == settings.rounds, "sum of counts")
     else:
@@ -478,11 +479,13 @@ def decode_cache(directory: Path) -> list[Shard]:
     paths = [path for path in directory.iterdir() if path.name.endswith(".skl")]
     named = [(decode_shard(path.read_bytes()), path.name) for path in paths]
     named.sort(key=lambda pair: (pair[0].settings.first_sequence, pair[0].settings.shard_number))
+    if not named:
+        raise MissingShardError("no shard")
     expected = 0
     for place, (shard, name) in enumerate(named):
         check(shard.cache_key == named[0][0].cache_key, f"{name} belongs to another cache")
         check(shard.settings.first_sequence >= expected, f"{name} overlaps the shard before it")
-        if shard.settings.first_sequence > expected or shard.settings.shard_number > place:
+        if shard.settings.first_sequence > expected:
             raise MissingShardError(f"no shard holds sequence {expected}")
         check(shard.settings.shard_number == place, f"{name} has the wrong shard_number")
         expected += len(shard.sequences)

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from sklformat import order
+from sklformat import native, order
+from sklformat.block import block_shape
+from sklformat.checksums import checksum
 from sklformat.distill.losses import IGNORED_LABEL
-from sklformat.errors import AlignmentError, ResumeError
+from sklformat.errors import AlignmentError, CorruptError, FormatError, ResumeError
 from sklformat.order import Schedule
-from sklformat.reader import Cache
-from sklformat.records import SparseTargets
+from sklformat.reader import Cache, Payloads
 
 STATE_VERSION = 1
 _MAX_WORKERS = 128
@@ -101,9 +102,9 @@ class SparseLogitDataset(IterableDataset[Batch]):
     alignment checksum against the tokens that are handed out, so that records of other tokens stop training before the
     first step.
 
-    Protocol of use: ``ds.set_epoch(e)`` before each epoch (as for torch's DistributedSampler; without it every iteration
-    repeats the same epoch).  To resume, ``ds.load_state_dict(batch.state)`` of the last batch trained on: the next
-    iteration goes on right after it, later ones begin at the start of their epoch again.
+    Protocol of use: ``ds.set_epoch(e)`` before each epoch (as for torch's DistributedSampler; without it every
+    iteration repeats the same epoch).  To resume, ``ds.load_state_dict(batch.state)`` of the last batch trained on: the
+    next iteration goes on right after it, later ones begin at the start of their epoch again.
 
     Args:
         path: A cache directory or one shard.
@@ -151,9 +152,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
         )
         self.tokens = tokens
         self._check_tokens()
-        header = self.cache.header
-        # Probability of each count; index 0 is never used.
-        self._probs = np.arange(128, dtype=np.float32) / np.float32(max(header.rounds, 1))
+        self._shape = block_shape(self.cache.header, 0, 0)
         # In shared memory, so that set_epoch and load_state_dict reach persistent workers too: epoch, consumed and
         # version; then, for this process and for each (num_workers, worker), the version whose consumed it has used.
         self._shared: Tensor = torch.zeros(4 + _MAX_WORKERS * (_MAX_WORKERS + 1) // 2, dtype=torch.int64)
@@ -255,61 +254,74 @@ class SparseLogitDataset(IterableDataset[Batch]):
         info = get_worker_info()
         worker, num_workers = (0, 0) if info is None else (info.id, info.num_workers)
         epoch, start = self._begin(worker, num_workers)
-        for consumed in self.schedule.steps(start, worker, max(num_workers, 1)):
+        for numbers, consumed in self.schedule.batches(epoch, start, worker, max(num_workers, 1)):
             after = self.schedule.after(epoch, consumed)
-            batch = self._batch(self.schedule.batch(epoch, consumed), self._state(*after))
+            batch = self._batch(numbers, self._state(*after))
             self._position = after
             yield batch
 
     def _batch(self, numbers: NDArray[np.int64], state: dict[str, Any]) -> Batch:
-        sequences = [self._sequence(int(number)) for number in numbers]
-        longest = self.cache.header.seq_len or max(targets.num_positions for _, targets in sequences)
-        tokens = np.zeros((len(sequences), longest + 1), np.int64)
-        labels = np.full((len(sequences), longest), IGNORED_LABEL, np.int64)
-        lengths = np.zeros((len(sequences), longest), np.int64)
-        for row, (ids, targets) in enumerate(sequences):
-            length = targets.num_positions
-            if length:
-                tokens[row, : length + 1] = ids
-                labels[row, :length] = ids[1:]
-                lengths[row, :length] = np.diff(targets.offsets)
-        if self.cache.header.seq_len == 0:
-            for row, (ids, _) in enumerate(sequences):
-                tokens[row, max(ids.size - 1, 0) :] = 0  # the last token of a short sequence is a label only
-        offsets = np.zeros(lengths.size + 1, np.int64)
-        np.cumsum(lengths.ravel(), out=offsets[1:])
-        token_ids = np.concatenate([targets.token_ids for _, targets in sequences])
+        payloads = self.cache.payloads(numbers.tolist())
+        sources, sizes, positions, records, alignments = zip(*payloads.rows, strict=True)
+        longest = self.cache.header.seq_len or max(positions)
+        given = None if self.tokens is None else self._given(numbers, positions, longest)
+        try:
+            arrays = native.decode_batch(
+                self._shape,
+                self.cache.header.scale_log2,
+                np.array(sources, np.uint64),
+                np.array(sizes, np.uint64),
+                np.array(positions, np.uint32),
+                np.array(records, np.uint32),
+                given,
+                longest,
+                IGNORED_LABEL,
+            )
+        except native.RowError as error:
+            if isinstance(error.__cause__, FormatError):
+                raise payloads.located(error.row, error.__cause__) from None
+            raise ValueError(f"sequence {numbers[error.row]}: {error.__cause__}") from None
+        if given is None:
+            self._check_stored(payloads, arrays, positions, alignments)
         return Batch(
-            input_ids=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
-            labels=torch.from_numpy(labels),
+            input_ids=torch.from_numpy(arrays.input_ids),
+            labels=torch.from_numpy(arrays.labels),
             targets=Targets(
-                token_ids=torch.from_numpy(token_ids.view(np.int32)),
-                probs=torch.from_numpy(np.concatenate([self._weights(targets) for _, targets in sequences])),
-                offsets=torch.from_numpy(offsets),
+                token_ids=torch.from_numpy(arrays.token_ids.view(np.int32)),
+                probs=torch.from_numpy(arrays.probs),
+                offsets=torch.from_numpy(arrays.offsets),
             ),
             state=state,
         )
 
-    def _weights(self, targets: SparseTargets) -> NDArray[np.float32]:
-        if targets.counts is not None:
-            return self._probs[targets.counts]
-        assert targets.weights is not None
-        return targets.weights
+    def _given(self, numbers: NDArray[np.int64], positions: tuple[int, ...], longest: int) -> NDArray[np.uint32]:
+        """The training program's own tokens of a batch, proven to be those of the records."""
+        assert self.tokens is not None
+        out = np.zeros((numbers.size, longest + 1), np.uint32)
+        for row, number in enumerate(numbers.tolist()):
+            if number >= 0:
+                tokens = np.asarray(self.tokens[self.cache.first_sequence + number])
+                self.cache.check_alignment(number, tokens)
+                out[row, : positions[row] + 1] = tokens
+        return out
 
-    def _sequence(self, number: int) -> tuple[NDArray[np.uint32], SparseTargets]:
-        """Tokens and records of one sequence, proven to belong together; nothing for a padded place."""
-        if number < 0:
-            return _EMPTY
-        sequence = self.cache[number]  # checks stored tokens against their alignment checksum
-        if self.tokens is None:
-            assert sequence.tokens is not None
-            return sequence.tokens, sequence.targets
-        given = np.asarray(self.tokens[self.cache.first_sequence + number])
-        self.cache.check_alignment(number, given)
-        return given.astype(np.uint32), sequence.targets
-
-
-_EMPTY = (
-    np.zeros(0, np.uint32),
-    SparseTargets(token_ids=np.zeros(0, np.uint32), counts=np.zeros(0, np.uint8), offsets=[0]),
-)
+    def _check_stored(
+        self,
+        payloads: Payloads,
+        arrays: native.BatchArrays,
+        positions: tuple[int, ...],
+        alignments: tuple[int, ...],
+    ) -> None:
+        """The tokens that are handed out give the alignment checksums."""
+        tokens = np.zeros((len(positions), arrays.input_ids.shape[1] + 1), "<u4")
+        tokens[:, :-1] = arrays.input_ids
+        for row, (length, expected) in enumerate(zip(positions, alignments, strict=True)):
+            if length == 0:
+                continue
+            tokens[row, length] = arrays.labels[row, length - 1]
+            computed = checksum(tokens[row, : length + 1].data.cast("B"))
+            if computed != expected:
+                error = CorruptError(
+                    f"alignment checksum {expected:#018x} stored, the stored tokens give {computed:#018x}"
+                )
+                raise payloads.located(row, error)

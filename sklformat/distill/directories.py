@@ -21,7 +21,9 @@ def published(directory: Path | str, *, replace: bool = False) -> Iterator[Path]
     Fill a directory under another name and give it its own name when it is complete.
 
     The body writes into the empty directory it is given, ``<directory>.partial``. When the body ends, every file is
-    synced, the directory is renamed and its parent synced, so that a crash leaves the old state or the new one.
+    synced, the directory is renamed and its parent synced, so that a crash leaves the old state or the new one. (To
+    replace a directory takes two renames. A crash between them leaves the old one as ``<directory>.old``; the next
+    call puts it back.)
     When the body raises, the partial directory is removed. What a killed process left is removed by the next one.
 
     Args:
@@ -37,6 +39,8 @@ def published(directory: Path | str, *, replace: bool = False) -> Iterator[Path]
         OSError: As the operating system reports it (disk full, no permission).
     """
     directory = Path(directory)
+    if not directory.exists() and _old(directory).exists():
+        _old(directory).rename(directory)
     if not replace and directory.exists():
         raise FileExistsError(f"{directory} exists already; remove it or choose another path")
     partial = directory.with_name(directory.name + ".partial")
@@ -72,11 +76,15 @@ def fsync_path(path: Path | str) -> None:
 
 def _rename(partial: Path, directory: Path, *, replace: bool) -> None:
     """Rename onto the final name; a directory with files cannot be replaced in one step, so it steps aside first."""
-    old = directory.with_name(directory.name + ".old")
-    if replace and directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
+    stepped_aside = replace and directory.exists()
+    if stepped_aside:
+        shutil.rmtree(_old(directory), ignore_errors=True)
+        directory.rename(_old(directory))
     partial.rename(directory)
     fsync_path(directory.parent)
-    if replace:
-        shutil.rmtree(old, ignore_errors=True)
+    if stepped_aside:
+        shutil.rmtree(_old(directory), ignore_errors=True)
+
+
+def _old(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".old")

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -75,6 +75,14 @@ class EvalConfig:
             raise ValueError("ce_loss and full_loss belong together: give both or none")
 
 
+class ReliabilityBin(TypedDict):
+    """One confidence bin: mean confidence, share of right predictions, share of all predictions; fractions."""
+
+    confidence: float
+    accuracy: float
+    share: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """
@@ -98,7 +106,7 @@ class Evaluation:
     accuracy: float
     calibration_error: float
     confidence_gap: float
-    reliability: list[dict[str, float]]
+    reliability: list[ReliabilityBin]
     top1_agreement: float | None
     acceptance_rate: float | None
     percent_ce_to_full: float | None
@@ -142,7 +150,7 @@ def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
     # Neighbouring sequences are often of one document: take them from all over the text.
     chosen = np.sort(order.permute(np.arange(count), len(sequences), seed=config.packing_seed))
     sums = metrics.Evaluation(config.bins)
-    with torch.inference_mode(), tqdm(total=count, desc="eval", unit="seq", disable=not progress) as bar:
+    with torch.inference_mode(), tqdm(total=count, desc="eval", unit="seq", disable=None if progress else True) as bar:
         for start in range(0, count, config.batch_size):
             indices = chosen[start : start + config.batch_size]
             tokens = torch.from_numpy(np.stack([sequences[int(index)] for index in indices]).astype(np.int64))
@@ -185,7 +193,7 @@ def _logits(model: Any, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 def _result(config: EvalConfig, sums: metrics.Evaluation, count: int) -> Evaluation:
     table = sums.reliability
-    bins = [
+    bins: list[ReliabilityBin] = [
         {"confidence": confidence, "accuracy": accuracy, "share": share}
         for confidence, accuracy, share in zip(table.confidence, table.accuracy, table.share, strict=True)
         if share > 0

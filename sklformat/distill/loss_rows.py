@@ -23,7 +23,7 @@ from sklformat.distill.loss_methods import METHODS, SPARSE_METHODS, Block, mix_c
 IGNORED_LABEL = -100
 # Elements of the block that the passes of the row form go over: small enough for a CPU's cache, large enough to hide
 # the cost of the ragged operations (CPU) or of the launches (accelerators).
-BLOCK_ELEMENTS_CPU = 1 << 21
+BLOCK_ELEMENTS_CPU = 1 << 20
 BLOCK_ELEMENTS_DEVICE = 1 << 26
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IGNORED_LABEL = -100
+from sklformat.distill.losses import IGNORED_LABEL
+
 # Elements of the float32 block in which probabilities are formed.
 BLOCK_ELEMENTS = 1 << 22
 

@@ -284,13 +284,6 @@ def test_packed_sequences_travel_to_other_processes(tmp_path, texts):
     assert expected == json.loads(result.stdout)
 
 
-def test_corpus_imports_no_torch():
-    """Loader workers and the writer process stay light: packing needs neither torch nor transformers."""
-    program = "import sys, sklformat.distill.corpus; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
-    assert "[]" == result.stdout.strip()
-
-
 def test_directory_is_published_whole_or_not_at_all(tmp_path):
     """A failing body leaves the old directory; a finished one replaces it; leftovers of a killed process vanish."""
     target = tmp_path / "deep/model"
@@ -308,6 +301,10 @@ def test_directory_is_published_whole_or_not_at_all(tmp_path):
         (partial / "a").write_text("3")
     assert "3" == (target / "a").read_text()
     assert ["model"] == os.listdir(tmp_path / "deep")
+    target.rename(tmp_path / "deep/model.old")  # what a crash between the two renames leaves
+    with pytest.raises(FileExistsError), published(target):
+        raise AssertionError
+    assert "3" == (target / "a").read_text()
 
 
 def test_directory_has_one_writer(tmp_path):

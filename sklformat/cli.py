@@ -1,0 +1,377 @@
+"""
+The command line: one verb a function, flags made by tyro from the dataclass beside that function.
+
+Holds no knowledge of its own.  Data goes to stdout, progress and errors to stderr; a verb's modules are loaded only
+when it runs.  Exit status: 0 done, 1 failed (one line says why), 2 wrong usage, 3 ``verify`` found damage, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import inspect as docstrings
+import io
+import json
+import os
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from sklformat import SklError, __version__, recover, verify
+from sklformat.report import inspect
+from sklformat.writer import PARTIAL_SUFFIX, Recovered
+
+DAMAGED = 3
+STOPPED = 130
+_Config = TypeVar("_Config")
+
+# What installs a module that an optional part needs.
+_EXTRAS = {
+    "tyro": "cli",
+    "tqdm": "cli",
+    "pyarrow": "interop",
+    "matplotlib": "plot",
+    "torch": "train",
+    "transformers": "train",
+    "tokenizers": "train",
+    "safetensors": "train",
+    "mmap_ninja": "train",
+}
+
+
+class _UsageError(Exception):
+    """The command line itself is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Say what a cache holds: settings, sizes, where it comes from, whether it is biased. Reads headers only."""
+
+    path: Path
+    """Cache directory, or one .skl shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Check every byte of a cache. Damage is listed, one line each, and the exit status is then 3."""
+
+    path: Path
+    """Cache directory, or one .skl shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverConfig:
+    """Keep the whole sequences of an unfinished shard and cut its torn tail. Sealed shards are never changed."""
+
+    path: Path
+    """.skl.partial file, or a directory: every unfinished shard in it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run one verb.
+
+    Args:
+        argv: Verb and flags; None: those of the process.
+
+    Returns:
+        The exit status, as the module's docstring says.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] in (["-h"], ["--help"]):
+        sys.stdout.write(_usage())
+        return 0
+    if arguments[:1] == ["--version"]:
+        sys.stdout.write(f"sklformat {__version__}\n")
+        return 0
+    if not arguments or arguments[0] not in _VERBS:
+        problem = f"no such verb: {arguments[0]}" if arguments else "a verb is missing"
+        return _fail("sklformat", f"{problem}; there are {', '.join(_VERBS)}; see sklformat --help", 2)
+    name, verb = f"sklformat {arguments[0]}", _VERBS[arguments[0]]
+    try:
+        status = verb.run(name, arguments[1:])
+        sys.stdout.flush()
+    except SystemExit as end:  # tyro's, after it printed the help that was asked for
+        return int(end.code or 0)
+    except _UsageError as error:
+        return _fail(name, f"{error}; see {name} --help", 2)
+    except BrokenPipeError:  # the reader of our output left, as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        return _fail(name, f"this needs {package}; install it: pip install 'sklformat[{_EXTRAS[package]}]'", 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(name, f"{where}{error.strerror}" if error.strerror else str(error), 1)
+    except (SklError, ValueError) as error:
+        return _fail(name, str(error), 1)
+    except KeyboardInterrupt as stop:
+        return _fail(name, str(stop) or f"stopped; {verb.after_stop}", STOPPED)
+    return status
+
+
+def _fail(name: str, message: str, status: int) -> int:
+    sys.stderr.write(f"{name}: {' '.join(message.split())}\n")
+    return status
+
+
+def _usage() -> str:
+    lines = [
+        "usage: sklformat VERB [FLAGS]",
+        "",
+        "Sparse teacher distributions on disk, and what learns from them.",
+        "",
+    ]
+    lines += [f"  {name:<9}{verb.summary}" for name, verb in _VERBS.items()]
+    lines += ["", "sklformat VERB --help explains a verb's flags; sklformat --version says which version this is.", ""]
+    return "\n".join(lines)
+
+
+# --- from flags to config, from result to output ---------------------------------------------------------------------
+
+
+def _parse(
+    config_type: type[_Config], name: str, arguments: list[str], *, positional: bool = False
+) -> tuple[_Config, bool]:
+    """
+    The config that the flags say, and whether JSON is wanted.
+
+    A field is a flag, its docstring the help; ``positional``: required fields are arguments instead.  A field whose
+    name cannot be its flag's says the flag in its metadata.
+
+    Raises:
+        _UsageError: A flag is unknown, missing or has no such value.
+        SystemExit: Help was asked for and printed.
+    """
+    import tyro  # noqa: PLC0415  an extra, needed only here
+
+    hints = typing.get_type_hints(config_type)
+    own = dataclasses.fields(config_type)  # type: ignore[arg-type]
+    flags: list[Any] = [
+        (f.name, Annotated[hints[f.name], tyro.conf.arg(name=f.metadata["flag"])], dataclasses.field(default=f.default))
+        for f in own
+        if "flag" in f.metadata
+    ]
+    json_flag = Annotated[bool, tyro.conf.arg(help="Print the result as JSON."), tyro.conf.FlagCreatePairsOff]
+    flags.append(("json", json_flag, dataclasses.field(default=False)))
+    extended = dataclasses.make_dataclass(config_type.__name__, flags, bases=(config_type,), frozen=True, kw_only=True)
+    markers: list[Any] = [tyro.conf.DisallowNone]
+    if positional:
+        markers += [tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed: Any = tyro.cli(
+                extended,
+                prog=name,
+                args=arguments,
+                description=_wrapped(config_type.__doc__ or ""),
+                config=tuple(markers),
+            )
+    except SystemExit as end:
+        if end.code:
+            raise _UsageError(_one_line(complaint.getvalue(), config_type.__name__)) from None
+        raise
+    return config_type(**{f.name: getattr(parsed, f.name) for f in own}), parsed.json
+
+
+def _wrapped(text: str) -> str:
+    """A docstring's paragraphs for 80 columns; tyro joins lines again unless they are indented."""
+    paragraphs = docstrings.cleandoc(text).split("\n\n")
+    return "\n\n".join(textwrap.fill(p, 80, initial_indent="  ", subsequent_indent="  ") for p in paragraphs)
+
+
+def _one_line(box: str, config_name: str) -> str:
+    """What tyro says in a box, without the box, its title and the help below its first rule."""
+    said: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = line.strip("│┃|+╭╮╰╯ ")
+        if set(text) <= set("─-"):
+            break
+        said.append(text)
+    return " ".join(said).replace(f"Error parsing {config_name}: ", "").rstrip(".") or "wrong usage"
+
+
+def _print_result(result: Any, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+    elif "__str__" in vars(type(result)):
+        sys.stdout.write(f"{result}\n")
+    else:
+        values = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+        _print_table({n: v for n, v in values.items() if v is not None and not isinstance(v, list | dict)})
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n")
+
+
+def _print_table(values: dict[str, Any]) -> None:
+    width = max(len(name) for name in values) + 2
+    for name, value in values.items():
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        sys.stdout.write(f"{name.replace('_', ' '):<{width}}{text}\n")
+
+
+@contextlib.contextmanager
+def _progress(unit: str, *, scale: bool = False) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar on stderr, where that is a terminal, told of (what is done, how far, of how much)."""
+    from tqdm import tqdm  # noqa: PLC0415  an extra
+
+    bars: dict[str, Any] = {}
+
+    def tell(doing: str, done: int, total: int | None) -> None:
+        if doing not in bars:
+            close()
+            bars[doing] = tqdm(desc=doing, total=total, unit=unit, unit_scale=scale, disable=None)
+        bars[doing].update(done - bars[doing].n)
+
+    def close() -> None:
+        for bar in bars.values():
+            bar.close()
+
+    try:
+        yield tell
+    finally:
+        close()
+
+
+# --- the verbs -------------------------------------------------------------------------------------------------------
+
+
+def _run_learning(module: str, config_name: str, function: str, name: str, arguments: list[str]) -> int:
+    """A verb of the learning side: its config, its function, its result."""
+    loaded = importlib.import_module(f"sklformat.distill.{module}")
+    config, as_json = _parse(getattr(loaded, config_name), name, arguments)
+    result = getattr(loaded, function)(config)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's; every process has the same result
+        _print_result(result, as_json=as_json)
+    return 0
+
+
+def _run_inspect(name: str, arguments: list[str]) -> int:
+    config, as_json = _parse(InspectConfig, name, arguments, positional=True)
+    facts = inspect(config.path)
+    if as_json:
+        _print_json(facts)
+    else:
+        _print_table(_cache_table(facts))
+    return 0
+
+
+def _cache_table(facts: dict[str, Any]) -> dict[str, str]:
+    header = facts["header"]
+    drawn = f", {header['rounds']} rounds" if header["rounds"] else ""
+    drawn += f", proposal p**{header['proposal_temperature']:g}" if header["proposal_temperature"] != 1 else ""
+    verdict = "yes" if facts["biased"] else "no" if header["sampler"] in ("multinomial", "systematic") else "unknown"
+    prints = {name: header[f"{name}_fingerprint"] for name in ("tokenizer", "corpus", "teacher")}
+    table = {
+        "path": facts["path"],
+        "fingerprint": facts["fingerprint"],
+        "shards": f"{facts['shards']:,}",
+        "sequences": f"{facts['sequences']:,}, from number {facts['first_sequence']:,}",
+        "positions": f"{facts['positions']:,}, {header['seq_len'] or 'any number of them'} a sequence",
+        "records": f"{facts['records']:,}",
+        "bytes": f"{facts['bytes']:,}",
+        "bytes a position": _number(facts["bytes_per_position"]),
+        "unique tokens": f"{_number(facts['unique_tokens_per_position'])} a position",
+        "kind": f"{header['kind']}, profile {header['profile']}, vocab_size {header['vocab_size']:,}",
+        "biased": f"{verdict}: sampler {header['sampler']}{drawn}",
+        "tokens": f"stored, {header['token_size']} bytes each" if header["store_tokens"] else "not stored",
+        "columns": ", ".join(header["columns"]) or "none",
+        "seeds": f"draws {header['sampling_seed']}, packing {header['packing_seed']}",
+    }
+    table |= {name: value if value.strip("0") else "unknown" for name, value in prints.items()}
+    return table | {f"capture.{key}": json.dumps(value) for key, value in header["capture"].items()}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _run_verify(name: str, arguments: list[str]) -> int:
+    config, as_json = _parse(VerifyConfig, name, arguments, positional=True)
+    checked = 0
+    with _progress("B", scale=True) as tell:
+
+        def progress(done: int, total: int) -> None:
+            nonlocal checked
+            checked = done
+            tell("verify", done, total)
+
+        problems = verify(config.path, progress)
+    if as_json:
+        found = [dataclasses.asdict(problem) for problem in problems]
+        _print_json({"path": str(config.path), "sound": not problems, "problems": found})
+    else:
+        for problem in problems:
+            sys.stdout.write(f"{problem}\n")
+        verdict = f"{len(problems)} problems found" if problems else "sound"
+        sys.stdout.write(f"{config.path}: {verdict}, {checked:,} bytes checked\n")
+    return DAMAGED if problems else 0
+
+
+def _run_recover(name: str, arguments: list[str]) -> int:
+    config, as_json = _parse(RecoverConfig, name, arguments, positional=True)
+    path = config.path
+    partials = sorted(path.glob(f"*.skl{PARTIAL_SUFFIX}")) if path.is_dir() else [path]
+    if not partials:
+        raise FileNotFoundError(f"{path}: no unfinished shard here (.skl{PARTIAL_SUFFIX}); nothing to recover")
+    results = [recover(partial) for partial in partials]
+    if as_json:
+        _print_json([dataclasses.asdict(result) for result in results])
+    else:
+        for result in results:
+            sys.stdout.write(f"{_recovered(result)}\n")
+    return 0
+
+
+def _recovered(result: Recovered) -> str:
+    kept = f"{result.path}: {result.sequences} sequences kept, {result.bytes_cut} bytes cut"
+    return f"{kept}; run the command that began it again to go on"
+
+
+def _run_convert(name: str, arguments: list[str]) -> int:
+    from sklformat.interop import ConvertConfig, convert  # noqa: PLC0415
+
+    config, as_json = _parse(ConvertConfig, name, arguments, positional=True)
+    with _progress("seq") as tell:
+        result = convert(config, tell)
+    _print_result(result, as_json=as_json)
+    return 0
+
+
+@dataclass(frozen=True)
+class _Verb:
+    summary: str
+    run: Callable[[str, list[str]], int]
+    after_stop: str = "run the same command again to go on"
+
+
+def _learning(module: str, config_name: str, function: str) -> Callable[[str, list[str]], int]:
+    return lambda name, arguments: _run_learning(module, config_name, function, name, arguments)
+
+
+_AGAIN = "nothing was changed"
+_CACHE = ("caching", "CacheConfig", "cache_teacher")
+_TRAIN = ("training", "TrainConfig", "train")
+_EVAL = ("evaluation", "EvalConfig", "evaluate")
+_DEMO = ("demo", "DemoConfig", "run_demo")
+_VERBS = {
+    "cache": _Verb("run a teacher over text and keep its distributions", _learning(*_CACHE)),
+    "train": _Verb("train a student from a cache, from text or from a teacher", _learning(*_TRAIN)),
+    "eval": _Verb("measure a student on held-out text", _learning(*_EVAL), _AGAIN),
+    "demo": _Verb("the whole way once, to the paper's table", _learning(*_DEMO)),
+    "inspect": _Verb("say what a cache holds", _run_inspect, _AGAIN),
+    "verify": _Verb("check every byte of a cache", _run_verify, _AGAIN),
+    "recover": _Verb("keep the whole sequences of an unfinished shard", _run_recover),
+    "convert": _Verb("between caches and plain columns (npz, Parquet, JSONL)", _run_convert),
+}

@@ -1,0 +1,438 @@
+"""
+run_demo(): the whole way once, from text to the paper's table, on a machine without GPU and network.
+
+It only puts the public verbs one after the other: it has no training loop, no metric and no file format of its own.
+Source: Anshumann et al. 2025 (arXiv 2503.16870), Table 5 and section 4, at a size for two cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from sklformat.disk import write_atomically
+from sklformat.distill import models, processes, runs
+from sklformat.distill.caching import CacheConfig, cache_teacher
+from sklformat.distill.corpus import PackedSequences, write_token_store
+from sklformat.distill.demo_report import Check, Row, check_order, commands, report
+from sklformat.distill.directories import published
+from sklformat.distill.documents import (
+    Document,
+    cut_documents,
+    read_documents,
+    split_documents,
+    standard_library_documents,
+)
+from sklformat.distill.evaluation import EvalConfig, Evaluation, evaluate
+from sklformat.distill.fingerprints import tokenizer_fingerprint
+from sklformat.distill.metrics import percent_ce_to_full
+from sklformat.distill.processes import Job, run_jobs
+from sklformat.distill.training import TrainConfig, train
+from sklformat.errors import CorruptError
+from sklformat.plot import plot_comparison
+from sklformat.report import inspect, verify
+
+_TOPK = 12
+_UNIQUE_TOKENS = 12.0
+_MAX_ROUNDS = 127
+_PIECE_CHARS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    """Text, teacher, caches, students and the paper's table in one go; given again, it goes on where it stopped."""
+
+    out: Path = Path("demo-run")
+    """Directory for everything that the demo makes."""
+
+    text: Path | None = None
+    """Text file or directory of text files to learn from; none: the source of this Python's standard library."""
+
+    seed: int = 0
+    """Seed of everything random: packing, weights, order, draws."""
+
+    size: Literal["standard", "tiny"] = "standard"
+    """standard: shows the paper's order in minutes on 2 cores; tiny: seconds, shows only that everything runs."""
+
+    processes: int = 0
+    """Processes that work at once, each on one core; 0: one for each core, at most 4."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0 or self.processes < 0:
+            raise ValueError(f"seed and processes must be >= 0, got {self.seed} and {self.processes}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Size:
+    """How large everything is; see the experiments behind it in benchmarks/RESULTS.md."""
+
+    vocab_size: int = 4096
+    seq_len: int = 128
+    teacher: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {
+            "hidden_size": 128,
+            "num_layers": 3,
+            "num_heads": 4,
+            "steps": 900,
+            "batch_size": 16,
+            "learning_rate": 4e-3,
+            "weight_decay": 0.1,
+        }
+    )
+    student: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 2,
+            "steps": 480,
+            "batch_size": 8,
+            "learning_rate": 3e-3,
+        }
+    )
+    cached_sequences: int = 3840
+    eval_sequences: int = 256
+
+
+_SIZES = {
+    "standard": _Size(),
+    "tiny": _Size(
+        vocab_size=400,
+        seq_len=32,
+        teacher={"hidden_size": 32, "num_layers": 1, "num_heads": 2, "steps": 30, "batch_size": 8,
+                 "learning_rate": 4e-3},
+        student={"hidden_size": 16, "num_layers": 1, "num_heads": 2, "steps": 20, "batch_size": 8,
+                 "learning_rate": 3e-3},
+        cached_sequences=64,
+        eval_sequences=16,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoResult:
+    """
+    What the demo found; printed, it is the report.
+
+    Attributes:
+        directory: Where everything lies.
+        rows: One a method, in the table's order; the teacher is the last.
+        checks: Whether this run shows what the paper shows.
+        seconds: Time this call took.
+        text: The report, Markdown.
+    """
+
+    directory: Path
+    rows: list[Row]
+    checks: list[Check]
+    seconds: float
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Student:
+    name: str
+    train: TrainConfig
+    eval: EvalConfig
+
+
+def run_demo(config: DemoConfig) -> DemoResult:
+    """
+    Run the demo to its end, or finish one that was stopped; finished parts are not made again.
+
+    Writes REPORT.md, result.json and comparison.png into ``config.out``, beside the text, models and caches.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The table, the checks and the report.
+
+    Raises:
+        SettingsError: ``out`` holds a demo with other settings.
+        InUseError: Another demo works there.
+        CorruptError: A cache did not pass its verification.
+        ValueError: No text, or too little of it.
+    """
+    started = time.monotonic()
+    size = _SIZES[config.size]
+    settings = {
+        "text": None if config.text is None else str(config.text.resolve()),
+        "seed": config.seed,
+        **dataclasses.asdict(size),
+    }
+    workers = config.processes or min(4, processes.available_cores())
+    with runs.opened(config.out, settings):
+        with _stage("1/6 text: documents, tokenizer, token stores"):
+            eval_count = _prepare_text(config, size)
+        teacher = _teacher_configs(config, size, eval_count)
+        with _stage("2/6 teacher: training on the text"):
+            # One job at a time here, so its products may use the cores that stand idle.
+            [(teacher_eval, rounds)] = run_jobs(
+                [Job(_train_teacher, (*teacher, size))],
+                processes=min(workers, 2),
+                threads=max(1, min(workers, processes.idle_cores())),
+            )
+        caches = _cache_configs(config, size, rounds)
+        with _stage(f"3/6 caches: random sampling in {rounds} rounds, Top-K {_TOPK}"):
+            run_jobs([Job(cache_teacher, (cache,)) for cache in caches], processes=workers, threads=1)
+        with _stage("4/6 verify: every byte of the caches"):
+            _verify(caches)
+        students = _student_configs(config, size, eval_count, caches)
+        with _stage("5/6 students: CE, Top-K, random sampling, FullKD from the same start"):
+            # The slowest first, so that no core waits for it at the end.
+            found = run_jobs([Job(_train_student, (s,)) for s in reversed(students)], processes=workers, threads=1)[
+                ::-1
+            ]
+        with _stage("6/6 report"):
+            rows = _rows(students, found, caches, teacher_eval)
+            checks = check_order(rows)
+            lines = commands(teacher, caches, [(s.train, s.eval) for s in students])
+            seconds = time.monotonic() - started
+            result = DemoResult(
+                directory=config.out, rows=rows, checks=checks, seconds=seconds,
+                text=report(rows, checks, lines, directory=config.out, seed=config.seed, seconds=seconds),
+            )  # fmt: skip
+            _write(config, result)
+    return result
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    sys.stderr.write(f"{name}\n")
+    started = time.monotonic()
+    yield
+    sys.stderr.write(f"    done in {time.monotonic() - started:.1f} s\n")
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def _prepare_text(config: DemoConfig, size: _Size) -> int:
+    """Make tokenizer and token stores; return how many held-out sequences there are to evaluate on."""
+    documents = _documents(config)
+    training, held_out = split_documents(documents)
+    path = config.out / "tokenizer"
+    if not path.exists():
+        tokenizer = models.train_tokenizer((document.text for document in training), size.vocab_size)
+        with published(path) as partial:
+            tokenizer.save_pretrained(partial)
+    tokenizer = models.load_tokenizer(path)
+    for name, part in (("tokens", training), ("held-out", held_out)):
+        store = write_token_store(
+            config.out / name,
+            part,
+            lambda texts: models.encode(tokenizer, texts),
+            vocab_size=models.num_ids(tokenizer),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        )
+        sys.stderr.write(f"    {name}: {store.facts.num_documents} documents, {store.facts.num_tokens:,} tokens\n")
+    return min(size.eval_sequences, len(_packed(config.out / "held-out", tokenizer, size, config.seed)))
+
+
+def _documents(config: DemoConfig) -> list[Document]:
+    if config.text is None:
+        return list(standard_library_documents())
+    documents = list(read_documents(config.text))
+    # One long file, or a short text, must still split into text to learn from and text held out.
+    length = sum(len(document.text) for document in documents)
+    return list(cut_documents(documents, max_chars=max(256, min(_PIECE_CHARS, length // 200))))
+
+
+def _packed(store: Path, tokenizer: Any, size: _Size, seed: int) -> PackedSequences:
+    return PackedSequences(store, seq_len=size.seq_len, separator_id=models.separator_id(tokenizer), seed=seed)
+
+
+# --- teacher ---------------------------------------------------------------------------------------------------------
+
+
+def _teacher_configs(config: DemoConfig, size: _Size, eval_count: int) -> tuple[TrainConfig, EvalConfig]:
+    out = config.out / "teacher"
+    training = TrainConfig(
+        out=out,
+        tokens=config.out / "tokens",
+        seq_len=size.seq_len,
+        packing_seed=config.seed,
+        method="ce",
+        tokenizer=str(config.out / "tokenizer"),
+        seed=config.seed,
+        save_every=100,
+        **size.teacher,
+    )
+    return training, _eval_config(config, size, eval_count, out, teacher=None)
+
+
+def _eval_config(config: DemoConfig, size: _Size, eval_count: int, run: Path, teacher: str | None) -> EvalConfig:
+    return EvalConfig(
+        student=str(run / "model"),
+        tokens=config.out / "held-out",
+        seq_len=size.seq_len,
+        packing_seed=config.seed,
+        num_sequences=eval_count,
+        teacher=teacher,
+        out=run / "evaluation.json",
+    )
+
+
+def _train_teacher(training: TrainConfig, measuring: EvalConfig, size: _Size) -> tuple[Evaluation, int]:
+    """A job: the teacher, what it reaches on held-out text, and the rounds that give about 12 unique tokens."""
+    train(training)
+    path = training.out / "rounds.json"
+    if not path.exists():
+        assert training.tokens is not None
+        write_atomically(path, json.dumps(_choose_rounds(training, size)).encode())
+    return _evaluated(measuring), int(json.loads(path.read_text()))
+
+
+@torch.inference_mode()
+def _choose_rounds(training: TrainConfig, size: _Size) -> int:
+    """The number of rounds N for which the mean over positions of sum_v 1 − (1 − p_v)^N comes closest to 12."""
+    assert training.tokens is not None
+    model_directory = training.out / "model"
+    model, tokenizer = models.load_model(model_directory), models.load_tokenizer(model_directory)
+    sequences = _packed(training.tokens, tokenizer, size, training.packing_seed)
+    tokens = torch.from_numpy(np.stack([sequences[i][:-1] for i in range(min(16, len(sequences)))]).astype(np.int64))
+    log_missed = torch.log1p(-models.logits(model, tokens).flatten(0, 1).softmax(-1).clamp(max=1 - 1e-7))
+    unique = [float(-torch.expm1(n * log_missed).sum(1).mean()) for n in range(1, _MAX_ROUNDS + 1, 4)]
+    every = np.interp(np.arange(1, _MAX_ROUNDS + 1), np.arange(1, _MAX_ROUNDS + 1, 4), unique)
+    return 1 + int(np.abs(every - _UNIQUE_TOKENS).argmin())
+
+
+def _evaluated(config: EvalConfig) -> Evaluation:
+    """Evaluate once; the directory's settings guarantee that a result that is there is the same one."""
+    assert config.out is not None
+    if config.out.exists():
+        return Evaluation(**json.loads(config.out.read_text()))
+    return evaluate(config)
+
+
+# --- caches and students ---------------------------------------------------------------------------------------------
+
+
+def _cache_configs(config: DemoConfig, size: _Size, rounds: int) -> list[CacheConfig]:
+    tokenizer = models.load_tokenizer(config.out / "tokenizer")
+    available = len(_packed(config.out / "tokens", tokenizer, size, config.seed))
+    shared: dict[str, Any] = {
+        "teacher": str(config.out / "teacher" / "model"),
+        "tokens": config.out / "tokens",
+        "seq_len": size.seq_len,
+        "num_sequences": min(size.cached_sequences, available),
+        "seed": config.seed,
+        "packing_seed": config.seed,
+        "batch_size": 16,
+    }
+    return [
+        CacheConfig(out=config.out / "cache-random", sampler="multinomial", rounds=rounds, **shared),
+        CacheConfig(out=config.out / "cache-topk", sampler="topk", k=_TOPK, **shared),
+    ]
+
+
+def _verify(caches: list[CacheConfig]) -> None:
+    for cache in caches:
+        problems = verify(cache.out)
+        if problems:
+            raise CorruptError(
+                f"{len(problems)} problems, the first: {problems[0]}; delete this cache and run again", path=cache.out
+            )
+        facts = inspect(cache.out)
+        sys.stderr.write(
+            f"    {cache.out}: {facts['sequences']} sequences sound, {facts['unique_tokens_per_position']:.2f} unique "
+            f"tokens and {facts['bytes_per_position']:.1f} bytes a position\n"
+        )
+
+
+def _student_configs(config: DemoConfig, size: _Size, eval_count: int, caches: list[CacheConfig]) -> list[_Student]:
+    random_cache, topk_cache = (cache.out for cache in caches)
+    teacher = str(config.out / "teacher" / "model")
+    tokenizer = str(config.out / "tokenizer")
+    students = []
+    methods: list[tuple[str, str, dict[str, Any]]] = [
+        ("CE", "ce", {"method": "ce", "cache": random_cache, "tokenizer": tokenizer}),
+        (f"Top-K {_TOPK}", "topk", {"method": "topk", "cache": topk_cache, "tokenizer": tokenizer}),
+        ("Random sampling", "random", {"method": "random_sampling", "cache": random_cache, "tokenizer": tokenizer}),
+        ("FullKD", "full", {"method": "full", "cache": random_cache, "teacher": teacher}),
+    ]
+    for name, directory, changes in methods:
+        out = config.out / "students" / directory
+        shared: dict[str, Any] = {"out": out, "seed": config.seed, "save_every": 60, **size.student}
+        students.append(
+            _Student(
+                name=name,
+                train=TrainConfig(**shared, **changes),
+                eval=_eval_config(config, size, eval_count, out, teacher),
+            )
+        )
+    return students
+
+
+def _train_student(student: _Student) -> Evaluation:
+    """A job: one student and its evaluation."""
+    train(student.train)
+    return _evaluated(student.eval)
+
+
+# --- result ----------------------------------------------------------------------------------------------------------
+
+
+def _rows(
+    students: list[_Student], found: list[Evaluation], caches: list[CacheConfig], teacher: Evaluation
+) -> list[Row]:
+    losses = {student.train.method: evaluation.lm_loss for student, evaluation in zip(students, found, strict=True)}
+    facts = {cache.out: inspect(cache.out) for cache in caches}
+    rows = []
+    for student, evaluation in zip(students, found, strict=True):
+        cached = student.train.method in ("topk", "random_sampling")
+        of_cache = facts[student.train.cache] if cached and student.train.cache is not None else {}
+        gap = losses["ce"] != losses["full"]
+        rows.append(
+            Row(
+                method=student.name,
+                evaluation=evaluation,
+                unique_tokens=of_cache.get("unique_tokens_per_position"),
+                bytes_per_position=of_cache.get("bytes_per_position"),
+                percent_ce_to_full=percent_ce_to_full(losses["ce"], losses["full"], evaluation.lm_loss)
+                if gap
+                else None,
+            )
+        )
+    return [
+        *rows,
+        Row(method="(teacher)", evaluation=teacher, unique_tokens=None, bytes_per_position=None,
+            percent_ce_to_full=None),
+    ]  # fmt: skip
+
+
+def _write(config: DemoConfig, result: DemoResult) -> None:
+    values = {
+        "seed": config.seed,
+        "size": config.size,
+        "seconds": result.seconds,
+        "rows": [dataclasses.asdict(row) for row in result.rows],
+        "checks": [dataclasses.asdict(check) for check in result.checks],
+    }
+    runs.write_json(config.out / "result.json", values)
+    write_atomically(config.out / "REPORT.md", result.text.encode())
+    plot_comparison(
+        [
+            {
+                "method": row.method,
+                "lm_loss": row.evaluation.lm_loss,
+                "calibration_error": row.evaluation.calibration_error,
+                "reliability": row.evaluation.reliability,
+            }
+            for row in result.rows[:-1]
+        ],
+        config.out / "comparison.png",
+    )

@@ -1,0 +1,493 @@
+"""
+train(): a student learns from a cache, from plain text, or from a teacher that runs beside it.
+
+Makes no cache and measures no held-out text. Losses: Anshumann et al. 2025 (arXiv 2503.16870), sections 2, 3 and 5.3.
+
+Shape letters: B sequences, T positions, P = B·T positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sklformat.distill import models, runs, streams
+from sklformat.distill.dataset import Batch
+from sklformat.distill.losses import IGNORED_LABEL, DenseTeacher, linear_sparse_kl
+from sklformat.errors import SettingsError
+
+Method = Literal[
+    "ce", "random_sampling", "topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix", "full"
+]
+CLIP_NORM = 1.0
+FINAL_LEARNING_RATE = 0.1
+BETAS = (0.9, 0.95)
+_RAGGED_POSITIONS = 4096  # of a new Llama that learns from sequences of any length
+_TOPK_METHODS = ("topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix")
+# What the finished model does not depend on; a run may go on with other values of these.
+_FREE_FIELDS = ("out", "device", "num_workers", "save_every", "log_every", "batch_size", "accumulation")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Train a student; a killed run goes on from its checkpoint when the same command is given again."""
+
+    out: Path
+    """Directory of the run: checkpoint, metrics.jsonl, and at the end model/ in transformers' layout."""
+
+    cache: Path | None = None
+    """Cache of teacher records to learn from; methods ce and full take its tokens only."""
+
+    tokens: Path | None = None
+    """Token store to learn from instead of a cache (methods ce and full)."""
+
+    seq_len: int = 0
+    """Positions a sequence; only with --tokens, a cache knows its own."""
+
+    packing_seed: int = 0
+    """Seed of the order in which documents are packed; only with --tokens."""
+
+    method: Method = "random_sampling"
+    """What the student learns from. full: a teacher that runs beside it. topk and the four after it: a Top-K cache."""
+
+    teacher: str | None = None
+    """Teacher that runs beside the student, path or name of a transformers model; only with method full."""
+
+    student: str | None = None
+    """Student to start from, path or name of a transformers model; none: a new Llama of the sizes below."""
+
+    tokenizer: str | None = None
+    """Tokenizer of the student, path or name (a teacher's directory has one); none: that of --student or --teacher."""
+
+    hidden_size: int = 256
+    """Width of a new Llama."""
+
+    num_layers: int = 4
+    """Layers of a new Llama."""
+
+    num_heads: int = 4
+    """Attention heads of a new Llama; must divide hidden_size."""
+
+    batch_size: int = 8
+    """Sequences a micro-batch, on each process."""
+
+    accumulation: int = 1
+    """Micro-batches a step, on each process."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate; it falls along a cosine to a tenth of it."""
+
+    warmup: float = 0.04
+    """Share of the steps, 0..1, over which the learning rate rises."""
+
+    weight_decay: float = 0.0
+    """AdamW's weight decay, on matrices."""
+
+    ce_weight: float = 0.0
+    """Weight of cross-entropy on the text's own next token, 0..1; the rest is the method's."""
+
+    seed: int = 0
+    """Seed of the new student's weights and of the order of the sequences."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products; weights and optimizer stay float32."""
+
+    device: str = "auto"
+    """Torch device; auto: CUDA where there is one."""
+
+    num_workers: int = 0
+    """Processes that read batches ahead; 0: none."""
+
+    save_every: int = 200
+    """Steps between checkpoints."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        if (self.cache is None) == (self.tokens is None):
+            raise ValueError("give exactly one of cache and tokens")
+        if self.tokens is not None and self.method not in ("ce", "full"):
+            raise ValueError(f"method {self.method} needs a cache; a token store serves ce and full only")
+        if (self.tokens is not None) != (self.seq_len > 0):
+            raise ValueError(f"seq_len belongs to tokens and must be >= 1 there, got {self.seq_len}")
+        if (self.method == "full") != (self.teacher is not None):
+            raise ValueError(f"teacher belongs to method full, got method {self.method} and teacher {self.teacher}")
+        if self.method == "ce" and self.ce_weight != 0:
+            raise ValueError("ce_weight mixes cross-entropy into another method; method ce is all of it")
+        for name in ("hidden_size", "num_layers", "num_heads", "batch_size", "accumulation", "steps", "save_every",
+                     "log_every"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        for name in ("warmup", "ce_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not (self.learning_rate > 0 and self.weight_decay >= 0 and self.num_workers >= 0 and self.seed >= 0):
+            raise ValueError("learning_rate must be > 0; weight_decay, num_workers and seed >= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSummary:
+    """
+    What a finished run reports.
+
+    Attributes:
+        method: As in the config.
+        model: Directory of the finished student.
+        steps: Optimizer steps.
+        sequences: Sequences seen, over all processes.
+        parameters: Number of the student's parameters.
+        loss: Mean training loss over the last logged interval, nats a position.
+        seconds: Time spent in training, over all its starts.
+    """
+
+    method: str
+    model: Path
+    steps: int
+    sequences: int
+    parameters: int
+    loss: float
+    seconds: float
+
+
+def train(config: TrainConfig, *, report: runs.Report | None = None) -> TrainSummary:
+    """
+    Train a student to the end, or finish a run that was killed; a finished run is not trained again.
+
+    Started by torchrun, each process takes its share of every step's sequences and the gradients are summed.
+
+    Args:
+        config: The run.
+        report: Told of each line of the log, on the first process; None: a progress bar on stderr.
+
+    Returns:
+        The summary, also kept in ``summary.json``; the model is in ``model/``, the log in ``metrics.jsonl``.
+
+    Raises:
+        SettingsError: The directory holds a run with other settings; the cache was made by another tokenizer, has a
+            wider vocabulary than the student, or its records do not fit the method.
+        InUseError: Another process trains in this directory.
+        AlignmentError, FormatError: The cache is damaged or about other tokens.
+        ValueError: A wrong argument, too few sequences for one step, or a loss that is no longer finite.
+    """
+    with _processes(config.device) as (rank, world_size, device):
+        stream = _open_stream(config, rank, world_size)
+        settings = _settings(config, stream, world_size)
+        with runs.opened(config.out, settings, writes=rank == 0) as run:
+            if world_size > 1:
+                dist.barrier()  # the other processes look at the directory after the first has checked it
+            summary = run.summary()
+            if summary is None:
+                summary = _Training(config, stream, run, rank, world_size, device).run_to_end(report)
+    return TrainSummary(**{**summary, "model": Path(config.out) / "model"})
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """Learning rate of step ``step`` (0 is the first): a linear rise, then a cosine to a tenth of the peak."""
+    warmup_steps = math.ceil(config.warmup * config.steps)
+    if step < warmup_steps:
+        return config.learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, config.steps - warmup_steps)
+    share = FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * share
+
+
+class _Training:
+    """One process's part of a run: model, optimizer, and where they stand."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        stream: streams.Stream,
+        run: runs.Run,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.config, self.stream, self.run = config, stream, run
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.model = _student(config, stream).to(device).train()
+        self.teacher = None if config.teacher is None else _teacher(config, stream, self.model).to(device)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        decay = [p for p in self.parameters if p.dim() >= 2]
+        rest = [p for p in self.parameters if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=BETAS,
+        )
+        self.step = 0
+        self.loader_state: dict[str, Any] | None = None
+        self.seconds = 0.0
+        # Sum of the losses since the last line of the log, and of how many steps.
+        self.loss_sum, self.loss_steps = 0.0, 0
+
+    def run_to_end(self, report: runs.Report | None) -> dict[str, Any]:
+        config = self.config
+        self._load()
+        if self.rank == 0:
+            self.run.start_log(self.step)
+        batches = self.stream.batches(config.num_workers, self.loader_state)
+        loss = float("nan")
+        unlogged = torch.zeros((), device=self.device)
+        with self._reporter(report) as reporter:
+            first, started = self.step, time.monotonic() - self.seconds
+            for step in range(first, config.steps):
+                if step > first and step % config.save_every == 0:
+                    self._settle(unlogged)
+                    self._save()
+                micro_batches = [next(batches) for _ in range(config.accumulation)]
+                rate = learning_rate_at(step, config)
+                step_loss, norm = self._update(micro_batches, rate, step)
+                unlogged += step_loss
+                self.step, self.loader_state = step + 1, micro_batches[-1].state
+                self.loss_steps += 1
+                self.seconds = time.monotonic() - started
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    self._settle(unlogged)
+                    loss = self.loss_sum / self.loss_steps
+                    self.loss_sum, self.loss_steps = 0.0, 0
+                    reporter.line(self.step, self._row(loss, rate, float(norm)))
+        summary = {
+            "method": config.method,
+            "steps": config.steps,
+            "sequences": config.steps * self._sequences_per_step(),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "loss": loss,
+            "seconds": round(self.seconds, 3),
+        }
+        if self.rank == 0:
+            self.run.finish(lambda path: models.write(self.model, self.stream.tokenizer, path), summary)
+        return summary
+
+    def _reporter(self, report: runs.Report | None) -> runs.Reporter:
+        config = self.config
+        return runs.Reporter(
+            self.run if self.rank == 0 else None,
+            first=self.step,
+            steps=config.steps,
+            name=f"train {config.method}",
+            report=report,
+        )
+
+    def _row(self, loss: float, rate: float, norm: float) -> dict[str, float]:
+        return {
+            "loss": loss,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "sequences": self.step * self._sequences_per_step(),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def _sequences_per_step(self) -> int:
+        return self.config.batch_size * self.config.accumulation * self.world_size
+
+    def _update(self, micro_batches: list[Batch], rate: float, step: int) -> tuple[Tensor, Tensor]:
+        """
+        Take one optimizer step; the loss is the mean over all counted positions of all micro-batches and processes.
+
+        Means of means would weigh a position in a short micro-batch more than one in a long one.
+        """
+        # Dropout, where a model has it, depends on (seed, step, process) alone: nothing to store, nothing to restore.
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * self.world_size + self.rank)
+        counts = [_num_counted(batch, self.config.method) for batch in micro_batches]
+        total = sum(counts)
+        if self.world_size > 1:
+            shared = torch.tensor(total, device=self.device)
+            dist.all_reduce(shared)
+            total = int(shared)
+        if total == 0:
+            raise ValueError(f"step {step} has no position with a target; the cache holds none there")
+        loss = torch.zeros((), device=self.device)
+        for batch, count in zip(micro_batches, counts, strict=True):
+            if count:
+                part = self._loss(batch) * (count / total)
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += part.detach()
+        if self.world_size > 1:
+            self._sum_over_processes(loss)
+        norm = nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, norm
+
+    def _loss(self, batch: Batch) -> Tensor:
+        config = self.config
+        batch = batch.to(self.device)
+        labels_P = batch.labels.flatten()
+        targets: Any = batch.targets
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            if config.method == "ce":
+                targets = streams.one_hot(batch.labels.cpu()).to(self.device)
+            elif self.teacher is not None:
+                with torch.no_grad():
+                    hidden_PD = models.hidden_states(self.teacher, batch.input_ids).flatten(0, 1)
+                # A head may be padded beyond the ids that mean something.
+                head_VD = models.lm_head_weight(self.teacher).detach()[: self.stream.vocab_size]
+                targets = DenseTeacher(hidden_PD, head_VD)
+            return linear_sparse_kl(
+                models.hidden_states(self.model, batch.input_ids).flatten(0, 1),
+                models.lm_head_weight(self.model),
+                targets,
+                # The divergence from all of the probability on the label is cross-entropy.
+                method="random_sampling" if config.method == "ce" else config.method,
+                labels_P=labels_P,
+                ce_weight=config.ce_weight,
+                position_weights_P=(labels_P != IGNORED_LABEL).float(),
+            )
+
+    def _sum_over_processes(self, loss: Tensor) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        tensors = [loss, *(p.grad for p in self.parameters if p.grad is not None)]
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+    def _settle(self, unlogged: Tensor) -> None:
+        """Bring the losses of the last steps to the host; only here does an accelerator have to wait."""
+        self.loss_sum += float(unlogged)
+        unlogged.zero_()
+        if not math.isfinite(self.loss_sum):
+            raise ValueError(
+                f"{self.config.out}: the loss is no longer finite at step {self.step}; the last checkpoint is kept; "
+                "train again with a lower learning_rate"
+            )
+
+    def _save(self) -> None:
+        if self.rank == 0:
+            self.run.save_checkpoint(
+                {
+                    "version": 1,
+                    "step": self.step,
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "loader": self.loader_state,
+                    "seconds": self.seconds,
+                    "loss_sum": self.loss_sum,
+                    "loss_steps": self.loss_steps,
+                }
+            )
+
+    def _load(self) -> None:
+        state = self.run.load_checkpoint()
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.loader_state, self.seconds = state["step"], state["loader"], state["seconds"]
+            self.loss_sum, self.loss_steps = state["loss_sum"], state["loss_steps"]
+
+
+def _num_counted(batch: Batch, method: str) -> int:
+    """Positions of a batch that the loss counts: those with a label and, where records are used, with records."""
+    counted_P = batch.labels.flatten() != IGNORED_LABEL
+    if method not in ("ce", "full"):
+        counted_P = counted_P & (batch.targets.offsets.diff() > 0)
+    return int(counted_P.sum())
+
+
+# --- start and end ---------------------------------------------------------------------------------------------------
+
+
+def _open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stream:
+    tokenizer = config.tokenizer or config.student or config.teacher
+    share = {"batch_size": config.batch_size, "seed": config.seed, "rank": rank, "world_size": world_size}
+    if config.tokens is not None:
+        return streams.open_tokens(
+            config.tokens, tokenizer=tokenizer, seq_len=config.seq_len, packing_seed=config.packing_seed, **share
+        )
+    assert config.cache is not None
+    stream = streams.open_cache(config.cache, tokenizer=tokenizer, **share)
+    if config.method not in ("ce", "full") and stream.sampler != "unknown":
+        fitting = _TOPK_METHODS if stream.sampler in ("topk", "topp") else ("random_sampling",)
+        if config.method not in fitting:
+            raise SettingsError(
+                f"{config.cache} holds records of sampler {stream.sampler}, which method {config.method} does not fit; "
+                f"use method {', '.join((*fitting, 'ce'))} or full, or another cache"
+            )
+    return stream
+
+
+def _student(config: TrainConfig, stream: streams.Stream) -> Any:
+    if config.student is None:
+        return models.new_llama(
+            vocab_size=stream.vocab_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            max_positions=stream.seq_len or _RAGGED_POSITIONS,
+            seed=config.seed,
+            separator_id=models.separator_id(stream.tokenizer),
+        )
+    student = models.load_model(config.student)
+    width = models.lm_head_weight(student).shape[0]
+    if width < stream.vocab_size:
+        raise SettingsError(
+            f"the student {config.student} has a vocabulary of {width}, {stream.source} one of {stream.vocab_size}; "
+            "widen the student's embedding, or take a cache of its own tokenizer"
+        )
+    models.check_fit(stream.tokenizer, student, seq_len=stream.seq_len or None)
+    models.check_linear_head(student)
+    return student.train()
+
+
+def _teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> Any:
+    assert config.teacher is not None
+    teacher = models.load_model(config.teacher)
+    widths = [models.lm_head_weight(model).shape[0] for model in (teacher, student)]
+    if widths[0] < stream.vocab_size or widths[1] != stream.vocab_size:
+        raise SettingsError(
+            f"method full compares teacher and student entry by entry over the {stream.vocab_size} ids of "
+            f"{stream.source}: the teacher {config.teacher} has {widths[0]} (needs at least as many), the student "
+            f"{widths[1]} (needs just as many)"
+        )
+    models.check_fit(stream.tokenizer, teacher, seq_len=stream.seq_len or None)
+    models.check_linear_head(teacher)
+    return teacher
+
+
+def _settings(config: TrainConfig, stream: streams.Stream, world_size: int) -> dict[str, Any]:
+    """What the finished model depends on; data by fingerprint, so that a moved cache is still the same one."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_FIELDS}
+    values = {name: value for name, value in values.items() if name not in ("cache", "tokens")} | stream.identity
+    return values | {"sequences_per_step": config.batch_size * config.accumulation * world_size}
+
+
+@contextlib.contextmanager
+def _processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
+    """Rank, number of processes and device; joins torchrun's processes for the time of the block."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield 0, 1, torch.device(device)
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield dist.get_rank(), world_size, torch.device(device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,331 @@
+"""
+``convert``: from a cache or a file of plain columns to another of them.
+
+Says what the values are and what was lost; refuses what would be silently wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sklformat.capture_plan import shard_header, shard_path, survey
+from sklformat.disk import Disk, locked_directory, write_atomically
+from sklformat.errors import CorruptError, SettingsError
+from sklformat.header import Header
+from sklformat.interop.columns import SUFFIXES, Row
+from sklformat.interop.columns_writer import ColumnsWriter
+from sklformat.interop.sources import CacheSource, ColumnsSource, Progress, Source, check_agrees, make_note
+from sklformat.interop.transforms import RatioLoss, quantised, target_header, to_counts, to_ratios
+from sklformat.manifest import MANIFEST_NAME, write_manifest
+from sklformat.reader import scan_directory
+from sklformat.records import SparseTargets
+from sklformat.report import inspect
+from sklformat.writer import ShardWriter
+
+FileKind = Literal["auto", "skl", "npz", "parquet", "jsonl"]
+
+_MARK = ".conversion.json"
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """
+    Convert a cache, or a file of plain columns, to another of them.
+
+    Plain columns are input_ids (L ids), token_ids (L - 1 lists of ids) and counts or logprobs (lists beside them).
+    Counts become ratios with a small loss, which is stated; ratios become counts only where nothing is lost.
+    """
+
+    source: Path
+    """Cache directory, .skl shard, or file of plain columns."""
+
+    destination: Path
+    """Cache directory or file to make; must not exist. A cache that a stopped run left is gone on with."""
+
+    from_: FileKind = field(default="auto", metadata={"flag": "from"})
+    """What the source is. auto: a directory or .skl is skl, else by the name's end."""
+
+    to: FileKind = "auto"
+    """What to make. auto: by the name's end; skl, a cache directory, where it has none."""
+
+    kind: Literal["counts", "ratios"] | None = None
+    """Kind of records to make; plain columns hold counts, or logprobs for ratios. None: the source's kind."""
+
+    profile: Literal["R24", "R24W", "R32"] | None = None
+    """Record layout: 17-bit ids, 18-bit ids with at most 63 rounds, 24-bit ids. None: the source's, or the smallest."""
+
+    drop_tokens: bool = False
+    """Leave the tokens out of the cache, 2 or 3 bytes a position; training then needs them from elsewhere."""
+
+    tokens: Path | None = None
+    """.npy array [sequences, seq_len + 1] of token ids, for a source cache that stores no tokens."""
+
+    sequences_per_shard: int | None = None
+    """Sequences in one file of a cache. None: as in the source, or 1024."""
+
+    vocab_size: int | None = None
+    """Ids are below it; only for plain columns that do not come from sklformat."""
+
+    rounds: int | None = None
+    """Draws a position, the sum of its counts; only for plain columns that do not come from sklformat."""
+
+    sampler: Literal["multinomial", "systematic", "topk", "topp", "unknown"] | None = None
+    """How records were taken; topk, topp: biased. Only for plain columns that do not come from sklformat."""
+
+    drop_last_row: bool = False
+    """Leave out the last row of records: for plain columns with as many rows as tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequences_per_shard", "vocab_size", "rounds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """
+    What ``convert`` made.
+
+    Attributes:
+        destination: The cache directory or file.
+        sequences, positions, records: In it.
+        fingerprint: Of the cache; None for plain columns.
+        says: Sentences: the convention of rows, what the values are, whether they are biased, what was lost.
+    """
+
+    destination: Path
+    sequences: int
+    positions: int
+    records: int
+    fingerprint: str | None
+    says: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = f"{self.destination}: {self.sequences} sequences, {self.positions} positions, {self.records} records"
+        return "\n".join([head, *(f"  {sentence}" for sentence in self.says)])
+
+
+def convert(config: ConvertConfig, progress: Progress | None = None) -> Converted:
+    """
+    Convert ``config.source`` into ``config.destination``.
+
+    Counts survive every way there and back, byte for byte; ratio codes do too.
+
+    Args:
+        config: What to convert into what.
+        progress: Told how far it is.
+
+    Returns:
+        What was made, and sentences that say what the values are and what was lost.
+
+    Raises:
+        FileExistsError: The destination exists.
+        ValueError: A setting is missing, contradicts the source, or would lose what must not be lost.
+        FormatError: The source is damaged, or a value in it cannot be; names row and position.
+        SettingsError: The destination was begun by another conversion.
+        InUseError: Another process writes the destination.
+        ModuleNotFoundError: Parquet without pyarrow.
+        OSError: The system's own.
+    """
+    from_kind, to_kind = _source_kind(config), _destination_kind(config)
+    if to_kind == "skl":
+        _check_directory(config.destination)
+    elif config.destination.exists():
+        raise FileExistsError(f"{config.destination}: exists already; choose another destination, or remove it first")
+    source = _open_source(config, from_kind, progress)
+    has_tokens = from_kind != "skl" or source.header.store_tokens or config.tokens is not None
+    header = target_header(
+        source.header,
+        kind=config.kind,
+        profile=config.profile,
+        drop_tokens=config.drop_tokens,
+        has_tokens=has_tokens,
+    )
+    stream = _Stream(source, header, progress)
+    if source.header.kind == "ratios" and header.kind == "counts":
+        for _ in stream.take(0, source.count, "check"):  # refuse before anything is written
+            pass
+    says = [*source.says]
+    if to_kind == "skl":
+        _write_cache(config, stream)
+        if not header.store_tokens:
+            says.append("tokens are left out; training needs them from where they were packed")
+        facts = inspect(config.destination)
+        numbers = {name: facts[name] for name in ("sequences", "positions", "records")}
+        fingerprint = facts["fingerprint"]
+    else:
+        numbers, fingerprint = _write_columns(config, to_kind, stream), None
+    if stream.loss is not None:
+        says.append(str(stream.loss))
+    return Converted(destination=config.destination, fingerprint=fingerprint, says=tuple(says), **numbers)
+
+
+def _source_kind(config: ConvertConfig) -> str:
+    path = config.source
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
+    if config.from_ != "auto":
+        kind: str = config.from_
+    elif path.is_dir() or path.suffix in (".skl", ".partial"):
+        kind = "skl"
+    elif path.suffix in SUFFIXES:
+        kind = SUFFIXES[path.suffix]
+    else:
+        raise ValueError(f"{path}: the name does not say what it is; give --from skl, npz, parquet or jsonl")
+    if kind != "skl" and path.is_dir():
+        raise IsADirectoryError(f"{path}: is a directory, {kind} is a file; give the file, or --from skl")
+    return kind
+
+
+def _destination_kind(config: ConvertConfig) -> str:
+    path = config.destination
+    if config.to != "auto":
+        kind: str = config.to
+    elif path.suffix in SUFFIXES:
+        kind = SUFFIXES[path.suffix]
+    elif not path.suffix:
+        kind = "skl"
+    elif path.suffix == ".skl":
+        raise ValueError(f"{path}: a conversion makes a directory of shards; give it a name without .skl")
+    else:
+        raise ValueError(f"{path}: the name does not say what to make; give --to skl, npz, parquet or jsonl")
+    settings = {"--profile": config.profile, "--sequences-per-shard": config.sequences_per_shard}
+    unused = [flag for flag, value in settings.items() if value is not None]
+    unused += ["--drop-tokens"] if config.drop_tokens else []
+    if kind != "skl" and unused:
+        raise ValueError(f"{', '.join(unused)}: for a cache only, {path} is to be {kind}")
+    return kind
+
+
+def _open_source(config: ConvertConfig, kind: str, progress: Progress | None) -> Source:
+    if kind == "skl":
+        if config.drop_last_row:
+            raise ValueError("--drop-last-row is for plain columns; the rows of a cache describe the next token")
+        source = CacheSource(config.source, config.tokens)
+        for name in ("vocab_size", "rounds", "sampler"):
+            check_agrees(config.source, name, getattr(config, name), getattr(source.header, name))
+        return source
+    if config.tokens is not None:
+        raise ValueError("--tokens is for a cache that stores none; plain columns hold input_ids")
+    return ColumnsSource(
+        config.source,
+        kind,
+        kind=config.kind,
+        vocab_size=config.vocab_size,
+        rounds=config.rounds,
+        sampler=config.sampler,
+        drop_last_row=config.drop_last_row,
+        progress=progress,
+    )
+
+
+class _Stream:
+    """The source's sequences as the destination holds them."""
+
+    def __init__(self, source: Source, header: Header, progress: Progress | None) -> None:
+        self.source, self.header, self._progress = source, header, progress
+        self.loss = RatioLoss() if header.kind == "ratios" else None
+        self._items, self._next = source.items(0), 0
+
+    def take(self, start: int, count: int, doing: str = "convert") -> Iterator[tuple[Any, SparseTargets, Any]]:
+        """
+        Tokens, records of the destination's kind and columns of ``count`` sequences.
+
+        Going on where the last call ended reads nothing twice.
+        """
+        if start != self._next:
+            self._items, self._next = self.source.items(start), start
+        for item in islice(self._items, count):
+            try:
+                targets = self._converted(item.targets)
+            except ValueError as error:
+                raise ValueError(f"sequence {self._next}: {error}") from None
+            yield item.tokens, targets, item.columns
+            self._next += 1
+            if self._progress is not None:
+                self._progress(doing, self._next, self.source.count)
+
+    def _converted(self, targets: SparseTargets) -> SparseTargets:
+        old = self.source.header
+        if self.header.kind == "counts":
+            return targets if old.kind == "counts" else to_counts(targets, old)
+        if old.kind == "counts":
+            targets = to_ratios(targets, old.rounds)
+        assert self.loss is not None
+        coded = quantised(targets, self.header.scale_log2)
+        self.loss.add(targets, coded)
+        return coded
+
+
+def _check_directory(directory: Path) -> None:
+    """A cache is begun where nothing is, or gone on with where a conversion was stopped."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise FileExistsError(f"{directory}: is a file; choose another destination, or remove it first")
+    names = {path.name for path in directory.iterdir()} - {_LOCK}
+    if names and (_MARK not in names or MANIFEST_NAME in names):
+        raise FileExistsError(f"{directory}: exists already; choose another destination, or remove it first")
+
+
+def _write_cache(config: ConvertConfig, stream: _Stream) -> None:
+    directory, source, header = config.destination, stream.source, stream.header
+    per_shard = config.sequences_per_shard or source.shard_sequences
+    mark = directory / _MARK
+    begun = {"source": source.identity, "cache_key": header.cache_key, "sequences_per_shard": per_shard}
+    with locked_directory(directory):
+        _check_directory(directory)
+        if mark.exists():
+            _check_begun(mark, begun)
+        else:
+            write_atomically(mark, json.dumps(begun).encode())
+        for work in survey(directory, header, source.count, per_shard):
+            placed = shard_header(header, work.number, work.first_sequence)
+            with ShardWriter(shard_path(directory, work.number), header=placed, resume=True) as writer:
+                for tokens, targets, columns in stream.take(work.next_sequence, work.end - work.next_sequence):
+                    writer.append(tokens, targets, columns)
+        write_manifest(directory, scan_directory(directory))
+        mark.unlink()
+        Disk().sync_directory(directory)
+
+
+def _check_begun(mark: Path, begun: dict[str, Any]) -> None:
+    try:
+        found = json.loads(mark.read_bytes())
+    except ValueError as error:
+        raise CorruptError(f"not JSON: {error}; remove the directory and convert again", path=mark) from None
+    if found != begun:
+        raise SettingsError(
+            f"{mark.parent}: was begun by a conversion with another source or other settings; go on with those, "
+            "remove it, or choose another destination"
+        )
+
+
+def _write_columns(config: ConvertConfig, kind: str, stream: _Stream) -> dict[str, int]:
+    header, source = stream.header, stream.source
+    values = "counts" if header.kind == "counts" else "logprobs"
+    note = make_note(header, source.count, source.shard_sequences)
+    numbers = dict.fromkeys(("sequences", "positions", "records"), 0)
+    with ColumnsWriter(config.destination, kind, values, header.columns, note) as writer:
+        for tokens, targets, columns in stream.take(0, source.count):
+            flat: NDArray[Any]
+            if targets.counts is not None:
+                flat = targets.counts
+            else:
+                assert targets.weights is not None
+                flat = np.log(targets.weights.astype(np.float64))
+            writer.append(Row(tokens, targets.token_ids, flat, targets.offsets, columns))
+            numbers["sequences"] += 1
+            numbers["positions"] += targets.num_positions
+            numbers["records"] += targets.num_records
+    return numbers

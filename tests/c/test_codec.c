@@ -1,0 +1,585 @@
+/* test_codec.c: the codec and the ratio code alone, with buffers of exactly the promised length, under sanitizers. */
+#include "skl.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define CHECK(condition)                                                                     \
+    do {                                                                                     \
+        if (!(condition)) {                                                                  \
+            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition);     \
+            exit(1);                                                                         \
+        }                                                                                    \
+    } while (0)
+
+enum { PADDING = 64 };
+
+static uint64_t random_state = 1;
+
+/* A linear congruential generator; the high bits are good enough for tests. */
+static uint32_t draw(uint32_t below)
+{
+    random_state = random_state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+    return (uint32_t)((random_state >> 33) % below);
+}
+
+/* Heap memory of exactly this size, so that the sanitizer sees the first byte beyond it. */
+static void *room(size_t size)
+{
+    void *memory = malloc(size == 0 ? 1 : size);
+    CHECK(memory != NULL);
+    memset(memory, 0xa5, size);
+    return memory;
+}
+
+static void *copy(const void *source, size_t size)
+{
+    void *memory = room(size);
+    if (size != 0)
+        memcpy(memory, source, size);
+    return memory;
+}
+
+/* ---- a sequence ------------------------------------------------------------------------------------------------ */
+
+typedef struct sequence {
+    skl_shape shape;
+    int64_t *offsets;
+    uint32_t *token_ids;
+    uint8_t *codes;
+    uint32_t *tokens;
+    uint16_t *columns;
+} sequence;
+
+static sequence empty_sequence(skl_shape shape)
+{
+    sequence s = {.shape = shape};
+    s.offsets = room((shape.num_positions + 1) * sizeof *s.offsets);
+    s.token_ids = room(shape.num_records * sizeof *s.token_ids);
+    s.codes = room(shape.num_records * sizeof *s.codes);
+    if (shape.token_size != 0)
+        s.tokens = room((shape.num_positions + 1) * sizeof *s.tokens);
+    if (shape.num_columns != 0)
+        s.columns = room((size_t)shape.num_columns * shape.num_positions * sizeof *s.columns);
+    return s;
+}
+
+static void free_sequence(sequence *s)
+{
+    free(s->offsets);
+    free(s->token_ids);
+    free(s->codes);
+    free(s->tokens);
+    free(s->columns);
+}
+
+/* A random valid sequence; kinds and profiles by the caller's shape. */
+static sequence random_sequence(skl_shape shape)
+{
+    const uint32_t most = 5;
+    uint32_t numbers[16];
+    shape.num_records = 0;
+    for (uint32_t t = 0; t < shape.num_positions; t++) {
+        numbers[t] = draw(most + 1);
+        if (numbers[t] > shape.vocab_size)
+            numbers[t] = shape.vocab_size;
+        if (shape.kind == SKL_KIND_COUNTS && numbers[t] > shape.rounds)
+            numbers[t] = shape.rounds;
+        shape.num_records += numbers[t];
+    }
+    sequence s = empty_sequence(shape);
+    int64_t at = 0;
+    s.offsets[0] = 0;
+    for (uint32_t t = 0; t < shape.num_positions; t++) {
+        uint32_t left = shape.rounds;
+        for (uint32_t i = 0; i < numbers[t]; i++) {
+            const uint32_t step = shape.vocab_size / (most + 1) + 1;
+            const uint32_t id = i == 0 ? draw(step) : s.token_ids[at - 1] + 1 + (step > 2 ? draw(step - 2) : 0);
+            s.token_ids[at] = id < shape.vocab_size ? id : i; /* small vocabularies: 0, 1, 2, ... */
+            if (shape.vocab_size <= most + 1)
+                s.token_ids[at] = i;
+            if (shape.kind == SKL_KIND_COUNTS) {
+                const uint32_t rest = numbers[t] - i - 1;
+                const uint32_t count = rest == 0 ? left : 1 + draw(left - rest);
+                s.codes[at] = (uint8_t)count;
+                left -= count;
+            } else {
+                s.codes[at] = (uint8_t)draw(20);
+            }
+            at++;
+        }
+        s.offsets[t + 1] = at;
+    }
+    for (uint32_t i = 0; shape.token_size != 0 && i <= shape.num_positions; i++)
+        s.tokens[i] = draw(shape.vocab_size);
+    for (uint32_t i = 0; i < shape.num_columns * shape.num_positions; i++)
+        s.columns[i] = (uint16_t)draw(65536);
+    return s;
+}
+
+/* Encode into a buffer of exactly the payload's size, then lay the padding behind it. */
+static uint8_t *encoded(const sequence *s, size_t *size)
+{
+    uint64_t payload = 0;
+    CHECK(skl_payload_size(&s->shape, &payload) == SKL_OK);
+    uint8_t *exact = room((size_t)payload);
+    size_t written = 0;
+    skl_fault fault;
+    CHECK(skl_encode(&s->shape, s->offsets, s->token_ids, s->codes, s->tokens, s->columns, exact, (size_t)payload,
+                     &written, &fault) == SKL_OK);
+    CHECK(written == payload);
+    *size = (size_t)payload + PADDING;
+    uint8_t *bytes = room(*size);
+    if (payload != 0)
+        memcpy(bytes, exact, (size_t)payload);
+    memset(bytes + payload, 0, PADDING);
+    free(exact);
+    return bytes;
+}
+
+static skl_status decode_into(const uint8_t *bytes, size_t size, sequence *s, skl_fault *fault)
+{
+    return skl_decode(&s->shape, bytes, size, s->offsets, s->token_ids, s->codes, s->tokens, s->columns, fault);
+}
+
+/* Decode bytes of any content into fresh buffers of exact size. */
+static skl_status decode_alone(const skl_shape *shape, const uint8_t *bytes, size_t size, skl_fault *fault)
+{
+    sequence s = empty_sequence(*shape);
+    const skl_status status = decode_into(bytes, size, &s, fault);
+    free_sequence(&s);
+    return status;
+}
+
+static const skl_shape shapes[] = {
+    {SKL_KIND_COUNTS, SKL_PROFILE_R24, 1, 0, 0, 1u << 17, 127, 4, 0},
+    {SKL_KIND_COUNTS, SKL_PROFILE_R24, 2, 2, 1, 60000, 50, 7, 0},
+    {SKL_KIND_COUNTS, SKL_PROFILE_R24W, 1, 3, 2, 1u << 18, 63, 5, 0},
+    {SKL_KIND_COUNTS, SKL_PROFILE_R24W, 2, 4, 0, 3, 1, 1, 0},
+    {SKL_KIND_COUNTS, SKL_PROFILE_R32, 1, 4, 1, 1u << 24, 127, 16, 0},
+    {SKL_KIND_RATIOS, SKL_PROFILE_R24, 1, 2, 2, 40000, 0, 9, 0},
+    {SKL_KIND_RATIOS, SKL_PROFILE_R32, 2, 0, 1, 1u << 24, 300, 3, 0},
+};
+enum { NUM_SHAPES = sizeof shapes / sizeof shapes[0] };
+
+/* ---- round trips ------------------------------------------------------------------------------------------------- */
+
+/* What is encoded comes back, and no byte outside of the buffers is touched. */
+static void test_round_trip(void)
+{
+    for (int i = 0; i < NUM_SHAPES * 200; i++) {
+        sequence s = random_sequence(shapes[i % NUM_SHAPES]);
+        size_t size = 0;
+        uint8_t *bytes = encoded(&s, &size);
+        sequence d = empty_sequence(s.shape);
+        skl_fault fault;
+        CHECK(decode_into(bytes, size, &d, &fault) == SKL_OK);
+        CHECK(memcmp(s.offsets, d.offsets, (s.shape.num_positions + 1) * sizeof *s.offsets) == 0);
+        CHECK(memcmp(s.token_ids, d.token_ids, s.shape.num_records * sizeof *s.token_ids) == 0);
+        CHECK(memcmp(s.codes, d.codes, s.shape.num_records) == 0);
+        if (s.tokens != NULL)
+            CHECK(memcmp(s.tokens, d.tokens, (s.shape.num_positions + 1) * sizeof *s.tokens) == 0);
+        if (s.columns != NULL)
+            CHECK(memcmp(s.columns, d.columns,
+                         (size_t)s.shape.num_columns * s.shape.num_positions * sizeof *s.columns) == 0);
+        /* tokens and columns may be left out by the caller */
+        CHECK(skl_decode(&s.shape, bytes, size, d.offsets, d.token_ids, d.codes, NULL, NULL, &fault) == SKL_OK);
+        free_sequence(&d);
+        free(bytes);
+        free_sequence(&s);
+    }
+}
+
+/* A payload that ends early at any byte is truncated, never read beyond its end. */
+static void test_truncation(void)
+{
+    for (int i = 0; i < NUM_SHAPES; i++) {
+        sequence s = random_sequence(shapes[i]);
+        size_t size = 0;
+        uint8_t *bytes = encoded(&s, &size);
+        for (size_t length = 0; length < size; length++) {
+            uint8_t *exact = copy(bytes, length);
+            skl_fault fault;
+            CHECK(decode_alone(&s.shape, exact, length, &fault) == SKL_ERR_TRUNCATED);
+            free(exact);
+        }
+        free(bytes);
+        free_sequence(&s);
+    }
+}
+
+/* Room that is one byte short is refused before anything is written. */
+static void test_small_destination(void)
+{
+    sequence s = random_sequence(shapes[1]);
+    uint64_t payload = 0;
+    CHECK(skl_payload_size(&s.shape, &payload) == SKL_OK);
+    uint8_t *dst = room((size_t)payload - 1);
+    size_t written = 7;
+    skl_fault fault;
+    CHECK(skl_encode(&s.shape, s.offsets, s.token_ids, s.codes, s.tokens, s.columns, dst, (size_t)payload - 1, &written,
+                     &fault) == SKL_ERR_DST_SMALL);
+    CHECK(written == 7);
+    free(dst);
+    free_sequence(&s);
+}
+
+/* ---- faults -------------------------------------------------------------------------------------------------------- */
+
+/* Two positions: ids 1, 5 with counts 2, 3 and id 9 with count 5; tokens 1, 2, 3. */
+static sequence small_counts(void)
+{
+    skl_shape shape = {SKL_KIND_COUNTS, SKL_PROFILE_R24, 1, 2, 0, 10, 5, 2, 3};
+    sequence s = empty_sequence(shape);
+    memcpy(s.offsets, (int64_t[]){0, 2, 3}, 3 * sizeof *s.offsets);
+    memcpy(s.token_ids, (uint32_t[]){1, 5, 9}, 3 * sizeof *s.token_ids);
+    memcpy(s.codes, (uint8_t[]){2, 3, 5}, 3);
+    memcpy(s.tokens, (uint32_t[]){1, 2, 3}, 3 * sizeof *s.tokens);
+    return s;
+}
+
+static void expect_encode_fault(const sequence *s, skl_reason reason, uint64_t position, uint64_t value)
+{
+    uint8_t dst[4096];
+    size_t written = 0;
+    skl_fault fault = {0};
+    CHECK(skl_encode(&s->shape, s->offsets, s->token_ids, s->codes, s->tokens, s->columns, dst, sizeof dst, &written,
+                     &fault) == SKL_ERR_ARG);
+    CHECK(fault.reason == (uint32_t)reason);
+    CHECK(fault.position == position);
+    CHECK(fault.value == value);
+}
+
+/* Every fault of a record has its reason, its position and its value, in the encoder ... */
+static void test_encode_faults(void)
+{
+    sequence s = small_counts();
+    s.token_ids[2] = 10;
+    expect_encode_fault(&s, SKL_REASON_ID_RANGE, 1, 10);
+    s.token_ids[2] = 9;
+    s.token_ids[1] = 1;
+    expect_encode_fault(&s, SKL_REASON_ID_ORDER, 0, 1);
+    s.token_ids[1] = 0;
+    expect_encode_fault(&s, SKL_REASON_ID_ORDER, 0, 0);
+    s.token_ids[1] = 5;
+    s.codes[1] = 0;
+    expect_encode_fault(&s, SKL_REASON_COUNT_RANGE, 0, 0);
+    s.codes[1] = 6;
+    expect_encode_fault(&s, SKL_REASON_COUNT_RANGE, 0, 6);
+    s.codes[1] = 2;
+    expect_encode_fault(&s, SKL_REASON_COUNT_SUM, 0, 4);
+    s.codes[1] = 3;
+    s.tokens[2] = 10;
+    expect_encode_fault(&s, SKL_REASON_TOKEN_RANGE, 2, 10);
+    s.tokens[2] = 3;
+    s.offsets[1] = 4;
+    expect_encode_fault(&s, SKL_REASON_SHAPE, 1, 3);
+    s.offsets[1] = 2;
+    s.offsets[2] = 2;
+    expect_encode_fault(&s, SKL_REASON_SHAPE, 2, 3);
+    s.offsets[2] = 3;
+    s.shape.vocab_size = 65537; /* does not fit two bytes a token */
+    expect_encode_fault(&s, SKL_REASON_SHAPE, 0, 0);
+    s.shape.vocab_size = 10;
+    s.shape.kind = SKL_KIND_RATIOS;
+    memcpy(s.codes, (uint8_t[]){127, 127, 128}, 3);
+    expect_encode_fault(&s, SKL_REASON_RATIO_ZERO, 0, 127);
+    s.codes[1] = 0;
+    expect_encode_fault(&s, SKL_REASON_RATIO_ZERO, 1, 128);
+    s.codes[2] = 1;
+    s.token_ids[1] = 1; /* equal weights: ids rise */
+    expect_encode_fault(&s, SKL_REASON_ID_ORDER, 0, 1);
+    free_sequence(&s);
+
+    skl_shape shape = {SKL_KIND_RATIOS, SKL_PROFILE_R24, 1, 0, 0, 1000, 0, 1, 256};
+    s = empty_sequence(shape);
+    s.offsets[0] = 0;
+    s.offsets[1] = 256;
+    for (uint32_t i = 0; i < 256; i++) {
+        s.token_ids[i] = i;
+        s.codes[i] = 0;
+    }
+    expect_encode_fault(&s, SKL_REASON_NUM_RECORDS, 0, 256);
+    free_sequence(&s);
+}
+
+static void expect_decode_fault(const sequence *s, const uint8_t *bytes, size_t size, skl_reason reason,
+                                uint64_t position, uint64_t value)
+{
+    skl_fault fault = {0};
+    CHECK(decode_alone(&s->shape, bytes, size, &fault) == SKL_ERR_CORRUPT);
+    CHECK(fault.reason == (uint32_t)reason);
+    CHECK(fault.position == position);
+    CHECK(fault.value == value);
+}
+
+static void set_record(uint8_t *bytes, size_t number, uint32_t id, uint32_t code)
+{
+    const uint32_t record = id | code << 17;
+    for (uint32_t i = 0; i < 3; i++)
+        bytes[2 + 3 * number + i] = (uint8_t)(record >> (8 * i));
+}
+
+/* ... and in the decoder.  Payload: numbers of records at 0, records at 2, tokens at 11, padding from 17. */
+static void test_decode_faults(void)
+{
+    sequence s = small_counts();
+    size_t size = 0;
+    uint8_t *bytes = encoded(&s, &size);
+    CHECK(size == 17 + PADDING);
+    bytes[0] = 3;
+    expect_decode_fault(&s, bytes, size, SKL_REASON_SHAPE, 2, 4);
+    bytes[0] = 2;
+    set_record(bytes, 2, 10, 5);
+    expect_decode_fault(&s, bytes, size, SKL_REASON_ID_RANGE, 1, 10);
+    set_record(bytes, 2, 9, 5);
+    set_record(bytes, 1, 1, 3);
+    expect_decode_fault(&s, bytes, size, SKL_REASON_ID_ORDER, 0, 1);
+    set_record(bytes, 1, 5, 0);
+    expect_decode_fault(&s, bytes, size, SKL_REASON_COUNT_RANGE, 0, 0);
+    set_record(bytes, 1, 5, 127);
+    expect_decode_fault(&s, bytes, size, SKL_REASON_COUNT_RANGE, 0, 127);
+    set_record(bytes, 1, 5, 4);
+    expect_decode_fault(&s, bytes, size, SKL_REASON_COUNT_SUM, 0, 6);
+    set_record(bytes, 1, 5, 3);
+    bytes[16] = 1;
+    expect_decode_fault(&s, bytes, size, SKL_REASON_TOKEN_RANGE, 2, 259);
+    bytes[16] = 0;
+    bytes[17] = 1;
+    expect_decode_fault(&s, bytes, size, SKL_REASON_PADDING, 2, 17);
+    bytes[17] = 0;
+    bytes[size - 1] = 1;
+    expect_decode_fault(&s, bytes, size, SKL_REASON_PADDING, 2, size - 1);
+    free(bytes);
+    free_sequence(&s);
+
+    skl_shape shape = {SKL_KIND_RATIOS, SKL_PROFILE_R32, 1, 0, 0, 10, 0, 1, 2};
+    s = empty_sequence(shape);
+    memcpy(s.offsets, (int64_t[]){0, 2}, 2 * sizeof *s.offsets);
+    memcpy(s.token_ids, (uint32_t[]){3, 4}, 2 * sizeof *s.token_ids);
+    memcpy(s.codes, (uint8_t[]){127, 3}, 2);
+    bytes = encoded(&s, &size);
+    bytes[8] |= 0x80;
+    expect_decode_fault(&s, bytes, size, SKL_REASON_RESERVED, 0, 0);
+    bytes[8] = 127;
+    expect_decode_fault(&s, bytes, size, SKL_REASON_RATIO_ZERO, 0, 127);
+    bytes[8] = 0;
+    bytes[5] = 3;
+    expect_decode_fault(&s, bytes, size, SKL_REASON_ID_ORDER, 0, 3);
+    free(bytes);
+    free_sequence(&s);
+}
+
+/* Shapes that mean nothing are refused by all three functions. */
+static void test_unknown_shapes(void)
+{
+    const skl_shape bad[] = {
+        {3, 1, 1, 0, 0, 10, 5, 1, 1},
+        {1, 0, 1, 0, 0, 10, 5, 1, 1},
+        {1, 4, 1, 0, 0, 10, 5, 1, 1},
+        {2, SKL_PROFILE_R24W, 1, 0, 0, 10, 5, 1, 1},
+        {1, 1, 0, 0, 0, 10, 5, 1, 1},
+        {1, 1, 3, 0, 0, 10, 5, 1, 1},
+        {1, 1, 1, 1, 0, 10, 5, 1, 1},
+        {1, 1, 1, 5, 0, 10, 5, 1, 1},
+        {1, 1, 1, 0, 3, 10, 5, 1, 1},
+        {1, 1, 1, 0, 0, 0, 5, 1, 1},
+        {1, 1, 1, 0, 0, (1u << 17) + 1, 5, 1, 1},
+        {1, 1, 1, 0, 0, 10, 0, 1, 1},
+        {1, 1, 1, 0, 0, 10, 128, 1, 1},
+        {1, SKL_PROFILE_R24W, 1, 0, 0, 10, 64, 1, 1},
+        {1, 1, 1, 0, 0, 10, 5, 1, 65536},
+        {1, 1, 1, 0, 0, 10, 5, UINT32_MAX, UINT64_MAX},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        uint64_t size = 0;
+        size_t written = 0;
+        uint8_t bytes[256] = {0};
+        int64_t offsets[2] = {0, 1};
+        uint32_t ids[1] = {0};
+        uint8_t codes[1] = {5};
+        skl_fault fault;
+        CHECK(skl_payload_size(&bad[i], &size) == SKL_ERR_ARG);
+        CHECK(skl_encode(&bad[i], offsets, ids, codes, NULL, NULL, bytes, sizeof bytes, &written, &fault) ==
+              SKL_ERR_ARG);
+        CHECK(skl_decode(&bad[i], bytes, sizeof bytes, offsets, ids, codes, NULL, NULL, &fault) == SKL_ERR_ARG);
+    }
+    /* tokens and columns are given exactly where the shape has them */
+    sequence s = small_counts();
+    uint8_t dst[256];
+    size_t written = 0;
+    skl_fault fault;
+    CHECK(skl_encode(&s.shape, s.offsets, s.token_ids, s.codes, NULL, NULL, dst, sizeof dst, &written, &fault) ==
+          SKL_ERR_ARG);
+    free_sequence(&s);
+}
+
+/* ---- garbage --------------------------------------------------------------------------------------------------------- */
+
+/* Random bytes under random shapes end in a status: nothing is read or written outside of the buffers. */
+static void test_garbage(void)
+{
+    uint32_t accepted = 0;
+    for (int i = 0; i < 20000; i++) {
+        skl_shape shape = shapes[draw(NUM_SHAPES)];
+        shape.num_positions = 1 + draw(8);
+        shape.num_records = draw(12);
+        if (draw(2) == 0)
+            shape.rounds = 1 + draw(3);
+        uint64_t payload = 0;
+        CHECK(skl_payload_size(&shape, &payload) == SKL_OK);
+        const size_t size = (size_t)payload + PADDING - (draw(8) == 0 ? draw(PADDING) : 0);
+        uint8_t *bytes = room(size);
+        memset(bytes, 0, size);
+        for (size_t at = 0; at < payload && at < size; at++)
+            bytes[at] = (uint8_t)(draw(4) == 0 ? draw(256) : draw(3));
+        skl_fault fault = {0};
+        const skl_status status = decode_alone(&shape, bytes, size, &fault);
+        CHECK(status == SKL_OK || status == SKL_ERR_TRUNCATED || (status == SKL_ERR_CORRUPT && fault.reason != 0));
+        accepted += status == SKL_OK;
+        free(bytes);
+    }
+    CHECK(accepted > 0);
+}
+
+/* A valid payload with some bytes changed is refused, or decodes to something that encodes to the same bytes. */
+static void test_changed_bytes(void)
+{
+    for (int i = 0; i < 5000; i++) {
+        sequence s = random_sequence(shapes[i % NUM_SHAPES]);
+        size_t size = 0;
+        uint8_t *bytes = encoded(&s, &size);
+        for (uint32_t changes = 1 + draw(3); changes > 0; changes--)
+            bytes[draw((uint32_t)size)] ^= (uint8_t)(1u << draw(8));
+        skl_fault fault = {0};
+        const skl_status status = decode_into(bytes, size, &s, &fault);
+        CHECK(status == SKL_OK || (status == SKL_ERR_CORRUPT && fault.reason != 0));
+        if (status == SKL_OK) {
+            size_t size_again = 0;
+            uint8_t *again = encoded(&s, &size_again);
+            CHECK(size == size_again && memcmp(bytes, again, size) == 0);
+            free(again);
+        }
+        free(bytes);
+        free_sequence(&s);
+    }
+}
+
+/* ---- ratios ------------------------------------------------------------------------------------------------------------ */
+
+/* Weights to codes to weights to codes: the second time changes nothing, and weights never rise. */
+static void test_quantise(void)
+{
+    for (int i = 0; i < 3000; i++) {
+        const uint32_t scale_log2 = (uint32_t[]){0, 1, 30}[i % 3];
+        const uint32_t positions = 1 + draw(3);
+        int64_t *offsets = room((positions + 1) * sizeof *offsets);
+        offsets[0] = 0;
+        for (uint32_t t = 0; t < positions; t++)
+            offsets[t + 1] = offsets[t] + draw(9);
+        const size_t n = (size_t)offsets[positions];
+        uint32_t *ids = room(n * sizeof *ids);
+        float *weights = room(n * sizeof *weights);
+        for (size_t k = 0; k < n; k++) {
+            ids[k] = (uint32_t)(n - k) * 3;
+            weights[k] = (float)(1u << scale_log2) / (float)(1 + draw(1u << draw(31)));
+        }
+        uint64_t *keys = room(8 * sizeof *keys);
+        int64_t *kept = room((positions + 1) * sizeof *kept);
+        uint32_t *out_ids = room(n * sizeof *out_ids);
+        uint8_t *codes = room(n);
+        skl_fault fault;
+        CHECK(skl_quantise(positions, offsets, ids, weights, scale_log2, keys, 8, kept, out_ids, codes, &fault) ==
+              SKL_OK);
+        CHECK(kept[positions] <= offsets[positions]);
+        const size_t m = (size_t)kept[positions];
+        float *decoded = room(m * sizeof *decoded);
+        CHECK(skl_expand(positions, kept, codes, scale_log2, decoded) == SKL_OK);
+        for (uint32_t t = 0; t < positions; t++)
+            for (int64_t k = kept[t]; k < kept[t + 1]; k++)
+                CHECK(decoded[k] > 0.0f && (k == kept[t] || decoded[k] <= decoded[k - 1]));
+        int64_t *kept_again = room((positions + 1) * sizeof *kept_again);
+        uint32_t *ids_again = room(m * sizeof *ids_again);
+        uint8_t *codes_again = room(m);
+        CHECK(skl_quantise(positions, kept, out_ids, decoded, scale_log2, keys, 8, kept_again, ids_again, codes_again,
+                           &fault) == SKL_OK);
+        CHECK(memcmp(kept, kept_again, (positions + 1) * sizeof *kept) == 0);
+        CHECK(memcmp(out_ids, ids_again, m * sizeof *ids_again) == 0 && memcmp(codes, codes_again, m) == 0);
+        free(codes_again);
+        free(ids_again);
+        free(kept_again);
+        free(decoded);
+        free(codes);
+        free(out_ids);
+        free(kept);
+        free(keys);
+        free(weights);
+        free(ids);
+        free(offsets);
+    }
+}
+
+static void expect_quantise(float weight, uint32_t second_id, uint32_t scale_log2, skl_status status, skl_reason reason)
+{
+    const int64_t offsets[2] = {0, 2};
+    const uint32_t ids[2] = {1, second_id};
+    const float weights[2] = {0.5f, weight};
+    uint64_t keys[2];
+    int64_t kept[2];
+    uint32_t out_ids[2];
+    uint8_t codes[2];
+    skl_fault fault = {0};
+    CHECK(skl_quantise(1, offsets, ids, weights, scale_log2, keys, 2, kept, out_ids, codes, &fault) == status);
+    CHECK(fault.reason == (uint32_t)reason);
+}
+
+static void test_quantise_faults(void)
+{
+    float nan_value = 0.0f;
+    memcpy(&nan_value, &(uint32_t){0x7fc00000}, sizeof nan_value);
+    float infinite = 0.0f;
+    memcpy(&infinite, &(uint32_t){0x7f800000}, sizeof infinite);
+    expect_quantise(1.0f, 2, 0, SKL_OK, SKL_REASON_NONE);
+    expect_quantise(1e-45f, 2, 0, SKL_OK, SKL_REASON_NONE);
+    expect_quantise(0.0f, 2, 0, SKL_ERR_ARG, SKL_REASON_WEIGHT_RANGE);
+    expect_quantise(-0.0f, 2, 0, SKL_ERR_ARG, SKL_REASON_WEIGHT_RANGE);
+    expect_quantise(-0.5f, 2, 0, SKL_ERR_ARG, SKL_REASON_WEIGHT_RANGE);
+    expect_quantise(1.0000001f, 2, 0, SKL_ERR_ARG, SKL_REASON_WEIGHT_RANGE);
+    expect_quantise(nan_value, 2, 0, SKL_ERR_ARG, SKL_REASON_WEIGHT_RANGE);
+    expect_quantise(infinite, 2, 30, SKL_ERR_ARG, SKL_REASON_WEIGHT_RANGE);
+    expect_quantise(0.1f, 1, 0, SKL_ERR_ARG, SKL_REASON_ID_ORDER);
+    expect_quantise(0.1f, 2, 31, SKL_ERR_ARG, SKL_REASON_SHAPE);
+
+    const int64_t offsets[2] = {0, 2}, falling[3] = {0, 2, 1}, late[2] = {1, 2};
+    const uint32_t ids[2] = {1, 2};
+    const float weights[2] = {0.5f, 0.5f};
+    float out[2];
+    uint64_t keys[2];
+    int64_t kept[3];
+    uint32_t out_ids[2];
+    uint8_t codes[2] = {0, 0};
+    skl_fault fault = {0};
+    CHECK(skl_quantise(1, offsets, ids, weights, 0, keys, 1, kept, out_ids, codes, &fault) == SKL_ERR_DST_SMALL);
+    CHECK(skl_quantise(2, falling, ids, weights, 0, keys, 2, kept, out_ids, codes, &fault) == SKL_ERR_ARG);
+    CHECK(skl_expand(2, falling, codes, 0, out) == SKL_ERR_ARG);
+    CHECK(skl_expand(1, late, codes, 0, out) == SKL_ERR_ARG);
+    CHECK(skl_expand(1, offsets, codes, 31, out) == SKL_ERR_ARG);
+    CHECK(skl_expand(1, offsets, codes, 0, out) == SKL_OK && out[0] == 1.0f && out[1] == 1.0f);
+}
+
+int main(void)
+{
+    test_round_trip();
+    test_truncation();
+    test_small_destination();
+    test_encode_faults();
+    test_decode_faults();
+    test_unknown_shapes();
+    test_garbage();
+    test_changed_bytes();
+    test_quantise();
+    test_quantise_faults();
+    puts("codec: all tests hold");
+    return 0;
+}

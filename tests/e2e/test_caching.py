@@ -1,0 +1,354 @@
+"""cache_teacher: text and a teacher in, a finished cache out; stopped, gone on with, refused."""
+
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import sklformat as skl
+from sklformat.distill import caching, models
+from sklformat.distill.caching import CacheConfig, cache_teacher
+from sklformat.distill.corpus import (
+    Document,
+    PackedSequences,
+    TokenStore,
+    read_documents,
+    tokenizer_fingerprint,
+    write_token_store,
+)
+from sklformat.sampler import draw
+
+SEQ_LEN = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The same order of sums in every run, and no fight for two cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["def", "return", "for", "x", "y", "(", ")", ":\n", "= 1\n", "import os\n", "naïve "]
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(" ".join(rng.choice(words, size=int(rng.integers(40, 120)))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text):
+    return models.train_tokenizer((document.text for document in read_documents(text)), 280)
+
+
+def make_teacher(vocab_size=280):
+    model = models.new_llama(
+        vocab_size=vocab_size, hidden_size=32, num_layers=1, num_heads=2, max_positions=SEQ_LEN, seed=1
+    )
+    with torch.no_grad():
+        model.lm_head.weight *= 20  # a distribution with a shape
+    return model
+
+
+@pytest.fixture(scope="module")
+def teacher(tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "teacher"
+    models.save(make_teacher(), tokenizer, directory)
+    return directory
+
+
+@pytest.fixture
+def config(text, teacher, tmp_path):
+    def make(out="cache", **changes):
+        settings = {
+            "teacher": str(teacher),
+            "text": (text,),
+            "out": tmp_path / out,
+            "seq_len": SEQ_LEN,
+            "num_sequences": 22,
+            "rounds": 20,
+            "batch_size": 4,
+            "sequences_per_shard": 10,
+            "seed": 5,
+            "packing_seed": 6,
+        }
+        return CacheConfig(**settings | changes)
+
+    return make
+
+
+def shard_bytes(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.skl"))}
+
+
+def test_cache_holds_what_the_teacher_says(config, teacher, tokenizer):
+    """Each sequence is the packed one, each record the draw from the teacher's logits there, and the cache is sound."""
+    summary = cache_teacher(config())
+    assert [] == skl.verify(config().out)
+    cache = skl.open(config().out)
+    assert 22 == len(cache)
+    assert (22, 22, 22 * SEQ_LEN) == (summary.sequences, summary.sequences_made, summary.positions)
+    assert cache.fingerprint == summary.fingerprint
+    assert ["shard-00000.skl", "shard-00001.skl", "shard-00002.skl"] == sorted(shard_bytes(config().out))
+    assert [] == list(config().out.glob("*.partial"))
+    packed = PackedSequences(config().out / "tokens", seq_len=SEQ_LEN, separator_id=0, seed=6, count=22)
+    model = models.load_model(teacher)
+    unique = 0
+    for i in range(22):
+        assert packed[i].tolist() == cache[i].tokens.tolist()
+        cache.check_alignment(i, packed[i])
+        # The grid of batches: shards begin at 0, 10, 20; batches at 0, 4, 8 within them.
+        first = i // 10 * 10 + i % 10 // 4 * 4
+        last = min(first + 4, i // 10 * 10 + 10, 22)
+        ids = torch.from_numpy(np.stack([packed[j][:-1].astype(np.int64) for j in range(first, last)]))
+        with torch.inference_mode():
+            hidden = models.hidden_states(model, ids)[i - first]
+            logits = hidden @ models.lm_head_weight(model).T
+        assert draw(logits, rounds=20, seed=5, sequence=i) == cache[i].targets
+        unique += cache[i].targets.num_records
+    assert unique / (22 * SEQ_LEN) == summary.unique_tokens
+    assert 2 < summary.unique_tokens < 20
+
+
+def test_header_says_how_the_cache_was_made(config, teacher, tokenizer):
+    """Teacher, tokenizer, corpus, packing, draws and versions stand in the header."""
+    cache_teacher(config())
+    header = skl.open(config().out).header
+    assert (280, SEQ_LEN, "counts", 20, "multinomial") == (
+        header.vocab_size,
+        header.seq_len,
+        header.kind,
+        header.rounds,
+        header.sampler,
+    )
+    assert (5, 6) == (header.sampling_seed, header.packing_seed)
+    assert tokenizer_fingerprint(tokenizer) == header.tokenizer_fingerprint
+    assert models.model_fingerprint(models.load_model(teacher)) == header.teacher_fingerprint
+    assert TokenStore(config().out / "tokens").facts.corpus_fingerprint == header.corpus_fingerprint
+    assert {"name": "teacher", "dtype": "float32"} == header.capture["teacher"]
+    assert 0 == header.capture["packing"]["separator_id"]
+    assert torch.__version__ == header.capture["versions"]["torch"]
+
+
+def test_second_run_does_nothing(config, monkeypatch):
+    """The same command again finds all there: the teacher does not run, no byte changes."""
+    first = cache_teacher(config())
+    before = shard_bytes(config().out)
+    monkeypatch.setattr(models, "hidden_states", None)
+    monkeypatch.setattr(models, "has_linear_head", lambda model: True)
+    second = cache_teacher(config())
+    assert (0, 0.0, first.fingerprint) == (second.sequences_made, second.positions_per_second, second.fingerprint)
+    assert before == shard_bytes(config().out)
+    assert "all there already" in str(second)
+
+
+@pytest.mark.parametrize("stop_at", [0, 6, 10, 17])
+def test_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, capsys, stop_at):
+    """Ctrl-C loses nothing that was kept; the same command again ends with the bytes of an undisturbed run."""
+    batches = []
+    hidden_states, drawn = models.hidden_states, caching._drawn
+
+    def recorded(model, ids):
+        batches.append(ids.tolist())
+        return hidden_states(model, ids)
+
+    monkeypatch.setattr(models, "hidden_states", recorded)
+    cache_teacher(config("whole"))
+    whole = [*batches]
+
+    def stopping(settings, teacher, output, sequence):
+        if sequence == stop_at:
+            raise KeyboardInterrupt
+        return drawn(settings, teacher, output, sequence)
+
+    monkeypatch.setattr(caching, "_drawn", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        cache_teacher(config("stopped"))
+    assert f"stopped: {stop_at} of 22 sequences" in capsys.readouterr().err
+    monkeypatch.setattr(caching, "_drawn", drawn)
+    batches.clear()
+    summary = cache_teacher(config("stopped"))
+    assert 22 - stop_at == summary.sequences_made
+    assert shard_bytes(config("whole").out) == shard_bytes(config("stopped").out)
+    # Larger teachers give other last bits in batches of another shape; so every batch must be one of the whole run's.
+    assert [] == [batch for batch in batches if batch not in whole]
+
+
+KILLED = """
+import os, pathlib, pickle, signal, sys
+import torch
+from sklformat.distill import caching
+torch.set_num_threads(1)
+drawn = caching._drawn
+def killing(settings, teacher, output, sequence):
+    if sequence == 17:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return drawn(settings, teacher, output, sequence)
+caching._drawn = killing
+caching.cache_teacher(pickle.load(sys.stdin.buffer))
+"""
+
+
+def test_killed_run_goes_on_to_the_same_bytes(config):
+    """After kill -9 of the teacher's process the same command ends with the bytes of an undisturbed run."""
+    cache_teacher(config("whole"))
+    killed = subprocess.run([sys.executable, "-c", KILLED], input=pickle.dumps(config("killed")), check=False)
+    assert -signal.SIGKILL == killed.returncode
+    summary = cache_teacher(config("killed"))
+    assert 5 <= summary.sequences_made <= 12  # the first shard is sealed; the writer may have lost none of the second
+    assert shard_bytes(config("whole").out) == shard_bytes(config("killed").out)
+    assert [] == skl.verify(config("killed").out)
+
+
+@pytest.mark.parametrize(
+    ("change", "both"),
+    [
+        ({"rounds": 21}, "20.*21|21.*20"),
+        ({"seed": 7}, "5.*7|7.*5"),
+        ({"packing_seed": 7}, "6.*7|7.*6"),
+        ({"batch_size": 2}, "batch_size"),
+        ({"num_sequences": 21}, "num_sequences"),
+        ({"sequences_per_shard": 11}, "sequences_per_shard"),
+    ],
+)
+def test_cache_of_other_settings_is_refused(config, change, both):
+    """A directory with a cache of other settings is refused with both values, and stays as it is."""
+    cache_teacher(config())
+    before = shard_bytes(config().out)
+    with pytest.raises(skl.SettingsError) as raised:
+        cache_teacher(config(**change))
+    assert re.search(both, str(raised.value))
+    assert before == shard_bytes(config().out)
+
+
+def test_other_text_and_other_tokenizer_are_refused(config, tokenizer, tmp_path):
+    """Other text in the same directory, or a token store of another tokenizer, is refused."""
+    cache_teacher(config())
+    (tmp_path / "other.txt").write_text("other text " * 400)
+    with pytest.raises(skl.SettingsError, match="text"):
+        cache_teacher(config(text=(tmp_path / "other.txt",)))
+    foreign = models.train_tokenizer(["x y z"], 260)
+    write_token_store(
+        tmp_path / "foreign",
+        [Document("d", "x y z " * 999)],
+        lambda texts: models.encode(foreign, texts),
+        vocab_size=260,
+        tokenizer_fingerprint=tokenizer_fingerprint(foreign),
+    )
+    with pytest.raises(skl.SettingsError, match="made by tokenizer"):
+        cache_teacher(config("new", text=(), tokens=tmp_path / "foreign"))
+
+
+def test_token_store_serves_instead_of_text(config, tmp_path):
+    """A store made earlier gives the cache that its text gives."""
+    cache_teacher(config())
+    shutil.copytree(config().out / "tokens", tmp_path / "store")
+    cache_teacher(config("second", text=(), tokens=tmp_path / "store"))
+    assert shard_bytes(config().out) == shard_bytes(config("second").out)
+
+
+def test_padded_head_gives_no_id_beyond_the_tokenizer(config, tokenizer, tmp_path):
+    """A head wider than the tokenizer is cut: padding is no token, whatever its logits."""
+    model = make_teacher(304)
+    with torch.no_grad():
+        model.lm_head.weight[280:] *= 50
+    models.save(model, tokenizer, tmp_path / "padded")
+    cache_teacher(config(teacher=str(tmp_path / "padded")))
+    cache = skl.open(config().out)
+    assert 280 == cache.header.vocab_size
+    assert all(int(sequence.targets.token_ids.max()) < 280 for sequence in cache)
+    assert [] == skl.verify(config().out)
+
+
+def test_head_that_is_no_single_matrix_works(config, tokenizer, tmp_path):
+    """A teacher that scales its logits is captured from its own logits."""
+    settings = {"vocab_size": 280, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": SEQ_LEN}
+    cohere = transformers.CohereConfig(num_hidden_layers=1, num_attention_heads=2, logit_scale=0.25, **settings)
+    torch.manual_seed(0)
+    models.save(transformers.CohereForCausalLM(cohere), tokenizer, tmp_path / "cohere")
+    cache_teacher(config(teacher=str(tmp_path / "cohere"), num_sequences=2))
+    cache = skl.open(config().out)
+    ids = torch.from_numpy(np.stack([cache[i].tokens[:-1].astype(np.int64) for i in range(2)]))
+    with torch.inference_mode():
+        logits = models.logits(models.load_model(tmp_path / "cohere"), ids)
+    assert draw(logits[1], rounds=20, seed=5, sequence=1) == cache[1].targets
+
+
+@pytest.mark.parametrize(
+    ("change", "sampler", "rounds"),
+    [
+        ({"sampler": "topk", "k": 12}, "topk", 0),
+        ({"sampler": "topp", "p": 0.9, "k": 30}, "topp", 0),
+        ({"rounds": 200}, "multinomial", 200),
+        ({"proposal_temperature": 0.8}, "multinomial", 20),
+        ({"sampler": "systematic", "rounds": 16}, "systematic", 16),
+    ],
+)
+def test_every_sampler_makes_a_sound_cache(config, change, sampler, rounds):
+    """Whatever takes the records, the cache verifies and the header says what it was."""
+    summary = cache_teacher(config(num_sequences=5, **change))
+    header = skl.open(config().out).header
+    assert (sampler, rounds) == (header.sampler, header.rounds)
+    assert ("counts" if sampler == "systematic" else "ratios") == header.kind
+    assert [] == skl.verify(config().out)
+    if sampler == "topk":
+        assert 11 < summary.unique_tokens <= 12
+
+
+def test_slices_of_positions_change_nothing(config, monkeypatch):
+    """How many positions are drawn at a time is no setting: records are keyed by position."""
+    cache_teacher(config("whole", num_sequences=4))
+    monkeypatch.setattr(caching, "_LOGITS_PER_DRAW", 280 * 7)
+    cache_teacher(config("sliced", num_sequences=4))
+    whole, sliced = skl.open(config("whole").out), skl.open(config("sliced").out)
+    same = [whole[i].targets == sliced[i].targets for i in range(4)]
+    # A matrix product of another shape may differ in its last bit, which can move a draw.
+    assert sum(same) >= 3
+
+
+def test_logits_that_are_not_finite_are_refused(config, tokenizer, tmp_path):
+    """NaN in a teacher's logits stops the capture with sequence and position; nothing false is kept."""
+    model = make_teacher()
+    with torch.no_grad():
+        model.lm_head.weight[7, 0] = float("nan")
+    models.save(model, tokenizer, tmp_path / "bad")
+    with pytest.raises(ValueError, match="sequence 0, position 0: the logits hold NaN"):
+        cache_teacher(config(teacher=str(tmp_path / "bad")))
+    assert {} == shard_bytes(config().out)
+
+
+def test_bad_input_is_named_before_the_teacher_runs(config, tmp_path):
+    """What cannot work is said at once: no text, short text, too long sequences, contradicting settings."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no text found"):
+        cache_teacher(config(text=(tmp_path / "empty",)))
+    (tmp_path / "short.txt").write_text("x")
+    with pytest.raises(ValueError, match="too short"):
+        cache_teacher(config("short", text=(tmp_path / "short.txt",), num_sequences=None))
+    with pytest.raises(ValueError, match=f"seq_len 25 is beyond the {SEQ_LEN} positions"):
+        cache_teacher(config(seq_len=25))
+    with pytest.raises(OSError, match="nowhere"):
+        cache_teacher(config(teacher=str(tmp_path / "nowhere")))
+    for change, message in (
+        ({"tokens": tmp_path}, "either text or tokens"),
+        ({"text": ()}, "either text or tokens"),
+        ({"rounds": 0}, "rounds must be >= 1"),
+        ({"batch_size": 0}, "batch_size must be >= 1"),
+        ({"sampler": "topk"}, "needs k"),
+        ({"sampler": "topp"}, "needs p"),
+        ({"k": 3}, "belong to topk"),
+        ({"sampler": "topk", "k": 3, "proposal_temperature": 0.5}, "draws nothing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(**change)

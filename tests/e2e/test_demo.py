@@ -1,0 +1,187 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import sklformat as skl
+from sklformat.distill import demo
+from sklformat.distill.demo import DemoConfig, run_demo
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from sklformat.distill.demo import DemoConfig, run_demo
+
+if __name__ == "__main__":
+    try:
+        print(run_demo(DemoConfig(out=Path(sys.argv[1]), text=Path(sys.argv[2]), size="tiny", processes=2)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small only lose by a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Real text: a few modules of the standard library."""
+    root = tmp_path_factory.mktemp("text")
+    library = Path(sysconfig.get_path("stdlib"))
+    for name in ("argparse", "difflib", "inspect", "tarfile", "typing"):
+        (root / f"{name}.py").write_bytes((library / f"{name}.py").read_bytes())
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text):
+    out = tmp_path_factory.mktemp("demo") / "run"
+    return run_demo(config_of(out, text))
+
+
+def config_of(out, text, **changes):
+    return DemoConfig(**({"out": out, "text": text, "size": "tiny", "processes": 1} | changes))
+
+
+def figures(result):
+    return [dataclasses.asdict(row) for row in result.rows]
+
+
+def test_the_whole_way(finished):
+    """From text to the table: both caches sound, four students and the teacher measured, report and plot written."""
+    out = finished.directory
+    assert ["CE", "Top-K 12", "Random sampling", "FullKD", "(teacher)"] == [row.method for row in finished.rows]
+    for name in ("cache-random", "cache-topk"):
+        assert skl.verify(out / name) == []
+        assert len(skl.open(out / name)) == 64
+    topk, random = finished.rows[1:3]
+    assert topk.unique_tokens == pytest.approx(12)
+    assert random.unique_tokens == pytest.approx(12, abs=1.5)
+    assert [0.0, 100.0] == pytest.approx([finished.rows[0].percent_ce_to_full, finished.rows[3].percent_ce_to_full])
+    assert finished.text == (out / "REPORT.md").read_text()
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    stored = json.loads((out / "result.json").read_text())
+    assert figures(finished) == stored["rows"]
+    assert len(finished.checks) == 5
+
+
+def test_students_start_from_the_same_weights_and_see_the_same_text(finished):
+    """Only the method differs between the students: their settings are equal but for method, data and teacher."""
+    runs = [
+        json.loads((finished.directory / "students" / name / "run.json").read_text())
+        for name in ("ce", "topk", "random", "full")
+    ]
+    for run in runs:
+        for name in ("method", "cache", "teacher", "tokenizer"):
+            run.pop(name)
+    assert [runs[0]] * 4 == runs
+    random, topk = (skl.open(finished.directory / name) for name in ("cache-random", "cache-topk"))
+    assert all((random[i].tokens == topk[i].tokens).all() for i in range(64))
+
+
+def test_a_run_that_shows_nothing_says_so(finished):
+    """A run too small to show the paper's order states each point that it does not show."""
+    missed = [check for check in finished.checks if not check.passed]
+    assert missed
+    for check in missed:
+        assert f"NOT shown by this run: {check.claim}" in finished.text
+    assert f"does not show {len(missed)} of 5" in finished.text
+
+
+def test_a_finished_demo_does_nothing_again(finished, text):
+    """Run again, a finished demo makes no model and no shard anew and gives the same figures."""
+    parts = [p for pattern in ("*/model/*", "*/*/model/*", "*/*.skl") for p in finished.directory.glob(pattern)]
+    before = {path: path.stat().st_mtime_ns for path in parts}
+    again = run_demo(config_of(finished.directory, text))
+    assert figures(finished) == figures(again)
+    assert before == {path: path.stat().st_mtime_ns for path in parts}
+
+
+@pytest.mark.parametrize("stage", ["teacher", "cache", "student"])
+def test_a_stopped_demo_goes_on(finished, text, tmp_path, monkeypatch, stage):
+    """Stopped in any stage, also in the middle of a model, the demo ends with the figures of an undisturbed one."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    def stop_in_training(config, **_):
+        wanted = "teacher" if stage == "teacher" else "topk"
+        if config.out.name != wanted:
+            return train(config, report=lambda *_: None)
+        return train(dataclasses.replace(config, save_every=7), report=lambda done, *_: stop() if done == 10 else None)
+
+    train = demo.train
+    with monkeypatch.context() as patch:
+        if stage == "cache":
+            patch.setattr("sklformat.capture.Capture.push", stop)
+        else:
+            patch.setattr(demo, "train", stop_in_training)
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(config_of(tmp_path / "run", text))
+    assert figures(finished) == figures(run_demo(config_of(tmp_path / "run", text)))
+
+
+def test_other_settings_are_refused(finished, text):
+    """A directory of another demo is left alone; the message has both values."""
+    with pytest.raises(skl.SettingsError, match="seed was 0, asked for is 3"):
+        run_demo(config_of(finished.directory, text, seed=3))
+
+
+def test_no_text_is_refused(tmp_path):
+    """A directory without text is one clear error."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no text"):
+        run_demo(config_of(tmp_path / "run", tmp_path / "empty"))
+
+
+def test_too_little_text_is_refused(tmp_path):
+    """Text that does not fill the sequences is an error with numbers."""
+    (tmp_path / "short.txt").write_text("too short to learn from\n" * 60)
+    with pytest.raises(ValueError, match=r"\d+"):
+        run_demo(config_of(tmp_path / "run", tmp_path / "short.txt"))
+
+
+def test_ctrl_c_is_clean_and_processes_give_the_same_figures(finished, text, tmp_path):
+    """
+    Ctrl-C while processes work ends all of them without a traceback; run again, the demo finishes.
+
+    On several processes it comes to the figures of one.
+    """
+    script = tmp_path / "demo_script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(tmp_path / "run"), str(text)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(skl.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    guard = threading.Timer(120, process.kill)
+    guard.start()
+    lines = []
+    for line in process.stderr:  # ends when the last of the processes has ended
+        lines.append(line)
+        if line.startswith("5/6"):
+            os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() == 130
+    guard.cancel()
+    process.stdout.close()
+    process.stderr.close()
+    assert not any("Traceback" in line for line in lines), "".join(lines)
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert again.returncode == 0, again.stderr
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert figures(finished) == stored["rows"]
+    assert (tmp_path / "run" / "REPORT.md").read_text() in again.stdout

@@ -1,0 +1,44 @@
+"""Checksums and fingerprints are those of SPEC section 6."""
+
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sklformat import checksums
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=300))
+def test_alignment_is_the_same_for_every_type(tokens):
+    """The alignment checksum depends on the values of the tokens alone, not on their type or byte order."""
+    expected = reference.alignment_of(tokens)
+    array = np.array(tokens, np.int64)
+    assert expected == checksums.alignment(tokens)
+    assert expected == checksums.alignment(array) == checksums.alignment(array.astype(">u4"))
+    assert expected == checksums.alignment(np.repeat(array.astype(np.uint64), 2)[::2])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1, 2]], r"1-D array of integers, got shape \(1, 2\)"),
+        ([1.0, 2.0], "float64"),
+        ([True, False], "bool"),
+        ([-1, 2], r"must be in \[0, 2\*\*32\), got values from -1 to 2"),
+        ([1 << 32], r"must be in \[0, 2\*\*32\)"),
+    ],
+)
+def test_wrong_tokens(tokens, message):
+    """Tokens that are no ids are refused instead of wrapped."""
+    with pytest.raises(ValueError, match=message):
+        checksums.alignment(tokens)
+
+
+@given(st.binary(max_size=600), st.integers(0, 2**64 - 1))
+def test_functions_of_xxhash(data, seed):
+    """checksum is XXH3-64 with a seed, fingerprint is XXH3-128 as canonical text, whole or in parts."""
+    assert reference.xxh64(data, seed) == checksums.checksum(data, seed)
+    assert f"{reference.xxh128(data):032x}" == checksums.fingerprint(data)
+    assert checksums.fingerprint(data) == checksums.fingerprint_of([data[:7], b"", data[7:]])
+    assert checksums.checksum(data, seed) == checksums.checksum(memoryview(bytearray(data)), seed)

@@ -1,0 +1,253 @@
+"""The command line, in process: dispatch, messages, exit statuses."""
+
+import builtins
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sklformat as skl
+from sklformat import cli
+
+
+def write_shard(path, number=0, first=0, sequences=3, *, seal=True):
+    """A small shard; returns its path."""
+    header = skl.Header(
+        vocab_size=50, seq_len=4, kind="counts", rounds=3, shard_number=number, first_sequence=first,
+        capture={"teacher": {"name": "t"}},
+    )  # fmt: skip
+    writer = skl.ShardWriter(path, header=header)
+    for sequence in range(first, first + sequences):
+        targets = skl.SparseTargets(token_ids=[1, 7, 9], counts=[1, 2, 3], offsets=[0, 2, 2, 3, 3])
+        writer.append([sequence, 1, 2, 3, 4], targets)
+    writer.seal() if seal else writer.close()
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path):
+    directory = tmp_path / "cache"
+    directory.mkdir()
+    write_shard(directory / "shard-00000.skl")
+    write_shard(directory / "shard-00001.skl", 1, 3)
+    return directory
+
+
+def run(capfd, *words):
+    """Status, stdout, and stderr, which has at most one line."""
+    status = cli.main([str(word) for word in words])
+    out, err = capfd.readouterr()
+    assert err.count("\n") <= 1, err
+    assert "Traceback" not in err
+    return status, out, err
+
+
+def test_help_names_every_verb(capfd):
+    """--help, --version and a missing or wrong verb answer at once."""
+    status, out, _ = run(capfd, "--help")
+    assert 0 == status
+    for verb in ("cache", "train", "eval", "demo", "inspect", "verify", "recover", "convert"):
+        assert f"\n  {verb} " in out
+    assert (0, f"sklformat {skl.__version__}\n", "") == run(capfd, "--version")
+    for words in ((), ("chache",), ("--nosuch",)):
+        status, out, err = run(capfd, *words)
+        assert (2, "") == (status, out)
+        assert "there are cache, train" in err
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify", "recover", "convert"])
+def test_help_of_format_verbs(capfd, monkeypatch, verb):
+    """Help fits 80 columns and explains every flag."""
+    assert_help(capfd, monkeypatch, verb)
+
+
+@pytest.mark.parametrize("verb", ["cache", "train", "eval", "demo"])
+def test_help_of_learning_verbs(capfd, monkeypatch, verb):
+    """Help fits 80 columns and explains every flag of the config beside the verb's function."""
+    pytest.importorskip("torch")
+    flags = assert_help(capfd, monkeypatch, verb)
+    assert "--out" in flags
+
+
+def assert_help(capfd, monkeypatch, verb):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = run(capfd, verb, "--help")
+    assert (0, "") == (status, err)
+    assert all(len(line) <= 80 for line in out.splitlines())
+    blocks = re.split(r"\n│ (?=-|[A-Z]+ )", out)[1:]
+    for block in blocks:
+        words = re.sub(r"\(default:.*?\)|\(required\)", "", " ".join(re.sub("[│─╭╰╮╯]", " ", block).split()))
+        assert len(words.split()) >= 4, f"no help: {words}"
+    assert len(blocks) >= 3
+    return out
+
+
+def test_inspect(capfd, cache):
+    """Inspect says what is there, for people and, the same, for machines."""
+    status, out, _ = run(capfd, "inspect", cache)
+    table = dict(line.split("  ", 1) for line in out.splitlines())
+    assert 0 == status
+    assert "6, from number 0" == table["sequences"].strip()
+    assert "no: sampler multinomial, 3 rounds" == table["biased"].strip()
+    assert "0.75 a position" == table["unique tokens"].strip()
+    status, out, _ = run(capfd, "inspect", cache, "--json")
+    facts = json.loads(out)
+    assert (0, 6, 24, skl.open(cache).fingerprint) == (
+        status, facts["sequences"], facts["positions"], facts["fingerprint"],
+    )  # fmt: skip
+
+
+def test_verify(capfd, cache):
+    """Verify answers 0 for a sound cache and 3 with one line for each damage."""
+    status, out, _ = run(capfd, "verify", cache)
+    assert (0, True) == (status, "sound" in out)
+    path = cache / "shard-00001.skl"
+    data = bytearray(path.read_bytes())
+    data[4096 + 70] ^= 1
+    path.write_bytes(data)
+    status, out, _ = run(capfd, "verify", cache)
+    assert (3, 2) == (status, out.count("\n"))
+    assert out.startswith(f"{path}: sequence 0: byte 4096: ")
+    status, out, _ = run(capfd, "verify", path, "--json")
+    found = json.loads(out)
+    assert (3, False, ["CorruptError"]) == (status, found["sound"], [p["error"] for p in found["problems"]])
+
+
+def test_recover(capfd, cache):
+    """Recover keeps the whole sequences, of a file or of every unfinished shard of a directory."""
+    path = write_shard(cache / "shard-00002.skl", 2, 6, seal=False).with_suffix(".skl.partial")
+    os.truncate(path, path.stat().st_size - 10)
+    status, out, _ = run(capfd, "recover", cache, "--json")
+    size = path.stat().st_size
+    assert (0, [{"path": str(path), "sequences": 2, "bytes_cut": (size - 4096) // 2 - 10}]) == (status, json.loads(out))
+    assert (0, f"{path}: 2 sequences kept, 0 bytes cut; run the command that began it again to go on\n", "") == run(
+        capfd, "recover", path
+    )
+    path.unlink()
+    status, _, err = run(capfd, "recover", cache)
+    assert (1, True) == (status, "nothing to recover" in err)
+    status, _, err = run(capfd, "recover", cache / "shard-00000.skl")
+    assert (1, True) == (status, "is sealed and needs no recovery" in err)
+
+
+def test_convert(capfd, cache, tmp_path):
+    """Convert takes --from and --to and says what the values are."""
+    status, out, _ = run(capfd, "convert", cache, tmp_path / "x", "--to", "jsonl")
+    assert (0, True) == (status, "counts of 3 rounds, sampler multinomial: unbiased" in out)
+    status, out, _ = run(capfd, "convert", tmp_path / "x", tmp_path / "back", "--from", "jsonl", "--json")
+    assert (0, skl.open(cache).fingerprint) == (status, json.loads(out)["fingerprint"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["convert", "a"], "DESTINATION"),
+        (["convert", "a", "b", "--rounds", "many"], "--rounds"),
+        (["convert", "a", "b", "--rounds", "0"], "rounds must be >= 1, got 0; see sklformat convert --help"),
+        (["convert", "a", "b", "--kind", "other"], "'other'"),
+        (["verify", "a", "--nosuch"], "--nosuch"),
+        (["verify"], "PATH"),
+    ],
+)
+def test_wrong_usage(capfd, words, message):
+    """A command line that cannot be is one line that names the flag, and status 2."""
+    status, out, err = run(capfd, *words)
+    assert (2, "") == (status, out)
+    assert message in err
+
+
+def test_missing_extra(capfd, cache, tmp_path, monkeypatch):
+    """A package that is not installed is one line with the command that installs it."""
+    plain = builtins.__import__
+
+    def missing(*names):
+        def load(name, *args, **kwargs):
+            if name.partition(".")[0] in names:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            return plain(name, *args, **kwargs)
+
+        return load
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", missing("pyarrow"))
+        status, _, err = run(capfd, "convert", cache, tmp_path / "c.parquet")
+        assert (1, True) == (status, "pip install 'sklformat[interop]'" in err)
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", missing("tyro"))
+        status, _, err = run(capfd, "inspect", cache)
+        assert (1, True) == (status, "pip install 'sklformat[cli]'" in err)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (skl.CorruptError("two\nlines", path="p", offset=7), 1, "p: byte 7: two lines"),
+        (OSError(28, "No space left on device", "shard"), 1, "shard: No space left on device"),
+        (ValueError("wrong"), 1, "wrong"),
+        (KeyboardInterrupt(), 130, "stopped; run the same command again to go on"),
+        (KeyboardInterrupt("stopped at 3 of 5"), 130, "stopped at 3 of 5"),
+    ],
+)
+def test_errors_are_one_line(capfd, monkeypatch, error, status, message):
+    """Whatever goes wrong is one line, with the status that says which kind it was."""
+
+    def fail(name, arguments):
+        raise error
+
+    monkeypatch.setitem(cli._VERBS, "train", dataclasses.replace(cli._VERBS["train"], run=fail))
+    assert (status, "", f"sklformat train: {message}\n") == run(capfd, "train")
+
+
+def test_bugs_are_not_hidden(monkeypatch):
+    """An exception that no user can cause stays a traceback."""
+
+    def fail(name, arguments):
+        raise AssertionError
+
+    monkeypatch.setitem(cli._VERBS, "train", dataclasses.replace(cli._VERBS["train"], run=fail))
+    with pytest.raises(AssertionError):
+        cli.main(["train"])
+
+
+def test_results_without_text_are_a_table(capfd):
+    """A result that is plain data prints as name and value; lists and what is not known stay for --json."""
+
+    @dataclasses.dataclass
+    class Result:
+        lm_loss: float
+        model: Path
+        accuracy: None = None
+        bins: tuple = ()
+
+    cli._print_result(Result(1.23456789, Path("m"), bins=[1]), as_json=False)
+    assert "lm loss  1.23457\nmodel    m\n" == capfd.readouterr().out
+    cli._print_result(Result(1.5, Path("m")), as_json=True)
+    assert {"lm_loss": 1.5, "model": "m", "accuracy": None, "bins": []} == json.loads(capfd.readouterr().out)
+
+
+def test_starting_loads_neither_torch_nor_tyro():
+    """--help is quick: it loads no verb's modules."""
+    code = "import sys; from sklformat.cli import main; main(['--help']); print(sorted({'torch', 'tyro', 'tqdm'} & set(sys.modules)))"  # noqa: E501
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "[]" == done.stdout.splitlines()[-1]
+
+
+def test_output_to_nobody(cache):
+    """A reader that leaves early, as head does, ends the command without a traceback."""
+    code = f"from sklformat.cli import main; import sys; sys.exit(main(['inspect', {str(cache)!r}, '--json']))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (1, "") == (done.returncode, done.stderr)
+
+
+def test_numbers_print_short():
+    """A ratio of an empty cache has no number."""
+    assert ("-", "2.50") == (cli._number(None), cli._number(np.float64(2.5)))

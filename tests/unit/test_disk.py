@@ -1,0 +1,79 @@
+"""System calls of a writer: locks, short writes, atomic replacement."""
+
+import os
+
+import pytest
+
+from sklformat import disk
+from sklformat.errors import InUseError
+
+
+def test_create_refuses_what_exists(tmp_path):
+    """create never opens a file that is there."""
+    os.close(disk.Disk().create(tmp_path / "a"))
+    with pytest.raises(FileExistsError):
+        disk.Disk().create(tmp_path / "a")
+
+
+def test_short_writes_go_on(tmp_path, monkeypatch):
+    """A write that the system cuts short goes on where it ended."""
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, memoryview(data)[:3], offset))
+    fd = disk.Disk().create(tmp_path / "a")
+    disk.Disk().write(fd, b"0123456789", 2)
+    os.close(fd)
+    assert (tmp_path / "a").read_bytes() == b"\0\x000123456789"
+
+
+def test_lock_is_exclusive(tmp_path):
+    """A second descriptor of a locked file is refused until the first is closed, and the message names the file."""
+    first = disk.Disk().create(tmp_path / "a")
+    disk.lock_named(first, tmp_path / "a")
+    second = disk.Disk().reopen(tmp_path / "a")
+    with pytest.raises(InUseError, match="a: another process is writing here; wait for it, or choose another place"):
+        disk.lock_named(second, tmp_path / "a")
+    os.close(first)
+    disk.lock_named(second, tmp_path / "a")
+    os.close(second)
+
+
+@pytest.mark.parametrize("successor", [False, True])
+def test_lock_of_a_file_that_was_renamed(tmp_path, successor):
+    """A file that lost its name between opening and locking is not taken, whether the name is free or used again."""
+    fd = disk.Disk().create(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    if successor:
+        (tmp_path / "a").touch()
+    with pytest.raises(InUseError, match="finished it just now; look again"):
+        disk.lock_named(fd, tmp_path / "a")
+    os.close(fd)
+
+
+def test_locked_directory(tmp_path):
+    """A directory is made, held against a second holder, and free again afterwards."""
+    path = tmp_path / "new" / "cache"
+    with (
+        disk.locked_directory(path),
+        pytest.raises(InUseError, match="cache: another process"),
+        disk.locked_directory(path),
+    ):
+        pass
+    with disk.locked_directory(path):
+        assert path.is_dir()
+
+
+def test_write_atomically(tmp_path, monkeypatch):
+    """The file is the old one or the new one; a failure leaves the old one and nothing beside it."""
+    path = tmp_path / "a"
+    disk.write_atomically(path, b"old")
+    disk.write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+
+    def fail(fd):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        disk.write_atomically(path, b"newer")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,122 @@
+"""The door to C: shapes, room, and errors of the codec."""
+
+import numpy as np
+import pytest
+
+from sklformat import native
+from sklformat.errors import CorruptError, TruncatedError
+from sklformat.native import Shape
+
+SHAPE = Shape(
+    kind=1,
+    profile=1,
+    record_count_size=1,
+    token_size=2,
+    num_columns=1,
+    vocab_size=10,
+    rounds=5,
+    num_positions=2,
+    num_records=3,
+)
+OFFSETS = np.array([0, 2, 3])
+IDS = np.array([1, 5, 9], np.uint32)
+COUNTS = np.array([2, 3, 5], np.uint8)
+TOKENS = np.array([1, 2, 3], np.uint32)
+COLUMN = np.array([[7, 8]], np.uint16)
+
+
+def encoded() -> np.ndarray:
+    out = np.zeros(native.payload_size(SHAPE) + 64, np.uint8)
+    assert native.payload_size(SHAPE) == native.encode(SHAPE, OFFSETS, IDS, COUNTS, TOKENS, COLUMN, out)
+    return out
+
+
+def test_sizes_follow_from_the_shape():
+    """2 positions, 3 records of 3 bytes, 3 tokens of 2 and a column of 2 make 21 bytes."""
+    assert native.payload_size(SHAPE) == 2 + 9 + 6 + 4
+
+
+def test_round_trip():
+    """decode gives the arrays that encode took; tokens and columns only where they are wanted."""
+    for got, want in zip(native.decode(SHAPE, encoded()), (OFFSETS, IDS, COUNTS, TOKENS, COLUMN), strict=True):
+        assert want.tolist() == got.tolist()
+        assert want.dtype == got.dtype
+    *_, tokens, columns = native.decode(SHAPE, encoded(), tokens=False, columns=False)
+    assert tokens is None
+    assert columns is None
+
+
+def test_outputs_own_their_memory():
+    """Nothing that decode returns looks into the payload."""
+    payload = encoded()
+    decoded = native.decode(SHAPE, payload)
+    assert not any(np.shares_memory(payload, array) for array in decoded)
+
+
+def test_no_room():
+    """Too little room is our own bug, not the user's."""
+    with pytest.raises(AssertionError, match="SKL_ERR_DST_SMALL"):
+        native.encode(SHAPE, OFFSETS, IDS, COUNTS, TOKENS, COLUMN, np.zeros(20, np.uint8))
+
+
+def test_wrong_arrays_never_reach_c():
+    """An array of another length or type than the shape says is caught before C sees it."""
+    out = np.zeros(200, np.uint8)
+    for wrong in (IDS[:2], IDS.astype(np.int64), np.repeat(IDS, 2)[::2]):
+        with pytest.raises(AssertionError):
+            native.encode(SHAPE, OFFSETS, wrong, COUNTS, TOKENS, COLUMN, out)
+    with pytest.raises(ValueError, match="sizes contradict"):
+        native.encode(SHAPE, OFFSETS, IDS, COUNTS, None, COLUMN, out)
+
+
+def test_short_payload():
+    """A payload without its 64 bytes of padding is truncated; nothing is allocated for a claim it cannot hold."""
+    with pytest.raises(TruncatedError):
+        native.decode(SHAPE, encoded()[:-1])
+    claim = Shape(1, 1, 1, 0, 0, 10, 5, 1 << 22, (1 << 22) * 65535)
+    with pytest.raises(TruncatedError):
+        native.decode(claim, bytes(1000))
+
+
+def test_corrupt_payload():
+    """A fault names position and value."""
+    payload = encoded()
+    payload[5] = 10  # the second record's id
+    with pytest.raises(CorruptError, match="position 0: token id 10 is not below vocab_size"):
+        native.decode(SHAPE, payload)
+
+
+def test_unknown_shape():
+    """A shape without meaning is refused."""
+    with pytest.raises(ValueError, match="SKL_ERR_ARG"):
+        native.payload_size(Shape(3, 1, 1, 0, 0, 10, 5, 1, 1))
+
+
+def test_quantise_orders_and_leaves_out():
+    """Weights come back sorted, equal ones by id; those too small for the code are left out, position by position."""
+    offsets, ids, codes = native.quantise(
+        np.array([0, 4, 4, 5]),
+        np.array([9, 4, 8, 1, 3], np.uint32),
+        np.array([0.25, 0.5, 0.25, 1e-30, 1.0], np.float32),
+        0,
+    )
+    assert offsets.tolist() == [0, 3, 3, 4]
+    assert ids.tolist() == [4, 8, 9, 3]
+    assert codes.tolist() == [32, 32, 0, 0]
+    assert native.expand(offsets, codes, 0).tolist() == [0.5, 0.25, 0.25, 1.0]
+    assert native.expand(offsets, codes, 3).tolist() == [4.0, 2.0, 2.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("ids", "weights", "message"),
+    [
+        ([1, 2], [0.5, 0.0], r"position 0: weight number 1 is not in \(0, scale\]"),
+        ([1, 2], [0.5, float("nan")], "weight number 1"),
+        ([1, 2], [1.5, 0.5], "weight number 0"),
+        ([2, 2], [0.5, 0.5], "token id 2 comes twice"),
+    ],
+)
+def test_quantise_refuses(ids, weights, message):
+    """A weight out of range or an id that comes twice is refused, with its place."""
+    with pytest.raises(ValueError, match=message):
+        native.quantise(np.array([0, 2]), np.array(ids, np.uint32), np.array(weights, np.float32), 0)
