@@ -78,7 +78,7 @@ def test_weights_and_columns_arrive(tmp_path):
     names = ("label_logprob", "entropy")
     header = skl.Header(vocab_size=1000, seq_len=3, kind="ratios", rounds=0, sampler="topk", columns=names)
     targets = skl.SparseTargets(token_ids=[5, 7, 1], weights=[0.5, 0.25, 1.0], offsets=[0, 2, 2, 3])
-    columns = {"entropy": [0.5, 1.5, 2.5], "label_logprob": np.array([-1.0, -2.0, -3.0], np.float32)}
+    columns = {"entropy": [0.5, 0.0, 2.5], "label_logprob": np.array([-1.0, 0.0, -3.0], np.float32)}
     with Capture(tmp_path / "c", header=header, num_sequences=1, sequences_per_shard=1) as capture:
         capture.push(0, [1, 2, 3, 4], targets, columns)
     sequence = skl.open(tmp_path / "c")[0]
