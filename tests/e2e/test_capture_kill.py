@@ -1,9 +1,12 @@
 """kill -9 of teacher or writer process, anywhere: sealed shards are whole, the next run completes the same cache."""
 
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,3 +143,31 @@ def test_a_new_teacher_waits_for_the_old_writer(tmp_path, undisturbed, monkeypat
     monkeypatch.undo()
     assert 6 == check_and_finish(tmp_path / "cache", undisturbed)
     process.stdout.close()
+
+
+@pytest.mark.soak
+def test_killed_at_any_moment(tmp_path, undisturbed):
+    """200 kills of teacher or writer at random moments: every cache ends as the undisturbed one, and nothing is left."""
+    rng = random.Random(0)
+    kills = number = 0
+    while kills < 200:
+        directory = tmp_path / str(number)
+        number += 1
+        while len(shard_bytes(directory)) < len(undisturbed):
+            process = subprocess.Popen(
+                [sys.executable, str(_DATA), str(directory), "nobody", "-1"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=os.environ | {"PYTHONPATH": str(_DATA.parents[1])},
+            )
+            writer = int(process.stdout.readline())
+            time.sleep(rng.random() * 0.5)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rng.choice([process.pid, writer]), signal.SIGKILL)
+                kills += 1
+            process.communicate()
+            wait_for(lambda writer=writer: not alive(writer))
+            for name, content in shard_bytes(directory).items():
+                assert undisturbed[name] == content
+        assert NUM_SEQUENCES == check_and_finish(directory, undisturbed)
