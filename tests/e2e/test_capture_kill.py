@@ -147,7 +147,7 @@ def test_a_new_teacher_waits_for_the_old_writer(tmp_path, undisturbed, monkeypat
 
 @pytest.mark.soak
 def test_killed_at_any_moment(tmp_path, undisturbed):
-    """200 kills of teacher or writer at random moments: every cache ends as the undisturbed one, and nothing is left."""
+    """200 kills of teacher or writer at random moments: every cache ends as the undisturbed one."""
     rng = random.Random(0)
     kills = number = 0
     while kills < 200:
