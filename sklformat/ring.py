@@ -65,7 +65,9 @@ class Ring:
         self._payload: memoryview | None = None
         self._last_look = 0.0
         self._closed = False
-        self._map = mmap.mmap(memory_fd, os.fstat(memory_fd).st_size)
+        # Populated: the first touch of a page costs more than the copy into it, and the teacher would pay.
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+        self._map = mmap.mmap(memory_fd, os.fstat(memory_fd).st_size, flags=flags)
         self._bytes = memoryview(self._map)
         self._memory: Any = native.ring_memory(self._map)
         self._poll = select.poll()
@@ -79,8 +81,8 @@ class Ring:
         Make a ring and be its producer.
 
         Args:
-            size_bytes: Room for frames, rounded up to a power of two, at least 4096; a frame takes its payload
-                rounded up to 64 bytes, and 64 more.
+            size_bytes: Room for frames, rounded up to a power of two, at least 4096, taken from memory at once; a frame
+                takes its payload rounded up to 64 bytes, and 64 more.
 
         Raises:
             UnsupportedError: Not a 64-bit Linux.
