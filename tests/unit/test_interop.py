@@ -377,9 +377,9 @@ def test_stopped_export_leaves_nothing(tmp_path):
 def test_parquet_row_groups(tmp_path, monkeypatch):
     """A long cache goes out in several row groups and comes back whole."""
     pq = pytest.importorskip("pyarrow.parquet")
-    from sklformat.interop import columns_writer
+    from sklformat.interop import parquet
 
-    monkeypatch.setattr(columns_writer, "_GROUP_RECORDS", 100)
+    monkeypatch.setattr(parquet, "_GROUP_RECORDS", 100)
     cache = write_cache(tmp_path / "cache", sequences=40, per_shard=16)
     run(cache, tmp_path / "c.parquet")
     assert 10 < pq.ParquetFile(tmp_path / "c.parquet").num_row_groups <= 40
@@ -389,6 +389,7 @@ def test_parquet_row_groups(tmp_path, monkeypatch):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     """The missing extra is named, and no half file stays."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "sklformat.interop.parquet", raising=False)
     cache = write_cache(tmp_path / "cache")
     with pytest.raises(ModuleNotFoundError) as error:
         run(cache, tmp_path / "c.parquet")
