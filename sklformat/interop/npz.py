@@ -87,7 +87,9 @@ class Sink:
         self._types = {name: np.dtype(TYPES[name]) for name in names}
         self._types |= dict.fromkeys(("sequence_offsets", "position_offsets"), np.dtype(np.int64))
         beside = Path(file.name).parent  # where there is room for the file there is room for its columns
-        self._spools: dict[str, Any] = {name: tempfile.TemporaryFile(dir=beside) for name in self._types}
+        self._spools: dict[str, Any] = {}
+        for name in self._types:
+            self._spools[name] = tempfile.TemporaryFile(dir=beside)  # noqa: SIM115  close() does
         self._sizes = dict.fromkeys(self._types, 0)
         self._values = names[2]
         self._add("sequence_offsets", np.zeros(1))
