@@ -206,7 +206,7 @@ def _print_result(result: Any, *, as_json: bool) -> None:
     elif "__str__" in vars(type(result)):
         sys.stdout.write(f"{result}\n")
     else:
-        values = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+        values = {f.name.replace("_", " "): getattr(result, f.name) for f in dataclasses.fields(result)}
         _print_table({n: v for n, v in values.items() if v is not None and not isinstance(v, list | dict)})
 
 
@@ -218,7 +218,7 @@ def _print_table(values: dict[str, Any]) -> None:
     width = max(len(name) for name in values) + 2
     for name, value in values.items():
         text = f"{value:.6g}" if isinstance(value, float) else str(value)
-        sys.stdout.write(f"{name.replace('_', ' '):<{width}}{text}\n")
+        sys.stdout.write(f"{name:<{width}}{text}\n")
 
 
 @contextlib.contextmanager
@@ -314,7 +314,7 @@ def _run_verify(name: str, arguments: list[str]) -> int:
     else:
         for problem in problems:
             sys.stdout.write(f"{problem}\n")
-        verdict = f"{len(problems)} problems found" if problems else "sound"
+        verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)} found" if problems else "sound"
         sys.stdout.write(f"{config.path}: {verdict}, {checked:,} bytes checked\n")
     return DAMAGED if problems else 0
 

@@ -23,6 +23,7 @@ from sklformat.index import Index, pack_trailer
 from sklformat.records import SparseTargets
 
 PARTIAL_SUFFIX = ".partial"
+_HEADER_BEGIN = layout.HEADER_MAGIC + layout.VERSION_MAJOR.to_bytes(2, "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,10 @@ class ShardWriter:
                         else "its version_minor or compatible_flags; finish it with the sklformat that began it"
                     )
                     raise SettingsError(f"{self.partial}: made with other settings: {differing}") from None
+                # A writer that was killed may have synced neither the blocks found here nor the file's name.
                 self._disk.truncate(self._fd, self._end)
                 self._disk.sync(self._fd)
+                self._disk.sync_directory(self.partial.parent)
                 return
             self._disk.truncate(self._fd, 0)
         else:
@@ -247,7 +250,8 @@ def recover(path: Path | str) -> Recovered:
         cut = os.fstat(fd).st_size - end
         if cut:
             disk.truncate(fd, end)
-            disk.sync(fd)
+        disk.sync(fd)  # what is reported as kept stays, whether its writer came to sync it or not
+        disk.sync_directory(partial.parent)
     finally:
         os.close(fd)
     return Recovered(partial, len(index), cut)
@@ -277,9 +281,9 @@ def _scan(fd: int, path: Path) -> tuple[Header | None, Index, int]:
 
 
 def _never_synced(fd: int, size: int) -> bool:
-    """A header that a crash cut short: a prefix of a write, or zeros where data never arrived."""
-    data = os.pread(fd, size, 0)
-    return size < layout.HEADER_SIZE or not any(data)
+    """A header that a crash cut short or tore: begun as ours, or zeros where its first sector never arrived."""
+    begin = os.pread(fd, min(size, len(_HEADER_BEGIN)), 0)
+    return _HEADER_BEGIN.startswith(begin) or not any(begin)
 
 
 def _read_block(fd: int, header: Header, key: int, number: int, offset: int) -> BlockHeader:

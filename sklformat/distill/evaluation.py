@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -19,7 +22,8 @@ from tqdm import tqdm
 from sklformat import order
 from sklformat.disk import write_atomically
 from sklformat.distill import metrics, models
-from sklformat.distill.corpus import PackedSequences, TokenStore
+from sklformat.distill.corpus import PackedSequences, TokenStore, write_token_store
+from sklformat.distill.documents import read_documents
 from sklformat.distill.fingerprints import tokenizer_fingerprint
 from sklformat.errors import SettingsError
 
@@ -31,11 +35,14 @@ class EvalConfig:
     student: str
     """Model to measure, path or name of a transformers model with its tokenizer."""
 
-    tokens: Path
-    """Token store of the held-out text."""
-
     seq_len: int
     """Positions a sequence; take what the student was trained with."""
+
+    text: tuple[Path, ...] = ()
+    """Held-out text: files (UTF-8, or .jsonl with a field "text") and directories of them."""
+
+    tokens: Path | None = None
+    """Token store of the held-out text, instead of the text."""
 
     packing_seed: int = 0
     """Seed of the order in which documents are packed, and of the choice of sequences."""
@@ -71,6 +78,8 @@ class EvalConfig:
         for name, least in (("seq_len", 1), ("num_sequences", 0), ("bins", 1), ("batch_size", 1), ("packing_seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if bool(self.text) == (self.tokens is not None):
+            raise ValueError("give either text or tokens (a token store)")
         if (self.ce_loss is None) != (self.full_loss is None):
             raise ValueError("ce_loss and full_loss belong together: give both or none")
 
@@ -131,20 +140,44 @@ def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
     Source: Anshumann et al. 2025 (arXiv 2503.16870), section 4 and Table 5.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    facts = TokenStore(config.tokens).facts
-    tokenizer = _checked_tokenizer(config, config.student)
+    with _token_store(config) as store:
+        return _evaluate(config, store, device, progress=progress)
+
+
+@contextmanager
+def _token_store(config: EvalConfig) -> Iterator[Path]:
+    """The held-out tokens: those that are there, or the student's own of the text, for as long as they are needed."""
+    if config.tokens is not None:
+        yield config.tokens
+        return
+    tokenizer = models.load_tokenizer(config.student)
+    with tempfile.TemporaryDirectory(prefix="sklformat-eval-") as directory:
+        store = Path(directory) / "tokens"
+        write_token_store(
+            store,
+            read_documents(config.text),
+            lambda texts: models.encode(tokenizer, texts),
+            vocab_size=models.num_ids(tokenizer),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        )
+        yield store
+
+
+def _evaluate(config: EvalConfig, store: Path, device: str, *, progress: bool) -> Evaluation:
+    facts = TokenStore(store).facts
+    tokenizer = _checked_tokenizer(store, config.student)
     student = _load(config, config.student, facts.vocab_size, device)
     teacher = None
     if config.teacher is not None:
-        _checked_tokenizer(config, config.teacher)
+        _checked_tokenizer(store, config.teacher)
         teacher = _load(config, config.teacher, facts.vocab_size, device)
     sequences = PackedSequences(
-        config.tokens, seq_len=config.seq_len, separator_id=models.separator_id(tokenizer), seed=config.packing_seed
+        store, seq_len=config.seq_len, separator_id=models.separator_id(tokenizer), seed=config.packing_seed
     )
     count = config.num_sequences or len(sequences)
     if count > len(sequences):
         raise ValueError(
-            f"{config.tokens} gives {len(sequences)} sequences of {config.seq_len} positions, asked for are {count}; "
+            f"the held-out text gives {len(sequences)} sequences of {config.seq_len} positions, asked for are {count}; "
             "give fewer, or more text"
         )
     # Neighbouring sequences are often of one document: take them from all over the text.
@@ -167,12 +200,12 @@ def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
     return evaluation
 
 
-def _checked_tokenizer(config: EvalConfig, model: str) -> Any:
+def _checked_tokenizer(store: Path, model: str) -> Any:
     tokenizer = models.load_tokenizer(model)
-    made_by, own = TokenStore(config.tokens).facts.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
+    made_by, own = TokenStore(store).facts.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
     if made_by != own:
         raise SettingsError(
-            f"{config.tokens} was made by another tokenizer than that of {model}: fingerprint {made_by}, the model's "
+            f"{store} was made by another tokenizer than that of {model}: fingerprint {made_by}, the model's "
             f"is {own}; make the token store with the model's tokenizer"
         )
     return tokenizer
@@ -182,7 +215,7 @@ def _load(config: EvalConfig, path: str, vocab_size: int, device: str) -> Any:
     model = models.load_model(path, dtype=config.dtype, device=device)
     width = int(model.config.get_text_config().vocab_size)
     if width < vocab_size:
-        raise SettingsError(f"{path} has a vocabulary of {width}, {config.tokens} one of {vocab_size}")
+        raise SettingsError(f"{path} has a vocabulary of {width}, the held-out text one of {vocab_size}")
     return model
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,9 @@ class Run:
             return None
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, ValueError, KeyError, EOFError, TypeError) as error:
-            raise CorruptError(f"no readable checkpoint ({error}); delete it to start again", path=path) from error
+        except (RuntimeError, ValueError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise CorruptError(f"no readable checkpoint ({reason}); delete it to start again", path=path) from error
         return state
 
     def start_log(self, step: int) -> None:

@@ -1,8 +1,9 @@
 """
 Caches to and from other people's files: ``convert``.
 
-``columns`` and ``columns_writer`` know the files, ``plain`` judges their values, ``sources`` makes one stream of
-sequences of them, ``conversion`` puts it all together.  Needs numpy; Parquet needs pyarrow.
+``columns`` says how plain columns look, ``npz``, ``parquet`` and ``jsonl`` know one kind of file each and ``files`` all
+of them; ``plain`` judges values, ``sources`` makes one stream of sequences of a cache or a file, ``transforms`` turns
+one kind of records into another, ``conversion`` puts it together.  Needs numpy; Parquet needs pyarrow.
 """
 
 from sklformat.interop.conversion import ConvertConfig, Converted, convert

@@ -20,8 +20,8 @@ from sklformat.capture_plan import shard_header, shard_path, survey
 from sklformat.disk import Disk, locked_directory, write_atomically
 from sklformat.errors import CorruptError, SettingsError
 from sklformat.header import Header
-from sklformat.interop.columns import SUFFIXES, Row
-from sklformat.interop.columns_writer import ColumnsWriter
+from sklformat.interop.columns import Row
+from sklformat.interop.files import SUFFIXES, ColumnsWriter
 from sklformat.interop.sources import CacheSource, ColumnsSource, Progress, Source, check_agrees, make_note
 from sklformat.interop.transforms import RatioLoss, quantised, target_header, to_counts, to_ratios
 from sklformat.manifest import MANIFEST_NAME, write_manifest

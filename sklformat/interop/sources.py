@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from sklformat import layout
 from sklformat.errors import CorruptError
 from sklformat.header import Header
-from sklformat.interop.columns import in_row, read_contents, read_rows
+from sklformat.interop.columns import in_row
+from sklformat.interop.files import read_contents, read_rows
 from sklformat.interop.plain import Item, check_row, position_sums
 from sklformat.reader import Cache
 

@@ -158,7 +158,7 @@ def roundtrip_inputs():
     yield "tiny", made(0, 0, [(1, 1e-40), (2, 2.0**-149), (3, 2.0**-32), (4, 0.5)], [(i, 2.0**-i) for i in range(40)])
     yield "equal", made(0, 0, [(40 - i, 0.025) for i in range(40)])
     yield "steep", made(0, 0, [(i, 1e-4**i) for i in range(1, 9)], [(i, 4.7e-10) for i in range(9)])
-    yield "long", made(0, 0, [(i * 37 % 251, 0.9 * 0.93**i) for i in range(250)])
+    yield "long", made(16, 0, [(i * 37 % 251, 0.9 * 0.93**i) for i in range(250)])
     yield "twice", made(0, 0, [(1, 0.5), (1, 0.25)])
     yield "zero", made(0, 0, [(1, 0.0)])
     yield "large", made(0, 0, [(1, 1.5)])
@@ -167,8 +167,8 @@ def roundtrip_inputs():
     yield "offsets", made(4, 0, usual, usual)
     yield "offsets-start", made(4, 0, usual)
     yield "scratch", made(8, 0, usual)
-    yield "any-weights", made(1, 3, [(i * 977, 3e5 * i) for i in range(60)])
-    yield "spread-weights", made(3, 3, [(i * 977, 3e5 * i) for i in range(60)])
+    yield "any-weights", made(17, 3, [(i * 977, 3e5 * i) for i in range(60)])
+    yield "spread-weights", made(19, 3, [(i * 977, 3e5 * i) for i in range(60)])
 
 
 def merge_inputs():

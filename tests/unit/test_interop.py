@@ -10,6 +10,8 @@ import pytest
 
 import sklformat as skl
 from sklformat.interop import ConvertConfig, convert
+from sklformat.interop.columns import Row
+from sklformat.interop.plain import check_row
 from sklformat.manifest import write_manifest
 from sklformat.reader import scan_directory
 
@@ -101,9 +103,14 @@ def test_there_and_back_gives_the_same_bytes(tmp_path, name, settings):
 def test_logprobs_of_any_float32_weight_come_back_exactly():
     """exp(log(w)) in float64 rounds to w for every float32 weight, so that ratio codes survive logprobs."""
     rng = np.random.default_rng(0)
-    bits = rng.integers(1, np.float32(1).view(np.uint32) + 1, 1 << 20).astype(np.uint32)
+    bits = rng.integers(1, int(np.float32(1).view(np.uint32)) + 1, 1 << 18).astype(np.uint32)
     weights = bits.view(np.float32)
-    assert np.array_equal(weights, np.exp(np.log(weights.astype(np.float64))).astype(np.float32))
+    row = Row(
+        np.array([0, 1]), np.arange(weights.size), np.log(weights.astype(np.float64)), np.array([0, weights.size])
+    )
+    header = skl.Header(vocab_size=1 << 18, seq_len=1, kind="ratios", rounds=0)
+    found = check_row(row, header, "logprobs", drop_last_row=False, trusted=True).targets.weights
+    assert np.array_equal(weights, found)
 
 
 def test_files_are_plain(tmp_path):
@@ -190,6 +197,12 @@ def test_ratios_that_are_no_counts_are_refused(tmp_path):
     write_cache(tmp_path / "many", kind="ratios", sampler="multinomial", rounds=500)
     with pytest.raises(ValueError, match=r"1..127 rounds.*500"):
         run(tmp_path / "many", tmp_path / "counts", kind="counts")
+    header = skl.Header(vocab_size=9, seq_len=1, kind="ratios", rounds=10)
+    (tmp_path / "near").mkdir()
+    with skl.ShardWriter(tmp_path / "near" / "shard-00000.skl", header=header) as writer:
+        writer.append([1, 2], skl.SparseTargets(token_ids=[1, 2, 3], weights=[0.52, 0.3, 0.18], offsets=[0, 3]))
+    with pytest.raises(ValueError, match="the nearest counts of 10 rounds do not give back the stored ratios"):
+        run(tmp_path / "near", tmp_path / "counts", kind="counts")
     assert not (tmp_path / "counts").exists()
 
 
@@ -377,9 +390,9 @@ def test_stopped_export_leaves_nothing(tmp_path):
 def test_parquet_row_groups(tmp_path, monkeypatch):
     """A long cache goes out in several row groups and comes back whole."""
     pq = pytest.importorskip("pyarrow.parquet")
-    from sklformat.interop import columns_writer
+    from sklformat.interop import parquet
 
-    monkeypatch.setattr(columns_writer, "_GROUP_RECORDS", 100)
+    monkeypatch.setattr(parquet, "_GROUP_RECORDS", 100)
     cache = write_cache(tmp_path / "cache", sequences=40, per_shard=16)
     run(cache, tmp_path / "c.parquet")
     assert 10 < pq.ParquetFile(tmp_path / "c.parquet").num_row_groups <= 40
@@ -389,6 +402,7 @@ def test_parquet_row_groups(tmp_path, monkeypatch):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     """The missing extra is named, and no half file stays."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "sklformat.interop.parquet", raising=False)
     cache = write_cache(tmp_path / "cache")
     with pytest.raises(ModuleNotFoundError) as error:
         run(cache, tmp_path / "c.parquet")

@@ -75,6 +75,7 @@ def test_resume_goes_on(path):
         file.write(b"torn tail" * 30)
     with skl.ShardWriter(path, header=HEADER, resume=True) as writer:
         assert len(writer) == 2
+        assert writer.size == partial.stat().st_size  # the tail is cut before anything is written
         append(writer, 2)
     assert small_shard(3) == path.read_bytes()
 

@@ -1,0 +1,89 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from sklformat.distill import models, streams
+from sklformat.distill.corpus import PackedSequences, write_token_store
+from sklformat.distill.documents import Document
+from sklformat.distill.fingerprints import tokenizer_fingerprint
+from sklformat.errors import SettingsError
+from sklformat.order import permute
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("streams")
+    text = "one two three four five six seven eight nine ten " * 30
+    tokenizer = models.train_tokenizer([text], 300)
+    tokenizer.save_pretrained(root / "tokenizer")
+    write_token_store(
+        root / "tokens",
+        [Document("a", text)],
+        lambda texts: models.encode(tokenizer, texts),
+        vocab_size=models.num_ids(tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+    return root
+
+
+def stream_of(place, **changes):
+    values = {"seq_len": 16, "packing_seed": 0, "batch_size": 4, "seed": 5, "rank": 0, "world_size": 1}
+    return streams.open_tokens(place / "tokens", **({"tokenizer": str(place / "tokenizer")} | values | changes))
+
+
+def take(stream, count, *, num_workers=0, state=None):
+    return list(itertools.islice(stream.batches(num_workers, state), count))
+
+
+def test_batches_follow_the_specified_order(place):
+    """Batch b of an epoch holds the sequences that SPEC section 12 puts there; the next epoch has its own order."""
+    stream = stream_of(place)
+    packed = PackedSequences(place / "tokens", seq_len=16, separator_id=0, seed=0)
+    per_epoch = len(stream.dataset)
+    assert len(packed) // 4 == per_epoch
+    batches = take(stream, per_epoch + 1)
+    for epoch, number, batch in ((0, 0, batches[0]), (0, 1, batches[1]), (1, 0, batches[-1])):
+        wanted = permute(range(4 * number, 4 * number + 4), len(packed), seed=5, epoch=epoch)
+        tokens = np.stack([packed[int(i)] for i in wanted])
+        assert np.array_equal(tokens[:, :-1], batch.input_ids)
+        assert np.array_equal(tokens[:, 1:], batch.labels)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_any_state_goes_on_right_after_its_batch(place, num_workers):
+    """From the state of any batch, also an epoch's last, the stream goes on as if it had not stopped."""
+    count = 2 * len(stream_of(place).dataset) + 1
+    whole = take(stream_of(place), count)
+    for stop in (0, len(whole) // 2 - 1, len(whole) // 2):
+        rest = take(stream_of(place), count - stop - 1, state=whole[stop].state, num_workers=num_workers)
+        for left, right in zip(whole[stop + 1 :], rest, strict=True):
+            assert torch.equal(left.input_ids, right.input_ids)
+            assert left.state == right.state
+
+
+def test_ranks_share_the_global_batch(place):
+    """Two processes with half the batch see together what one sees, in the same steps."""
+    alone = take(stream_of(place), 3)
+    shared = [take(stream_of(place, batch_size=2, rank=rank, world_size=2), 3) for rank in (0, 1)]
+    for step in range(3):
+        assert torch.equal(alone[step].input_ids, torch.cat([shared[0][step].input_ids, shared[1][step].input_ids]))
+        assert alone[step].state == shared[1][step].state
+
+
+def test_labels_are_targets():
+    """One record a label, of probability 1; a label of -100 has none."""
+    targets = streams.one_hot(torch.tensor([[7, -100, 3], [-100, 0, 1]]))
+    assert [7, 3, 0, 1] == targets.token_ids.tolist()
+    assert [0, 1, 1, 2, 2, 3, 4] == targets.offsets.tolist()
+    assert [1.0] * 4 == targets.probs.tolist()
+
+
+def test_a_tokenizer_is_needed_and_must_be_the_right_one(place, tmp_path):
+    """Without a tokenizer, or with another one, nothing is streamed."""
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        stream_of(place, tokenizer=None)
+    models.train_tokenizer(["other text entirely " * 20], 280).save_pretrained(tmp_path / "other")
+    with pytest.raises(SettingsError, match="another tokenizer"):
+        stream_of(place, tokenizer=str(tmp_path / "other"))
