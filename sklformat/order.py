@@ -37,12 +37,14 @@ def permute(indices: ArrayLike, n: int, *, seed: int, epoch: int = 0) -> NDArray
         int64 array of the shape of ``indices``; over all of [0, n) each value comes exactly once.
 
     Raises:
-        ValueError: n is out of range, or an index lies outside [0, n).
+        ValueError: n, seed or epoch is out of range, or an index lies outside [0, n).
 
     Source: SPEC section 12.
     """
     if not 1 <= n <= 1 << 62:
         raise ValueError(f"a permutation needs 1..2**62 elements, got {n}")
+    if not (0 <= seed < 1 << 64 and 0 <= epoch < 1 << 64):
+        raise ValueError(f"seed and epoch must be in 0..2**64 - 1, got {seed} and {epoch}")
     start = np.asarray(indices, dtype=np.int64)
     if start.size and (start.min() < 0 or start.max() >= n):
         raise ValueError(f"indices must be in [0, {n}), got values from {start.min()} to {start.max()}")

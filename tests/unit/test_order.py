@@ -52,3 +52,10 @@ def test_out_of_range(indices, n):
     """A size or an index out of range is refused."""
     with pytest.raises(ValueError, match=r"got"):
         permute(indices, n, seed=0)
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(-1, 0), (1 << 64, 0), (0, -1), (0, 1 << 64)])
+def test_seeds_out_of_range(seed, epoch):
+    """A seed or an epoch that is no u64 is refused, with its value."""
+    with pytest.raises(ValueError, match=rf"seed and epoch must be in .*, got {seed} and {epoch}"):
+        permute([0], 5, seed=seed, epoch=epoch)
