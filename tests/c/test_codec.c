@@ -520,6 +520,24 @@ static void test_quantise(void)
     }
 }
 
+/* A weight below half of the smallest step is left out, with all that follow; one at half of it is kept. */
+static void test_left_out(void)
+{
+    const int64_t offsets[2] = {0, 3};
+    const uint32_t ids[3] = {1, 2, 3};
+    for (uint32_t u = 19470; u <= 19471; u++) { /* the smallest step from 2^31 is 38942 */
+        const float weights[3] = {1.0f, (float)u / 2147483648.0f, 1e-9f};
+        uint64_t keys[3];
+        int64_t kept[2];
+        uint32_t out_ids[3];
+        uint8_t codes[3];
+        skl_fault fault;
+        CHECK(skl_quantise(1, offsets, ids, weights, 0, keys, 3, kept, out_ids, codes, &fault) == SKL_OK);
+        CHECK(kept[1] == (u == 19470 ? 1 : 3));
+        CHECK(u == 19470 || codes[1] == 127);
+    }
+}
+
 static void expect_quantise(float weight, uint32_t second_id, uint32_t scale_log2, skl_status status, skl_reason reason)
 {
     const int64_t offsets[2] = {0, 2};
@@ -579,6 +597,7 @@ int main(void)
     test_garbage();
     test_changed_bytes();
     test_quantise();
+    test_left_out();
     test_quantise_faults();
     puts("codec: all tests hold");
     return 0;
