@@ -303,11 +303,15 @@ def _choose_rounds(training: TrainConfig, size: _Size) -> int:
     model_directory = training.out / "model"
     model, tokenizer = models.load_model(model_directory), models.load_tokenizer(model_directory)
     sequences = _packed(training.tokens, tokenizer, size, training.packing_seed)
-    tokens = torch.from_numpy(np.stack([sequences[i][:-1] for i in range(min(16, len(sequences)))]).astype(np.int64))
-    log_missed = torch.log1p(-models.logits(model, tokens).flatten(0, 1).softmax(-1).clamp(max=1 - 1e-7))
-    unique = [float(-torch.expm1(n * log_missed).sum(1).mean()) for n in range(1, _MAX_ROUNDS + 1, 4)]
-    every = np.interp(np.arange(1, _MAX_ROUNDS + 1), np.arange(1, _MAX_ROUNDS + 1, 4), unique)
-    return 1 + int(np.abs(every - _UNIQUE_TOKENS).argmin())
+    rounds = np.arange(1, _MAX_ROUNDS + 1, 4)
+    unique = np.zeros(rounds.size)
+    # From all over the text that is cached: neighbouring sequences are of one document.
+    for index in np.linspace(0, min(size.cached_sequences, len(sequences)) - 1, 32).astype(int):
+        tokens = torch.from_numpy(sequences[int(index)][None, :-1].astype(np.int64))
+        log_missed_PV = torch.log1p(-models.logits(model, tokens)[0].softmax(-1).clamp(max=1 - 1e-7))
+        unique += [float(-torch.expm1(int(n) * log_missed_PV).sum(1).mean()) / 32 for n in rounds]
+    every = np.arange(1, _MAX_ROUNDS + 1)
+    return int(every[np.abs(np.interp(every, rounds, unique) - _UNIQUE_TOKENS).argmin()])
 
 
 def _evaluated(config: EvalConfig) -> Evaluation:
