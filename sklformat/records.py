@@ -47,10 +47,12 @@ class SparseTargets:
     ) -> None:
         if (counts is None) == (weights is None):
             raise ValueError("give exactly one of counts and weights")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which every writer refuses
+            floats = None if weights is None else np.ascontiguousarray(weights, dtype=np.float32)
         values = {
             "token_ids": _cast(token_ids, np.uint32, "token_ids"),
             "counts": None if counts is None else _cast(counts, np.uint8, "counts"),
-            "weights": None if weights is None else np.ascontiguousarray(weights, dtype=np.float32),
+            "weights": floats,
             "offsets": _cast(offsets, np.int64, "offsets"),
         }
         for name, value in values.items():

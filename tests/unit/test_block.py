@@ -93,6 +93,9 @@ def test_counts_for_ratios_are_refused():
     weighted = skl.SparseTargets(token_ids=[0, 3, 19], weights=[0.5, 1.5, 1], offsets=[0, 2, 2, 3])
     with pytest.raises(ValueError, match="position 0: weight number 1 is not in"):
         block.encode_block(header, header.shard_key, 0, tokens, weighted)
+    beyond_float32 = skl.SparseTargets(token_ids=[0, 3, 19], weights=[0.5, 1, 1e300], offsets=[0, 2, 2, 3])
+    with pytest.raises(ValueError, match="position 2: weight number 2 is not in"):
+        block.encode_block(header, header.shard_key, 0, tokens, beyond_float32)
 
 
 def test_too_many_records_for_their_number():
