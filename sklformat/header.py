@@ -279,14 +279,14 @@ def _checked(values: dict[str, Any]) -> Header:
         raise unsupported("incompatible_flags")
     if values["header_size"] != layout.HEADER_SIZE:
         raise unsupported("header_size")
-    if reserved := layout.first_nonzero_reserved(layout.HEADER_FIELDS, values):
-        raise CorruptError(f"{reserved.name} is not zero", section="header", offset=reserved.offset)
     names = {name: {number: text for text, number in choices.items()} for name, choices in _ENUMS.items()}
     for name, choices in names.items():
         if values[name] not in choices:
             raise unsupported(name)
     if values["columns"] >= 1 << len(layout.COLUMNS):
         raise unsupported("columns")
+    if reserved := layout.first_nonzero_reserved(layout.HEADER_FIELDS, values):
+        raise CorruptError(f"{reserved.name} is not zero", section="header", offset=reserved.offset)
     size = values["capture_size"]
     if size > layout.MAX_CAPTURE_SIZE or any(values["capture"][size:]):
         raise CorruptError(f"capture_size {size} does not fit the capture", section="header", offset=144)

@@ -113,7 +113,7 @@ def read_manifest(path: Path) -> list[Entry]:
         raise corrupt(f"not JSON: {error}") from error
     if not isinstance(body, dict) or body.get("format") != _FORMAT:
         raise UnsupportedError("not a manifest of a sklformat cache", path=path, section="manifest")
-    if body.get("version") != _VERSION:
+    if type(body.get("version")) is not int or body["version"] != _VERSION:
         raise UnsupportedError(
             f"manifest version {body.get('version')}, this library reads {_VERSION}; install a newer sklformat",
             path=path,
@@ -122,12 +122,14 @@ def read_manifest(path: Path) -> list[Entry]:
     stored = body.pop("digest", None)
     if stored != _digest(body):
         raise corrupt(f"digest {stored} stored, {_digest(body)} computed; remove it to open the shards without it")
-    shards = body.get("shards")
+    if set(body) != {"format", "version", "fingerprint", "shards"}:
+        raise corrupt(f"has keys {sorted(body)}, must have digest, fingerprint, format, shards and version")
+    shards = body["shards"]
     if not isinstance(shards, list) or not shards or not all(isinstance(shard, dict) for shard in shards):
         raise corrupt("lists no shards")
     entries = [_entry(shard, path, corrupt) for shard in shards]
     check_contiguous(entries, path)
-    if body.get("fingerprint") != cache_fingerprint(entry.fingerprint for entry in entries):
+    if body["fingerprint"] != cache_fingerprint(entry.fingerprint for entry in entries):
         raise corrupt("fingerprint does not follow from the shards'")
     return entries
 
@@ -144,6 +146,8 @@ def _entry(shard: dict[str, Any], path: Path, corrupt: Any) -> Entry:
     numbers = {key: shard[key] for key in names - {"name", "fingerprint"}}
     if not all(type(value) is int and 0 <= value < 1 << 64 for value in numbers.values()):
         raise corrupt(f"a number of {name} is not in 0..2**64 - 1")
+    if numbers["num_sequences"] >= layout.MAX_SEQUENCES:
+        raise corrupt(f"{name} has {numbers['num_sequences']} sequences, the limit is {layout.MAX_SEQUENCES - 1}")
     return Entry(path=path.parent / name, fingerprint=root, **numbers)
 
 
