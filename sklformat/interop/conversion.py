@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat.capture_plan import shard_header, shard_path, survey
+from sklformat.capture.plan import shard_header, shard_path, survey
 from sklformat.disk import Disk, locked_directory, write_atomically
 from sklformat.errors import CorruptError, SettingsError
 from sklformat.header import Header

@@ -13,14 +13,14 @@ import pytest
 from capture_data import NUM_SEQUENCES, open_capture, push_all, shard_bytes, wait_for, write_undisturbed
 
 import sklformat as skl
-from sklformat import capture
+from sklformat.capture import session
 
 _DATA = Path(__file__).parents[1] / "capture_data.py"
 
 # Put before the standard library's own start in the writer process: end it at the n-th call of a function of os.
 _DIE_AT = """
 import os, signal, sys
-if "capture_writer" in " ".join(sys.orig_argv):
+if "capture.scribe" in " ".join(sys.orig_argv):
     real, left = os.{name}, {calls}
     def dying(*arguments, **named):
         global left
@@ -134,7 +134,7 @@ def test_a_new_teacher_waits_for_the_old_writer(tmp_path, undisturbed, monkeypat
     )
     writer = int(process.stdout.readline())
     process.wait()
-    monkeypatch.setattr(capture, "_TAKEOVER_SECONDS", 0.1)
+    monkeypatch.setattr(session, "_TAKEOVER_SECONDS", 0.1)
     try:
         with pytest.raises(skl.InUseError, match="writer process of an interrupted capture is still writing"):
             open_capture(tmp_path / "cache").__enter__()

@@ -315,6 +315,6 @@ def test_a_writer_that_cannot_start_is_told(tmp_path, monkeypatch):
 
 def test_neither_side_imports_torch():
     """Teacher's handle and writer process stay light: neither imports torch."""
-    code = "import sys, sklformat.capture, sklformat.capture_writer; print('torch' in sys.modules)"
+    code = "import sys, sklformat.capture, sklformat.capture.scribe; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "False\n" == done.stdout

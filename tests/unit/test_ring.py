@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sklformat import native
+from sklformat._native import ffi
 from sklformat.capture import merge_draws
 from sklformat.errors import CorruptError, RingClosedError, RingTimeoutError, UnsupportedError
 from sklformat.ring import Ring
@@ -329,4 +330,4 @@ def test_merge_refuses():
 def test_words_match_the_c_structs():
     """The tuples of native.py name the fields of skl.h in order."""
     for name, fields in (("skl_frame", native.RingFrame._fields), ("skl_ring_words", native.RingWords._fields)):
-        assert fields == tuple(field for field, _ in native.ffi.typeof(name).fields)
+        assert fields == tuple(field for field, _ in ffi.typeof(name).fields)

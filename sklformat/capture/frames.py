@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sklformat import native
-from sklformat.capture_plan import ShardWork
+from sklformat.capture.plan import ShardWork
 from sklformat.checksums import tokens_array
 from sklformat.header import Header, parse_header
 from sklformat.records import SparseTargets

@@ -1,7 +1,7 @@
 """
 The teacher's side of a capture: hand sequences over and go on; a process of its own writes them to disk.
 
-Knows no teacher and no sampler, and imports no torch; ``capture_writer`` is the other side.  For Linux.
+Knows no teacher and no sampler, and imports no torch; ``scribe`` is the other side.  For Linux.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from sklformat.capture_frames import Setup, merge_draws, pack_draws, pack_targets
-from sklformat.capture_plan import ShardWork, survey
+from sklformat.capture.frames import Setup, merge_draws, pack_draws, pack_targets
+from sklformat.capture.plan import ShardWork, survey
 from sklformat.disk import locked_directory
 from sklformat.errors import CaptureError, InUseError, RingClosedError
 from sklformat.header import Header
@@ -34,7 +34,7 @@ __all__ = ["Capture", "ShardWork", "merge_draws"]
 
 _WRITER_LOCK = ".writer.lock"
 _TAKEOVER_SECONDS = 60.0
-_START = "import sys; sys.path[:] = {path!r}; from sklformat.capture_writer import main; sys.exit(main(sys.argv[1:]))"
+_START = "import sys; sys.path[:] = {path!r}; from sklformat.capture.scribe import main; sys.exit(main(sys.argv[1:]))"
 
 
 class Capture:

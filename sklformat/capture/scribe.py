@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 import time
 
-from sklformat.capture_frames import Setup, unpack
-from sklformat.capture_plan import ShardWork, shard_header, shard_path
+from sklformat.capture.frames import Setup, unpack
+from sklformat.capture.plan import ShardWork, shard_header, shard_path
 from sklformat.errors import RingClosedError, RingTimeoutError, SklError
 from sklformat.ring import Frame, Ring
 from sklformat.writer import ShardWriter

@@ -1,0 +1,73 @@
+"""
+The only door to C: arrays in, arrays out, status to exception.
+
+``door`` hands arrays over, ``codec``, ``draws`` and ``rings`` are the functions of skl.h.
+"""
+
+from sklformat.native.codec import (
+    BatchArrays,
+    RowError,
+    Shape,
+    decode,
+    decode_batch,
+    encode,
+    expand,
+    payload_size,
+    quantise,
+)
+from sklformat.native.door import (
+    address_of,
+    check,
+    kernels_name,
+    use_kernels,
+    view,
+)
+from sklformat.native.draws import (
+    draw,
+    merge_draws,
+)
+from sklformat.native.rings import (
+    RING_CONTROL_SIZE,
+    RingFrame,
+    RingWords,
+    ring_close,
+    ring_init,
+    ring_memory,
+    ring_peek,
+    ring_push,
+    ring_release,
+    ring_set_durable,
+    ring_unmap,
+    ring_words,
+)
+
+__all__ = [
+    "RING_CONTROL_SIZE",
+    "BatchArrays",
+    "RingFrame",
+    "RingWords",
+    "RowError",
+    "Shape",
+    "address_of",
+    "check",
+    "decode",
+    "decode_batch",
+    "draw",
+    "encode",
+    "expand",
+    "kernels_name",
+    "merge_draws",
+    "payload_size",
+    "quantise",
+    "ring_close",
+    "ring_init",
+    "ring_memory",
+    "ring_peek",
+    "ring_push",
+    "ring_release",
+    "ring_set_durable",
+    "ring_unmap",
+    "ring_words",
+    "use_kernels",
+    "view",
+]

@@ -1,0 +1,303 @@
+"""Payloads of one sequence or of a batch to arrays and back: codec.c, ratios.c and batch.c."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sklformat.errors import FormatError
+from sklformat.native.door import check, ffi, lib, view
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Where the bytes of one payload lie; the fields are those of ``skl_shape`` in skl.h."""
+
+    kind: int
+    profile: int
+    record_count_size: int
+    token_size: int
+    num_columns: int
+    vocab_size: int
+    rounds: int
+    num_positions: int
+    num_records: int
+
+    def to_c(self) -> Any:
+        """A new ``skl_shape``."""
+        return ffi.new(
+            "skl_shape *",
+            [
+                self.kind,
+                self.profile,
+                self.record_count_size,
+                self.token_size,
+                self.num_columns,
+                self.vocab_size,
+                self.rounds,
+                self.num_positions,
+                self.num_records,
+            ],
+        )
+
+
+def payload_size(shape: Shape) -> int:
+    """
+    Size in bytes of a payload of this shape, without padding.  SPEC 5.1.
+
+    Raises:
+        ValueError: A field of the shape has no meaning, or does not fit the profile.
+    """
+    size = ffi.new("uint64_t *")
+    check(lib.skl_payload_size(shape.to_c(), size))
+    return int(size[0])
+
+
+def encode(
+    shape: Shape,
+    offsets: NDArray[np.int64],
+    token_ids: NDArray[np.uint32],
+    codes: NDArray[np.uint8],
+    tokens: NDArray[np.uint32] | None,
+    columns: NDArray[np.uint16] | None,
+    out: NDArray[np.uint8],
+) -> int:
+    """
+    Write one payload into ``out`` and return its size in bytes.
+
+    Args:
+        shape: Fixes every size below.
+        offsets: [T + 1] int64.
+        token_ids: [nnz] uint32.
+        codes: [nnz] uint8, counts or ratio codes.
+        tokens: [T + 1] uint32, or None where the shape stores none.
+        columns: [num_columns, T] uint16 bits, or None where there are none.
+        out: Room, at least ``payload_size(shape)`` bytes.
+
+    Raises:
+        ValueError: A record that a reader could not trust; the message names position and value.
+    """
+    _expect(shape, offsets, token_ids, codes, tokens, columns)
+    written, fault = ffi.new("size_t *"), ffi.new("skl_fault *")
+    status = lib.skl_encode(
+        shape.to_c(),
+        view("int64_t[]", offsets),
+        view("uint32_t[]", token_ids),
+        view("uint8_t[]", codes),
+        view("uint32_t[]", tokens),
+        view("uint16_t[]", columns),
+        view("uint8_t[]", out, writable=True),
+        out.size,
+        written,
+        fault,
+    )
+    check(status, fault)
+    return int(written[0])
+
+
+def decode(
+    shape: Shape,
+    payload: memoryview | bytes | NDArray[np.uint8],
+    *,
+    tokens: bool = True,
+    columns: bool = True,
+) -> tuple[
+    NDArray[np.int64],
+    NDArray[np.uint32],
+    NDArray[np.uint8],
+    NDArray[np.uint32] | None,
+    NDArray[np.uint16] | None,
+]:
+    """
+    Read and check one payload, given with its zero padding.
+
+    Returns:
+        offsets [T + 1], token_ids [nnz], codes [nnz], tokens [T + 1] or None, columns [num_columns, T] or None.
+
+    Raises:
+        ValueError: The shape has no meaning.
+        TruncatedError: The payload is shorter than the shape says.
+        CorruptError: The bytes contradict SPEC section 4 or 5; the message names position and value.
+    """
+    positions, records = shape.num_positions, shape.num_records
+    # Before anything is allocated: what the shape promises must lie within the bytes at hand.
+    if payload_size(shape) + 64 > len(payload):
+        check(lib.SKL_ERR_TRUNCATED)
+    offsets = np.empty(positions + 1, np.int64)
+    token_ids = np.empty(records, np.uint32)
+    codes = np.empty(records, np.uint8)
+    tokens_out = np.empty(positions + 1, np.uint32) if tokens and shape.token_size else None
+    columns_out = np.empty((shape.num_columns, positions), np.uint16) if columns and shape.num_columns else None
+    fault = ffi.new("skl_fault *")
+    # Released before an error is raised: its traceback would keep the payload's file mapped.
+    with ffi.from_buffer("uint8_t[]", payload) as source:
+        status = lib.skl_decode(
+            shape.to_c(),
+            source,
+            len(source),
+            view("int64_t[]", offsets, writable=True),
+            view("uint32_t[]", token_ids, writable=True),
+            view("uint8_t[]", codes, writable=True),
+            view("uint32_t[]", tokens_out, writable=True),
+            view("uint16_t[]", columns_out, writable=True),
+            fault,
+        )
+    check(status, fault)
+    return offsets, token_ids, codes, tokens_out, columns_out
+
+
+def decode_batch(
+    shape: Shape,
+    scale_log2: int,
+    sources: NDArray[np.uint64],
+    source_lens: NDArray[np.uint64],
+    num_positions: NDArray[np.uint32],
+    num_records: NDArray[np.uint32],
+    tokens: NDArray[np.uint32] | None,
+    row_positions: int,
+    ignored_label: int,
+) -> BatchArrays:
+    """
+    Decode and check the payloads of B sequences straight into the arrays of a training step.
+
+    Args:
+        shape: Of every row; its num_positions and num_records do not count.
+        scale_log2: Kind ratios, 0..30.
+        sources: [B] addresses of the payloads, which the caller keeps alive; 0 for an empty row.
+        source_lens: [B] their bytes, padding included.
+        num_positions: [B], at most row_positions; 0 for an empty row.
+        num_records: [B].
+        tokens: [B, row_positions + 1], used instead of the stored ones, or None.
+        row_positions: T.
+        ignored_label: Label where there is none.
+
+    Raises:
+        RowError: Around the ValueError, TruncatedError or CorruptError of one row.
+    """
+    rows = sources.size
+    total = int(num_records.sum(dtype=np.uint64))
+    out = BatchArrays(
+        np.empty((rows, row_positions), np.int64),
+        np.empty((rows, row_positions), np.int64),
+        np.empty(rows * row_positions + 1, np.int64),
+        np.empty(total, np.uint32),
+        np.empty(total, np.float32),
+    )
+    codes = np.empty(total, np.uint8)
+    arrays: tuple[NDArray[Any], ...] = out
+    views = [view(c, a, writable=True) for c, a in zip(_BATCH_TYPES, arrays, strict=True)]
+    batch = ffi.new("skl_batch *", [rows, row_positions, total, ignored_label, *views])
+    row, fault = ffi.new("uint32_t *"), ffi.new("skl_fault *")
+    pointers = ffi.cast("uint8_t **", view("uint64_t[]", sources))
+    status = lib.skl_decode_batch(
+        shape.to_c(),
+        scale_log2,
+        pointers,
+        view("uint64_t[]", source_lens),
+        view("uint32_t[]", num_positions),
+        view("uint32_t[]", num_records),
+        view("uint32_t[]", tokens),
+        batch,
+        view("uint8_t[]", codes, writable=True),
+        row,
+        fault,
+    )
+    if status != lib.SKL_OK:
+        try:
+            check(status, fault)
+        except (ValueError, FormatError) as error:
+            raise RowError(int(row[0])) from error
+    return out
+
+
+class BatchArrays(NamedTuple):
+    """input_ids, labels int64 [B, T]; offsets int64 [B * T + 1]; token_ids uint32, probs float32 [nnz]."""
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    token_ids: NDArray[np.uint32]
+    probs: NDArray[np.float32]
+
+
+_BATCH_TYPES = ("int64_t[]", "int64_t[]", "int64_t[]", "uint32_t[]", "float[]")
+
+
+class RowError(Exception):
+    """Says which row of a batch its cause is about."""
+
+    def __init__(self, row: int) -> None:
+        self.row = row
+        super().__init__(f"row {row}")
+
+
+def quantise(
+    offsets: NDArray[np.int64], token_ids: NDArray[np.uint32], weights: NDArray[np.float32], scale_log2: int
+) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint8]]:
+    """
+    Turn weights into ratio codes in canonical order; weights too small for the code are left out.  SPEC 4.3.
+
+    Args:
+        offsets: [T + 1] int64.
+        token_ids: [nnz] uint32, distinct within a position, in any order.
+        weights: [nnz] float32 in (0, 2**scale_log2].
+        scale_log2: 0..30.
+
+    Returns:
+        offsets [T + 1], token_ids [nnz'], codes [nnz'] with nnz' <= nnz.
+
+    Raises:
+        ValueError: A weight out of range or an id that comes twice; the message names the position.
+    """
+    longest = int(np.diff(offsets).max(initial=0))
+    keys = np.empty(max(longest, 1), np.uint64)
+    out_offsets = np.empty_like(offsets)
+    out_ids, out_codes = np.empty(token_ids.size, np.uint32), np.empty(token_ids.size, np.uint8)
+    fault = ffi.new("skl_fault *")
+    status = lib.skl_quantise(
+        offsets.size - 1,
+        view("int64_t[]", offsets),
+        view("uint32_t[]", token_ids),
+        view("float[]", weights),
+        scale_log2,
+        view("uint64_t[]", keys, writable=True),
+        keys.size,
+        view("int64_t[]", out_offsets, writable=True),
+        view("uint32_t[]", out_ids, writable=True),
+        view("uint8_t[]", out_codes, writable=True),
+        fault,
+    )
+    check(status, fault)
+    kept = int(out_offsets[-1])
+    return out_offsets, out_ids[:kept], out_codes[:kept]
+
+
+def expand(offsets: NDArray[np.int64], codes: NDArray[np.uint8], scale_log2: int) -> NDArray[np.float32]:
+    """Ratio codes [nnz] back to float32 weights [nnz] in (0, 2**scale_log2].  SPEC 4.3."""
+    weights = np.empty(codes.size, np.float32)
+    status = lib.skl_expand(
+        offsets.size - 1,
+        view("int64_t[]", offsets),
+        view("uint8_t[]", codes),
+        scale_log2,
+        view("float[]", weights, writable=True),
+    )
+    check(status)
+    return weights
+
+
+def _expect(shape: Shape, *arrays: NDArray[Any] | None) -> None:
+    """C trusts lengths and types; they are made sure of here."""
+    positions, records = shape.num_positions, shape.num_records
+    expected = (
+        (positions + 1, np.int64),
+        (records, np.uint32),
+        (records, np.uint8),
+        (positions + 1, np.uint32),
+        (shape.num_columns * positions, np.uint16),
+    )
+    for array, (size, dtype) in zip(arrays, expected, strict=True):
+        assert array is None or (array.size == size and array.dtype == dtype and array.flags.c_contiguous)
