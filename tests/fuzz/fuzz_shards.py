@@ -360,7 +360,7 @@ def judge_both(path: Path, size: int, expected, values) -> None:
     if isinstance(expected, REFUSALS):
         if not found:
             raise BrokenLawError(f"verify finds nothing, the reference: {expected!r}")
-        # Of several faults another may come first: of a file too short for its trailer, and of a block and its index row.
+        # Of several faults another may come first: in a file too short for its trailer, in a block and its index row.
         refused = isinstance(read, skl.FormatError)
         alike = refused and (type(read).__name__ == type(expected).__name__ or size < 4160 or read.section == "block")
         if path.is_file() and not alike and str(expected) != "id twice":

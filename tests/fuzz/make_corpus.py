@@ -112,6 +112,16 @@ def batch_inputs():
     for name, data in decode_inputs():
         if not name.startswith("fault") or name in ("fault-token", "fault-sum"):
             yield name, data[:24] + bytes([2]) + data[24:]
+    small = reference.Settings(kind=COUNTS, profile=R32, vocab_size=20, rounds=127, token_size=2)
+    payload = b"\1" + struct.pack("<IHH", 1 | 127 << 24, 1, 2)
+    for name, flags in (
+        ("stored", 3),
+        ("given", 2 + 16),
+        ("given-large", 3 + 16),
+        ("padded", 2 + 32),
+        ("scale", 2 + 8),
+    ):
+        yield "tokens-" + name, shape_bytes(PADDED, small, 1, 1) + bytes([flags]) + payload
     yield "given-tokens", dict(decode_inputs())["1-1-131072-141"][:24] + bytes([2 + 16]) + bytes(200)
     yield "no-tokens", dict(decode_inputs())["1-1-131072-100"][:24] + bytes([2]) + bytes(200)
 
