@@ -19,6 +19,7 @@ from sklformat.manifest import MANIFEST_NAME, Entry, check_contiguous, place_in_
 from sklformat.reader import Cache, Shard, describe
 from sklformat.records import SparseTargets
 
+_RECORDS_A_SORT = 1 << 15
 Progress = Callable[[int, int], None]
 """Called with (bytes checked so far, bytes in all)."""
 
@@ -105,12 +106,16 @@ def check_distinct(targets: SparseTargets) -> None:
     """
     if targets.weights is None or targets.num_records == 0:
         return
-    positions = np.repeat(np.arange(targets.num_positions, dtype=np.uint64), np.diff(targets.offsets))
-    keys = np.sort(positions << np.uint64(32) | targets.token_ids)
-    twice = np.flatnonzero(keys[1:] == keys[:-1])
-    if twice.size:
-        key = int(keys[twice[0]])
-        raise CorruptError(f"position {key >> 32}: token id {key & 0xFFFFFFFF} comes twice")
+    offsets = targets.offsets
+    # Some positions at a time: the sort's memory is bounded, and stays in the cache.
+    starts = np.unique(np.searchsorted(offsets, np.arange(0, targets.num_records, _RECORDS_A_SORT), side="right") - 1)
+    for begin, end in zip(starts, [*starts[1:], targets.num_positions], strict=True):
+        positions = np.repeat(np.arange(begin, end, dtype=np.uint64), np.diff(offsets[begin : end + 1]))
+        keys = np.sort(positions << np.uint64(32) | targets.token_ids[offsets[begin] : offsets[end]])
+        twice = np.flatnonzero(keys[1:] == keys[:-1])
+        if twice.size:
+            key = int(keys[twice[0]])
+            raise CorruptError(f"position {key >> 32}: token id {key & 0xFFFFFFFF} comes twice")
 
 
 def _check_together(root: Path, sound: list[tuple[Entry, str]]) -> list[Problem]:
