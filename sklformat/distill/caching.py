@@ -8,7 +8,6 @@ Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ _LOGITS_PER_DRAW = 1 << 24  # at most so many logits are there at once: 64 MiB o
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Settings of ``cache_teacher``; all but ``device`` and ``ring_mib`` decide what the cache holds."""
+    """Run a teacher over text and keep sparse records of its predictions; given again, it goes on where it stopped."""
 
     teacher: str
     """Teacher: a directory saved by transformers' save_pretrained, or a Hugging Face name. Its tokenizer is used."""
@@ -233,11 +232,10 @@ def cache_teacher(config: CacheConfig) -> Cached:
                     made += 1
                     progress.update()
     except KeyboardInterrupt:
-        sys.stderr.write(
+        raise KeyboardInterrupt(
             f"stopped: {len(packed) - missing + made} of {len(packed)} sequences are in {config.out}; "
-            f"run the same command again to go on\n"
-        )
-        raise
+            "run the same command again to go on"
+        ) from None
     waited = capture.wait_seconds
     seconds = time.perf_counter() - start
     facts = inspect(config.out)

@@ -179,12 +179,8 @@ def run_demo(config: DemoConfig) -> DemoResult:
             eval_count = _prepare_text(config, size)
         teacher = _teacher_configs(config, size, eval_count)
         with _stage("2/6 teacher: training on the text"):
-            # One job at a time here, so its products may use the cores that stand idle.
-            [(teacher_eval, rounds)] = run_jobs(
-                [Job(_train_teacher, (*teacher, size))],
-                processes=min(workers, 2),
-                threads=max(1, min(workers, processes.idle_cores())),
-            )
+            # One thread here as everywhere, so that the figures depend on the seed and not on how busy the machine is.
+            [(teacher_eval, rounds)] = run_jobs([Job(_train_teacher, (*teacher, size))], processes=workers, threads=1)
         caches = _cache_configs(config, size, rounds)
         with _stage(f"3/6 caches: random sampling in {rounds} rounds, Top-K {_TOPK}"):
             run_jobs([Job(cache_teacher, (cache,)) for cache in caches], processes=workers, threads=1)

@@ -120,6 +120,22 @@ class Evaluation:
     acceptance_rate: float | None
     percent_ce_to_full: float | None
 
+    def __str__(self) -> str:
+        lines = [
+            f"LM loss: {self.lm_loss:.4f} nats a token, on {self.num_tokens:,} tokens in {self.num_sequences} sequences",
+            (
+                f"calibration error (ECE): {self.calibration_error:.2%}; mean confidence less accuracy "
+                f"({self.accuracy:.2%}): {100 * self.confidence_gap:+.2f} points"
+            ),
+        ]
+        if self.top1_agreement is not None:
+            lines.append(f"top-1 agreement with the teacher: {self.top1_agreement:.2%}")
+        if self.acceptance_rate is not None:
+            lines.append(f"sum of min(student, teacher): {self.acceptance_rate:.2%}")
+        if self.percent_ce_to_full is not None:
+            lines.append(f"share of the gap between CE and FullKD that is closed: {self.percent_ce_to_full:.0f} %")
+        return "\n".join(lines)
+
 
 def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
     """

@@ -35,12 +35,6 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def idle_cores() -> int:
-    """Cores that had nothing to do over the last minute, >= 1; a second thread on a busy core slows the first down."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return max(1, round(available_cores() - load))
-
-
 def run_jobs(jobs: Sequence[Job], *, processes: int, threads: int) -> list[Any]:
     """
     Run jobs, at most ``processes`` at a time, each with ``threads`` threads; their progress bars stand side by side.

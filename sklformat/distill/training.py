@@ -165,6 +165,12 @@ class TrainSummary:
     loss: float
     seconds: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.model}: {self.parameters:,} parameters, {self.method}, {self.steps} steps over {self.sequences:,} "
+            f"sequences in {self.seconds:.0f} s; training loss {self.loss:.4f} nats a position at the end"
+        )
+
 
 def train(config: TrainConfig, *, report: runs.Report | None = None) -> TrainSummary:
     """
