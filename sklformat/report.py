@@ -16,8 +16,9 @@ import numpy as np
 
 from sklformat.errors import CorruptError, FormatError, MissingShardError
 from sklformat.manifest import MANIFEST_NAME, Entry, check_contiguous, place_in_cache, read_manifest
-from sklformat.reader import Cache, Shard, describe
+from sklformat.reader import Cache
 from sklformat.records import SparseTargets
+from sklformat.shard import Shard, describe
 
 _RECORDS_A_SORT = 1 << 15
 Progress = Callable[[int, int], None]
@@ -108,7 +109,8 @@ def check_distinct(targets: SparseTargets) -> None:
         return
     offsets = targets.offsets
     # Some positions at a time: the sort's memory is bounded, and stays in the cache.
-    starts = np.unique(np.searchsorted(offsets, np.arange(0, targets.num_records, _RECORDS_A_SORT), side="right") - 1)
+    starts = np.searchsorted(offsets, np.arange(0, targets.num_records, _RECORDS_A_SORT), side="right") - 1
+    starts = starts[np.diff(starts, prepend=-1) > 0]
     for begin, end in zip(starts, [*starts[1:], targets.num_positions], strict=True):
         positions = np.repeat(np.arange(begin, end, dtype=np.uint64), np.diff(offsets[begin : end + 1]))
         keys = np.sort(positions << np.uint64(32) | targets.token_ids[offsets[begin] : offsets[end]])

@@ -192,6 +192,28 @@ def merge_inputs():
     yield "too-many", bytes([0, 128]) + bytes(128)
 
 
+def ring_inputs():
+    """Pushes and pops, around the end of the data too; then words overwritten one at a time."""
+    push, peek, release = struct.pack("<BHBBB", 0, 900, 3, 1, 2), b"\3", b"\6"
+
+    def poke(word, value, in_data=0):
+        return struct.pack("<4BQ", 11, word, in_data, 1, value)
+
+    yield "frames", b"\0" + (push + peek + release) * 12 + b"\x08" + struct.pack("<BQ", 10, 5) + bytes([9, 0]) + peek
+    yield "full", b"\0" + push * 6 + (peek + release) * 6 + bytes([9, 1]) + push + release + b"\x09\2"
+    yield "too-large", b"\0" + struct.pack("<BHBBB", 0, 4095, 255, 1, 2) + struct.pack("<BHBBB", 0, 10, 0, 255, 0)
+    yield "no-ring", b"\3" + push + peek + release + b"\x08\x09\0" + b"\x0a" + bytes(8)
+    yield "odd-size", b"\1" + push + peek
+    yield "small", b"\2" + push + peek
+    for word in range(64):
+        if word < 2 or word % 16 < 6:
+            for value in (64, 1 << 40, 2**64 - 1):
+                yield f"word-{word}-{value}", b"\0" + push * 2 + poke(word, value) + peek + release + push + b"\x08"
+    for word in range(4):
+        for value in (1 << 40, (1 << 32) - 1, 0):
+            yield f"header-{word}-{value}", b"\0" + push * 2 + poke(word, value, 1) + peek + release
+
+
 def main() -> None:
     """Write every input."""
     for target, inputs in (
@@ -200,6 +222,7 @@ def main() -> None:
         ("encode", encode_inputs()),
         ("roundtrip", roundtrip_inputs()),
         ("merge", merge_inputs()),
+        ("ring", ring_inputs()),
     ):
         folder = HERE / "corpus" / target
         folder.mkdir(parents=True, exist_ok=True)
