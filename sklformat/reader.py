@@ -1,14 +1,13 @@
 """
-Read sealed shards, one or a directory of them, through memory maps; every byte is checked before it is believed.
+Read a cache: one sealed shard or a directory of them, as one sequence of sequences.
 
-Nothing that leaves this module looks into a mapping.  SPEC.md sections 11 and 13.
+The shards themselves are read by ``shard``; this module knows which there are.  SPEC.md sections 11 and 13.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-import mmap
 import os
 import threading
 from collections import OrderedDict
@@ -20,168 +19,15 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sklformat import layout
-from sklformat.block import BlockHeader, check_payload, decode_body, locate, parse_block_header
-from sklformat.checksums import alignment, checksum
-from sklformat.errors import AlignmentError, CorruptError, FormatError, MissingShardError, TruncatedError
-from sklformat.header import Header, parse_header
-from sklformat.index import SealedIndex, Trailer, parse_index, parse_trailer
+from sklformat.block import locate
+from sklformat.checksums import alignment
+from sklformat.errors import AlignmentError, CorruptError, FormatError, MissingShardError
+from sklformat.header import Header
 from sklformat.manifest import MANIFEST_NAME, Entry, cache_fingerprint, check_contiguous, place_in_cache, read_manifest
-from sklformat.native import address_of
 from sklformat.records import Sequence
+from sklformat.shard import Shard, describe
 
 MAX_OPEN_SHARDS = 64
-
-
-class Shard:
-    """
-    One sealed shard, mapped read-only; its header, trailer and index are checked on opening, blocks when touched.
-
-    Args:
-        path: The file.
-
-    Raises:
-        FormatError: Its children, as ``parse_header``, ``parse_trailer`` and ``parse_index`` say.
-        OSError: The system's own.
-    """
-
-    header: Header
-    trailer: Trailer
-    index: SealedIndex
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            size = os.fstat(fd).st_size
-            if size == 0:
-                raise TruncatedError("the file is empty", path=self.path)
-            self._map = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
-        finally:
-            os.close(fd)
-        self._view = memoryview(self._map)
-        self._address = address_of(self._view)
-        self._checked = bytearray()
-        try:
-            self._open(size)
-        except FormatError as error:
-            self.close()
-            raise locate(error, path=self.path) from None
-
-    def _open(self, size: int) -> None:
-        first = bytes(self._view[: layout.HEADER_SIZE])
-        self.header = parse_header(first)
-        self.key = self.header.shard_key
-        end = bytes(self._view[max(size - layout.TRAILER_SIZE, 0) :])
-        self.trailer = parse_trailer(end, self.key, size)
-        start = self.trailer.index_offset
-        packed = self._view[start : start + self.trailer.index_size]
-        try:
-            self.index = parse_index(packed, self.trailer, first, self.header, self.key)
-        finally:
-            packed.release()
-        self._checked = bytearray(len(self.index))
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    @property
-    def fingerprint(self) -> str:
-        """The root digest: identity of the shard's whole content.  SPEC section 6.4."""
-        return self.index.root
-
-    def __getitem__(self, number: int) -> Sequence:
-        """
-        Decode sequence ``number`` of this shard.
-
-        Raises:
-            IndexError: There is no such sequence.
-            CorruptError, UnsupportedError: Its block is damaged or of a newer kind.
-        """
-        if not 0 <= number < len(self):
-            raise IndexError(f"{self.path}: sequence {number} of {len(self)}")
-        offset = int(self.index.offset[number])
-        try:
-            block, body = self.block(number)
-            try:
-                return decode_body(self.header, block, body)
-            finally:
-                body.release()
-        except FormatError as error:
-            raise locate(error, path=self.path, section="block", sequence=number, offset=offset) from None
-
-    def block(self, number: int) -> tuple[BlockHeader, memoryview]:
-        """
-        The checked header of a block and a view of its payload with padding, which the caller must release.
-
-        The payload is checksummed when the block is touched for the first time.
-        """
-        index, offset = self.index, int(self.index.offset[number])
-        with self._view[offset : offset + layout.BLOCK_HEADER_SIZE] as head:
-            block = parse_block_header(head, self.header, self.key, number)
-        expected = (
-            int(index.alignment[number]),
-            int(index.block_checksum[number]),
-            int(index.num_positions[number]),
-            int(index.num_records[number]),
-        )
-        if (block.alignment, block.block_checksum, block.num_positions, block.num_records) != expected:
-            raise CorruptError("the block's header contradicts the index")
-        if self._checked[number]:
-            return block, self._view[offset + layout.BLOCK_HEADER_SIZE : offset + block.size]
-        with self._view[offset : offset + block.size] as whole:
-            body = check_payload(whole, block, self.key)
-        self._checked[number] = 1
-        return block, body
-
-    def payload(self, number: int) -> tuple[int, int]:
-        """
-        Address and size in bytes of a checked payload with its padding, for C; valid while the shard is open.
-
-        Header and payload are checked when they are touched for the first time; records and tokens are the decoder's
-        to check.
-
-        Raises:
-            FormatError: As ``shard[number]``.
-        """
-        offset = int(self.index.offset[number])
-        if not self._checked[number]:
-            self._touch(number, offset)
-            self._checked[number] = 1
-        start = offset + layout.BLOCK_HEADER_SIZE
-        return self._address + start, self._block_end(number) - start
-
-    def _touch(self, number: int, offset: int) -> None:
-        """Check header and payload of a block against the index; what is wrong is then named by the full check."""
-        with self._view[offset : self._block_end(number)] as block:
-            head = block[: layout.BLOCK_HEADER_SIZE]
-            stored = int(self.index.block_checksum[number])
-            # The index proves the checksum, the checksum proves the header, and the header its payload.
-            if checksum(head[:-8], self.key) == stored:
-                values = layout.unpack(layout.BLOCK_FIELDS, head)
-                if (
-                    values["block_checksum"] == stored
-                    and values["magic"] == layout.BLOCK_MAGIC
-                    and values["codec"] == layout.CODECS["plain"]
-                    and values["block_number"] == number
-                    and values["num_records"] == self.index.num_records[number]
-                    and values["num_positions"] == self.index.num_positions[number]
-                    and values["alignment"] == self.index.alignment[number]
-                    and checksum(block[layout.BLOCK_HEADER_SIZE :], self.key) == values["payload_checksum"]
-                ):
-                    return
-            head.release()
-        self[number]
-        raise CorruptError("a fault that the full check does not find", path=self.path, sequence=number, offset=offset)
-
-    def _block_end(self, number: int) -> int:
-        following = number + 1
-        return int(self.index.offset[following]) if following < len(self) else self.trailer.index_offset
-
-    def close(self) -> None:
-        """Unmap the file; the shard is unusable afterwards."""
-        self._view.release()
-        self._map.close()
 
 
 class Payloads:
@@ -456,19 +302,6 @@ def scan_directory(path: Path) -> list[Entry]:
 def _entry(path: Path) -> Entry:
     with closing(Shard(path)) as shard:
         return describe(shard)
-
-
-def describe(shard: Shard) -> Entry:
-    """What a manifest says of a shard."""
-    return Entry(
-        path=shard.path,
-        shard_number=shard.header.shard_number,
-        first_sequence=shard.header.first_sequence,
-        num_sequences=len(shard),
-        num_records=shard.trailer.num_records,
-        size_bytes=shard.trailer.index_offset + shard.trailer.index_size + layout.TRAILER_SIZE,
-        fingerprint=shard.fingerprint,
-    )
 
 
 def open_cache(path: Path | str) -> Cache:

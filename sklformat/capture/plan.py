@@ -14,7 +14,7 @@ from pathlib import Path
 from sklformat import layout
 from sklformat.errors import FormatError, SettingsError
 from sklformat.header import Header, parse_header
-from sklformat.reader import Shard
+from sklformat.shard import Shard
 from sklformat.writer import PARTIAL_SUFFIX, recover
 
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.skl(\.partial)?")

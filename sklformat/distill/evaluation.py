@@ -122,7 +122,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         lines = [
-            f"LM loss: {self.lm_loss:.4f} nats a token, on {self.num_tokens:,} tokens in {self.num_sequences} sequences",
+            f"LM loss: {self.lm_loss:.4f} nats a token, on {self.num_sequences} sequences ({self.num_tokens:,} tokens)",
             (
                 f"calibration error (ECE): {self.calibration_error:.2%}; mean confidence less accuracy "
                 f"({self.accuracy:.2%}): {100 * self.confidence_gap:+.2f} points"

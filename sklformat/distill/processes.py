@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
@@ -83,9 +85,15 @@ def _start(job: Job, bar: int, threads: int) -> tuple[Connection, Any]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(theirs, job))
-    # Both are read once, when the new process imports tqdm and torch.
+    # Both variables are read once, when the new process imports tqdm and torch. It is born with SIGINT blocked, so that
+    # a Ctrl-C while it still imports waits for the place that knows what to do with it.
+    resource_tracker.ensure_running()  # otherwise started within, which would unblock the signal
     with _environment(TQDM_POSITION=str(bar), OMP_NUM_THREADS=str(threads)):
-        process.start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     theirs.close()
     return ours, process
 
@@ -94,6 +102,7 @@ def _work(connection: Connection, job: Job) -> None:
     """What runs in the new process: the job, and its result or its error into the pipe."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         message = (True, job.function(*job.arguments))
     except KeyboardInterrupt:
         os._exit(130)
