@@ -173,7 +173,7 @@ def test_ctrl_c_is_clean_and_processes_give_the_same_figures(finished, text, tmp
     lines = []
     for line in process.stderr:  # ends when the last of the processes has ended
         lines.append(line)
-        if line.startswith("5/6"):
+        if line.startswith("3/6"):
             os.killpg(process.pid, signal.SIGINT)
     assert process.wait() == 130
     guard.cancel()

@@ -21,6 +21,24 @@ if __name__ == "__main__":
 """
 
 
+INTERRUPTED = """
+import sys, time
+
+if __name__ == "__mp_main__":  # the new process, on its way to the job
+    sys.stdout.write("importing\\n")
+    sys.stdout.flush()
+    time.sleep(0.5)
+
+from sklformat.distill.processes import Job, run_jobs
+
+if __name__ == "__main__":
+    try:
+        run_jobs([Job(time.sleep, (300,))], processes=2, threads=1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
 def test_results_come_in_the_order_of_the_jobs():
     """Each result stands where its job stood, on one process and on several."""
     jobs = [Job(divmod, (number, 3)) for number in (7, 8)]
@@ -60,3 +78,22 @@ def test_jobs_end_with_a_killed_parent(tmp_path):
     assert process.stdout.read() == b""  # returns when nobody holds the pipe any more
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
+
+
+def test_ctrl_c_during_the_start_of_a_process_is_clean(tmp_path):
+    """Ctrl-C while a new process still imports ends it without a traceback, like everything else."""
+    script = tmp_path / "parent.py"
+    script.write_text(INTERRUPTED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(skl.__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == b"importing\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=200)
+    assert errors == b""
+    assert process.returncode == 130
