@@ -28,7 +28,9 @@ static void operate(input *in, uint8_t *memory, size_t size)
     case 2:
         lengths[0] = (size_t)take(in, 2) % (LARGEST / 2);
         lengths[1] = (size_t)take(in, 1);
-        check_status(skl_ring_push(memory, size, (uint32_t)take(in, 1), 7, parts, lengths, take(in, 1) % 3, 0));
+        value = take(in, 1);
+        check_status(skl_ring_push(memory, size, value == 255 ? UINT32_MAX : (uint32_t)value, 7, parts, lengths,
+                                   take(in, 1) % 3, 0));
         break;
     case 3:
     case 4:
@@ -51,7 +53,7 @@ static void operate(input *in, uint8_t *memory, size_t size)
     default: /* overwrite a word: of the control lines, or of a frame's header */
         place = take(in, 1) % 64 * 8;
         if (take(in, 1) % 2)
-            place = CONTROL + place * 8;
+            place += CONTROL;
         value = take(in, 1) % 2 ? take(in, 8) : take(in, 2) * 64;
         memcpy(memory + place, &value, sizeof value);
     }

@@ -360,9 +360,10 @@ def judge_both(path: Path, size: int, expected, values) -> None:
     if isinstance(expected, REFUSALS):
         if not found:
             raise BrokenLawError(f"verify finds nothing, the reference: {expected!r}")
-        # Of several faults another may come first: in a file too short for its trailer, in a block and its index row.
-        refused = isinstance(read, skl.FormatError)
-        alike = refused and (type(read).__name__ == type(expected).__name__ or size < 4160 or read.section == "block")
+        # Of several faults another may come first: in a file too short for its trailer, in a block and the index.
+        alike = isinstance(read, skl.FormatError) and (
+            type(read).__name__ == type(expected).__name__ or size < 4160 or read.section in ("block", "index")
+        )
         if path.is_file() and not alike and str(expected) != "id twice":
             raise BrokenLawError(f"read {read!r}, the reference {expected!r}")
     else:
