@@ -335,3 +335,17 @@ def test_a_missing_sync_is_noticed(memory, disk):
     """The laws break where the writer does not sync."""
     with pytest.raises((AssertionError, skl.FormatError)):
         judged(memory, thorough=False, disk=disk)
+
+
+@pytest.mark.parametrize("content", [b"hello", b"\x7fELF" + bytes(4092), WHOLE[:8] + b"\2\0" + WHOLE[10:4096]])
+def test_a_foreign_file_is_not_begun_anew(memory, content):
+    """What neither began as a header of ours nor is zero there is an error, and stays as it is."""
+    partial = memory / "shard.skl.partial"
+    partial.write_bytes(content)
+    for call in (
+        lambda: skl.recover(partial),
+        lambda: skl.ShardWriter(memory / "shard.skl", header=HEADER, resume=True),
+    ):
+        with pytest.raises(skl.FormatError):
+            call()
+        assert content == partial.read_bytes()
