@@ -174,6 +174,7 @@ def report(
             "## Each step by hand",
             "",
             "```sh",
+            f"# {directory}/tokenizer, tokens and held-out: the demo made them from the text",
             *lines,
             "```",
             "",
