@@ -340,13 +340,13 @@ class _Training:
 
     def _loss(self, batch: Batch) -> Tensor:
         config = self.config
+        if config.method == "ce":
+            batch = dataclasses.replace(batch, targets=streams.one_hot(batch.labels))
         batch = batch.to(self.device)
         labels_P = batch.labels.flatten()
         targets: Any = batch.targets
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            if config.method == "ce":
-                targets = streams.one_hot(batch.labels.cpu()).to(self.device)
-            elif self.teacher is not None:
+            if self.teacher is not None:
                 with torch.no_grad():
                     hidden_PD = models.hidden_states(self.teacher, batch.input_ids).flatten(0, 1)
                 # A head may be padded beyond the ids that mean something.
