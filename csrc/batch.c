@@ -2,8 +2,6 @@
 #include "kernels.h"
 #include "records.h"
 
-#include <string.h>
-
 static inline __attribute__((always_inline)) uint32_t load(const uint8_t *at, uint32_t size)
 {
     uint32_t token = (uint32_t)at[0] | (uint32_t)at[1] << 8;
@@ -25,7 +23,8 @@ static inline __attribute__((always_inline)) uint64_t split(const uint8_t *src, 
         largest = token > largest ? token : largest;
         input_ids[i] = token;
     }
-    memcpy(labels, input_ids + 1, (n - 2) * sizeof *labels);
+    for (uint64_t i = 1; i < n - 1; i++)
+        labels[i - 1] = input_ids[i];
     labels[n - 2] = last;
     if (largest < vocab_size)
         return n;
