@@ -1,6 +1,7 @@
 # make demo   set up, then run the whole way: teacher, cache, students, table and plot (ARGS="--seed 1" passes flags on)
 # make test   set up, then check style, types and floors, and run the C and Python tests
 # make soak   the long tests
+# make fuzz   random input under sanitizers, FUZZ_SECONDS for each target (60)
 # make bench  the benchmarks; results go to the terminal
 # make clean  remove what was built
 # Torch that is in .venv already is left alone; PYTHON=... names the interpreter for a new .venv.
@@ -9,9 +10,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 ARGS ?=
+FUZZ_SECONDS ?= 60
 BENCHMARKS := $(wildcard benchmarks/*.py)
 
-.PHONY: demo test lint ctest pytest soak bench clean
+.PHONY: demo test lint ctest pytest soak fuzz bench clean
 
 demo: $(READY)
 	$(BIN)/sklformat demo $(ARGS)
@@ -34,13 +36,19 @@ ctest: $(READY)
 	done
 
 pytest: $(READY)
-	$(BIN)/python -m pytest -m "not soak and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not soak and not gpu" -n 2 --dist worksteal $(ARGS)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
+fuzz: ctest
+	for law in $(notdir $(wildcard tests/fuzz/corpus/*)); do \
+	  build/c-address,undefined/fuzz_$$law -seconds=$(FUZZ_SECONDS) tests/fuzz/corpus/$$law || exit 1; \
+	done
+	$(BIN)/python tests/fuzz/fuzz_shards.py --seconds $(FUZZ_SECONDS)
+
 bench: $(READY)
-	for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+	for script in $(filter-out benchmarks/timing.py,$(BENCHMARKS)); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
 
 # pip is brought to a version that knows dependency groups; torch comes first, so that nothing else chooses it.
 $(READY): pyproject.toml $(wildcard csrc/*)
