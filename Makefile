@@ -50,9 +50,14 @@ fuzz: ctest
 bench: $(READY)
 	for script in $(filter-out benchmarks/timing.py,$(BENCHMARKS)); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
 
-# pip is brought to a version that knows dependency groups; torch comes first, so that nothing else chooses it.
+# What a bare Debian lacks comes from apt; pip is brought to a version that knows dependency groups; torch comes first, so that nothing else chooses it.
 $(READY): pyproject.toml $(wildcard csrc/*)
-	@command -v cc >/dev/null || { echo "installing a C compiler"; apt-get update && apt-get install -y gcc libc6-dev; }
+	@need=""; \
+	command -v cc >/dev/null || need="gcc libc6-dev"; \
+	$(PYTHON) -c "import ensurepip" 2>/dev/null || need="$$need python3-venv"; \
+	$(PYTHON) -c "import os, sysconfig as s; os.stat(s.get_path('include') + '/Python.h')" 2>/dev/null \
+	  || need="$$need python3-dev"; \
+	test -z "$$need" || { echo "installing $$need"; apt-get update && apt-get install -y $$need; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
