@@ -6,18 +6,17 @@ The shards themselves are read by ``shard``; this module knows which there are. 
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from sklformat.block import locate
 from sklformat.checksums import alignment
@@ -32,34 +31,33 @@ MAX_OPEN_SHARDS = 64
 
 class Payloads:
     """
-    Where the payloads of some sequences lie; keeps their shards open.
+    Where the payloads of B sequences lie, for ``native.decode_batch``; keeps their shards open.
 
     Attributes:
-        shards: Shard of each row, None for an empty one.
-        numbers: Its number there.
-        rows: For each row: address and size in bytes of the payload, positions, records, alignment checksum.
+        sources: [B] uint64 addresses, 0 for an empty row.
+        sizes: [B] uint64 bytes, padding included.
+        num_positions: [B] uint32, 0 for an empty row.
+        num_records: [B] uint32.
+        alignment: [B] uint64 alignment checksums.
     """
 
-    def __init__(self) -> None:
-        self.shards: list[Shard | None] = []
-        self.numbers: list[int] = []
-        self.rows: list[tuple[int, int, int, int, int]] = []
+    def __init__(self, rows: int) -> None:
+        self.sources, self.sizes = np.zeros(rows, np.uint64), np.zeros(rows, np.uint64)
+        self.num_positions, self.num_records = np.zeros(rows, np.uint32), np.zeros(rows, np.uint32)
+        self.alignment = np.zeros(rows, np.uint64)
+        self._shards: dict[int, tuple[Shard, int]] = {}
 
-    def append(self, shard: Shard | None, number: int) -> None:
-        """Add a row."""
-        self.shards.append(shard)
-        self.numbers.append(number)
-        if shard is None:
-            self.rows.append((0, 0, 0, 0, 0))
-            return
+    def fill(self, rows: NDArray[np.int64], shard: Shard, numbers: NDArray[np.int64]) -> None:
+        """Put sequences of one shard into rows."""
         index = shard.index
-        row = (index.num_positions.item(number), index.num_records.item(number), index.alignment.item(number))
-        self.rows.append((*shard.payload(number), *row))
+        self.sources[rows], self.sizes[rows] = shard.payloads(numbers)
+        self.num_positions[rows], self.num_records[rows] = index.num_positions[numbers], index.num_records[numbers]
+        self.alignment[rows] = index.alignment[numbers]
+        self._shards.update({row: (shard, n) for row, n in zip(rows.tolist(), numbers.tolist(), strict=True)})
 
     def located(self, row: int, error: FormatError) -> FormatError:
         """Say of which file, block and byte a fault in a row is."""
-        shard, number = self.shards[row], self.numbers[row]
-        assert shard is not None
+        shard, number = self._shards[row]
         offset = int(shard.index.offset[number])
         return locate(error, path=shard.path, section="block", sequence=number, offset=offset)
 
@@ -86,8 +84,8 @@ class Cache:
         self.header: Header = dataclasses.replace(first.header, shard_number=0, first_sequence=0)
         self.first_sequence = first.header.first_sequence
         self.fingerprint = cache_fingerprint(entry.fingerprint for entry in self._entries)
-        self._starts = [entry.first_sequence - self.first_sequence for entry in self._entries]
-        self._length = self._starts[-1] + self._entries[-1].num_sequences
+        self._starts = np.array([entry.first_sequence - self.first_sequence for entry in self._entries], np.int64)
+        self._length = int(self._starts[-1]) + self._entries[-1].num_sequences
 
     def __len__(self) -> int:
         return self._length
@@ -130,8 +128,8 @@ class Cache:
         if not -len(self) <= i < len(self):
             raise IndexError(f"{self.path}: sequence {i} of {len(self)}")
         i %= len(self)
-        place = bisect.bisect_right(self._starts, i) - 1
-        return self._shard(place), i - self._starts[place]
+        place = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self._shard(place), i - int(self._starts[place])
 
     def check_alignment(self, i: int, tokens: ArrayLike) -> None:
         """
@@ -177,16 +175,21 @@ class Cache:
             f"{ids[place]} given; another packing seed, tokenizer or corpus"
         )
 
-    def payloads(self, numbers: Iterable[int]) -> Payloads:
+    def payloads(self, numbers: NDArray[np.int64]) -> Payloads:
         """
-        The checked payloads of sequences, for ``native.decode_batch``; -1 stands for an empty row.
+        The checked payloads of sequences; -1 stands for an empty row.
 
         Raises:
             IndexError, FormatError: As ``cache[i]``.
         """
-        found = Payloads()
-        for number in numbers:
-            found.append(*self.find(number)) if number >= 0 else found.append(None, 0)
+        if numbers.size and not -1 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(f"{self.path}: sequences {numbers.min()}..{numbers.max()} of {len(self)}")
+        found = Payloads(numbers.size)
+        rows = np.flatnonzero(numbers >= 0)
+        places = np.searchsorted(self._starts, numbers[rows], side="right") - 1
+        for place in dict.fromkeys(places.tolist()):
+            mine = rows[places == place]
+            found.fill(mine, self._shard(place), numbers[mine] - self._starts[place])
         return found
 
     @property

@@ -10,6 +10,9 @@ import mmap
 import os
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sklformat import layout
 from sklformat.block import BlockHeader, check_payload, decode_body, locate, parse_block_header
 from sklformat.checksums import checksum
@@ -49,7 +52,7 @@ class Shard:
             os.close(fd)
         self._view = memoryview(self._map)
         self._address = address_of(self._view)
-        self._checked = bytearray()
+        self._checked = np.zeros(0, np.bool_)
         try:
             self._open(size)
         except FormatError as error:
@@ -68,7 +71,8 @@ class Shard:
             self.index = parse_index(packed, self.trailer, first, self.header, self.key)
         finally:
             packed.release()
-        self._checked = bytearray(len(self.index))
+        self._checked = np.zeros(len(self.index), np.bool_)
+        self._ends = np.append(self.index.offset[1:], np.uint64(self.trailer.index_offset))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -119,31 +123,34 @@ class Shard:
             return block, self._view[offset + layout.BLOCK_HEADER_SIZE : offset + block.size]
         with self._view[offset : offset + block.size] as whole:
             body = check_payload(whole, block, self.key)
-        self._checked[number] = 1
+        self._checked[number] = True
         return block, body
 
-    def payload(self, number: int) -> tuple[int, int]:
+    def payloads(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """
-        Address and size in bytes of a checked payload with its padding, for C; valid while the shard is open.
+        Addresses and sizes in bytes of checked payloads with their padding, for C; valid while the shard is open.
 
-        Header and payload are checked when they are touched for the first time; records and tokens are the decoder's
+        Headers and payloads are checked when they are touched for the first time; records and tokens are the decoder's
         to check.
+
+        Args:
+            numbers: Sequences of this shard.
 
         Raises:
             FormatError: As ``shard[number]``.
         """
-        offset = int(self.index.offset[number])
-        if not self._checked[number]:
-            self._touch(number, offset)
-            self._checked[number] = 1
-        start = offset + layout.BLOCK_HEADER_SIZE
-        return self._address + start, self._block_end(number) - start
+        for number in numbers[~self._checked[numbers]].tolist():
+            self._touch(number)
+            self._checked[number] = True
+        starts = self.index.offset[numbers] + np.uint64(layout.BLOCK_HEADER_SIZE)
+        return starts + np.uint64(self._address), self._ends[numbers] - starts
 
-    def _touch(self, number: int, offset: int) -> None:
+    def _touch(self, number: int) -> None:
         """Check header and payload of a block against the index; what is wrong is then named by the full check."""
-        with self._view[offset : self._block_end(number)] as block:
+        index, offset = self.index, self.index.offset.item(number)
+        with self._view[offset : self._ends.item(number)] as block:
             head = block[: layout.BLOCK_HEADER_SIZE]
-            stored = int(self.index.block_checksum[number])
+            stored = index.block_checksum.item(number)
             # The index proves the checksum, the checksum proves the header, and the header its payload.
             if checksum(head[:-8], self.key) == stored:
                 values = layout.unpack(layout.BLOCK_FIELDS, head)
@@ -152,19 +159,16 @@ class Shard:
                     and values["magic"] == layout.BLOCK_MAGIC
                     and values["codec"] == layout.CODECS["plain"]
                     and values["block_number"] == number
-                    and values["num_records"] == self.index.num_records[number]
-                    and values["num_positions"] == self.index.num_positions[number]
-                    and values["alignment"] == self.index.alignment[number]
+                    and values["num_records"] == index.num_records.item(number)
+                    and values["num_positions"] == index.num_positions.item(number)
+                    and values["alignment"] == index.alignment.item(number)
+                    and layout.first_nonzero_reserved(layout.BLOCK_FIELDS, values) is None
                     and checksum(block[layout.BLOCK_HEADER_SIZE :], self.key) == values["payload_checksum"]
                 ):
                     return
             head.release()
         self[number]
         raise CorruptError("a fault that the full check does not find", path=self.path, sequence=number, offset=offset)
-
-    def _block_end(self, number: int) -> int:
-        following = number + 1
-        return int(self.index.offset[following]) if following < len(self) else self.trailer.index_offset
 
     def close(self) -> None:
         """Unmap the file; the shard is unusable afterwards."""

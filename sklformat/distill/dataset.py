@@ -261,18 +261,17 @@ class SparseLogitDataset(IterableDataset[Batch]):
             yield batch
 
     def _batch(self, numbers: NDArray[np.int64], state: dict[str, Any]) -> Batch:
-        payloads = self.cache.payloads(numbers.tolist())
-        sources, sizes, positions, records, alignments = zip(*payloads.rows, strict=True)
-        longest = self.cache.header.seq_len or max(positions)
-        given = None if self.tokens is None else self._given(numbers, positions, longest)
+        payloads = self.cache.payloads(numbers)
+        longest = self.cache.header.seq_len or int(payloads.num_positions.max())
+        given = None if self.tokens is None else self._given(numbers, payloads.num_positions.tolist(), longest)
         try:
             arrays = native.decode_batch(
                 self._shape,
                 self.cache.header.scale_log2,
-                np.array(sources, np.uint64),
-                np.array(sizes, np.uint64),
-                np.array(positions, np.uint32),
-                np.array(records, np.uint32),
+                payloads.sources,
+                payloads.sizes,
+                payloads.num_positions,
+                payloads.num_records,
                 given,
                 longest,
                 IGNORED_LABEL,
@@ -282,7 +281,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
                 raise payloads.located(error.row, error.__cause__) from None
             raise ValueError(f"sequence {numbers[error.row]}: {error.__cause__}") from None
         if given is None:
-            self._check_stored(payloads, arrays, positions, alignments)
+            self._check_stored(payloads, arrays)
         return Batch(
             input_ids=torch.from_numpy(arrays.input_ids),
             labels=torch.from_numpy(arrays.labels),
@@ -294,7 +293,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
             state=state,
         )
 
-    def _given(self, numbers: NDArray[np.int64], positions: tuple[int, ...], longest: int) -> NDArray[np.uint32]:
+    def _given(self, numbers: NDArray[np.int64], positions: list[int], longest: int) -> NDArray[np.uint32]:
         """The training program's own tokens of a batch, proven to be those of the records."""
         assert self.tokens is not None
         out = np.zeros((numbers.size, longest + 1), np.uint32)
@@ -305,17 +304,13 @@ class SparseLogitDataset(IterableDataset[Batch]):
                 out[row, : positions[row] + 1] = tokens
         return out
 
-    def _check_stored(
-        self,
-        payloads: Payloads,
-        arrays: native.BatchArrays,
-        positions: tuple[int, ...],
-        alignments: tuple[int, ...],
-    ) -> None:
+    def _check_stored(self, payloads: Payloads, arrays: native.BatchArrays) -> None:
         """The tokens that are handed out give the alignment checksums."""
-        tokens = np.zeros((len(positions), arrays.input_ids.shape[1] + 1), "<u4")
+        rows, width = arrays.input_ids.shape
+        tokens = np.zeros((rows, width + 1), "<u4")
         tokens[:, :-1] = arrays.input_ids
-        for row, (length, expected) in enumerate(zip(positions, alignments, strict=True)):
+        lengths, alignments = payloads.num_positions.tolist(), payloads.alignment.tolist()
+        for row, (length, expected) in enumerate(zip(lengths, alignments, strict=True)):
             if length == 0:
                 continue
             tokens[row, length] = arrays.labels[row, length - 1]

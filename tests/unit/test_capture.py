@@ -1,7 +1,6 @@
 """Capture: what the teacher hands over is what the shards hold, and every failure is told to the teacher."""
 
 import dataclasses
-import os
 import resource
 import signal
 import subprocess
