@@ -2,24 +2,15 @@
 #include "kernels.h"
 #include "records.h"
 
-static inline __attribute__((always_inline)) uint32_t load(const uint8_t *at, uint32_t size)
-{
-    uint32_t token = (uint32_t)at[0] | (uint32_t)at[1] << 8;
-    if (size > 2)
-        token |= (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
-    return size == 3 ? token & 0xffffff : token;
-}
-
-/* n >= 2 tokens of one row to inputs and labels; returns the first that is not below vocab_size, or n.
- * 3 bytes are read as 4, of which the zero bytes after a payload make the last one readable. */
+/* n >= 2 tokens of one row to inputs and labels; returns the first that is not below vocab_size, or n. */
 static inline __attribute__((always_inline)) uint64_t split(const uint8_t *src, uint32_t size, uint64_t n,
                                                             uint32_t vocab_size, int64_t *restrict input_ids,
                                                             int64_t *restrict labels)
 {
-    const uint32_t last = load(src + (n - 1) * size, size);
+    const uint32_t last = skl_load_token(src, size, n - 1);
     uint32_t largest = last;
     for (uint64_t i = 0; i < n - 1; i++) {
-        const uint32_t token = load(src + i * size, size);
+        const uint32_t token = skl_load_token(src, size, i);
         largest = token > largest ? token : largest;
         input_ids[i] = token;
     }

@@ -180,6 +180,20 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
     return SKL_OK;
 }
 
+static void load_tokens(const uint8_t *restrict src, uint32_t size, uint64_t n, uint32_t *restrict tokens)
+{
+    /* One copy of the loop for each size. */
+    if (size == 2)
+        for (uint64_t i = 0; i < n; i++)
+            tokens[i] = skl_load_token(src, 2, i);
+    else if (size == 3)
+        for (uint64_t i = 0; i < n; i++)
+            tokens[i] = skl_load_token(src, 3, i);
+    else
+        for (uint64_t i = 0; i < n; i++)
+            tokens[i] = skl_load_token(src, 4, i);
+}
+
 /* ---- decode -------------------------------------------------------------------------------------------------------- */
 
 /* Prefix sums of the numbers of records, from base on; they must end at base + num_records. */
@@ -238,8 +252,7 @@ skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len
         return status;
     const columns at = locate(shape);
     if (tokens != NULL && shape->token_size != 0) {
-        for (uint64_t i = 0; i <= shape->num_positions; i++)
-            tokens[i] = load_bytes(src + at.tokens + i * shape->token_size, shape->token_size);
+        load_tokens(src + at.tokens, shape->token_size, shape->num_positions + UINT64_C(1), tokens);
         status = check_tokens(shape, tokens, SKL_ERR_CORRUPT, fault);
     }
     if (status == SKL_OK && columns_out != NULL)

@@ -40,6 +40,17 @@ static inline skl_status skl_check_offsets(uint32_t num_positions, const int64_t
     return SKL_OK;
 }
 
+/* Token i of a column of tokens of 2, 3 or 4 bytes; 3 are read as 4, of which the zero bytes after every payload make
+ * the last one readable. */
+static inline __attribute__((always_inline)) uint32_t skl_load_token(const uint8_t *src, uint32_t size, uint64_t i)
+{
+    const uint8_t *at = src + i * size;
+    uint32_t token = (uint32_t)at[0] | (uint32_t)at[1] << 8;
+    if (size > 2)
+        token |= (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
+    return size == 3 ? token & 0xffffff : token;
+}
+
 /* codec.c: as skl_decode, but only the records, which go to base and after in token_ids and codes;
  * offsets [num_positions + 1] start at base. */
 skl_status skl_decode_records(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t base,

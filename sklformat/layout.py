@@ -60,78 +60,112 @@ class Field:
     name: str
 
 
-HEADER_FIELDS = (
-    Field(0, 8, "bytes", "magic"),
-    Field(8, 2, "u16", "version_major"),
-    Field(10, 2, "u16", "version_minor"),
-    Field(12, 4, "u32", "header_size"),
-    Field(16, 8, "u64", "incompatible_flags"),
-    Field(24, 8, "u64", "compatible_flags"),
-    Field(32, 1, "u8", "kind"),
-    Field(33, 1, "u8", "profile"),
-    Field(34, 1, "u8", "row_convention"),
-    Field(35, 1, "u8", "record_count_size"),
-    Field(36, 1, "u8", "token_size"),
-    Field(37, 1, "u8", "scale_log2"),
-    Field(38, 2, "u16", "columns"),
-    Field(40, 4, "u32", "vocab_size"),
-    Field(44, 4, "u32", "seq_len"),
-    Field(48, 4, "u32", "rounds"),
-    Field(52, 4, "u32", "shard_number"),
-    Field(56, 8, "u64", "first_sequence"),
-    Field(64, 1, "u8", "sampler"),
-    Field(65, 1, "zero", "reserved_0"),
-    Field(66, 2, "u16", "order_algorithm"),
-    Field(68, 2, "u16", "order_version"),
-    Field(70, 2, "zero", "reserved_1"),
-    Field(72, 8, "f64", "proposal_temperature"),
-    Field(80, 8, "u64", "sampling_seed"),
-    Field(88, 8, "u64", "packing_seed"),
-    Field(96, 16, "u128", "tokenizer_fingerprint"),
-    Field(112, 16, "u128", "corpus_fingerprint"),
-    Field(128, 16, "u128", "teacher_fingerprint"),
-    Field(144, 4, "u32", "capture_size"),
-    Field(148, 108, "zero", "reserved_2"),
-    Field(256, 3832, "bytes", "capture"),
-    Field(4088, 8, "u64", "header_checksum"),
+class Table(tuple[Field, ...]):
+    """A table of SPEC.md whose fields follow each other without holes, read and written as one struct."""
+
+    __slots__ = ("__dict__",)
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the fields, in order."""
+        return tuple(field.name for field in self)
+
+    @functools.cached_property
+    def whole(self) -> struct.Struct:
+        """The struct of all fields; reserved, raw and 128-bit ones are bytes."""
+        return struct.Struct("<" + "".join(_FORMATS.get(field.type, f"{field.size}s") for field in self))
+
+    @functools.cached_property
+    def wide(self) -> tuple[str, ...]:
+        """Names of the 128-bit fields."""
+        return tuple(field.name for field in self if field.type == "u128")
+
+    @functools.cached_property
+    def reserved(self) -> tuple[tuple[str, bytes], ...]:
+        """Names of the reserved fields, with the zeros they must be."""
+        return tuple((field.name, bytes(field.size)) for field in self if field.type == "zero")
+
+
+HEADER_FIELDS = Table(
+    (
+        Field(0, 8, "bytes", "magic"),
+        Field(8, 2, "u16", "version_major"),
+        Field(10, 2, "u16", "version_minor"),
+        Field(12, 4, "u32", "header_size"),
+        Field(16, 8, "u64", "incompatible_flags"),
+        Field(24, 8, "u64", "compatible_flags"),
+        Field(32, 1, "u8", "kind"),
+        Field(33, 1, "u8", "profile"),
+        Field(34, 1, "u8", "row_convention"),
+        Field(35, 1, "u8", "record_count_size"),
+        Field(36, 1, "u8", "token_size"),
+        Field(37, 1, "u8", "scale_log2"),
+        Field(38, 2, "u16", "columns"),
+        Field(40, 4, "u32", "vocab_size"),
+        Field(44, 4, "u32", "seq_len"),
+        Field(48, 4, "u32", "rounds"),
+        Field(52, 4, "u32", "shard_number"),
+        Field(56, 8, "u64", "first_sequence"),
+        Field(64, 1, "u8", "sampler"),
+        Field(65, 1, "zero", "reserved_0"),
+        Field(66, 2, "u16", "order_algorithm"),
+        Field(68, 2, "u16", "order_version"),
+        Field(70, 2, "zero", "reserved_1"),
+        Field(72, 8, "f64", "proposal_temperature"),
+        Field(80, 8, "u64", "sampling_seed"),
+        Field(88, 8, "u64", "packing_seed"),
+        Field(96, 16, "u128", "tokenizer_fingerprint"),
+        Field(112, 16, "u128", "corpus_fingerprint"),
+        Field(128, 16, "u128", "teacher_fingerprint"),
+        Field(144, 4, "u32", "capture_size"),
+        Field(148, 108, "zero", "reserved_2"),
+        Field(256, 3832, "bytes", "capture"),
+        Field(4088, 8, "u64", "header_checksum"),
+    )
 )
 
-BLOCK_FIELDS = (
-    Field(0, 4, "bytes", "magic"),
-    Field(4, 1, "u8", "codec"),
-    Field(5, 3, "zero", "reserved_0"),
-    Field(8, 8, "u64", "block_number"),
-    Field(16, 4, "u32", "num_positions"),
-    Field(20, 4, "u32", "num_records"),
-    Field(24, 4, "u32", "payload_size"),
-    Field(28, 4, "zero", "reserved_1"),
-    Field(32, 8, "u64", "alignment"),
-    Field(40, 8, "u64", "payload_checksum"),
-    Field(48, 8, "zero", "reserved_2"),
-    Field(56, 8, "u64", "block_checksum"),
+BLOCK_FIELDS = Table(
+    (
+        Field(0, 4, "bytes", "magic"),
+        Field(4, 1, "u8", "codec"),
+        Field(5, 3, "zero", "reserved_0"),
+        Field(8, 8, "u64", "block_number"),
+        Field(16, 4, "u32", "num_positions"),
+        Field(20, 4, "u32", "num_records"),
+        Field(24, 4, "u32", "payload_size"),
+        Field(28, 4, "zero", "reserved_1"),
+        Field(32, 8, "u64", "alignment"),
+        Field(40, 8, "u64", "payload_checksum"),
+        Field(48, 8, "zero", "reserved_2"),
+        Field(56, 8, "u64", "block_checksum"),
+    )
 )
 
-TRAILER_FIELDS = (
-    Field(0, 8, "bytes", "magic"),
-    Field(8, 8, "u64", "index_offset"),
-    Field(16, 8, "u64", "num_sequences"),
-    Field(24, 8, "u64", "num_records"),
-    Field(32, 16, "u128", "root"),
-    Field(48, 8, "u64", "index_checksum"),
-    Field(56, 8, "u64", "trailer_checksum"),
+TRAILER_FIELDS = Table(
+    (
+        Field(0, 8, "bytes", "magic"),
+        Field(8, 8, "u64", "index_offset"),
+        Field(16, 8, "u64", "num_sequences"),
+        Field(24, 8, "u64", "num_records"),
+        Field(32, 16, "u128", "root"),
+        Field(48, 8, "u64", "index_checksum"),
+        Field(56, 8, "u64", "trailer_checksum"),
+    )
 )
 
-INDEX_COLUMNS = (
-    Field(0, 8, "u64", "offset"),
-    Field(8, 8, "u64", "alignment"),
-    Field(16, 8, "u64", "block_checksum"),
-    Field(24, 4, "u32", "num_positions"),
-    Field(28, 4, "u32", "num_records"),
+INDEX_COLUMNS = Table(
+    (
+        Field(0, 8, "u64", "offset"),
+        Field(8, 8, "u64", "alignment"),
+        Field(16, 8, "u64", "block_checksum"),
+        Field(24, 4, "u32", "num_positions"),
+        Field(28, 4, "u32", "num_records"),
+    )
 )
 """Each column is stored whole, one after the other; ``offset`` here is the place in a row of 32 bytes a sequence."""
 
 
-def pack(fields: tuple[Field, ...], values: Mapping[str, Any]) -> bytearray:
+def pack(fields: Table, values: Mapping[str, Any]) -> bytearray:
     """Lay values out as a table says; reserved fields become zero."""
     data = bytearray(fields[-1].offset + fields[-1].size)
     for field in fields:
@@ -149,29 +183,20 @@ def pack(fields: tuple[Field, ...], values: Mapping[str, Any]) -> bytearray:
     return data
 
 
-def unpack(fields: tuple[Field, ...], data: bytes | memoryview) -> dict[str, Any]:
+def unpack(fields: Table, data: bytes | memoryview) -> dict[str, Any]:
     """Read a table's values; 128-bit fields become 32 hexadecimal digits, reserved ones stay bytes."""
-    names, whole, wide = _compiled(fields)
-    values: dict[str, Any] = dict(zip(names, whole.unpack(data), strict=True))
-    for name in wide:
+    values: dict[str, Any] = dict(zip(fields.names, fields.whole.unpack(data), strict=True))
+    for name in fields.wide:
         values[name] = f"{int.from_bytes(values[name], 'little'):032x}"
     return values
 
 
-@functools.cache
-def _compiled(fields: tuple[Field, ...]) -> tuple[tuple[str, ...], struct.Struct, tuple[str, ...]]:
-    """Names, one struct for the whole table (its fields follow each other without holes), and the 128-bit fields."""
-    formats = (_FORMATS.get(f.type, f"{f.size}s") for f in fields)
-    return (
-        tuple(f.name for f in fields),
-        struct.Struct("<" + "".join(formats)),
-        tuple(f.name for f in fields if f.type == "u128"),
-    )
-
-
-def first_nonzero_reserved(fields: tuple[Field, ...], values: Mapping[str, Any]) -> Field | None:
+def first_nonzero_reserved(fields: Table, values: Mapping[str, Any]) -> Field | None:
     """The first reserved field that is not zero, or None."""
-    return next((f for f in fields if f.type == "zero" and any(values[f.name])), None)
+    for name, zeros in fields.reserved:
+        if values[name] != zeros:
+            return next(field for field in fields if field.name == name)
+    return None
 
 
 def round_up(size: int) -> int:

@@ -51,8 +51,12 @@ def payload_size(shape: Shape) -> int:
     Raises:
         ValueError: A field of the shape has no meaning, or does not fit the profile.
     """
+    return _payload_size(shape.to_c())
+
+
+def _payload_size(shape: Any) -> int:
     size = ffi.new("uint64_t *")
-    check(lib.skl_payload_size(shape.to_c(), size))
+    check(lib.skl_payload_size(shape, size))
     return int(size[0])
 
 
@@ -124,7 +128,8 @@ def decode(
     """
     positions, records = shape.num_positions, shape.num_records
     # Before anything is allocated: what the shape promises must lie within the bytes at hand.
-    if payload_size(shape) + 64 > len(payload):
+    c_shape = shape.to_c()
+    if _payload_size(c_shape) + 64 > len(payload):
         check(lib.SKL_ERR_TRUNCATED)
     offsets = np.empty(positions + 1, np.int64)
     token_ids = np.empty(records, np.uint32)
@@ -135,7 +140,7 @@ def decode(
     # Released before an error is raised: its traceback would keep the payload's file mapped.
     with ffi.from_buffer("uint8_t[]", payload) as source:
         status = lib.skl_decode(
-            shape.to_c(),
+            c_shape,
             source,
             len(source),
             view("int64_t[]", offsets, writable=True),
