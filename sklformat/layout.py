@@ -60,10 +60,8 @@ class Field:
     name: str
 
 
-class Table(tuple[Field, ...]):
+class Table(tuple[Field, ...]):  # noqa: SLOT001  cached properties need a __dict__
     """A table of SPEC.md whose fields follow each other without holes, read and written as one struct."""
-
-    __slots__ = ("__dict__",)
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
