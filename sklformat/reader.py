@@ -18,48 +18,15 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sklformat.block import locate
 from sklformat.checksums import alignment
-from sklformat.errors import AlignmentError, CorruptError, FormatError, MissingShardError
+from sklformat.errors import AlignmentError, CorruptError, MissingShardError
 from sklformat.header import Header
 from sklformat.manifest import MANIFEST_NAME, Entry, cache_fingerprint, check_contiguous, place_in_cache, read_manifest
+from sklformat.payloads import Payloads
 from sklformat.records import Sequence
 from sklformat.shard import Shard, describe
 
 MAX_OPEN_SHARDS = 64
-
-
-class Payloads:
-    """
-    Where the payloads of B sequences lie, for ``native.decode_batch``; keeps their shards open.
-
-    Attributes:
-        sources: [B] uint64 addresses, 0 for an empty row.
-        sizes: [B] uint64 bytes, padding included.
-        num_positions: [B] uint32, 0 for an empty row.
-        num_records: [B] uint32.
-        alignment: [B] uint64 alignment checksums.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self.sources, self.sizes = np.zeros(rows, np.uint64), np.zeros(rows, np.uint64)
-        self.num_positions, self.num_records = np.zeros(rows, np.uint32), np.zeros(rows, np.uint32)
-        self.alignment = np.zeros(rows, np.uint64)
-        self._shards: dict[int, tuple[Shard, int]] = {}
-
-    def fill(self, rows: NDArray[np.int64], shard: Shard, numbers: NDArray[np.int64]) -> None:
-        """Put sequences of one shard into rows."""
-        index = shard.index
-        self.sources[rows], self.sizes[rows] = shard.payloads(numbers)
-        self.num_positions[rows], self.num_records[rows] = index.num_positions[numbers], index.num_records[numbers]
-        self.alignment[rows] = index.alignment[numbers]
-        self._shards.update({row: (shard, n) for row, n in zip(rows.tolist(), numbers.tolist(), strict=True)})
-
-    def located(self, row: int, error: FormatError) -> FormatError:
-        """Say of which file, block and byte a fault in a row is."""
-        shard, number = self._shards[row]
-        offset = int(shard.index.offset[number])
-        return locate(error, path=shard.path, section="block", sequence=number, offset=offset)
 
 
 class Cache:

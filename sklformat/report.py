@@ -7,15 +7,18 @@ Prints and draws nothing.  SPEC.md section 13 lists what is checked.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sklformat.errors import CorruptError, FormatError, MissingShardError
 from sklformat.manifest import MANIFEST_NAME, Entry, check_contiguous, place_in_cache, read_manifest
+from sklformat.native import Arena
+from sklformat.payloads import Payloads
 from sklformat.reader import Cache
 from sklformat.records import SparseTargets
 from sklformat.shard import Shard, describe
@@ -81,13 +84,12 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
         except FormatError as error:
             problems.append(_problem(error, file))
         else:
-            for number in range(len(shard)):
-                try:
-                    check_distinct(shard[number].targets)
-                except FormatError as error:
-                    problems.append(_problem(error, file, number, int(shard.index.offset[number])))
+            arena = Arena()
+            for numbers in _groups(shard):
+                if not _are_sound(shard, numbers, arena):
+                    problems += _block_problems(shard, numbers)
                 if progress is not None:
-                    progress(done + int(shard.index.offset[number]), total)
+                    progress(done + int(shard.index.offset[numbers[-1]]), total)
             sound.append((describe(shard), shard.header.cache_key))
             shard.close()
         done += file.stat().st_size
@@ -95,6 +97,37 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
             progress(done, total)
     if root.is_dir():
         problems += _check_together(root, sound)
+    return problems
+
+
+def _groups(shard: Shard) -> Iterator[NDArray[np.int64]]:
+    """Sequences that follow each other, a quarter of a mebibyte at a time: their arrays stay in the caches."""
+    pieces = shard.index.offset >> np.uint64(18)
+    starts = np.flatnonzero(np.diff(pieces, prepend=np.uint64(0))) if len(shard) else np.zeros(0, np.int64)
+    return (piece for piece in np.split(np.arange(len(shard)), starts) if piece.size)
+
+
+def _are_sound(shard: Shard, numbers: NDArray[np.int64], arena: Arena) -> bool:
+    """The quick check of many blocks: everything a reader checks, in one call of C, without naming what is wrong."""
+    if shard.header.kind == "ratios" or shard.header.columns:
+        return False
+    payloads = Payloads(numbers.size)
+    try:
+        payloads.fill(np.arange(numbers.size), shard, numbers)
+        unstored = None if shard.header.token_size else payloads.no_tokens(shard.header)
+        payloads.decode(shard.header, unstored, arena=arena)
+    except FormatError:
+        return False
+    return True
+
+
+def _block_problems(shard: Shard, numbers: NDArray[np.int64]) -> list[Problem]:
+    problems = []
+    for number in numbers.tolist():
+        try:
+            check_distinct(shard[number].targets)
+        except FormatError as error:  # noqa: PERF203  each block is tried by itself
+            problems.append(_problem(error, shard.path, number, int(shard.index.offset[number])))
     return problems
 
 

@@ -20,13 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from sklformat import native, order
-from sklformat.block import block_shape
-from sklformat.checksums import checksum
+from sklformat import order
 from sklformat.distill.losses import IGNORED_LABEL
-from sklformat.errors import AlignmentError, CorruptError, FormatError, ResumeError
+from sklformat.errors import AlignmentError, ResumeError
 from sklformat.order import Schedule
-from sklformat.reader import Cache, Payloads
+from sklformat.reader import Cache
 
 STATE_VERSION = 1
 _MAX_WORKERS = 128
@@ -152,7 +150,6 @@ class SparseLogitDataset(IterableDataset[Batch]):
         )
         self.tokens = tokens
         self._check_tokens()
-        self._shape = block_shape(self.cache.header, 0, 0)
         # In shared memory, so that set_epoch and load_state_dict reach persistent workers too: epoch, consumed and
         # version; then, for this process and for each (num_workers, worker), the version whose consumed it has used.
         self._shared: Tensor = torch.zeros(4 + _MAX_WORKERS * (_MAX_WORKERS + 1) // 2, dtype=torch.int64)
@@ -262,26 +259,8 @@ class SparseLogitDataset(IterableDataset[Batch]):
 
     def _batch(self, numbers: NDArray[np.int64], state: dict[str, Any]) -> Batch:
         payloads = self.cache.payloads(numbers)
-        longest = self.cache.header.seq_len or int(payloads.num_positions.max())
-        given = None if self.tokens is None else self._given(numbers, payloads.num_positions.tolist(), longest)
-        try:
-            arrays = native.decode_batch(
-                self._shape,
-                self.cache.header.scale_log2,
-                payloads.sources,
-                payloads.sizes,
-                payloads.num_positions,
-                payloads.num_records,
-                given,
-                longest,
-                IGNORED_LABEL,
-            )
-        except native.RowError as error:
-            if isinstance(error.__cause__, FormatError):
-                raise payloads.located(error.row, error.__cause__) from None
-            raise ValueError(f"sequence {numbers[error.row]}: {error.__cause__}") from None
-        if given is None:
-            self._check_stored(payloads, arrays)
+        given = None if self.tokens is None else self._given(numbers, payloads.num_positions.tolist())
+        arrays = payloads.decode(self.cache.header, given, IGNORED_LABEL)
         return Batch(
             input_ids=torch.from_numpy(arrays.input_ids),
             labels=torch.from_numpy(arrays.labels),
@@ -293,30 +272,13 @@ class SparseLogitDataset(IterableDataset[Batch]):
             state=state,
         )
 
-    def _given(self, numbers: NDArray[np.int64], positions: list[int], longest: int) -> NDArray[np.uint32]:
+    def _given(self, numbers: NDArray[np.int64], positions: list[int]) -> NDArray[np.uint32]:
         """The training program's own tokens of a batch, proven to be those of the records."""
         assert self.tokens is not None
-        out = np.zeros((numbers.size, longest + 1), np.uint32)
+        out = np.zeros((numbers.size, (self.cache.header.seq_len or max(positions)) + 1), np.uint32)
         for row, number in enumerate(numbers.tolist()):
             if number >= 0:
                 tokens = np.asarray(self.tokens[self.cache.first_sequence + number])
                 self.cache.check_alignment(number, tokens)
                 out[row, : positions[row] + 1] = tokens
         return out
-
-    def _check_stored(self, payloads: Payloads, arrays: native.BatchArrays) -> None:
-        """The tokens that are handed out give the alignment checksums."""
-        rows, width = arrays.input_ids.shape
-        tokens = np.zeros((rows, width + 1), "<u4")
-        tokens[:, :-1] = arrays.input_ids
-        lengths, alignments = payloads.num_positions.tolist(), payloads.alignment.tolist()
-        for row, (length, expected) in enumerate(zip(lengths, alignments, strict=True)):
-            if length == 0:
-                continue
-            tokens[row, length] = arrays.labels[row, length - 1]
-            computed = checksum(tokens[row, : length + 1].data.cast("B"))
-            if computed != expected:
-                error = CorruptError(
-                    f"alignment checksum {expected:#018x} stored, the stored tokens give {computed:#018x}"
-                )
-                raise payloads.located(row, error)

@@ -5,6 +5,7 @@ The only door to C: arrays in, arrays out, status to exception.
 """
 
 from sklformat.native.codec import (
+    Arena,
     BatchArrays,
     RowError,
     Shape,
@@ -43,6 +44,7 @@ from sklformat.native.rings import (
 
 __all__ = [
     "RING_CONTROL_SIZE",
+    "Arena",
     "BatchArrays",
     "RingFrame",
     "RingWords",

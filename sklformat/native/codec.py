@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -164,6 +165,7 @@ def decode_batch(
     tokens: NDArray[np.uint32] | None,
     row_positions: int,
     ignored_label: int,
+    arena: Arena | None = None,
 ) -> BatchArrays:
     """
     Decode and check the payloads of B sequences straight into the arrays of a training step.
@@ -178,20 +180,24 @@ def decode_batch(
         tokens: [B, row_positions + 1], used instead of the stored ones, or None.
         row_positions: T.
         ignored_label: Label where there is none.
+        arena: Memory for the result, which then lasts until the arena is used again; None: the result's own.
 
     Raises:
         RowError: Around the ValueError, TruncatedError or CorruptError of one row.
     """
     rows = sources.size
     total = int(num_records.sum(dtype=np.uint64))
+    if arena is not None:
+        arena.reset(24 * (rows * row_positions + 1) + 9 * total)
+    new = np.empty if arena is None else arena.empty
     out = BatchArrays(
-        np.empty((rows, row_positions), np.int64),
-        np.empty((rows, row_positions), np.int64),
-        np.empty(rows * row_positions + 1, np.int64),
-        np.empty(total, np.uint32),
-        np.empty(total, np.float32),
+        new((rows, row_positions), np.int64),
+        new((rows, row_positions), np.int64),
+        new((rows * row_positions + 1,), np.int64),
+        new((total,), np.uint32),
+        new((total,), np.float32),
     )
-    codes = np.empty(total, np.uint8)
+    codes = new((total,), np.uint8)
     arrays: tuple[NDArray[Any], ...] = out
     views = [view(c, a, writable=True) for c, a in zip(_BATCH_TYPES, arrays, strict=True)]
     batch = ffi.new("skl_batch *", [rows, row_positions, total, ignored_label, *views])
@@ -216,6 +222,34 @@ def decode_batch(
         except (ValueError, FormatError) as error:
             raise RowError(int(row[0])) from error
     return out
+
+
+class Arena:
+    """
+    Memory that is used again and again, for results that nobody keeps.
+
+    Fresh memory costs more than decoding into it: the system clears each page of it at its first touch.
+    """
+
+    def __init__(self) -> None:
+        self._memory, self._used = np.empty(0, np.uint8), 0
+
+    def reset(self, size_bytes: int) -> None:
+        """Begin anew, with room for arrays of ``size_bytes`` in all; what was handed out before is overwritten."""
+        self._used = 0
+        size_bytes += 8 * _ARENA_ALIGN
+        if self._memory.size < size_bytes:
+            self._memory = np.empty(size_bytes, np.uint8)
+
+    def empty(self, shape: tuple[int, ...], dtype: type[Any]) -> NDArray[Any]:
+        """As ``numpy.empty``, out of this memory; at most 8 arrays fit between two resets."""
+        start, size = self._used, math.prod(shape) * np.dtype(dtype).itemsize
+        self._used = -(-(start + size) // _ARENA_ALIGN) * _ARENA_ALIGN
+        array: NDArray[Any] = self._memory[start : start + size].view(dtype).reshape(shape)
+        return array
+
+
+_ARENA_ALIGN = 64
 
 
 class BatchArrays(NamedTuple):

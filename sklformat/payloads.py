@@ -1,0 +1,115 @@
+"""
+Many sequences at once: from the mappings of their shards to the arrays of a training step, every row checked.
+
+SPEC.md section 13.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sklformat.block import block_shape, locate
+from sklformat.checksums import checksum
+from sklformat.errors import CorruptError, FormatError
+from sklformat.header import Header
+from sklformat.native import Arena, BatchArrays, RowError, decode_batch
+from sklformat.shard import Shard
+
+
+class Payloads:
+    """
+    The payloads of B sequences, perhaps of several shards, on their way to one batch; keeps the shards open.
+
+    Attributes:
+        sources: [B] uint64 addresses, 0 for an empty row.
+        sizes: [B] uint64 bytes, padding included.
+        num_positions: [B] uint32, 0 for an empty row.
+        num_records: [B] uint32.
+        alignment: [B] uint64 alignment checksums.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.sources, self.sizes = np.zeros(rows, np.uint64), np.zeros(rows, np.uint64)
+        self.num_positions, self.num_records = np.zeros(rows, np.uint32), np.zeros(rows, np.uint32)
+        self.alignment = np.zeros(rows, np.uint64)
+        self._shards: dict[int, tuple[Shard, int]] = {}
+
+    def fill(self, rows: NDArray[np.int64], shard: Shard, numbers: NDArray[np.int64]) -> None:
+        """Put sequences of one shard into rows."""
+        index = shard.index
+        self.sources[rows], self.sizes[rows] = shard.payloads(numbers)
+        self.num_positions[rows], self.num_records[rows] = index.num_positions[numbers], index.num_records[numbers]
+        self.alignment[rows] = index.alignment[numbers]
+        self._shards.update({row: (shard, n) for row, n in zip(rows.tolist(), numbers.tolist(), strict=True)})
+
+    def decode(
+        self,
+        header: Header,
+        tokens: NDArray[np.uint32] | None = None,
+        ignored_label: int = -100,
+        arena: Arena | None = None,
+    ) -> BatchArrays:
+        """
+        Decode every row and check it: records, tokens, and that the tokens give the alignment checksums.
+
+        Args:
+            header: Of the shards.
+            tokens: [B, T + 1] tokens of the rows, checked already, instead of the stored ones.
+            ignored_label: Label where there is none.
+            arena: As for ``native.decode_batch``.
+
+        Returns:
+            Arrays of B rows and T positions, T = seq_len or the longest row.
+
+        Raises:
+            FormatError: A row is damaged; names file, block and byte.
+            ValueError: A token given is not below vocab_size; names the row.
+        """
+        row_positions = header.seq_len or int(self.num_positions.max(initial=0))
+        try:
+            arrays = decode_batch(
+                block_shape(header, 0, 0),
+                header.scale_log2,
+                self.sources,
+                self.sizes,
+                self.num_positions,
+                self.num_records,
+                tokens,
+                row_positions,
+                ignored_label,
+                arena,
+            )
+        except RowError as error:
+            if isinstance(error.__cause__, FormatError):
+                raise self._located(error.row, error.__cause__) from None
+            raise ValueError(f"row {error.row} of the batch: {error.__cause__}") from None
+        if tokens is None:
+            self._check_tokens(arrays)
+        return arrays
+
+    def no_tokens(self, header: Header) -> NDArray[np.uint32]:
+        """Tokens to decode with where the shards store none and only the records matter."""
+        return np.zeros((self.sources.size, (header.seq_len or int(self.num_positions.max(initial=0))) + 1), np.uint32)
+
+    def _check_tokens(self, arrays: BatchArrays) -> None:
+        """The stored tokens give the alignment checksums."""
+        rows, width = arrays.input_ids.shape
+        tokens = np.zeros((rows, width + 1), "<u4")
+        tokens[:, :-1] = arrays.input_ids
+        lengths, alignments = self.num_positions.tolist(), self.alignment.tolist()
+        for row, (length, expected) in enumerate(zip(lengths, alignments, strict=True)):
+            if length == 0:
+                continue
+            tokens[row, length] = arrays.labels[row, length - 1]
+            computed = checksum(tokens[row, : length + 1].data.cast("B"))
+            if computed != expected:
+                raise self._located(
+                    row, CorruptError(f"alignment checksum {expected:#018x} stored, the tokens give {computed:#018x}")
+                )
+
+    def _located(self, row: int, error: FormatError) -> FormatError:
+        """Say of which file, block and byte a fault in a row is."""
+        shard, number = self._shards[row]
+        offset = int(shard.index.offset[number])
+        return locate(error, path=shard.path, section="block", sequence=number, offset=offset)
