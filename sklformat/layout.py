@@ -35,6 +35,8 @@ MAX_ROUNDS = 65535
 MAX_SCALE_LOG2 = 30
 MAX_CAPTURE_SIZE = HEADER_SIZE - CAPTURE_OFFSET - 8
 MAX_MANIFEST_SIZE = 1 << 28
+PARTIAL_SUFFIX = ".partial"
+"""Of a shard's name until it is sealed."""
 
 KINDS = {"counts": 1, "ratios": 2}
 PROFILES = {"R24": 1, "R24W": 2, "R32": 3}

@@ -18,6 +18,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sklformat import layout
 from sklformat.checksums import alignment
 from sklformat.errors import AlignmentError, CorruptError, MissingShardError
 from sklformat.header import Header
@@ -232,7 +233,8 @@ def list_shards(path: Path) -> list[Entry]:
     The shards of a cache in order: of a single file, of a manifest, or of a directory's ``.skl`` files.
 
     Raises:
-        MissingShardError: Sequences are missing between shards, before the first, or there is no shard at all.
+        MissingShardError: Sequences are missing between shards, before the first, or behind the last where a shard is
+            unfinished and no manifest says that it does not belong; or there is no shard at all.
         FormatError: A shard or the manifest is damaged.
     """
     if path.is_file():
@@ -250,10 +252,10 @@ def scan_directory(path: Path) -> list[Entry]:
         MissingShardError, FormatError: As ``list_shards``; CorruptError too where a shard belongs to another cache.
     """
     files = sorted(p for p in path.iterdir() if p.suffix == ".skl" and p.is_file())
+    if unfinished := find_unfinished(path):
+        raise unfinished[0]
     if not files:
-        unfinished = [p.name for p in path.iterdir() if p.name.endswith(".skl.partial")]
-        hint = f"; {unfinished[0]} is unfinished, capture it to the end" if unfinished else ""
-        raise MissingShardError(f"no .skl shards here: not a cache, or an empty one{hint}", path=path)
+        raise MissingShardError("no .skl shards here: not a cache, or an empty one", path=path)
     entries, first = [], None
     for file in files:
         with closing(Shard(file)) as shard:
@@ -267,6 +269,18 @@ def scan_directory(path: Path) -> list[Entry]:
     entries.sort(key=place_in_cache)
     check_contiguous(entries, path)
     return entries
+
+
+def find_unfinished(path: Path) -> list[MissingShardError]:
+    """One error for each ``.partial`` of a directory without manifest: its sequences belong to the cache, unsealed."""
+    return [
+        MissingShardError(
+            "the shard is unfinished, so this cache is not whole; run the command that began it again to finish it "
+            "(sklformat recover says what it keeps), or move it away to read the sealed shards alone",
+            path=partial,
+        )
+        for partial in sorted(path.glob(f"*.skl{layout.PARTIAL_SUFFIX}"))
+    ]
 
 
 def _entry(path: Path) -> Entry:
@@ -283,7 +297,7 @@ def open_cache(path: Path | str) -> Cache:
 
     Raises:
         FileNotFoundError: Nothing is there.
-        MissingShardError: A range of sequences is missing; it is named.
+        MissingShardError: A range of sequences is missing, or a shard is unfinished; it is named.
         CorruptError, TruncatedError, UnsupportedError: Damage or another version; names file and byte offset.
 
     Source: SPEC section 11.

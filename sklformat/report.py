@@ -19,7 +19,7 @@ from sklformat.errors import CorruptError, FormatError, MissingShardError
 from sklformat.manifest import MANIFEST_NAME, Entry, check_contiguous, place_in_cache, read_manifest
 from sklformat.native import Arena
 from sklformat.payloads import Payloads
-from sklformat.reader import Cache
+from sklformat.reader import Cache, find_unfinished
 from sklformat.records import SparseTargets
 from sklformat.shard import Shard, describe
 
@@ -58,6 +58,8 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
     """
     Check every byte of a shard or cache: checksums, every record's rules, and that the shards belong together.
 
+    An unfinished shard beside sealed ones is a problem too, unless a manifest says which shards the cache has.
+
     Args:
         path: A ``.skl`` file or a cache directory.
         progress: Told how far it is, in bytes.
@@ -73,10 +75,15 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
     """
     root = Path(path)
     files = [root] if not root.is_dir() else sorted(p for p in root.iterdir() if p.suffix == ".skl")
+    unfinished = find_unfinished(root) if root.is_dir() and not (root / MANIFEST_NAME).exists() else []
     if root.is_dir() and not files:
-        raise MissingShardError("no .skl shards here: not a cache, or an empty one", path=root)
+        raise (
+            unfinished[0]
+            if unfinished
+            else MissingShardError("no .skl shards here: not a cache, or an empty one", path=root)
+        )
     total, done = sum(p.stat().st_size for p in files), 0
-    problems: list[Problem] = []
+    problems = [_problem(error, root) for error in unfinished]
     sound: list[tuple[Entry, str]] = []
     for file in files:
         try:

@@ -22,7 +22,7 @@ from sklformat.header import Header, parse_header
 from sklformat.index import Index, pack_trailer
 from sklformat.records import SparseTargets
 
-PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX = layout.PARTIAL_SUFFIX
 _HEADER_BEGIN = layout.HEADER_MAGIC + layout.VERSION_MAJOR.to_bytes(2, "little")
 
 

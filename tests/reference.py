@@ -477,6 +477,8 @@ def decode_shard(data: bytes) -> Shard:
 def decode_cache(directory: Path) -> list[Shard]:
     """Read and check a whole cache; section 11."""
     paths = [path for path in directory.iterdir() if path.name.endswith(".skl")]
+    if not (directory / "manifest.json").exists() and any(p.name.endswith(".skl.partial") for p in directory.iterdir()):
+        raise MissingShardError("a shard is unfinished")
     named = [(decode_shard(path.read_bytes()), path.name) for path in paths]
     named.sort(key=lambda pair: (pair[0].settings.first_sequence, pair[0].settings.shard_number))
     if not named:

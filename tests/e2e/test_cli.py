@@ -128,7 +128,7 @@ def test_a_torn_shard_is_recovered(cache, tmp_path):
     partial = directory / "shard-00000.skl.partial"
     os.truncate(partial, partial.stat().st_size - 1)
     status, _, err = sklformat("inspect", directory)
-    assert (1, True) == (status, "shard-00000.skl.partial is unfinished" in err)
+    assert (1, True) == (status, "shard-00000.skl.partial: the shard is unfinished" in err)
     status, out, _ = sklformat("recover", directory, "--json")
     [kept] = json.loads(out)
     assert (0, 11, True) == (status, kept["sequences"], kept["bytes_cut"] > 0)

@@ -94,8 +94,22 @@ def test_nothing_there(tmp_path):
     with pytest.raises(skl.MissingShardError, match=r"no \.skl shards here: not a cache, or an empty one"):
         skl.open(tmp_path)
     (tmp_path / "a.skl.partial").touch()
-    with pytest.raises(skl.MissingShardError, match=r"a\.skl\.partial is unfinished, capture it to the end"):
+    with pytest.raises(skl.MissingShardError, match=r"a\.skl\.partial: the shard is unfinished"):
         skl.open(tmp_path)
+
+
+def test_an_unfinished_cache_is_not_whole(directory):
+    """Sealed shards beside an unfinished one are no cache, which names how to go on; a manifest knows better."""
+    (directory / "shard-00003.skl.partial").touch()
+    with pytest.raises(
+        skl.MissingShardError, match=r"shard-00003\.skl\.partial: the shard is unfinished.*began it again to finish it"
+    ):
+        skl.open(directory)
+    (directory / "shard-00003.skl.partial").unlink()
+    with_manifest(directory)
+    (directory / "shard-00003.skl.partial").touch()
+    with skl.open(directory) as cache:
+        assert EXPECTED == tokens_of(cache)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,22 @@ def test_the_last_shard_is_missing(directory):
     assert skl.verify(directory) == []
 
 
+def test_an_unfinished_shard(directory):
+    """Sealed shards beside an unfinished one are not sound, unless the manifest does not want it; inspect names it."""
+    partial = directory / "shard-00003.skl.partial"
+    partial.touch()
+    assert skl.verify(directory) == []
+    (directory / "manifest.json").unlink()
+    (problem,) = skl.verify(directory)
+    assert (partial, "MissingShardError") == (problem.path, problem.error)
+    with pytest.raises(skl.MissingShardError, match=r"shard-00003\.skl\.partial: the shard is unfinished"):
+        report.inspect(directory)
+    for shard in directory.glob("*.skl"):
+        shard.unlink()
+    with pytest.raises(skl.MissingShardError, match="unfinished"):
+        skl.verify(directory)
+
+
 def test_a_foreign_shard(directory):
     """A shard of another cache is named."""
     (directory / "shard-00002.skl").write_bytes(small_shard(4, shard_number=2, first_sequence=5, sampling_seed=1))
