@@ -8,6 +8,7 @@ Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -255,7 +256,8 @@ def cache_teacher(config: CacheConfig) -> Cached:
 
 def _packed(config: CacheConfig, tokenizer: Any, documents: Iterator[Document] | None) -> PackedSequences:
     """The sequences to run over, from a token store that is there or is made now."""
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    fingerprint, separator_id = tokenizer_fingerprint(tokenizer), models.separator_id(tokenizer)
+    made_now = False
     if documents is None:
         assert config.tokens is not None
         path = config.tokens
@@ -267,6 +269,7 @@ def _packed(config: CacheConfig, tokenizer: Any, documents: Iterator[Document] |
             )
     else:
         path = config.out / TOKENS_NAME
+        made_now = not path.exists()
         store = write_token_store(
             path,
             documents,
@@ -275,14 +278,19 @@ def _packed(config: CacheConfig, tokenizer: Any, documents: Iterator[Document] |
             tokenizer_fingerprint=fingerprint,
         )
     store.verify()
-    return PackedSequences(
-        path,
-        seq_len=config.seq_len,
-        separator_id=models.separator_id(tokenizer),
-        seed=config.packing_seed,
-        first=config.first_sequence,
-        count=config.num_sequences,
-    )
+    try:
+        return PackedSequences(
+            path,
+            seq_len=config.seq_len,
+            separator_id=separator_id,
+            seed=config.packing_seed,
+            first=config.first_sequence,
+            count=config.num_sequences,
+        )
+    except ValueError:
+        if made_now:  # else the next run, with more text, would be refused because of it
+            shutil.rmtree(path)
+        raise
 
 
 def _header(config: CacheConfig, packed: PackedSequences, vocab_size: int, teacher_fingerprint: str) -> Header:

@@ -193,15 +193,15 @@ def write_token_store(
     directory = Path(directory)
     if directory.exists():
         store = TokenStore(directory)
-        for name, there, wanted in (
-            ("tokenizer", store.facts.tokenizer_fingerprint, tokenizer_fingerprint),
-            ("vocab_size", store.facts.vocab_size, vocab_size),
-            ("text", store.facts.text_fingerprint, joined(map(text_fingerprint, documents))),
+        for what, there, wanted in (
+            ("by another tokenizer", store.facts.tokenizer_fingerprint, tokenizer_fingerprint),
+            ("for another vocab_size", store.facts.vocab_size, vocab_size),
+            ("of other text", store.facts.text_fingerprint, joined(map(text_fingerprint, documents))),
         ):
             if there != wanted:
                 raise SettingsError(
-                    f"{directory}: was made with {name} {there}, asked for is {wanted}; "
-                    f"use another directory, or delete this one"
+                    f"{directory}: the tokens there were made {what} than is given now ({there}, now {wanted}); "
+                    f"give what they were made with, use another directory, or delete this one"
                 )
         return store
     if not 1 <= vocab_size <= 1 << 32:

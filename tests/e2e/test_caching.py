@@ -327,6 +327,19 @@ def test_logits_that_are_not_finite_are_refused(config, tokenizer, tmp_path):
     assert {} == shard_bytes(config().out)
 
 
+def test_too_short_text_leaves_nothing_behind(config, tmp_path):
+    """A text that was too short does not stop the next run, which has more of it; other text is named as such."""
+    (tmp_path / "grows.txt").write_text("x = 1\n")
+    settings = config(text=(tmp_path / "grows.txt",), num_sequences=2)
+    with pytest.raises(ValueError, match="too short"):
+        cache_teacher(settings)
+    (tmp_path / "grows.txt").write_text("x = 1\n" * 200)
+    assert 2 == cache_teacher(settings).sequences_made
+    (tmp_path / "grows.txt").write_text("x = 1\n" * 201)
+    with pytest.raises(skl.SettingsError, match="the tokens there were made of other text than is given now"):
+        cache_teacher(settings)
+
+
 def test_bad_input_is_named_before_the_teacher_runs(config, tmp_path):
     """What cannot work is said at once: no text, short text, too long sequences, contradicting settings."""
     (tmp_path / "empty").mkdir()

@@ -166,7 +166,7 @@ def test_store_is_used_again_only_for_the_same_text_and_tokenizer(tmp_path):
     assert first.facts == again.facts
     with pytest.raises(SettingsError, match="tokenizer tok, asked for is other"):
         make_store(tmp_path / "s", ["abc", "de"], fingerprint="other")
-    with pytest.raises(SettingsError, match="made with text"):
+    with pytest.raises(SettingsError, match="made of other text"):
         make_store(tmp_path / "s", ["abc", "dE"])
     assert first.facts == corpus.TokenStore(tmp_path / "s").facts
 
