@@ -7,7 +7,8 @@ Bytes of a sequence come from ``block``; this module owns the order of writes, s
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -57,7 +58,8 @@ class ShardWriter:
         InUseError: Another process is writing this shard.
         SettingsError: The ``.partial`` was made with other settings; both values are shown.
         CorruptError: The ``.partial`` is damaged in its header.
-        OSError: The system's own, such as no space; the writer takes nothing more and keeps the ``.partial``.
+        OSError: The system's own, such as no space, with the file's name; the writer takes nothing more and keeps the
+            ``.partial``.
 
     Source: SPEC section 10.
     """
@@ -74,7 +76,8 @@ class ShardWriter:
         if self.path.exists():
             raise FileExistsError(f"{self.path}: is sealed already; choose another name, or remove it first")
         try:
-            self._open(resume)
+            with self._named_failure():
+                self._open(resume)
         except BaseException:
             self._close()
             raise
@@ -169,11 +172,8 @@ class ShardWriter:
     def flush(self) -> None:
         """Make every appended sequence durable."""
         self._check_open()
-        try:
+        with self._named_failure():
             self._disk.sync(self._fd)
-        except OSError:
-            self._failed = True
-            raise
 
     def seal(self) -> None:
         """Write index and trailer, make them durable, and give the shard its name."""
@@ -182,31 +182,40 @@ class ShardWriter:
         trailer = pack_trailer(self.header, self._key, self._end, self._index, index)
         self._write(index)
         self._write(trailer)
-        try:
+        with self._named_failure():
             self._disk.truncate(self._fd, self._end)
             self._disk.sync(self._fd)
             self._disk.rename(self.partial, self.path)
-        except OSError:
-            self._failed = True
-            raise
         self._close()
 
     def close(self) -> None:
         """Let go without sealing; what was appended is made durable and the ``.partial`` stays."""
         if self._fd >= 0 and not self._failed:
             try:
-                self._disk.sync(self._fd)
+                with self._named_failure():
+                    self._disk.sync(self._fd)
             finally:
                 self._close()
         self._close()
 
     def _write(self, data: bytes | memoryview) -> None:
-        try:
+        with self._named_failure():
             self._disk.write(self._fd, data, self._end)
-        except OSError:
-            self._failed = True
-            raise
         self._end += len(data)
+
+    @contextmanager
+    def _named_failure(self) -> Iterator[None]:
+        """A system call that fails ends the writing; its error says of which file it is and what became of that."""
+        try:
+            yield
+        except OSError as error:
+            self._failed = True
+            if error.errno is None or error.filename is not None:
+                raise
+            file, message = self.path if self.path.exists() else self.partial, error.strerror
+            if file.exists():
+                message = f"{message}; what was flushed is kept there: mend the cause, then go on (resume=True)"
+            raise OSError(error.errno, message, str(file)) from error
 
     def _check_open(self) -> None:
         if self._fd < 0:

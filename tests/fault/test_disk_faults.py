@@ -87,8 +87,11 @@ def test_any_call_may_fail(tmp_path, code, short):
         directory = tmp_path / f"{fail_at}"
         directory.mkdir()
         path, disk, acknowledged = directory / "shard.skl", FaultyDisk(fail_at, code, short=short), []
-        with pytest.raises(OSError, match=errno.errorcode[code]):
+        with pytest.raises(OSError, match=errno.errorcode[code]) as caught:
             live(path, disk, acknowledged)
+        kept = path if path.exists() else path.with_name("shard.skl.partial")
+        assert (code, str(kept)) == (caught.value.errno, caught.value.filename)
+        assert kept.exists() == ("what was flushed is kept there" in caught.value.strerror)
         assert "sealed" not in acknowledged
         assert disk.calls[fail_at] == name
         assert "sync" not in disk.calls[fail_at + 1 :], f"synced again after a failed {name}"
