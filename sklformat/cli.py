@@ -113,9 +113,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(name, f"{where}{error.strerror}" if error.strerror else str(error), 1)
     except (SklError, ValueError) as error:
         return _fail(name, str(error), 1)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_memory_short(error):
+            raise
+        advice = "use a smaller --batch-size, where the verb has one, or a device with more memory"
+        return _fail(name, f"out of memory ({str(error).partition(chr(10))[0] or 'of this machine'}); {advice}", 1)
     except KeyboardInterrupt as stop:
         return _fail(name, str(stop) or f"stopped; {verb.after_stop}", STOPPED)
     return status
+
+
+def _is_memory_short(error: BaseException) -> bool:
+    """Whether memory ran out: torch says it with an error of its own on a GPU, with a RuntimeError on the CPU."""
+    torch = sys.modules.get("torch")  # not loaded: the error is not torch's
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _fail(name: str, message: str, status: int) -> int:
@@ -272,6 +284,8 @@ def _cache_table(facts: dict[str, Any]) -> dict[str, str]:
     drawn = f", {header['rounds']} rounds" if header["rounds"] else ""
     drawn += f", proposal p**{header['proposal_temperature']:g}" if header["proposal_temperature"] != 1 else ""
     verdict = "yes" if facts["biased"] else "no" if header["sampler"] in ("multinomial", "systematic") else "unknown"
+    if verdict == "no" and header["proposal_temperature"] != 1:
+        verdict = "slightly (importance weights are normalised)"
     prints = {name: header[f"{name}_fingerprint"] for name in ("tokenizer", "corpus", "teacher")}
     table = {
         "path": facts["path"],

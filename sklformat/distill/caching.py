@@ -102,8 +102,8 @@ class CacheConfig:
     dtype: models.Dtype = "float32"
     """Type of the teacher's weights and logits."""
 
-    device: str | None = None
-    """Where the teacher runs: cpu, cuda, cuda:1, … None: the GPU if there is one."""
+    device: str = "auto"
+    """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one."""
 
     store_tokens: bool = True
     """Whether the cache holds the tokens as well (2 or 3 bytes a position), so that training needs no text."""
@@ -200,15 +200,15 @@ def cache_teacher(config: CacheConfig) -> Cached:
 
     Raises:
         OSError: Text, teacher or disk; as the operating system reports it.
-        ValueError: No text, text too short, a teacher that does not fit its tokenizer or ``seq_len``, logits that are
-            not finite.
+        ValueError: No such device, no text, text too short, a teacher that does not fit its tokenizer or ``seq_len``,
+            logits that are not finite.
         SettingsError: ``out`` holds a cache made with other settings, or ``tokens`` were made by another tokenizer.
         InUseError: Another process writes into ``out``.
         CaptureError, RingClosedError: The writer process failed.
     """
+    device = models.find_device(config.device)
     tokenizer = models.load_tokenizer(config.teacher)
     documents = read_documents(config.text) if config.text else None
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = models.load_model(config.teacher, dtype=config.dtype, device=device)
     vocab_size = models.check_fit(tokenizer, model, seq_len=config.seq_len)
     packed = _packed(config, tokenizer, documents)

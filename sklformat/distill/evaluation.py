@@ -69,7 +69,7 @@ class EvalConfig:
     """Type of the models' weights in memory; the metrics are computed in float32."""
 
     device: str = "auto"
-    """Torch device; auto: CUDA where there is one."""
+    """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one."""
 
     out: Path | None = None
     """JSON file for the result; none: not written."""
@@ -150,12 +150,12 @@ def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
 
     Raises:
         SettingsError: The student's or the teacher's tokenizer, or vocabulary, is not that of the text.
-        ValueError: A wrong argument, or a text too short for the sequences asked.
+        ValueError: A wrong argument, no such device, or a text too short for the sequences asked.
         OSError: A model or the text cannot be read.
 
     Source: Anshumann et al. 2025 (arXiv 2503.16870), section 4 and Table 5.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = models.find_device(config.device)
     with _token_store(config) as store:
         return _evaluate(config, store, device, progress=progress)
 
@@ -179,7 +179,7 @@ def _token_store(config: EvalConfig) -> Iterator[Path]:
         yield store
 
 
-def _evaluate(config: EvalConfig, store: Path, device: str, *, progress: bool) -> Evaluation:
+def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress: bool) -> Evaluation:
     facts = TokenStore(store).facts
     tokenizer = _checked_tokenizer(store, config.student)
     student = _load(config, config.student, facts.vocab_size, device)
@@ -227,7 +227,7 @@ def _checked_tokenizer(store: Path, model: str) -> Any:
     return tokenizer
 
 
-def _load(config: EvalConfig, path: str, vocab_size: int, device: str) -> Any:
+def _load(config: EvalConfig, path: str, vocab_size: int, device: torch.device) -> Any:
     model = models.load_model(path, dtype=config.dtype, device=device)
     width = int(model.config.get_text_config().vocab_size)
     if width < vocab_size:

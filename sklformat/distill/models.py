@@ -116,10 +116,40 @@ def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return 1 + int(max(tokenizer.get_vocab().values()))
 
 
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+
+def find_device(name: str) -> torch.device:
+    """
+    The device that a user's word means.
+
+    Args:
+        name: "auto" (the GPU if there is one, else the CPU), "cpu", "cuda" or "cuda:1", …
+
+    Raises:
+        ValueError: No such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:1, …")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise ValueError(f"device {name}: no CUDA device here; use cpu")
+        if device.index is not None and device.index >= count:
+            raise ValueError(f"device {name}: the last CUDA device here is cuda:{count - 1}; use it, or auto")
+    return device
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def load_model(path: Path | str, *, dtype: Dtype = "float32", device: str = "cpu") -> PreTrainedModel:
+def load_model(path: Path | str, *, dtype: Dtype = "float32", device: torch.device | str = "cpu") -> PreTrainedModel:
     """
     Load a causal language model, ready for inference.
 

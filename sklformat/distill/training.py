@@ -107,7 +107,7 @@ class TrainConfig:
     """Type of the matrix products; weights and optimizer stay float32."""
 
     device: str = "auto"
-    """Torch device; auto: CUDA where there is one."""
+    """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one."""
 
     num_workers: int = 0
     """Processes that read batches ahead; 0: none."""
@@ -190,7 +190,7 @@ def train(config: TrainConfig, *, report: runs.Report | None = None) -> TrainSum
             wider vocabulary than the student, or its records do not fit the method.
         InUseError: Another process trains in this directory.
         AlignmentError, FormatError: The cache is damaged or about other tokens.
-        ValueError: A wrong argument, too few sequences for one step, or a loss that is no longer finite.
+        ValueError: A wrong argument, no such device, too few sequences for a step, or a loss that is no longer finite.
     """
     with _processes(config.device) as (rank, world_size, device):
         stream = _open_stream(config, rank, world_size)
@@ -481,19 +481,18 @@ def _settings(config: TrainConfig, stream: streams.Stream, world_size: int) -> d
 
 
 @contextlib.contextmanager
-def _processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
+def _processes(name: str) -> Iterator[tuple[int, int, torch.device]]:
     """Rank, number of processes and device; joins torchrun's processes for the time of the block."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = models.find_device(name)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
-        yield 0, 1, torch.device(device)
+        yield 0, 1, device
         return
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.type == "cuda" and device.index is None:
+        device = models.find_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield dist.get_rank(), world_size, torch.device(device)
+        yield dist.get_rank(), world_size, device
     finally:
         dist.destroy_process_group()

@@ -103,6 +103,15 @@ def test_inspect(capfd, cache):
     )  # fmt: skip
 
 
+def test_inspect_of_another_proposal(capfd, tmp_path):
+    """Weights of a tempered proposal are divided by their sum, which biases them a little: inspect says so."""
+    header = skl.Header(vocab_size=50, seq_len=4, kind="ratios", rounds=3, proposal_temperature=0.5)
+    skl.ShardWriter(tmp_path / "a.skl", header=header).seal()
+    _, out, _ = run(capfd, "inspect", tmp_path / "a.skl")
+    expected = "slightly (importance weights are normalised): sampler multinomial, 3 rounds, proposal p**0.5"
+    assert expected == dict(line.split("  ", 1) for line in out.splitlines())["biased"].strip()
+
+
 def test_verify(capfd, cache):
     """Verify answers 0 for a sound cache and 3 with one line for each damage."""
     status, out, _ = run(capfd, "verify", cache)
@@ -252,3 +261,44 @@ def test_output_to_nobody(cache):
 def test_numbers_print_short():
     """A ratio of an empty cache has no number."""
     assert ("-", "2.50") == (cli._number(None), cli._number(np.float64(2.5)))
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("cache", ("--teacher", "t", "--text", "x", "--out", "o")),
+        ("train", ("--tokens", "t", "--seq-len", "4", "--method", "ce", "--out", "o")),
+        ("eval", ("--student", "s", "--text", "x", "--seq-len", "4")),
+    ],
+)
+def test_unknown_devices_are_one_line(capfd, tmp_path, monkeypatch, verb, words):
+    """The three verbs that compute refuse a device in the same words, before they read or write anything."""
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capfd, verb, *words, "--device", "foo")
+    assert (1, f"sklformat {verb}: device 'foo' is not known; use auto, cpu, cuda or cuda:1, …\n") == (status, err)
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_memory_that_runs_out_is_one_line(capfd, monkeypatch):
+    """A GPU or a machine without room for a batch says what to change; other errors of that kind stay tracebacks."""
+    torch = pytest.importorskip("torch")
+
+    def failing_with(error):
+        def fail(*_):
+            raise error
+
+        return cli._Verb("", fail)
+
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        MemoryError(),
+    ):
+        monkeypatch.setitem(cli._VERBS, "cache", failing_with(error))
+        status, _, err = run(capfd, "cache")
+        assert 1 == status
+        assert re.fullmatch(r"sklformat cache: out of memory \(.+\); use a smaller --batch-size, .*\n", err)
+    monkeypatch.setitem(cli._VERBS, "cache", failing_with(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["cache"])

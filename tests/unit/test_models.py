@@ -101,6 +101,24 @@ def test_what_is_no_model_is_named(tmp_path):
             assert "\n" not in str(raised.value)
 
 
+def test_devices_are_checked_before_use(monkeypatch):
+    """A device that is not here, or no device at all, is one line with what to use instead; auto is what there is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert torch.device("cpu") == models.find_device("auto") == models.find_device("cpu")
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(ValueError, match=f"device {name}: no CUDA device here; use cpu"):
+            models.find_device(name)
+    for name in ("foo", "meta", "cuda:x", ""):
+        with pytest.raises(ValueError, match=f"device '{name}' is not known; use auto, cpu"):
+            models.find_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert torch.device("cuda") == models.find_device("auto")
+    assert torch.device("cuda:1") == models.find_device("cuda:1")
+    with pytest.raises(ValueError, match="the last CUDA device here is cuda:1"):
+        models.find_device("cuda:2")
+
+
 def test_new_model_is_a_function_of_its_seed():
     """Equal seeds give equal weights and leave the global generator alone; the sizes are Llama's."""
     torch.manual_seed(1)
