@@ -79,3 +79,12 @@ def test_python_example_parses():
     compile(source[1], "README.md", "exec")
     for name in re.findall(r"\bskl\.(\w+)", source[1]):
         assert hasattr(skl, name), name
+
+
+def test_every_file_has_its_place():
+    """The tree of README names every module and C file."""
+    tree = README.read_text().split("## What is where", 1)[1].split("## Limits", 1)[0]
+    files = [*README.parent.glob("csrc/*.[ch]"), *README.parent.glob("sklformat/**/*.py")]
+    assert files
+    missing = [f.name for f in files if not f.name.startswith("__") and f.name not in tree]
+    assert [] == missing
