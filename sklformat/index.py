@@ -123,7 +123,7 @@ def parse_trailer(data: bytes | memoryview, key: int, file_size: int) -> Trailer
     offset = file_size - layout.TRAILER_SIZE
     if file_size < layout.HEADER_SIZE + layout.TRAILER_SIZE or data[:8] != layout.TRAILER_MAGIC:
         raise TruncatedError(
-            "no trailer at the end: never sealed (run: sklformat recover), or cut short (copy or capture it again)",
+            "no trailer at the end: cut short, or never finished: copy or capture it again",
             section="trailer",
             offset=offset,
         )

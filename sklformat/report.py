@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sklformat import layout
 from sklformat.errors import CorruptError, FormatError, MissingShardError
 from sklformat.manifest import MANIFEST_NAME, Entry, check_contiguous, place_in_cache, read_manifest
 from sklformat.native import Arena
@@ -70,6 +71,7 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
     Raises:
         FileNotFoundError: Nothing is there.
         MissingShardError: A directory without any shard.
+        UnsupportedError: No file here begins as a shard; one among shards is a problem like any other.
 
     Source: SPEC section 13.
     """
@@ -82,6 +84,8 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
             if unfinished
             else MissingShardError("no .skl shards here: not a cache, or an empty one", path=root)
         )
+    if all(_is_foreign(file) for file in files):
+        Shard(files[0]).close()  # raises what says so: nothing here was a cache, so nothing is damaged
     total, done = sum(p.stat().st_size for p in files), 0
     problems = [_problem(error, root) for error in unfinished]
     sound: list[tuple[Entry, str]] = []
@@ -105,6 +109,13 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
     if root.is_dir():
         problems += _check_together(root, sound)
     return problems
+
+
+def _is_foreign(file: Path) -> bool:
+    """Whether the file begins as another format's."""
+    with file.open("rb") as opened:
+        begin = opened.read(len(layout.HEADER_MAGIC))
+    return len(begin) == len(layout.HEADER_MAGIC) and begin != layout.HEADER_MAGIC
 
 
 def _groups(shard: Shard) -> Iterator[NDArray[np.int64]]:

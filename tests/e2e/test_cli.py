@@ -104,6 +104,7 @@ def test_rubbish_is_one_line(cache, tmp_path):
         (("verify", tmp_path / "empty"), "no .skl shards here: not a cache, or an empty one"),
         (("inspect", tmp_path / "none.skl"), "the file is empty"),
         (("inspect", tmp_path / "text.skl"), "not a sklformat shard"),
+        (("verify", tmp_path / "text.skl"), "not a sklformat shard"),
         (("inspect", tmp_path / "nothing"), "no such file or directory"),
         (("inspect", cache), "sequences 4..7 are missing"),
         (("recover", tmp_path / "text.skl"), "needs no recovery"),

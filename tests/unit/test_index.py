@@ -54,7 +54,7 @@ END = len(SHARD) - 64
         (
             [(END, b"X")],
             skl.TruncatedError,
-            r"no trailer at the end: never sealed \(run: sklformat recover\), or cut short",
+            "no trailer at the end: cut short, or never finished: copy or capture it again",
         ),
         (
             [(END + 8, struct.pack("<Q", INDEX + 64))],

@@ -150,6 +150,18 @@ def test_nothing_to_verify(tmp_path):
         skl.verify(tmp_path)
 
 
+def test_another_format_is_no_damage(directory, tmp_path):
+    """Where nothing is a shard, nothing is damaged: an error; among shards, a file of another format is a problem."""
+    (tmp_path / "texts").mkdir()
+    text = tmp_path / "texts" / "a.skl"
+    text.write_text("not a cache at all\n" * 500)
+    for path in (text, text.parent):
+        with pytest.raises(skl.UnsupportedError, match=r"a\.skl: .*not a sklformat shard"):
+            skl.verify(path)
+    (directory / "shard-00001.skl").write_bytes(text.read_bytes())
+    assert ("shard-00001.skl", "UnsupportedError") in [(p.path.name, p.error) for p in skl.verify(directory)]
+
+
 def test_inspect(directory):
     """inspect gives sizes and settings that JSON can hold."""
     found = report.inspect(directory)
