@@ -22,7 +22,7 @@ from tqdm import tqdm
 from sklformat import order
 from sklformat.disk import write_atomically
 from sklformat.distill import metrics, models
-from sklformat.distill.corpus import PackedSequences, TokenStore, write_token_store
+from sklformat.distill.corpus import PackedSequences, StoreFacts, TokenStore, write_token_store
 from sklformat.distill.documents import read_documents
 from sklformat.distill.fingerprints import tokenizer_fingerprint
 from sklformat.errors import SettingsError
@@ -181,12 +181,12 @@ def _token_store(config: EvalConfig) -> Iterator[Path]:
 
 def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress: bool) -> Evaluation:
     facts = TokenStore(store).facts
-    tokenizer = _checked_tokenizer(store, config.student)
-    student = _load(config, config.student, facts.vocab_size, device)
+    tokenizer = _checked_tokenizer(config, facts, config.student)
+    student = _load(config, config.student, tokenizer, facts, device)
     teacher = None
     if config.teacher is not None:
-        _checked_tokenizer(store, config.teacher)
-        teacher = _load(config, config.teacher, facts.vocab_size, device)
+        teachers = _checked_tokenizer(config, facts, config.teacher)
+        teacher = _load(config, config.teacher, teachers, facts, device)
     sequences = PackedSequences(
         store, seq_len=config.seq_len, separator_id=models.separator_id(tokenizer), seed=config.packing_seed
     )
@@ -216,22 +216,32 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
     return evaluation
 
 
-def _checked_tokenizer(store: Path, model: str) -> Any:
+def _checked_tokenizer(config: EvalConfig, facts: StoreFacts, model: str) -> Any:
     tokenizer = models.load_tokenizer(model)
-    made_by, own = TokenStore(store).facts.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
+    made_by, own = facts.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
+    if made_by != own and config.tokens is None:  # the student's own tokens, so this is the teacher
+        raise SettingsError(
+            f"the teacher {model} has another tokenizer than the student {config.student}: fingerprint {own}, the "
+            f"student's is {made_by}; they can be compared only over the same ids, so give a teacher of the same "
+            "tokenizer"
+        )
     if made_by != own:
         raise SettingsError(
-            f"{store} was made by another tokenizer than that of {model}: fingerprint {made_by}, the model's "
+            f"{config.tokens} was made by another tokenizer than that of {model}: fingerprint {made_by}, the model's "
             f"is {own}; make the token store with the model's tokenizer"
         )
     return tokenizer
 
 
-def _load(config: EvalConfig, path: str, vocab_size: int, device: torch.device) -> Any:
+def _load(config: EvalConfig, path: str, tokenizer: Any, facts: StoreFacts, device: torch.device) -> Any:
     model = models.load_model(path, dtype=config.dtype, device=device)
     width = int(model.config.get_text_config().vocab_size)
-    if width < vocab_size:
-        raise SettingsError(f"{path} has a vocabulary of {width}, the held-out text one of {vocab_size}")
+    if width < facts.vocab_size:
+        raise SettingsError(f"{path} has a vocabulary of {width}, the held-out text one of {facts.vocab_size}")
+    try:
+        models.check_fit(tokenizer, model, seq_len=config.seq_len)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return model
 
 

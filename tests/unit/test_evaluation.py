@@ -116,6 +116,30 @@ def test_another_tokenizer_is_refused(place, tmp_path):
         assert tokenizer_fingerprint(other) in str(caught.value)
 
 
+def test_a_teacher_of_another_tokenizer_is_named_beside_the_student(place, tmp_path):
+    """With a text instead of tokens the message speaks of the two models that differ, of no temporary directory."""
+    other = models.train_tokenizer(["completely different words " * 20], 290)
+    make_model(tmp_path / "other", other, 0)
+    (tmp_path / "held-out.txt").write_text("alpha beta gamma " * 40)
+    with pytest.raises(SettingsError, match="another tokenizer") as caught:
+        run(place, tokens=None, text=(tmp_path / "held-out.txt",), teacher=str(tmp_path / "other"))
+    message = str(caught.value)
+    assert f"the teacher {tmp_path / 'other'} has another tokenizer than the student {place / 'student'}" in message
+    assert "sklformat-eval-" not in message
+
+
+def test_sequences_beyond_the_positions_of_a_model_are_refused(place, tmp_path):
+    """A length that student or teacher was not made for is refused by name, not measured."""
+    tokenizer = models.load_tokenizer(place / "student")
+    model = models.new_llama(
+        vocab_size=models.num_ids(tokenizer), hidden_size=16, num_layers=1, num_heads=2, max_positions=8, seed=0
+    )
+    models.save(model, tokenizer, tmp_path / "short")
+    for role in ("student", "teacher"):
+        with pytest.raises(ValueError, match="short: seq_len 16 is beyond the 8 positions"):
+            run(place, **{role: str(tmp_path / "short")})
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
