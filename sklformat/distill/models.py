@@ -26,6 +26,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 END_OF_TEXT = "<|endoftext|>"
 _NUM_BYTES = 256
 _PROBE_TOKENS = 8
+# What the configs of transformers' models call a cap on the logits, or a factor or divisor of them.
+_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier")
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -260,11 +263,17 @@ def has_linear_head(model: PreTrainedModel) -> bool:
     """
     Say whether ``hidden_states @ lm_head_weight.T`` are a model's logits; some add a bias, scale or cap them.
 
-    Tried on a few tokens, since no attribute tells.
+    The config is asked for what it calls a cap or a scale, since a cap hardly shows in small logits; then it is tried
+    on a few tokens, since not every model says so there.
     """
     try:
         weight_VD = lm_head_weight(model)
     except ValueError:
+        return False
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) for name in _CAPS):
+        return False
+    if any(getattr(config, name, None) not in (None, 1) for name in _SCALES):
         return False
     ids_BT = torch.arange(_PROBE_TOKENS, device=weight_VD.device)[None] % weight_VD.shape[0]
     training = model.training
@@ -272,7 +281,8 @@ def has_linear_head(model: PreTrainedModel) -> bool:
     expected_BTV = logits(model, ids_BT).float()
     actual_BTV = (hidden_states(model, ids_BT) @ weight_VD.T).float()
     model.train(training)
-    tolerance = 0.02 * float(expected_BTV.abs().max())  # bfloat16 has 8 bits
+    tolerance = 1e-4 if weight_VD.dtype == torch.float32 else 0.02  # bfloat16 has 8 bits
+    tolerance *= float(expected_BTV.abs().max())
     return expected_BTV.shape == actual_BTV.shape and float((expected_BTV - actual_BTV).abs().max()) <= tolerance
 
 

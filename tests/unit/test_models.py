@@ -169,6 +169,33 @@ def test_heads_that_are_not_one_matrix_are_known():
         models.check_linear_head(transformers.CohereForCausalLM(config))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_caps_and_scales_are_known_where_they_hardly_show(dtype):
+    """A cap far above the logits, and a scale of 1.01, are no single matrix in any type; neutral values are one."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+    def is_linear(kind, **changes):
+        config = getattr(transformers, kind + "Config")(**sizes, **changes)
+        torch.manual_seed(0)
+        return models.has_linear_head(getattr(transformers, kind + "ForCausalLM")(config).to(dtype))
+
+    capped = {"head_dim": 8, "pad_token_id": 0}
+    assert not is_linear("Gemma2", final_logit_softcapping=30.0, **capped)
+    assert is_linear("Gemma2", final_logit_softcapping=None, **capped)
+    assert not is_linear("Granite", logits_scaling=1.01)
+    assert is_linear("Granite", logits_scaling=1.0)
+
+
+def test_a_scale_that_no_config_tells_is_found_in_float32(monkeypatch):
+    """In float32 a tenth of a percent between head and logits is no rounding."""
+    model = tiny()
+    logits = models.logits
+    assert models.has_linear_head(model)
+    monkeypatch.setattr(models, "logits", lambda model, ids: 1.001 * logits(model, ids))
+    assert not models.has_linear_head(model)
+
+
 def test_fit_of_tokenizer_and_model(tokenizer):
     """A head narrower than the tokenizer is refused, a padded one allowed; positions beyond the model are refused."""
     assert 300 == models.check_fit(tokenizer, tiny(), seq_len=16)
