@@ -91,11 +91,17 @@ class Run:
         return state
 
     def start_log(self, step: int) -> None:
-        """Drop the log's lines after ``step``: the steps that a killed run did past its checkpoint come again."""
+        """
+        Drop the log's lines after ``step``: the steps that a killed run did past its checkpoint come again.
+
+        Raises:
+            CorruptError: A line is not one of the log's.
+        """
         path = self.directory / _LOG
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
         # A line without its end was cut off by the crash.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for number, line in enumerate(whole, 1) if _step_of(line, path, number) <= step]
         write_atomically(path, "".join(kept).encode())
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -149,6 +155,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptError("must hold one JSON object", path=path)
     return value
+
+
+def _step_of(line: str, path: Path, number: int) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        raise CorruptError(
+            f'line {number} is no JSON object with a "step": {line.strip()[:60]!r}; remove the line to go on', path=path
+        ) from None
 
 
 def _compare_settings(directory: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

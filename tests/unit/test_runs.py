@@ -53,6 +53,19 @@ def test_the_log_is_cut_to_the_checkpoint(tmp_path):
         assert [10, 20] == [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
+@pytest.mark.parametrize("bad", ["{", "[1]", '{"loss": 1}', '{"step": null}', "\0\0"])
+def test_a_damaged_log_is_named(tmp_path, bad):
+    """A whole line that is not the log's is an error with path and line, before the log is touched."""
+    with runs.opened(tmp_path / "run", {}) as run:
+        run.log({"step": 1, "loss": 1.0})
+        path = run.directory / "metrics.jsonl"
+        before = path.read_text() + bad + "\n"
+        path.write_text(before)
+        with pytest.raises(skl.CorruptError, match=r"metrics\.jsonl.*line 2"):
+            run.start_log(5)
+        assert before == path.read_text()
+
+
 def test_finishing_publishes_model_and_summary_and_drops_the_checkpoint(tmp_path):
     """After the end there are the model, the summary, the settings and the log, and nothing half done."""
     with runs.opened(tmp_path / "run", {}) as run:
