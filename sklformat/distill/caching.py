@@ -8,6 +8,7 @@ Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from tqdm import tqdm
 import sklformat
 from sklformat import order
 from sklformat.capture import Capture, ShardWork
+from sklformat.disk import locked_directory
 from sklformat.distill import models
 from sklformat.distill.corpus import (
     Document,
@@ -33,6 +35,7 @@ from sklformat.distill.corpus import (
     tokenizer_fingerprint,
     write_token_store,
 )
+from sklformat.distill.directories import refuse_foreign
 from sklformat.errors import SettingsError
 from sklformat.header import Header
 from sklformat.records import SparseTargets
@@ -43,6 +46,8 @@ TOKENS_NAME = "tokens"
 """Directory of the token store inside a cache that was made from text."""
 
 
+_SHARD = re.compile(r"shard-\d{5,}\.skl(\.partial)?")
+_BEFORE_SHARDS = re.compile(rf"\.lock|\.writer\.lock|{TOKENS_NAME}(\.partial)?")  # what a run leaves that stopped early
 _MAX_SMALL_K = 255  # records of a position that one byte counts
 _LOGITS_PER_DRAW = 1 << 24  # at most so many logits are there at once: 64 MiB of float32
 
@@ -202,17 +207,22 @@ def cache_teacher(config: CacheConfig) -> Cached:
         OSError: Text, teacher or disk; as the operating system reports it.
         ValueError: No such device, no text, text too short, a teacher that does not fit its tokenizer or ``seq_len``,
             logits that are not finite.
-        SettingsError: ``out`` holds a cache made with other settings, or ``tokens`` were made by another tokenizer.
+        SettingsError: ``out`` holds a cache made with other settings, or files that are no cache; ``tokens`` were made
+            by another tokenizer.
         InUseError: Another process writes into ``out``.
         CaptureError, RingClosedError: The writer process failed.
     """
     device = models.find_device(config.device)
     tokenizer = models.load_tokenizer(config.teacher)
     documents = read_documents(config.text) if config.text else None
-    model = models.load_model(config.teacher, dtype=config.dtype, device=device)
-    vocab_size = models.check_fit(tokenizer, model, seq_len=config.seq_len)
-    packed = _packed(config, tokenizer, documents)
-    header = _header(config, packed, vocab_size, models.model_fingerprint(model))
+    _check_directory(config.out)
+    # Held already here, so that a second run is refused before it works; the capture takes the same lock again, and
+    # is refused itself should another come in between.
+    with locked_directory(config.out):
+        model = models.load_model(config.teacher, dtype=config.dtype, device=device)
+        vocab_size = models.check_fit(tokenizer, model, seq_len=config.seq_len)
+        packed = _packed(config, tokenizer, documents)
+        header = _header(config, packed, vocab_size, models.model_fingerprint(model), device)
     teacher = _Teacher(model, vocab_size)
     capture = Capture(
         config.out,
@@ -254,6 +264,13 @@ def cache_teacher(config: CacheConfig) -> Cached:
     )
 
 
+def _check_directory(directory: Path) -> None:
+    """A cache is begun where nothing is; where shards are, finished or not, the capture compares their settings."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    if not any(_SHARD.fullmatch(name) for name in names):
+        refuse_foreign(directory, "cache", _BEFORE_SHARDS)
+
+
 def _packed(config: CacheConfig, tokenizer: Any, documents: Iterator[Document] | None) -> PackedSequences:
     """The sequences to run over, from a token store that is there or is made now."""
     fingerprint, separator_id = tokenizer_fingerprint(tokenizer), models.separator_id(tokenizer)
@@ -293,11 +310,19 @@ def _packed(config: CacheConfig, tokenizer: Any, documents: Iterator[Document] |
         raise
 
 
-def _header(config: CacheConfig, packed: PackedSequences, vocab_size: int, teacher_fingerprint: str) -> Header:
-    """Everything the cache's bytes depend on, so that a cache made otherwise is never gone on with."""
-    name = Path(config.teacher)
+def _header(
+    config: CacheConfig, packed: PackedSequences, vocab_size: int, teacher_fingerprint: str, device: torch.device
+) -> Header:
+    """
+    Everything the cache's bytes depend on, so that a cache made otherwise is never gone on with.
+
+    A teacher is known by its fingerprint; a name from the hub is told as well, a path is not: it may move.
+    """
+    teacher = {"dtype": config.dtype, "device": device.type}
+    if not Path(config.teacher).exists():
+        teacher["name"] = config.teacher
     capture = {
-        "teacher": {"name": name.resolve().name if name.exists() else config.teacher, "dtype": config.dtype},
+        "teacher": teacher,
         "packing": {
             "separator_id": packed.separator_id,
             "first_sequence": packed.first,

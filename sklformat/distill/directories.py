@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from sklformat.disk import lock
+from sklformat.errors import SettingsError
 
 
 @contextlib.contextmanager
@@ -63,6 +65,24 @@ def published(directory: Path | str, *, replace: bool = False) -> Iterator[Path]
             raise
     finally:
         os.close(handle)
+
+
+def refuse_foreign(directory: Path, what: str, own: re.Pattern[str]) -> None:
+    """
+    Make sure that a directory holds nothing but files of ours, so that these never mix with someone's own.
+
+    Args:
+        directory: Need not be there.
+        what: That it should hold, for the message.
+        own: Names that may be there.
+
+    Raises:
+        SettingsError: It holds another file; the message names the first.
+    """
+    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    foreign = [name for name in names if not own.fullmatch(name)]
+    if foreign:
+        raise SettingsError(f"{directory} is not empty and holds no {what} ({foreign[0]} is there); use another one")
 
 
 def fsync_path(path: Path | str) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import torch
 from tqdm import tqdm
 
 from sklformat.disk import Disk, locked_directory, write_atomically
-from sklformat.distill.directories import published
+from sklformat.distill.directories import published, refuse_foreign
 from sklformat.errors import CorruptError, SettingsError
 
 _SETTINGS, _SUMMARY, _CHECKPOINT, _LOG, _MODEL = "run.json", "summary.json", "checkpoint.pt", "metrics.jsonl", "model"
+_LOCK = re.compile(r"\.lock")
 
 
 Report = Callable[[int, int, float], None]
@@ -135,9 +137,8 @@ def opened(directory: Path | str, settings: Mapping[str, Any], *, writes: bool =
         path = directory / _SETTINGS
         if path.exists():
             _compare_settings(directory, _read_json(path), json.loads(json.dumps(settings)))
-        elif any(entry.name != ".lock" for entry in directory.iterdir()):
-            raise SettingsError(f"{directory} is not empty and holds no run ({_SETTINGS} is missing); use another one")
         else:
+            refuse_foreign(directory, "run", _LOCK)
             write_json(path, settings)
         yield Run(directory)
 

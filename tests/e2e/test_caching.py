@@ -136,7 +136,7 @@ def test_header_says_how_the_cache_was_made(config, teacher, tokenizer):
     assert tokenizer_fingerprint(tokenizer) == header.tokenizer_fingerprint
     assert models.model_fingerprint(models.load_model(teacher)) == header.teacher_fingerprint
     assert TokenStore(config().out / "tokens").facts.corpus_fingerprint == header.corpus_fingerprint
-    assert {"name": "teacher", "dtype": "float32"} == header.capture["teacher"]
+    assert {"dtype": "float32", "device": "cpu"} == header.capture["teacher"]
     assert 0 == header.capture["packing"]["separator_id"]
     assert torch.__version__ == header.capture["versions"]["torch"]
 
@@ -325,6 +325,42 @@ def test_logits_that_are_not_finite_are_refused(config, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="sequence 0, position 0: the logits hold NaN"):
         cache_teacher(config(teacher=str(tmp_path / "bad")))
     assert {} == shard_bytes(config().out)
+
+
+def test_moved_teacher_is_the_same_one(config, teacher, tmp_path):
+    """A cache is gone on with from a copy of the teacher under another name: its weights say which one it is."""
+    first = cache_teacher(config())
+    shutil.copytree(teacher, tmp_path / "copy")
+    assert first.fingerprint == cache_teacher(config(teacher=str(tmp_path / "copy"))).fingerprint
+
+
+def test_directory_in_use_is_refused_before_any_work(config, monkeypatch):
+    """A second run into one directory neither tokenises nor loads a teacher; the first holds it while it does."""
+    load_model = models.load_model
+
+    def second(*args, **kwargs):
+        monkeypatch.setattr(models, "load_model", None)
+        with pytest.raises(skl.InUseError, match="another process is writing here"):
+            cache_teacher(config(num_sequences=2))
+        return load_model(*args, **kwargs)
+
+    monkeypatch.setattr(models, "load_model", second)
+    assert 2 == cache_teacher(config(num_sequences=2)).sequences_made
+
+
+def test_directory_with_other_files_is_refused(config):
+    """A cache never mixes with someone's own files; what a run that was stopped early left is no hindrance."""
+    out = config().out
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(skl.SettingsError, match=r"not empty and holds no cache \(thesis\.tex is there\)"):
+        cache_teacher(config(num_sequences=2))
+    assert ["thesis.tex"] == [path.name for path in out.iterdir()]
+    (out / "thesis.tex").unlink()
+    (out / "tokens.partial").mkdir()
+    for name in (".lock", ".writer.lock"):
+        (out / name).touch()
+    assert 2 == cache_teacher(config(num_sequences=2)).sequences_made
 
 
 def test_too_short_text_leaves_nothing_behind(config, tmp_path):

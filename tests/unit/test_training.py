@@ -254,7 +254,7 @@ def test_other_settings_are_refused_with_both_values(place, tmp_path):
 def test_a_directory_with_other_files_is_refused(place, tmp_path):
     """A run never mixes with files that are not its own."""
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(skl.SettingsError, match="not empty and holds no run"):
+    with pytest.raises(skl.SettingsError, match=r"not empty and holds no run \(thesis\.tex is there\)"):
         train(config_of(place, tmp_path), report=silent)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
