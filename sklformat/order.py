@@ -7,6 +7,7 @@ SPEC.md section 12 specifies it with test vectors; a change of one bit here is a
 
 from __future__ import annotations
 
+import operator
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ class Schedule:
 
     Raises:
         ValueError: A value out of range, or an epoch that has no batch at all.
+        TypeError: A number that is no integer.
 
     Source: SPEC section 12.
     """
@@ -107,6 +109,12 @@ class Schedule:
     tail: str = "drop"
 
     def __post_init__(self) -> None:
+        for name in ("num_sequences", "batch_size", "rank", "world_size", "seed"):
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, operator.index(value))
+            except TypeError:
+                raise TypeError(f"{name} must be an integer, got {value!r}") from None
         if self.batch_size < 1 or self.world_size < 1 or not 0 <= self.rank < self.world_size:
             raise ValueError(
                 f"need batch_size >= 1 and 0 <= rank < world_size, got batch_size {self.batch_size}, "

@@ -232,6 +232,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
             "fingerprint": self.cache.fingerprint,
             "order": order.ALGORITHM if self.schedule.shuffle else 0,
             "seed": self.schedule.seed,
+            "tail": self.schedule.tail,
             "epoch": epoch,
             "consumed": consumed,
         }

@@ -183,6 +183,9 @@ def test_state_of_another_stream_is_refused(cache, tmp_path):
     other = SparseLogitDataset(cache[0], batch_size=4, seed=2)
     with pytest.raises(skl.ResumeError, match="seed: 1 in the state, 2 here"):
         other.load_state_dict(state)
+    other = SparseLogitDataset(cache[0], batch_size=4, seed=1, tail="wrap")
+    with pytest.raises(skl.ResumeError, match="tail: 'drop' in the state, 'wrap' here"):
+        other.load_state_dict(state)
     with pytest.raises(skl.ResumeError, match="fingerprint"):
         ds.load_state_dict(state | {"fingerprint": "0" * 32})
     with pytest.raises(skl.ResumeError, match="fields"):
@@ -288,3 +291,12 @@ def test_schedule_refuses_what_it_cannot_do():
         Schedule(num_sequences=30, batch_size=2, rank=2, world_size=2)
     with pytest.raises(ValueError, match="tail"):
         Schedule(num_sequences=30, batch_size=2, tail="repeat")
+
+
+@pytest.mark.parametrize("name", ["num_sequences", "batch_size", "rank", "world_size", "seed"])
+def test_schedule_takes_integers_only(name):
+    """A float is refused by its name before anything is computed with it; numpy's integers are taken."""
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got 2.0"):
+        Schedule(**{"num_sequences": 30, "batch_size": 2, "world_size": 3} | {name: 2.0})
+    schedule = Schedule(**{"num_sequences": 30, "batch_size": 2, "world_size": 3, "tail": "pad"} | {name: np.int64(2)})
+    assert int is type(getattr(schedule, name))
