@@ -76,7 +76,7 @@ class Header:
     record_count_size: int | None = None
     scale_log2: int = 0
     columns: tuple[str, ...] = ()
-    capture: Mapping[str, Any] = field(default_factory=dict)
+    capture: Mapping[str, Any] = field(default_factory=dict, hash=False)  # compared, but a dict has no hash
     row_convention: str = "next-token"
     sampling_seed: int = 0
     packing_seed: int = 0
@@ -127,6 +127,10 @@ class Header:
             value = getattr(self, name)
             if value not in choices and not (value is None and name in ("sampler", "profile")):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if isinstance(self.columns, str):
+            raise TypeError(
+                f"columns must be a tuple of names, got the string {self.columns!r}; write ({self.columns!r},)"
+            )
         if unknown := set(self.columns) - set(layout.COLUMNS):
             raise ValueError(f"columns may be {', '.join(layout.COLUMNS)}, got {', '.join(sorted(unknown))}")
         if not (math.isfinite(self.proposal_temperature) and self.proposal_temperature > 0):
@@ -159,6 +163,8 @@ class Header:
                 )
             if self.proposal_temperature != 1.0:
                 raise ValueError("counts need proposal_temperature 1; other proposals go through kind 'ratios'")
+            if self.biased:
+                raise ValueError(f"counts are of drawn ids, but sampler {self.sampler} draws none; use kind 'ratios'")
             if self.scale_log2 != 0:
                 raise ValueError("scale_log2 belongs to kind 'ratios'; counts have none")
         elif self.profile == "R24W":

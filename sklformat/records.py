@@ -104,7 +104,7 @@ class SparseTargets:
     __hash__ = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sequence:
     """
     One sequence of a cache: its tokens and what the teacher said of them.
@@ -120,6 +120,19 @@ class Sequence:
     targets: SparseTargets
     columns: Mapping[str, NDArray[np.float16]]
     alignment: int
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return (
+            self.alignment == other.alignment
+            and _equal(self.tokens, other.tokens)
+            and self.targets == other.targets
+            and self.columns.keys() == other.columns.keys()
+            and all(_equal(column, other.columns[name]) for name, column in self.columns.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _equal(left: NDArray[np.generic] | None, right: NDArray[np.generic] | None) -> bool:

@@ -316,6 +316,7 @@ def decode_header(header: bytes) -> Settings:
     check(token_size in (0, 2, 3, 4), "token_size")
     check(scale <= 30 and (kind == RATIOS or scale == 0), "scale_log2")
     check(profile != R24W or kind == COUNTS, "R24W holds counts only")
+    check(kind != COUNTS or sampler <= 2, "counts are drawn")
     check(1 <= vocab_size <= 2 ** ID_BITS[profile], "vocab_size")
     check(token_size == 0 or vocab_size <= 2 ** (8 * token_size), "vocab_size does not fit token_size")
     check(seq_len <= MAX_POSITIONS, "seq_len")

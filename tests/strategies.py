@@ -129,7 +129,7 @@ def settings(draw, kinds=(COUNTS, RATIOS)) -> reference.Settings:
         rounds=draw(st.sampled_from([1, 2, limit]) | st.integers(1, limit)) if kind == COUNTS else draw(u(16)),
         shard_number=draw(u(32)),
         first_sequence=draw(u(64)),
-        sampler=draw(st.integers(0, 4)),
+        sampler=draw(st.integers(0, 2 if kind == COUNTS else 4)),
         order_algorithm=draw(u(16)),
         order_version=draw(u(16)),
         proposal_temperature=1.0 if kind == COUNTS else draw(st.floats(5e-324, 100.0)),

@@ -80,6 +80,8 @@ def test_defaults_are_the_smallest_that_fit():
         ({"proposal_temperature": 0.5}, "counts need proposal_temperature 1"),
         ({"proposal_temperature": 0.0, "kind": "ratios"}, "must be positive and finite, got 0.0"),
         ({"proposal_temperature": float("nan"), "kind": "ratios"}, "must be positive and finite"),
+        ({"sampler": "topk"}, "sampler topk draws none; use kind 'ratios'"),
+        ({"sampler": "topp"}, "sampler topp draws none"),
         ({"scale_log2": 1}, "scale_log2 belongs to kind 'ratios'"),
         ({"scale_log2": 31, "kind": "ratios"}, r"scale_log2 must be in 0\.\.30"),
         ({"columns": ("logits",)}, "columns may be label_logprob, entropy, got logits"),
@@ -105,6 +107,19 @@ def test_capture_is_an_object(capture):
     """A capture that is no JSON object is refused: its shard could not be read again."""
     with pytest.raises(TypeError, match="capture must be a JSON object"):
         skl.Header(**BASE, capture=capture)
+
+
+def test_equal_headers_have_equal_hashes():
+    """A header can be a key, whatever its capture holds and however that was written."""
+    one, two = (skl.Header(**BASE, capture={"a": value}) for value in (1, 1.0))
+    assert 1 == len({one, two})
+    assert 2 == len({one, skl.Header(**BASE | {"rounds": 4}, capture={"a": 1})})
+
+
+def test_columns_are_names():
+    """One name given as a string is refused, not taken letter by letter."""
+    with pytest.raises(TypeError, match=r"columns must be a tuple of names, got the string 'entropy'; write"):
+        skl.Header(**BASE, columns="entropy")
 
 
 def test_wrong_types_are_refused():
@@ -240,5 +255,5 @@ def test_damage_is_named():
 
 def test_biased_samplers():
     """Top-k and top-p are biased by design; drawn records are not."""
-    made = {name: skl.Header(**BASE, sampler=name).biased for name in strategies.SAMPLERS}
+    made = {name: skl.Header(**BASE | {"kind": "ratios"}, sampler=name).biased for name in strategies.SAMPLERS}
     assert {"topk", "topp"} == {name for name, biased in made.items() if biased}

@@ -60,3 +60,28 @@ def test_equality():
     assert targets() != 5
     with pytest.raises(TypeError):
         hash(targets())
+
+
+def test_equality_of_sequences():
+    """Sequences are equal where tokens, targets, columns and alignment are; any one that differs tells them apart."""
+
+    def sequence(**changes):
+        values = {"tokens": np.arange(3), "targets": targets(), "columns": {"entropy": np.ones(2)}, "alignment": 7}
+        return skl.Sequence(**values | changes)
+
+    assert sequence() == sequence()
+    assert sequence(tokens=None) == sequence(tokens=None)
+    for changes in (
+        {"tokens": np.arange(1, 4)},
+        {"tokens": None},
+        {"targets": targets(counts=[1, 2, 4])},
+        {"columns": {}},
+        {"columns": {"entropy": np.zeros(2)}},
+        {"columns": {"label_logprob": np.ones(2)}},
+        {"alignment": 8},
+    ):
+        assert sequence() != sequence(**changes)
+        assert sequence(**changes) != sequence()
+    assert sequence() != 5
+    with pytest.raises(TypeError):
+        hash(sequence())
