@@ -6,6 +6,7 @@ Says what the values are and what was lost; refuses what would be silently wrong
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.capture.plan import shard_header, shard_path, survey
-from sklformat.disk import Disk, locked_directory, write_atomically
+from sklformat.disk import Disk, lock, locked_directory, write_atomically
 from sklformat.errors import CorruptError, SettingsError
 from sklformat.header import Header
 from sklformat.interop.columns import Row
@@ -28,7 +29,7 @@ from sklformat.manifest import MANIFEST_NAME, write_manifest
 from sklformat.reader import scan_directory
 from sklformat.records import SparseTargets
 from sklformat.report import inspect
-from sklformat.writer import ShardWriter
+from sklformat.writer import PARTIAL_SUFFIX, ShardWriter
 
 FileKind = Literal["auto", "skl", "npz", "parquet", "jsonl"]
 
@@ -139,6 +140,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Converte
     """
     from_kind, to_kind = _source_kind(config), _destination_kind(config)
     if to_kind == "skl":
+        _check_idle(config.destination)
         _check_directory(config.destination)
     elif config.destination.exists():
         raise FileExistsError(f"{config.destination}: exists already; choose another destination, or remove it first")
@@ -275,7 +277,20 @@ def _check_directory(directory: Path) -> None:
         raise FileExistsError(f"{directory}: is a file; choose another destination, or remove it first")
     names = {path.name for path in directory.iterdir()} - {_LOCK}
     if names and (_MARK not in names or MANIFEST_NAME in names):
-        raise FileExistsError(f"{directory}: exists already; choose another destination, or remove it first")
+        there = MANIFEST_NAME if MANIFEST_NAME in names else min(names)
+        raise FileExistsError(
+            f"{directory}: exists already ({there} is there); choose another destination, or remove it first"
+        )
+
+
+def _check_idle(directory: Path) -> None:
+    """What another process is writing must not be called a leftover that one may remove."""
+    if (directory / _LOCK).exists():
+        with locked_directory(directory):
+            pass
+    for partial in directory.glob(f"*.skl{PARTIAL_SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError), partial.open("rb") as file:  # sealed since it was listed
+            lock(file.fileno(), partial)
 
 
 def _write_cache(config: ConvertConfig, stream: _Stream) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sklformat as skl
+from sklformat.disk import locked_directory
 from sklformat.interop import ConvertConfig, convert
 from sklformat.interop.columns import Row
 from sklformat.interop.plain import check_row
@@ -333,6 +334,24 @@ def test_note_must_fit(tmp_path):
     (tmp_path / "c.jsonl.sklformat.json").write_text("[]")
     with pytest.raises(skl.CorruptError, match="note: not a JSON object"):
         run(tmp_path / "c.jsonl", tmp_path / "back")
+
+
+def test_destination_in_use_is_not_called_a_leftover(tmp_path):
+    """While another process writes there, the answer is to wait, never to remove what it writes."""
+    cache = write_cache(tmp_path / "cache")
+    with locked_directory(tmp_path / "captured"):
+        (tmp_path / "captured/shard-00000.skl.partial").touch()
+        with pytest.raises(skl.InUseError, match="another process is writing here"):
+            run(cache, tmp_path / "captured")
+    (tmp_path / "written").mkdir()
+    header = skl.Header(vocab_size=9, seq_len=2, kind="counts", rounds=3)
+    with skl.ShardWriter(tmp_path / "written/a.skl", header=header):
+        with pytest.raises(skl.InUseError, match="another process is writing here"):
+            run(cache, tmp_path / "written")
+        assert ["a.skl.partial"] == [path.name for path in (tmp_path / "written").iterdir()]
+    (tmp_path / "captured/.lock").unlink()
+    with pytest.raises(FileExistsError, match=r"exists already \(shard-00000\.skl\.partial is there\)"):
+        run(cache, tmp_path / "captured")
 
 
 def test_existing_destination_is_kept(tmp_path):
