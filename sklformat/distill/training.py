@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sklformat.distill import models, runs, streams
 from sklformat.distill.dataset import Batch
+from sklformat.distill.fingerprints import tokenizer_fingerprint
 from sklformat.distill.losses import IGNORED_LABEL, DenseTeacher, linear_sparse_kl
 from sklformat.errors import SettingsError
 
@@ -37,6 +38,8 @@ _RAGGED_POSITIONS = 4096  # of a new Llama that learns from sequences of any len
 _TOPK_METHODS = ("topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix")
 # What the finished model does not depend on; a run may go on with other values of these.
 _FREE_FIELDS = ("out", "device", "num_workers", "save_every", "log_every", "batch_size", "accumulation")
+# Paths and names, which say nothing of what is there; its fingerprints stand for them.
+_FINGERPRINTED_FIELDS = ("cache", "tokens", "student", "teacher", "tokenizer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,13 +197,15 @@ def train(config: TrainConfig, *, report: runs.Report | None = None) -> TrainSum
     """
     with _processes(config.device) as (rank, world_size, device):
         stream = _open_stream(config, rank, world_size)
-        settings = _settings(config, stream, world_size)
+        student = _student(config, stream)
+        teacher = None if config.teacher is None else _teacher(config, stream, student)
+        settings = _settings(config, stream, world_size, student, teacher)
         with runs.opened(config.out, settings, writes=rank == 0) as run:
             if world_size > 1:
                 dist.barrier()  # the other processes look at the directory after the first has checked it
             summary = run.summary()
             if summary is None:
-                summary = _Training(config, stream, run, rank, world_size, device).run_to_end(report)
+                summary = _Training(config, stream, student, teacher, run, rank, world_size, device).run_to_end(report)
     return TrainSummary(**{**summary, "model": Path(config.out) / "model"})
 
 
@@ -224,6 +229,8 @@ class _Training:
         self,
         config: TrainConfig,
         stream: streams.Stream,
+        student: Any,
+        teacher: Any,
         run: runs.Run,
         rank: int,
         world_size: int,
@@ -231,8 +238,8 @@ class _Training:
     ) -> None:
         self.config, self.stream, self.run = config, stream, run
         self.rank, self.world_size, self.device = rank, world_size, device
-        self.model = _student(config, stream).to(device).train()
-        self.teacher = None if config.teacher is None else _teacher(config, stream, self.model).to(device)
+        self.model = student.to(device).train()
+        self.teacher = None if teacher is None else teacher.to(device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         decay = [p for p in self.parameters if p.dim() >= 2]
         rest = [p for p in self.parameters if p.dim() < 2]
@@ -473,11 +480,22 @@ def _teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> Any:
     return teacher
 
 
-def _settings(config: TrainConfig, stream: streams.Stream, world_size: int) -> dict[str, Any]:
-    """What the finished model depends on; data by fingerprint, so that a moved cache is still the same one."""
+def _settings(
+    config: TrainConfig, stream: streams.Stream, world_size: int, student: Any, teacher: Any
+) -> dict[str, Any]:
+    """
+    What the finished model depends on.
+
+    Data, models and tokenizer by fingerprint: moved, they are the same; made anew at the same place, they are not.
+    """
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_FIELDS}
-    values = {name: value for name, value in values.items() if name not in ("cache", "tokens")} | stream.identity
-    return values | {"sequences_per_step": config.batch_size * config.accumulation * world_size}
+    values = {name: value for name, value in values.items() if name not in _FINGERPRINTED_FIELDS} | stream.identity
+    given = {
+        "student_fingerprint": None if config.student is None else models.model_fingerprint(student),
+        "teacher_fingerprint": None if teacher is None else models.model_fingerprint(teacher),
+        "tokenizer_fingerprint": tokenizer_fingerprint(stream.tokenizer),
+    }
+    return values | given | {"sequences_per_step": config.batch_size * config.accumulation * world_size}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -249,6 +250,29 @@ def test_other_settings_are_refused_with_both_values(place, tmp_path):
     with pytest.raises(skl.SettingsError, match="cache was"):
         train(config_of(place, tmp_path / "run", steps=2, cache=place / "topk", method="ce"), report=silent)
     train(config_of(place, tmp_path / "run", steps=2, save_every=1, log_every=2), report=silent)
+
+
+def test_a_run_knows_its_models_by_their_weights(place, tmp_path, monkeypatch):
+    """Other words for the same paths, or a copy, are the same run; a teacher or student made anew there is another."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("teacher", "student"):
+        shutil.copytree(place / "teacher", tmp_path / name)
+    given = {"method": "full", "teacher": "teacher", "student": "student", "tokenizer": "teacher", "steps": 1}
+    train(config_of(place, tmp_path / "run", **given), report=silent)
+    moved = {"teacher": "./teacher", "student": str(place / "teacher"), "tokenizer": str(place / "tokenizer")}
+    train(config_of(place, tmp_path / "run", **given | moved), report=silent)
+    model = models.load_model(place / "teacher")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    for name in ("teacher", "student"):
+        shutil.copytree(place / "teacher", tmp_path / "as-it-was")
+        models.save(model, models.load_tokenizer(place / "teacher"), tmp_path / name, replace=True)
+        with pytest.raises(
+            skl.SettingsError, match=rf"settings: {name}_fingerprint was '\w+', asked for is '\w+'; use"
+        ):
+            train(config_of(place, tmp_path / "run", **given), report=silent)
+        shutil.rmtree(tmp_path / name)
+        (tmp_path / "as-it-was").rename(tmp_path / name)
 
 
 def test_a_directory_with_other_files_is_refused(place, tmp_path):
