@@ -7,13 +7,13 @@ the pages; a rename is durable once its directory is synced.
 
 from __future__ import annotations
 
-import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sklformat.errors import InUseError
+from sklformat.errors import InUseError, UnsupportedError
 
 
 class Disk:
@@ -40,7 +40,10 @@ class Disk:
 
     def sync(self, fd: int) -> None:
         """Make the file's bytes and size durable."""
-        os.fdatasync(fd)
+        if hasattr(os, "fdatasync"):
+            os.fdatasync(fd)
+        else:  # macOS has none
+            os.fsync(fd)
 
     def rename(self, source: Path, target: Path) -> None:
         """Put ``source`` in the place of ``target``, durably."""
@@ -62,7 +65,15 @@ def lock(fd: int, path: Path) -> None:
 
     Raises:
         InUseError: Another process holds it.
+        UnsupportedError: The system has no such lock.
     """
+    try:
+        import fcntl  # noqa: PLC0415  reading needs no lock, and goes on where there is none
+    except ImportError:
+        raise UnsupportedError(
+            f"writing needs file locks (fcntl), which {sys.platform} has not; write on Linux or macOS, read anywhere",
+            path=path,
+        ) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

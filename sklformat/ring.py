@@ -8,7 +8,6 @@ meaning of a frame is its user's.  For Linux: elsewhere the module can be import
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 import select
@@ -333,6 +332,8 @@ def _slices(timeout: float | None) -> Any:
 
 def _seal(memory: int) -> None:
     """Fix the size for ever: neither side can make the other fault by shrinking the file."""
+    import fcntl  # noqa: PLC0415  not everywhere that this module is imported
+
     fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
 
 

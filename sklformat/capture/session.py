@@ -7,7 +7,6 @@ Knows no teacher and no sampler, and imports no torch; ``scribe`` is the other s
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import operator
 import os
 import subprocess
@@ -258,6 +257,8 @@ class Capture:
 
 
 def _try_lock(fd: int) -> bool:
+    import fcntl  # noqa: PLC0415  not everywhere that this module is imported
+
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

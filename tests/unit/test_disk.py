@@ -1,8 +1,11 @@
 """System calls of a writer: locks, short writes, atomic replacement."""
 
 import os
+import subprocess
+import sys
 
 import pytest
+from strategies import small_shard
 
 from sklformat import disk
 from sklformat.errors import InUseError
@@ -77,3 +80,34 @@ def test_write_atomically(tmp_path, monkeypatch):
         disk.write_atomically(path, b"newer")
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sync_without_fdatasync(tmp_path, monkeypatch):
+    """Where the system has no fdatasync, as on macOS, fsync takes its place."""
+    synced = []
+    monkeypatch.delattr(os, "fdatasync")
+    monkeypatch.setattr(os, "fsync", synced.append)
+    disk.Disk().sync(7)
+    assert [7] == synced
+
+
+def test_reading_needs_no_locks(tmp_path):
+    """Where the system has no fcntl, shards are read; writing is refused with a typed error."""
+    (tmp_path / "a.skl").write_bytes(small_shard(2))
+    code = f"""
+import sys
+sys.modules["fcntl"] = None
+import sklformat as skl
+from pathlib import Path
+with skl.open(Path({str(tmp_path / "a.skl")!r})) as cache:
+    assert 2 == len([sequence.targets for sequence in cache])
+    header = cache.header
+try:
+    skl.ShardWriter(Path({str(tmp_path / "b.skl")!r}), header=header)
+except skl.UnsupportedError as error:
+    assert "b.skl.partial: writing needs file locks" in str(error), error
+else:
+    raise AssertionError("written without a lock")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (0, "") == (done.returncode, done.stderr)
