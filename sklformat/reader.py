@@ -47,6 +47,7 @@ class Cache:
         self._open_shards: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.Lock()
         self._pid = os.getpid()
+        self._closed = False
         self._entries = list_shards(self.path)
         first = self._shard(0)
         self.header: Header = dataclasses.replace(first.header, shard_number=0, first_sequence=0)
@@ -65,6 +66,7 @@ class Cache:
         Raises:
             IndexError: There is no sequence i.
             FormatError: Its shard or block is damaged; names file, byte offset and sequence.
+            ValueError: The cache is closed.
         """
         shard, number = self.find(i)
         return shard[number]
@@ -180,7 +182,8 @@ class Cache:
         return (self._shard(place) for place in range(len(self._entries)))
 
     def close(self) -> None:
-        """Unmap every open shard."""
+        """Unmap every open shard; nothing can be read afterwards."""
+        self._closed = True
         while self._open_shards:
             self._open_shards.popitem()[1].close()
 
@@ -192,6 +195,8 @@ class Cache:
             return self._open_shard(place)
 
     def _open_shard(self, place: int) -> Shard:
+        if self._closed:
+            raise ValueError(f"{self.path}: the cache is closed; open it again")
         shard = self._open_shards.get(place)
         if shard is None:
             entry = self._entries[place]

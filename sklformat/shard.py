@@ -42,14 +42,11 @@ class Shard:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            size = os.fstat(fd).st_size
+        with self.path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
             if size == 0:
                 raise TruncatedError("the file is empty", path=self.path)
-            self._map = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
-        finally:
-            os.close(fd)
+            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         self._view = memoryview(self._map)
         self._address = address_of(self._view)
         self._checked = np.zeros(0, np.bool_)
@@ -89,6 +86,7 @@ class Shard:
         Raises:
             IndexError: There is no such sequence.
             CorruptError, UnsupportedError: Its block is damaged or of a newer kind.
+            ValueError: The shard is closed.
         """
         if not 0 <= number < len(self):
             raise IndexError(f"{self.path}: sequence {number} of {len(self)}")
@@ -108,6 +106,7 @@ class Shard:
 
         The payload is checksummed when the block is touched for the first time.
         """
+        self._check_open()
         index, offset = self.index, int(self.index.offset[number])
         with self._view[offset : offset + layout.BLOCK_HEADER_SIZE] as head:
             block = parse_block_header(head, self.header, self.key, number)
@@ -139,6 +138,7 @@ class Shard:
         Raises:
             FormatError: As ``shard[number]``.
         """
+        self._check_open()
         for number in numbers[~self._checked[numbers]].tolist():
             self._touch(number)
             self._checked[number] = True
@@ -169,6 +169,10 @@ class Shard:
             head.release()
         self[number]
         raise CorruptError("a fault that the full check does not find", path=self.path, sequence=number, offset=offset)
+
+    def _check_open(self) -> None:
+        if self._map.closed:
+            raise ValueError(f"{self.path}: the shard is closed; open it again")
 
     def close(self) -> None:
         """Unmap the file; the shard is unusable afterwards."""

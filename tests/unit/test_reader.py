@@ -270,13 +270,26 @@ def test_views_never_leak(directory):
     got[0].tokens[:] = 7  # writable: the caller's own
 
 
-def test_closing_opens_again_when_needed(directory):
-    """close only unmaps: reading goes on, and closing twice is allowed."""
+def test_nothing_is_read_after_closing(directory):
+    """A closed cache or shard says so, whether what is asked for was read before or not; closing twice is allowed."""
     cache = skl.open(directory)
+    shard, number = cache.find(0)
+    numbers = np.array([number])
+    shard.payloads(numbers)
     cache.close()
-    assert EXPECTED == tokens_of(cache)
     cache.close()
-    cache.close()
+    for read in (
+        lambda: cache[0],
+        lambda: cache[8],
+        lambda: next(cache.shards()),
+        lambda: cache.payloads(numbers),
+        lambda: cache.check_alignment(0, EXPECTED[0]),
+    ):
+        with pytest.raises(ValueError, match="cache: the cache is closed; open it again"):
+            read()
+    for read in (lambda: shard[0], lambda: shard[1], lambda: shard.payloads(numbers)):
+        with pytest.raises(ValueError, match=r"shard-00000\.skl: the shard is closed; open it again"):
+            read()
 
 
 def test_few_shards_are_open(directory, monkeypatch):
