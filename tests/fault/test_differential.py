@@ -4,6 +4,7 @@ import struct
 import tempfile
 from pathlib import Path
 
+import pytest
 import reference
 import strategies
 from hypothesis import example, given, settings
@@ -90,6 +91,11 @@ def test_the_reference_agrees(lie):
     error, decoded = verdict_of_the_reference(changed)
     with tempfile.NamedTemporaryFile(suffix=".skl") as file:
         Path(file.name).write_bytes(changed)
+        if changed[:8] != reference.HEADER_MAGIC:  # no shard at all
+            assert error == "UnsupportedError"
+            with pytest.raises(skl.UnsupportedError, match="not a sklformat shard"):
+                skl.verify(file.name)
+            return
         problems = skl.verify(file.name)
         if error is not None:
             assert problems != []
