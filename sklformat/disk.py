@@ -110,17 +110,26 @@ def locked_directory(directory: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Replace ``path`` by ``data``: a crash leaves the old file or the new one, whole."""
+    """
+    Replace ``path`` by ``data``: a crash leaves the old file or the new one, whole.
+
+    The temporary file beside it always has the same name, so that the next call takes over what a killed one left.
+
+    Raises:
+        InUseError: Another process is replacing the same file.
+    """
     disk = Disk()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    temporary = path.with_name(f".{path.name}.tmp")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
+        lock_named(fd, temporary)
         try:
+            disk.truncate(fd, 0)
             disk.write(fd, data, 0)
             disk.sync(fd)
-        finally:
-            os.close(fd)
-        disk.rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            disk.rename(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    finally:
+        os.close(fd)

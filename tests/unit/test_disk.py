@@ -1,6 +1,7 @@
 """System calls of a writer: locks, short writes, atomic replacement."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -80,6 +81,33 @@ def test_write_atomically(tmp_path, monkeypatch):
         disk.write_atomically(path, b"newer")
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_replacement_leaves_nothing(tmp_path):
+    """What a writer left that was killed before the rename is taken over, whichever process comes next."""
+    code = """
+import os, signal, sys
+from pathlib import Path
+from sklformat import disk
+disk.Disk.rename = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+disk.write_atomically(Path(sys.argv[1]), b"long enough to show if it were not cut")
+"""
+    path = tmp_path / "a"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert -signal.SIGKILL == done.returncode
+    assert not path.exists()
+    disk.write_atomically(path, b"short")
+    assert b"short" == path.read_bytes()
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_two_replacements_at_once_are_refused(tmp_path):
+    """The temporary file is one writer's at a time."""
+    path = tmp_path / "a"
+    with (tmp_path / ".a.tmp").open("wb") as held:
+        disk.lock(held.fileno(), path)
+        with pytest.raises(InUseError, match="another process"):
+            disk.write_atomically(path, b"new")
 
 
 def test_sync_without_fdatasync(tmp_path, monkeypatch):
