@@ -198,7 +198,7 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
         )
     # Neighbouring sequences are often of one document: take them from all over the text.
     chosen = np.sort(order.permute(np.arange(count), len(sequences), seed=config.packing_seed))
-    sums = metrics.Evaluation(config.bins)
+    sums = metrics.EvaluationSums(config.bins)
     with torch.inference_mode(), tqdm(total=count, desc="eval", unit="seq", disable=None if progress else True) as bar:
         for start in range(0, count, config.batch_size):
             indices = chosen[start : start + config.batch_size]
@@ -250,7 +250,7 @@ def _logits(model: Any, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return models.logits(model, tokens[:, :-1]).flatten(0, 1)[:, :vocab_size]
 
 
-def _result(config: EvalConfig, sums: metrics.Evaluation, count: int) -> Evaluation:
+def _result(config: EvalConfig, sums: metrics.EvaluationSums, count: int) -> Evaluation:
     table = sums.reliability
     bins: list[ReliabilityBin] = [
         {"confidence": confidence, "accuracy": accuracy, "share": share}

@@ -65,7 +65,7 @@ class DenseTeacher:
     lm_head_weight_VD: Tensor
 
 
-Targets: TypeAlias = RaggedTargets | DenseTargets | DenseTeacher
+AnyTargets: TypeAlias = RaggedTargets | DenseTargets | DenseTeacher
 
 
 class LossRows:
@@ -73,7 +73,7 @@ class LossRows:
 
     def __init__(
         self,
-        targets: Targets,
+        targets: AnyTargets,
         method: str,
         labels_P: Tensor | None,
         ce_weight: float,

@@ -18,21 +18,21 @@ from torch import Tensor
 from sklformat.distill.loss_methods import METHODS
 from sklformat.distill.loss_rows import (
     IGNORED_LABEL,
+    AnyTargets,
     DenseTargets,
     DenseTeacher,
     LossRows,
     RaggedTargets,
-    Targets,
     matmul_dtype,
 )
 
 __all__ = [
     "IGNORED_LABEL",
     "METHODS",
+    "AnyTargets",
     "DenseTargets",
     "DenseTeacher",
     "RaggedTargets",
-    "Targets",
     "linear_sparse_kl",
     "sparse_kl",
 ]
@@ -145,7 +145,7 @@ def _add_product(sum_VD: Tensor, x_CV: Tensor, hidden_CD: Tensor) -> None:
 
 def sparse_kl(
     logits_PV: Tensor,
-    targets: Targets,
+    targets: AnyTargets,
     *,
     method: str = "random_sampling",
     labels_P: Tensor | None = None,
@@ -217,7 +217,7 @@ def sparse_kl(
 def linear_sparse_kl(
     hidden_PD: Tensor,
     lm_head_weight_VD: Tensor,
-    targets: Targets,
+    targets: AnyTargets,
     *,
     method: str = "random_sampling",
     labels_P: Tensor | None = None,

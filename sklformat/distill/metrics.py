@@ -82,7 +82,7 @@ class ReliabilitySums:
         return Reliability(*(tuple(column) for column in means))
 
 
-class Evaluation:
+class EvaluationSums:
     """
     All metrics of a student over many batches; those that need the teacher exist once a batch brought its logits.
 
@@ -178,7 +178,7 @@ def lm_loss(logits_PV: Tensor, labels_P: Tensor) -> float:
     Raises:
         ValueError: Shapes disagree, or no label counts.
     """
-    evaluation = Evaluation()
+    evaluation = EvaluationSums()
     evaluation.update(logits_PV, labels_P)
     return evaluation.lm_loss
 
@@ -249,8 +249,8 @@ def percent_ce_to_full(ce_loss: float, full_loss: float, loss: float) -> float:
     return (ce_loss - loss) / (ce_loss - full_loss) * 100
 
 
-def _against_teacher(student_logits_PV: Tensor, teacher_logits_PV: Tensor) -> Evaluation:
-    evaluation = Evaluation()
+def _against_teacher(student_logits_PV: Tensor, teacher_logits_PV: Tensor) -> EvaluationSums:
+    evaluation = EvaluationSums()
     # Any label will do: what depends on it is not read.
     labels_P = torch.zeros(student_logits_PV.shape[:1], dtype=torch.int64, device=student_logits_PV.device)
     evaluation.update(student_logits_PV, labels_P, teacher_logits_PV)

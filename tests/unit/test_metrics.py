@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from sklformat.distill.metrics import (
-    Evaluation,
+    EvaluationSums,
     ReliabilitySums,
     acceptance_rate,
     calibration_error,
@@ -100,7 +100,7 @@ def test_batches_add_up_to_the_whole(dtype, monkeypatch):
     """Metrics of batches, and of blocks within them, equal those of everything at once."""
     student, labels, teacher = random_batch()
     student, teacher = student.to(dtype), teacher.to(dtype)
-    whole, parts = Evaluation(), Evaluation()
+    whole, parts = EvaluationSums(), EvaluationSums()
     whole.update(student, labels, teacher)
     monkeypatch.setattr("sklformat.distill.metrics.BLOCK_ELEMENTS", 30)
     for start in (0, 13, 26):
@@ -134,7 +134,7 @@ def test_wrong_arguments_raise():
         ReliabilitySums(0)
     with pytest.raises(ValueError, match="no position with a label"):
         lm_loss(student, torch.full_like(labels, -100))
-    without_teacher = Evaluation()
+    without_teacher = EvaluationSums()
     without_teacher.update(student, labels)
     with pytest.raises(ValueError, match="the teacher's logits"):
         _ = without_teacher.acceptance_rate
