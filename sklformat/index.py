@@ -204,20 +204,27 @@ def parse_index(
         or (index.offset % np.uint64(64)).any()
     ):
         raise corrupt("block offsets do not rise from the end of the header to the index")
-    if count and (ends - index.offset != _block_sizes(header, positions, records)).any():
+    payloads = payload_sizes(header, index.num_positions, index.num_records)
+    if count and (ends - index.offset != _block_sizes(payloads)).any():
         raise corrupt("block offsets leave a hole or overlap")
     if not count and trailer.index_offset != layout.HEADER_SIZE:
         raise corrupt("bytes between the header and the index belong to no block")
     return index
 
 
-def _block_sizes(header: Header, positions: NDArray[np.uint64], records: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Size of every block, from the plain codec's rule; SPEC section 5.1."""
+def payload_sizes(header: Header, positions: NDArray[np.uint32], records: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """Bytes of the payload of every block, without padding, from the plain codec's rule; SPEC section 5.1."""
     assert header.profile is not None
-    per_position = np.uint64((header.record_count_size or 0) + 2 * len(header.columns))
-    payload = positions * per_position + records * np.uint64(layout.RECORD_SIZE[header.profile])
-    payload = payload + (positions + np.uint64(1)) * np.uint64(header.token_size or 0)
+    positions, records = positions.astype(np.uint64), records.astype(np.uint64)
+    sizes: NDArray[np.uint64] = positions * np.uint64((header.record_count_size or 0) + 2 * len(header.columns))
+    sizes += records * np.uint64(layout.RECORD_SIZE[header.profile])
+    sizes += (positions + np.uint64(1)) * np.uint64(header.token_size or 0)
+    return sizes
+
+
+def _block_sizes(payloads: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """As ``layout.block_size``, for every block."""
     align = np.uint64(layout.ALIGN)
-    padded = (payload + np.uint64(layout.PADDING) + align - np.uint64(1)) // align * align
+    padded = (payloads + np.uint64(layout.PADDING) + align - np.uint64(1)) // align * align
     sizes: NDArray[np.uint64] = padded + np.uint64(layout.BLOCK_HEADER_SIZE)
     return sizes

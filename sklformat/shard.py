@@ -18,7 +18,7 @@ from sklformat.block import BlockHeader, check_payload, decode_body, locate, par
 from sklformat.checksums import checksum
 from sklformat.errors import CorruptError, FormatError, TruncatedError
 from sklformat.header import Header, parse_header
-from sklformat.index import SealedIndex, Trailer, parse_index, parse_trailer
+from sklformat.index import SealedIndex, Trailer, parse_index, parse_trailer, payload_sizes
 from sklformat.manifest import Entry
 from sklformat.native import address_of
 from sklformat.records import Sequence
@@ -69,6 +69,7 @@ class Shard:
         finally:
             packed.release()
         self._checked = np.zeros(len(self.index), np.bool_)
+        self._payload_sizes = payload_sizes(self.header, self.index.num_positions, self.index.num_records)
         self._ends = np.append(self.index.offset[1:], np.uint64(self.trailer.index_offset))
 
     def __len__(self) -> int:
@@ -162,6 +163,7 @@ class Shard:
                     and values["num_records"] == index.num_records.item(number)
                     and values["num_positions"] == index.num_positions.item(number)
                     and values["alignment"] == index.alignment.item(number)
+                    and values["payload_size"] == self._payload_sizes.item(number) <= layout.MAX_PAYLOAD_SIZE
                     and layout.first_nonzero_reserved(layout.BLOCK_FIELDS, values) is None
                     and checksum(block[layout.BLOCK_HEADER_SIZE :], self.key) == values["payload_checksum"]
                 ):

@@ -4,6 +4,7 @@ import struct
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import reference
 import strategies
@@ -107,3 +108,19 @@ def test_the_reference_agrees(lie):
         with skl.open(file.name) as cache:
             found = [[[i for i, _ in p] for p in strategies.pairs_of(s.targets)] for s in cache]
         assert [[[i for i, _ in p] for p in s.positions] for s in decoded.sequences] == found
+
+
+@pytest.mark.parametrize("base", range(len(BASES)))
+def test_a_payload_size_that_does_not_follow_is_named(tmp_path, base):
+    """A block header whose payload_size is not what its counts give is damage, whichever way it is read."""
+    data, sizes = SHARDS[base]
+    lying = bytearray(data)
+    lying[4096 + 24] += 1
+    path = tmp_path / "shard-00000.skl"
+    path.write_bytes(fit(lying, sizes))
+    assert ["CorruptError"] == [problem.error for problem in skl.verify(path)]
+    with skl.open(path) as cache:
+        with pytest.raises(skl.CorruptError, match="payload_size"):
+            cache[0]
+        with pytest.raises(skl.CorruptError, match="payload_size"):
+            cache.payloads(np.array([0]))
