@@ -93,7 +93,7 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
             if (bad < n)
                 return skl_fail(tokens != NULL ? SKL_ERR_ARG : SKL_ERR_CORRUPT, fault, SKL_REASON_TOKEN_RANGE, bad,
                                 shape->vocab_size);
-            if (shape->kind == SKL_KIND_RATIOS) {
+            if (shape->kind == SKL_KIND_RATIOS && batch->probs != NULL) {
                 const skl_status expanded = skl_expand_from(of_row.num_positions, batch->offsets + first, codes,
                                                             scale_log2, batch->probs);
                 if (expanded != SKL_OK)
@@ -105,7 +105,7 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
     }
     if (total != batch->num_records)
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, total);
-    if (shape->kind == SKL_KIND_COUNTS)
+    if (shape->kind == SKL_KIND_COUNTS && batch->probs != NULL)
         skl_current_kernels()->divide(codes, (size_t)total, shape->rounds, batch->probs);
     return SKL_OK;
 }

@@ -150,11 +150,14 @@ static void unpack(uint32_t profile, uint32_t vocab_size, const uint8_t *src, si
 SPECIALISED uint32_t sum_bytes(const uint8_t *bytes, size_t n)
 {
     uint32_t sum = 0;
-#if defined(__AVX512BW__)
-    for (; n > 0; bytes += 64) {
-        const size_t some = n < 64 ? n : 64;
-        const __m512i part = _mm512_maskz_loadu_epi8(~UINT64_C(0) >> (64 - some), bytes);
-        sum += (uint32_t)_mm512_reduce_add_epi64(_mm512_sad_epu8(part, _mm512_setzero_si512()));
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    for (; n > 0; bytes += 32) { /* a masked load touches nothing beyond n; few positions have more than 32 records */
+        const size_t some = n < 32 ? n : 32;
+        const __m256i part = _mm256_maskz_loadu_epi8(UINT32_MAX >> (32 - some), bytes);
+        const __m256i quarters = _mm256_sad_epu8(part, _mm256_setzero_si256());
+        const __m128i halves =
+            _mm_add_epi64(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256(quarters, 1));
+        sum += (uint32_t)(_mm_cvtsi128_si64(halves) + _mm_extract_epi64(halves, 1));
         n -= some;
     }
 #else

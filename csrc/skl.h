@@ -99,7 +99,7 @@ typedef struct skl_batch {
     int64_t *labels;        /* [B, T]: tokens but the first; ignored_label where padded */
     int64_t *offsets;       /* [B * T + 1]: records of each position; none where padded */
     uint32_t *token_ids;    /* [num_records] */
-    float *probs;           /* [num_records]: count / rounds, or the weight */
+    float *probs;           /* [num_records]: count / rounds, or the weight; NULL: not wanted */
 } skl_batch;
 
 /* Decode and check the payloads of a batch.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.errors import FormatError
-from sklformat.native.door import check, ffi, lib, view
+from sklformat.native.door import NULL, check, ffi, lib, view
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,8 @@ def decode_batch(
         tokens: [B, row_positions + 1], used instead of the stored ones, or None.
         row_positions: T.
         ignored_label: Label where there is none.
-        arena: Memory for the result, which then lasts until the arena is used again; None: the result's own.
+        arena: Memory for the result, which then lasts until the arena is used again, and has no probs; None: the
+            result's own.
 
     Raises:
         RowError: Around the ValueError, TruncatedError or CorruptError of one row.
@@ -188,18 +189,20 @@ def decode_batch(
     rows = sources.size
     total = int(num_records.sum(dtype=np.uint64))
     if arena is not None:
-        arena.reset(24 * (rows * row_positions + 1) + 9 * total)
+        arena.reset(24 * (rows * row_positions + 1) + 5 * total)
     new = np.empty if arena is None else arena.empty
     out = BatchArrays(
         new((rows, row_positions), np.int64),
         new((rows, row_positions), np.int64),
         new((rows * row_positions + 1,), np.int64),
         new((total,), np.uint32),
-        new((total,), np.float32),
+        new((total if arena is None else 0,), np.float32),
     )
     codes = new((total,), np.uint8)
     arrays: tuple[NDArray[Any], ...] = out
     views = [view(c, a, writable=True) for c, a in zip(_BATCH_TYPES, arrays, strict=True)]
+    if arena is not None:
+        views[-1] = NULL
     batch = ffi.new("skl_batch *", [rows, row_positions, total, ignored_label, *views])
     row, fault = ffi.new("uint32_t *"), ffi.new("skl_fault *")
     pointers = ffi.cast("uint8_t **", view("uint64_t[]", sources))
@@ -226,7 +229,7 @@ def decode_batch(
 
 class Arena:
     """
-    Memory that is used again and again, for results that nobody keeps.
+    Memory that is used again and again, for decoding that only checks: nobody keeps the result.
 
     Fresh memory costs more than decoding into it: the system clears each page of it at its first touch.
     """
