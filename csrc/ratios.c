@@ -1,6 +1,10 @@
 /* ratios.c: positive weights as 7-bit ratios to the decoded predecessor.  SPEC.md section 4.3. */
 #include "records.h"
 
+#include <string.h>
+
+#define MARK_BITS 13 /* 12 ids meet in 1 position of 124, and then are sorted */
+
 const uint32_t skl_ratio_table[128] = {
     2147483648u, 2146030505u, 2141676973u, 2134440703u, 2124350982u, 2111448536u, 2095785251u, 2077423834u,
     2056437387u, 2032908925u, 2006930832u, 1978604253u, 1948038440u, 1915350050u, 1880662405u, 1844104720u,
@@ -96,16 +100,60 @@ static float bits_float(uint32_t bits)
     return view.value;
 }
 
-/* Ids that come twice would be two targets for one token; sorts keys. */
-static skl_status check_distinct(const uint32_t *token_ids, size_t n, uint64_t *keys, uint64_t position,
-                                 skl_fault *fault)
+/* Marks of the ids of one position after the other, so that a table is cleared once in many positions. */
+typedef struct marks {
+    uint8_t of[1 << MARK_BITS]; /* the position that marked the place last */
+    uint8_t position;           /* 1..255 */
+} marks;
+
+/* Whether two ids of a position fall on one place; where none do, none are equal. */
+static int places_meet(marks *table, const uint32_t *token_ids, size_t n)
 {
+    if (++table->position == 0) {
+        memset(table, 0, sizeof *table);
+        table->position = 1;
+    }
+    uint32_t met = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint8_t *const place = table->of + (token_ids[i] * UINT32_C(2654435769) >> (32 - MARK_BITS));
+        met |= *place == table->position;
+        *place = table->position;
+    }
+    return met != 0;
+}
+
+/* Whether an id comes twice; *twice: one that does.  Sorts in keys, n of them. */
+static int comes_twice(marks *table, const uint32_t *token_ids, size_t n, uint64_t *keys, uint64_t *twice)
+{
+    if (!places_meet(table, token_ids, n))
+        return 0;
     for (size_t i = 0; i < n; i++)
         keys[i] = token_ids[i];
     skl_sort_keys(keys, n);
     for (size_t i = 1; i < n; i++)
-        if (keys[i] == keys[i - 1])
-            return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_ID_ORDER, position, keys[i]);
+        if (keys[i] == keys[i - 1]) {
+            *twice = keys[i];
+            return 1;
+        }
+    return 0;
+}
+
+skl_status skl_check_distinct(uint32_t num_positions, const int64_t *offsets, const uint32_t *token_ids, uint64_t *keys,
+                              size_t num_keys, skl_fault *fault)
+{
+    marks table = {.position = 0};
+    const skl_status status =
+        skl_check_offsets(num_positions, offsets, (uint64_t)offsets[num_positions], fault);
+    if (status != SKL_OK)
+        return status;
+    for (uint32_t t = 0; t < num_positions; t++) {
+        uint64_t twice;
+        const size_t n = (size_t)(offsets[t + 1] - offsets[t]);
+        if (n > num_keys)
+            return SKL_ERR_DST_SMALL;
+        if (comes_twice(&table, token_ids + offsets[t], n, keys, &twice))
+            return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_ID_TWICE, t, twice);
+    }
     return SKL_OK;
 }
 
@@ -151,6 +199,7 @@ skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const ui
     if (status != SKL_OK)
         return status;
     const float scale = (float)(UINT64_C(1) << scale_log2);
+    marks table = {.position = 0};
     int64_t total = 0;
     out_offsets[0] = 0;
     for (uint32_t t = 0; t < num_positions; t++) {
@@ -158,9 +207,9 @@ skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const ui
         const size_t n = (size_t)(offsets[t + 1] - begin);
         if (n > num_keys)
             return SKL_ERR_DST_SMALL;
-        const skl_status distinct = check_distinct(token_ids + begin, n, keys, t, fault);
-        if (distinct != SKL_OK)
-            return distinct;
+        uint64_t twice;
+        if (comes_twice(&table, token_ids + begin, n, keys, &twice)) /* it would be two targets for one token */
+            return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_ID_TWICE, t, twice);
         for (size_t i = 0; i < n; i++) {
             const float weight = weights[begin + (int64_t)i];
             if (!(weight > 0.0f && weight <= scale)) /* NaN too */

@@ -30,7 +30,7 @@ typedef enum skl_reason {
     SKL_REASON_NONE = 0,
     SKL_REASON_SHAPE = 1,         /* sizes contradict each other; value: the size that was expected */
     SKL_REASON_ID_RANGE = 2,      /* value: the id, >= vocab_size */
-    SKL_REASON_ID_ORDER = 3,      /* value: an id that does not rise, or comes twice */
+    SKL_REASON_ID_ORDER = 3,      /* value: an id that does not rise */
     SKL_REASON_COUNT_RANGE = 4,   /* value: a count outside 1..rounds */
     SKL_REASON_COUNT_SUM = 5,     /* value: the sum of the counts, not rounds */
     SKL_REASON_WEIGHT_RANGE = 6,  /* value: index of a weight that is not in (0, scale] */
@@ -39,7 +39,8 @@ typedef enum skl_reason {
     SKL_REASON_RESERVED = 9,      /* value: a record whose reserved bit is set */
     SKL_REASON_TOKEN_RANGE = 10,  /* value: a token of the sequence, >= vocab_size; position: its place */
     SKL_REASON_PADDING = 11,      /* padding that is not zero */
-    SKL_REASON_NOT_FINITE = 12    /* a logit that is NaN or +inf, or a row without any finite logit */
+    SKL_REASON_NOT_FINITE = 12,   /* a logit that is NaN or +inf, or a row without any finite logit */
+    SKL_REASON_ID_TWICE = 13      /* value: an id that comes twice in the position */
 } skl_reason;
 
 typedef struct skl_fault {
@@ -126,6 +127,14 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
 skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const uint32_t *token_ids,
                         const float *weights, uint32_t scale_log2, uint64_t *keys, size_t num_keys,
                         int64_t *out_offsets, uint32_t *out_token_ids, uint8_t *out_codes, skl_fault *fault);
+
+/* Look for an id that comes twice in a position, which the order of kind ratios does not show.
+ *
+ * offsets [num_positions + 1], rising from 0; token_ids [offsets[num_positions]].
+ * keys: scratch for the longest position, num_keys of them.
+ * SKL_OK, SKL_ERR_CORRUPT or SKL_ERR_ARG (offsets) with *fault, SKL_ERR_DST_SMALL (keys). */
+skl_status skl_check_distinct(uint32_t num_positions, const int64_t *offsets, const uint32_t *token_ids, uint64_t *keys,
+                              size_t num_keys, skl_fault *fault);
 
 /* Ratio codes back to weights [offsets[num_positions]].  SKL_OK or SKL_ERR_ARG (offsets). */
 skl_status skl_expand(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,

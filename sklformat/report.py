@@ -15,16 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat import layout
-from sklformat.errors import CorruptError, FormatError, MissingShardError
+from sklformat import layout, native
+from sklformat.errors import FormatError, MissingShardError
+from sklformat.header import Header
 from sklformat.manifest import MANIFEST_NAME, Entry, check_contiguous, place_in_cache, read_manifest
-from sklformat.native import Arena
 from sklformat.payloads import Payloads
 from sklformat.reader import Cache, find_unfinished
-from sklformat.records import SparseTargets
 from sklformat.shard import Shard, describe
 
-_RECORDS_A_SORT = 1 << 15
 Progress = Callable[[int, int], None]
 """Called with (bytes checked so far, bytes in all)."""
 
@@ -95,7 +93,7 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
         except FormatError as error:
             problems.append(_problem(error, file))
         else:
-            arena = Arena()
+            arena = native.Arena()
             for numbers in _groups(shard):
                 if not _are_sound(shard, numbers, arena):
                     problems += _block_problems(shard, numbers)
@@ -125,15 +123,16 @@ def _groups(shard: Shard) -> Iterator[NDArray[np.int64]]:
     return (piece for piece in np.split(np.arange(len(shard)), starts) if piece.size)
 
 
-def _are_sound(shard: Shard, numbers: NDArray[np.int64], arena: Arena) -> bool:
-    """The quick check of many blocks: everything a reader checks, in one call of C, without naming what is wrong."""
-    if shard.header.kind == "ratios" or shard.header.columns:
+def _are_sound(shard: Shard, numbers: NDArray[np.int64], arena: native.Arena) -> bool:
+    """The quick check of many blocks: everything that ``verify`` checks, without naming what is wrong."""
+    if shard.header.columns:
         return False
     payloads = Payloads(numbers.size)
     try:
         payloads.fill(np.arange(numbers.size), shard, numbers)
         unstored = None if shard.header.token_size else payloads.no_tokens(shard.header)
-        payloads.decode(shard.header, unstored, arena=arena)
+        arrays = payloads.decode(shard.header, unstored, arena=arena)
+        _check_distinct(shard.header, arrays.offsets, arrays.token_ids)
     except FormatError:
         return False
     return True
@@ -143,32 +142,17 @@ def _block_problems(shard: Shard, numbers: NDArray[np.int64]) -> list[Problem]:
     problems = []
     for number in numbers.tolist():
         try:
-            check_distinct(shard[number].targets)
+            targets = shard[number].targets
+            _check_distinct(shard.header, targets.offsets, targets.token_ids)
         except FormatError as error:  # noqa: PERF203  each block is tried by itself
             problems.append(_problem(error, shard.path, number, int(shard.index.offset[number])))
     return problems
 
 
-def check_distinct(targets: SparseTargets) -> None:
-    """
-    No id comes twice in one position; kind "ratios" cannot show this in one pass over its order.
-
-    Raises:
-        CorruptError: One does.
-    """
-    if targets.weights is None or targets.num_records == 0:
-        return
-    offsets = targets.offsets
-    # Some positions at a time: the sort's memory is bounded, and stays in the cache.
-    starts = np.searchsorted(offsets, np.arange(0, targets.num_records, _RECORDS_A_SORT), side="right") - 1
-    starts = starts[np.diff(starts, prepend=-1) > 0]
-    for begin, end in zip(starts, [*starts[1:], targets.num_positions], strict=True):
-        positions = np.repeat(np.arange(begin, end, dtype=np.uint64), np.diff(offsets[begin : end + 1]))
-        keys = np.sort(positions << np.uint64(32) | targets.token_ids[offsets[begin] : offsets[end]])
-        twice = np.flatnonzero(keys[1:] == keys[:-1])
-        if twice.size:
-            key = int(keys[twice[0]])
-            raise CorruptError(f"position {key >> 32}: token id {key & 0xFFFFFFFF} comes twice")
+def _check_distinct(header: Header, offsets: NDArray[np.int64], token_ids: NDArray[np.uint32]) -> None:
+    """The one rule that readers leave to a full verification.  SPEC section 13."""
+    if header.kind == "ratios":
+        native.check_distinct(offsets, token_ids)
 
 
 def _check_together(root: Path, sound: list[tuple[Entry, str]]) -> list[Problem]:

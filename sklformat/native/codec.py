@@ -294,8 +294,7 @@ def quantise(
     Raises:
         ValueError: A weight out of range or an id that comes twice; the message names the position.
     """
-    longest = int(np.diff(offsets).max(initial=0))
-    keys = np.empty(max(longest, 1), np.uint64)
+    keys = _scratch_keys(offsets)
     out_offsets = np.empty_like(offsets)
     out_ids, out_codes = np.empty(token_ids.size, np.uint32), np.empty(token_ids.size, np.uint8)
     fault = ffi.new("skl_fault *")
@@ -315,6 +314,35 @@ def quantise(
     check(status, fault)
     kept = int(out_offsets[-1])
     return out_offsets, out_ids[:kept], out_codes[:kept]
+
+
+def check_distinct(offsets: NDArray[np.int64], token_ids: NDArray[np.uint32]) -> None:
+    """
+    No id comes twice in a position; kind "ratios" cannot show this in one pass over its order.
+
+    Args:
+        offsets: [T + 1] int64, rising from 0 to nnz.
+        token_ids: [nnz] uint32.
+
+    Raises:
+        CorruptError: One does; the message names the position.
+    """
+    assert offsets[-1] == token_ids.size
+    keys, fault = _scratch_keys(offsets), ffi.new("skl_fault *")
+    status = lib.skl_check_distinct(
+        offsets.size - 1,
+        view("int64_t[]", offsets),
+        view("uint32_t[]", token_ids),
+        view("uint64_t[]", keys, writable=True),
+        keys.size,
+        fault,
+    )
+    check(status, fault)
+
+
+def _scratch_keys(offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A key for each id of the longest position; at least one, since C has no empty arrays."""
+    return np.empty(max(int(np.diff(offsets).max(initial=0)), 1), np.uint64)
 
 
 def expand(offsets: NDArray[np.int64], codes: NDArray[np.uint8], scale_log2: int) -> NDArray[np.float32]:

@@ -28,6 +28,7 @@ _REASONS: dict[str, str] = {
     "SKL_REASON_SHAPE": "sizes contradict each other (position {position}, got {value})",
     "SKL_REASON_ID_RANGE": "position {position}: token id {value} is not below vocab_size",
     "SKL_REASON_ID_ORDER": "position {position}: token id {value} comes twice or out of order; ids must rise strictly",
+    "SKL_REASON_ID_TWICE": "position {position}: token id {value} comes twice",
     "SKL_REASON_COUNT_RANGE": "position {position}: count {value} is not in 1..rounds",
     "SKL_REASON_COUNT_SUM": "position {position}: counts sum to {value}, not to rounds",
     "SKL_REASON_WEIGHT_RANGE": "position {position}: weight number {value} is not in (0, scale]",

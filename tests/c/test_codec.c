@@ -566,7 +566,7 @@ static void test_quantise_faults(void)
     expect_quantise(1.0000001f, 2, 0, SKL_ERR_ARG, SKL_REASON_WEIGHT_RANGE);
     expect_quantise(nan_value, 2, 0, SKL_ERR_ARG, SKL_REASON_WEIGHT_RANGE);
     expect_quantise(infinite, 2, 30, SKL_ERR_ARG, SKL_REASON_WEIGHT_RANGE);
-    expect_quantise(0.1f, 1, 0, SKL_ERR_ARG, SKL_REASON_ID_ORDER);
+    expect_quantise(0.1f, 1, 0, SKL_ERR_ARG, SKL_REASON_ID_TWICE);
     expect_quantise(0.1f, 2, 31, SKL_ERR_ARG, SKL_REASON_SHAPE);
 
     const int64_t offsets[2] = {0, 2}, falling[3] = {0, 2, 1}, late[2] = {1, 2};
@@ -586,6 +586,38 @@ static void test_quantise_faults(void)
     CHECK(skl_expand(1, offsets, codes, 0, out) == SKL_OK && out[0] == 1.0f && out[1] == 1.0f);
 }
 
+/* Positions of 0 to 12 different ids; one of them, in turn, has its first id again at its end. */
+static void test_distinct(void)
+{
+    enum { POSITIONS = 600, LONGEST = 12 };
+    static int64_t offsets[POSITIONS + 1];
+    static uint32_t ids[POSITIONS * LONGEST];
+    uint64_t keys[LONGEST];
+    skl_fault fault = {0};
+    for (uint32_t t = 0; t < POSITIONS; t++) {
+        const uint32_t n = t * 7 % (LONGEST + 1);
+        offsets[t + 1] = offsets[t] + n;
+        for (uint32_t i = 0; i < n; i++)
+            ids[offsets[t] + i] = (t * 31 + i * 20011) & 0xffffff;
+    }
+    CHECK(skl_check_distinct(POSITIONS, offsets, ids, keys, LONGEST, &fault) == SKL_OK);
+    CHECK(skl_check_distinct(POSITIONS, offsets, ids, keys, LONGEST - 1, &fault) == SKL_ERR_DST_SMALL);
+    CHECK(skl_check_distinct(0, offsets, ids, keys, 0, &fault) == SKL_OK);
+    for (uint32_t t = 0; t < POSITIONS; t++) {
+        if (offsets[t + 1] - offsets[t] < 2)
+            continue;
+        uint32_t *const last = ids + offsets[t + 1] - 1;
+        const uint32_t id = *last;
+        *last = ids[offsets[t]];
+        CHECK(skl_check_distinct(POSITIONS, offsets, ids, keys, LONGEST, &fault) == SKL_ERR_CORRUPT);
+        CHECK(fault.reason == SKL_REASON_ID_TWICE && fault.position == t && fault.value == *last);
+        *last = id;
+    }
+    const int64_t falling[3] = {0, 2, 1}, late[2] = {1, 2};
+    CHECK(skl_check_distinct(2, falling, ids, keys, LONGEST, &fault) == SKL_ERR_ARG);
+    CHECK(skl_check_distinct(1, late, ids, keys, LONGEST, &fault) == SKL_ERR_ARG);
+}
+
 int main(void)
 {
     test_round_trip();
@@ -599,6 +631,7 @@ int main(void)
     test_quantise();
     test_left_out();
     test_quantise_faults();
+    test_distinct();
     puts("codec: all tests hold");
     return 0;
 }

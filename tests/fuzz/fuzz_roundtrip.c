@@ -26,6 +26,10 @@ static codes quantise(uint32_t positions, const int64_t *offsets, const uint32_t
                               out.token_ids, out.codes, &fault);
     LAW(out.status == SKL_OK || out.status == SKL_ERR_ARG || out.status == SKL_ERR_DST_SMALL);
     LAW(out.status != SKL_ERR_ARG || fault.reason != SKL_REASON_NONE);
+    skl_fault twice = {0, 0, 0};
+    const skl_status distinct = skl_check_distinct(positions, offsets, token_ids, keys, num_keys, &twice);
+    LAW(out.status != SKL_OK || distinct == SKL_OK);
+    LAW(fault.reason != SKL_REASON_ID_TWICE || (distinct == SKL_ERR_CORRUPT && twice.position == fault.position));
     free(keys);
     return out;
 }

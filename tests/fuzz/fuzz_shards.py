@@ -281,7 +281,24 @@ def some_shard(rng: random.Random) -> bytes:
 
 
 def measured(input_size: int, call):
-    """A call's result, or its FormatError; within the time and the memory that the input's size allows."""
+    """
+    A call's result, or its FormatError; within the time and the memory that the input's size allows.
+
+    A call that takes more is tried once again: the interpreter now and then doubles a table of its own, such as that of
+    interned strings, and a machine pauses a process.
+    """
+    result, seconds, peak = measured_once(call)
+    if seconds > MAX_SECONDS or peak > MEMORY_FACTOR * input_size + MEMORY_CONSTANT:
+        _, seconds, peak = measured_once(call)
+    if seconds > MAX_SECONDS:
+        raise BrokenLawError(f"{seconds:.1f} s")
+    if peak > MEMORY_FACTOR * input_size + MEMORY_CONSTANT:
+        raise BrokenLawError(f"{peak} bytes allocated for an input of {input_size}")
+    return result
+
+
+def measured_once(call):
+    """A call's result, or its FormatError; its seconds, and the most bytes it held at a time."""
     tracemalloc.reset_peak()
     before, begin = tracemalloc.get_traced_memory()[0], time.perf_counter()
     try:
@@ -289,12 +306,7 @@ def measured(input_size: int, call):
     except skl.FormatError as error:
         str(error)
         result = error
-    seconds, peak = time.perf_counter() - begin, tracemalloc.get_traced_memory()[1] - before
-    if seconds > MAX_SECONDS:
-        raise BrokenLawError(f"{seconds:.1f} s")
-    if peak > MEMORY_FACTOR * input_size + MEMORY_CONSTANT:
-        raise BrokenLawError(f"{peak} bytes allocated for an input of {input_size}")
-    return result
+    return result, time.perf_counter() - begin, tracemalloc.get_traced_memory()[1] - before
 
 
 def values_of(path: Path) -> list:

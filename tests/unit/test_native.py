@@ -120,3 +120,25 @@ def test_quantise_refuses(ids, weights, message):
     """A weight out of range or an id that comes twice is refused, with its place."""
     with pytest.raises(ValueError, match=message):
         native.quantise(np.array([0, 2]), np.array(ids, np.uint32), np.array(weights, np.float32), 0)
+
+
+def test_an_id_may_come_again_elsewhere():
+    """The same id in two positions is no fault; nor is a position without ids."""
+    native.check_distinct(np.array([0, 2, 2, 3]), np.array([1, 2, 1], np.uint32))
+    native.check_distinct(np.array([0, 0]), np.array([], np.uint32))
+
+
+@pytest.mark.parametrize("longest", [2, 5, 17, 300])
+def test_ids_are_compared_within_every_position(longest):
+    """Wherever an id comes twice, it is found and its position named: in short and in long positions."""
+    rng = np.random.default_rng(longest)
+    lengths = rng.integers(0, longest + 1, 400)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.concatenate([rng.choice(1 << 17, n, replace=False) for n in lengths]).astype(np.uint32)
+    native.check_distinct(offsets, ids)
+    for position in rng.choice(np.flatnonzero(lengths >= 2), 100):
+        first, second = offsets[position] + rng.choice(lengths[position], 2, replace=False)
+        changed = ids.copy()
+        changed[first] = changed[second]
+        with pytest.raises(CorruptError, match=f"position {position}: token id {changed[second]} comes twice"):
+            native.check_distinct(offsets, changed)

@@ -1,9 +1,7 @@
 """verify finds every damage and names it; inspect says what a cache holds."""
 
-import itertools
 import json
 
-import numpy as np
 import pytest
 import reference
 from strategies import make_cache, small_sequence, small_settings, small_shard
@@ -62,27 +60,6 @@ def test_ids_that_come_twice(tmp_path):
     assert (problem.path, problem.sequence, problem.offset) == (path, 0, 4096)
     with pytest.raises(reference.CorruptError, match="id twice"):
         reference.decode_shard(path.read_bytes())
-
-
-def test_an_id_may_come_again_elsewhere():
-    """The same id in two positions is no fault."""
-    report.check_distinct(skl.SparseTargets(token_ids=[1, 2, 1], weights=np.ones(3), offsets=[0, 2, 3]))
-    report.check_distinct(skl.SparseTargets(token_ids=[], weights=[], offsets=[0, 0]))
-
-
-@pytest.mark.parametrize("records_a_sort", [1, 2, 3, 100])
-def test_ids_are_compared_within_every_position(monkeypatch, records_a_sort):
-    """Wherever an id comes twice, it is found and its position named, however many positions are sorted at a time."""
-    monkeypatch.setattr(report, "_RECORDS_A_SORT", records_a_sort)
-    offsets = np.array([0, 0, 2, 2, 5, 6, 6, 10, 10])
-    distinct = [1, 2, 1, 2, 3, 1, 1, 2, 3, 4]
-    report.check_distinct(skl.SparseTargets(token_ids=distinct, weights=np.ones(10), offsets=offsets))
-    for position, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
-        for i, j in itertools.combinations(range(begin, end), 2):
-            ids = [*distinct[:j], distinct[i], *distinct[j + 1 :]]
-            targets = skl.SparseTargets.trusted(np.array(ids, np.uint32), None, np.ones(10, np.float32), offsets)
-            with pytest.raises(skl.CorruptError, match=f"position {position}: token id {distinct[i]} comes twice"):
-                report.check_distinct(targets)
 
 
 def test_a_gap(directory):
