@@ -24,10 +24,11 @@ from sklformat.header import Header
 from sklformat.reader import Cache
 from sklformat.reader import open_cache as open  # noqa: A004  the frozen public name; read as skl.open
 from sklformat.records import Sequence, SparseTargets
+from sklformat.recovery import Recovered, recover
 from sklformat.report import Problem, verify
 from sklformat.sampler import draw
 from sklformat.shard import Shard
-from sklformat.writer import Recovered, ShardWriter, recover
+from sklformat.writer import ShardWriter
 
 __version__ = "0.1.0"
 

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from sklformat import SklError, __version__, recover, verify
+from sklformat.layout import PARTIAL_SUFFIX
+from sklformat.recovery import Recovered
 from sklformat.report import inspect
-from sklformat.writer import PARTIAL_SUFFIX, Recovered
 
 DAMAGED = 3
 STOPPED = 130
@@ -349,8 +350,12 @@ def _run_recover(name: str, arguments: list[str]) -> int:
 
 
 def _recovered(result: Recovered) -> str:
-    kept = f"{result.path}: {result.sequences} sequences kept, {result.bytes_cut} bytes cut"
-    return f"{kept}; run the command that began it again to go on"
+    cut = f"{result.bytes_cut} bytes cut"
+    if result.cause is not None:
+        cut += f" ({result.cause})"
+    if result.sequences_cut:
+        cut += f", {result.sequences_cut} whole sequences behind the fault among them"
+    return f"{result.path}: {result.sequences} sequences kept, {cut}; run the command that began it again to go on"
 
 
 def _run_convert(name: str, arguments: list[str]) -> int:

@@ -102,7 +102,7 @@ def read_manifest(path: Path) -> list[Entry]:
     """
 
     def corrupt(message: str) -> CorruptError:
-        return CorruptError(message, path=path, section="manifest")
+        return CorruptError(f"{message}; remove it to open the shards without it", path=path, section="manifest")
 
     if path.stat().st_size > layout.MAX_MANIFEST_SIZE:
         raise corrupt(f"larger than {layout.MAX_MANIFEST_SIZE} bytes")
@@ -121,7 +121,7 @@ def read_manifest(path: Path) -> list[Entry]:
         )
     stored = body.pop("digest", None)
     if stored != _digest(body):
-        raise corrupt(f"digest {stored} stored, {_digest(body)} computed; remove it to open the shards without it")
+        raise corrupt(f"digest {stored} stored, {_digest(body)} computed")
     if set(body) != {"format", "version", "fingerprint", "shards"}:
         raise corrupt(f"has keys {sorted(body)}, must have digest, fingerprint, format, shards and version")
     shards = body["shards"]

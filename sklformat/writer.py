@@ -1,5 +1,5 @@
 """
-Write one shard so that nothing acknowledged is lost: append, flush, seal; recover what a crash left.
+Write one shard so that nothing acknowledged is lost: append, flush, seal; go on with what a crash left.
 
 Bytes of a sequence come from ``block``; this module owns the order of writes, syncs and renames.  SPEC.md section 10.
 """
@@ -9,38 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from numpy.typing import ArrayLike
 
 from sklformat import layout
-from sklformat.block import BlockHeader, check_payload, decode_body, encode_block, locate, parse_block_header
+from sklformat.block import encode_block
 from sklformat.disk import Disk, lock_named
-from sklformat.errors import CorruptError, FormatError, SettingsError, TruncatedError
-from sklformat.header import Header, parse_header
+from sklformat.errors import SettingsError
+from sklformat.header import Header
 from sklformat.index import Index, pack_trailer
 from sklformat.records import SparseTargets
-
-PARTIAL_SUFFIX = layout.PARTIAL_SUFFIX
-_HEADER_BEGIN = layout.HEADER_MAGIC + layout.VERSION_MAJOR.to_bytes(2, "little")
-
-
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """
-    What ``recover`` kept.
-
-    Attributes:
-        path: The file that holds it: still ``.partial``, or the sealed shard.
-        sequences: Number of whole, valid sequences kept.
-        bytes_cut: Bytes of the torn tail that were cut off.
-    """
-
-    path: Path
-    sequences: int
-    bytes_cut: int
+from sklformat.recovery import Recovered, keep, scan
 
 
 class ShardWriter:
@@ -52,6 +33,9 @@ class ShardWriter:
         header: Settings of the shard.
         resume: Go on with an existing ``.partial`` (its torn tail is cut), or begin where there is none.
         disk: The system calls; for tests.
+
+    Attributes:
+        recovered: What ``resume`` kept of a ``.partial``; None where the shard was begun anew.
 
     Raises:
         FileExistsError: The sealed shard exists, or a ``.partial`` does and resume is False.
@@ -66,11 +50,12 @@ class ShardWriter:
 
     def __init__(self, path: Path | str, *, header: Header, resume: bool = False, disk: Disk | None = None) -> None:
         self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+        self.partial = self.path.with_name(self.path.name + layout.PARTIAL_SUFFIX)
         self.header = header
         self._key = header.shard_key
         self._disk = disk or Disk()
         self._index = Index()
+        self.recovered: Recovered | None = None
         self._failed = False
         self._fd = -1
         if self.path.exists():
@@ -92,8 +77,8 @@ class ShardWriter:
                 raise FileExistsError(
                     f"{self.partial}: an unfinished shard is here; go on with resume=True, or remove it first"
                 ) from None
-            found, self._index, self._end = _scan(self._fd, self.partial)
-            if found is not None:
+            prefix = scan(self._fd, self.partial)
+            if (found := prefix.header) is not None:
                 if os.pread(self._fd, layout.HEADER_SIZE, 0) != self.header.pack():
                     differing = "; ".join(found.differences(self.header)) or (
                         "another place in the cache"
@@ -101,10 +86,8 @@ class ShardWriter:
                         else "its version_minor or compatible_flags; finish it with the sklformat that began it"
                     )
                     raise SettingsError(f"{self.partial}: made with other settings: {differing}") from None
-                # A writer that was killed may have synced neither the blocks found here nor the file's name.
-                self._disk.truncate(self._fd, self._end)
-                self._disk.sync(self._fd)
-                self._disk.sync_directory(self.partial.parent)
+                self._index, self._end = prefix.index, prefix.end
+                self.recovered = keep(self._fd, self.partial, prefix, self._disk)
                 return
             self._disk.truncate(self._fd, 0)
         else:
@@ -227,78 +210,3 @@ class ShardWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def recover(path: Path | str) -> Recovered:
-    """
-    Keep the valid prefix of an unsealed shard and cut its torn tail.
-
-    Args:
-        path: ``<name>.partial``, or the shard's final name.
-
-    Returns:
-        How many sequences are kept, and how many bytes were cut.
-
-    Raises:
-        FileNotFoundError: There is no ``.partial``; a sealed shard is never cut.
-        InUseError: A writer has it open.
-        CorruptError, UnsupportedError: The header is damaged or of another version; nothing is changed.
-
-    Source: SPEC section 10.4.
-    """
-    given = Path(path)
-    partial = given if given.name.endswith(PARTIAL_SUFFIX) else given.with_name(given.name + PARTIAL_SUFFIX)
-    if not partial.exists():
-        state = "is sealed and needs no recovery" if given.exists() else "no such file"
-        raise FileNotFoundError(f"{given}: {state}; there is no {partial.name} to recover")
-    disk = Disk()
-    fd = disk.reopen(partial)
-    try:
-        lock_named(fd, partial)
-        _, index, end = _scan(fd, partial)
-        cut = os.fstat(fd).st_size - end
-        if cut:
-            disk.truncate(fd, end)
-        disk.sync(fd)  # what is reported as kept stays, whether its writer came to sync it or not
-        disk.sync_directory(partial.parent)
-    finally:
-        os.close(fd)
-    return Recovered(partial, len(index), cut)
-
-
-def _scan(fd: int, path: Path) -> tuple[Header | None, Index, int]:
-    """
-    The valid prefix of an unsealed shard: its header, its blocks, where they end.
-
-    No header (None, and end 0) means that the crash came before the header was durable: nothing was acknowledged.
-    """
-    size = os.fstat(fd).st_size
-    try:
-        header = parse_header(os.pread(fd, layout.HEADER_SIZE, 0))
-    except FormatError as error:
-        if size <= layout.HEADER_SIZE and _never_synced(fd, size):
-            return None, Index(), 0
-        raise locate(error, path=path) from None
-    key, index, end = header.shard_key, Index(), layout.HEADER_SIZE
-    while True:
-        try:
-            block = _read_block(fd, header, key, len(index), end)
-        except (CorruptError, TruncatedError):
-            return header, index, end
-        index.append(end, block)
-        end += block.size
-
-
-def _never_synced(fd: int, size: int) -> bool:
-    """A header that a crash cut short or tore: begun as ours, or zeros where its first sector never arrived."""
-    begin = os.pread(fd, min(size, len(_HEADER_BEGIN)), 0)
-    return _HEADER_BEGIN.startswith(begin) or not any(begin)
-
-
-def _read_block(fd: int, header: Header, key: int, number: int, offset: int) -> BlockHeader:
-    block = parse_block_header(os.pread(fd, layout.BLOCK_HEADER_SIZE, offset), header, key, number)
-    if offset + block.size > os.fstat(fd).st_size:  # before anything is allocated
-        raise TruncatedError(f"block of {block.size} bytes ends behind the file")
-    body = check_payload(os.pread(fd, block.size, offset), block, key)
-    decode_body(header, block, body)
-    return block

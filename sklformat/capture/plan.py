@@ -14,8 +14,8 @@ from pathlib import Path
 from sklformat import layout
 from sklformat.errors import FormatError, SettingsError
 from sklformat.header import Header, parse_header
+from sklformat.recovery import recover
 from sklformat.shard import Shard
-from sklformat.writer import PARTIAL_SUFFIX, recover
 
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.skl(\.partial)?")
 
@@ -103,7 +103,7 @@ def _check_sealed(path: Path, expected: Header, length: int) -> None:
 
 def _kept(path: Path, header: Header, first: int, length: int) -> int:
     """How many sequences the shard's ``.partial`` keeps."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    partial = path.with_name(path.name + layout.PARTIAL_SUFFIX)
     if not partial.exists():
         return 0
     with partial.open("rb") as file:

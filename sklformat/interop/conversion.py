@@ -25,11 +25,12 @@ from sklformat.interop.columns import Row
 from sklformat.interop.files import SUFFIXES, ColumnsWriter
 from sklformat.interop.sources import CacheSource, ColumnsSource, Progress, Source, check_agrees, make_note
 from sklformat.interop.transforms import RatioLoss, quantised, target_header, to_counts, to_ratios
+from sklformat.layout import PARTIAL_SUFFIX
 from sklformat.manifest import MANIFEST_NAME, write_manifest
 from sklformat.reader import scan_directory
 from sklformat.records import SparseTargets
 from sklformat.report import inspect
-from sklformat.writer import PARTIAL_SUFFIX, ShardWriter
+from sklformat.writer import ShardWriter
 
 FileKind = Literal["auto", "skl", "npz", "parquet", "jsonl"]
 

@@ -17,7 +17,7 @@ import strategies
 from strategies import FastDisk
 
 import sklformat as skl
-from sklformat import writer as writer_module
+from sklformat import recovery
 from sklformat.disk import Disk
 
 SECTOR = 512
@@ -135,7 +135,7 @@ def recorded_lives(directory: Path, *, thorough: bool, disk):
             begin = len(log)
             if recovered:
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(writer_module, "Disk", lambda log=log: disk(log))
+                    patch.setattr(recovery, "Disk", lambda log=log: disk(log))
                     log.append(("ack", skl.recover(path).sequences))
             live(path, disk(log), resume=True)
             assert WHOLE == path.read_bytes()
@@ -279,7 +279,7 @@ def judged(directory: Path, *, thorough: bool, disk=RecordingDisk) -> Judge:
     judge = Judge(images)
     with pytest.MonkeyPatch.context() as patch:
         for log, begin in list(recorded_lives(lives, thorough=thorough, disk=disk)):
-            patch.setattr(writer_module, "Disk", FastDisk)
+            patch.setattr(recovery, "Disk", FastDisk)
             for state in crash_states(log, begin, thorough=thorough):
                 judge.check(*state)
     return judge

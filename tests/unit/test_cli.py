@@ -134,7 +134,9 @@ def test_recover(capfd, cache):
     os.truncate(path, path.stat().st_size - 10)
     status, out, _ = run(capfd, "recover", cache, "--json")
     size = path.stat().st_size
-    assert (0, [{"path": str(path), "sequences": 2, "bytes_cut": (size - 4096) // 2 - 10}]) == (status, json.loads(out))
+    (found,) = json.loads(out)
+    assert (0, str(path), 2, (size - 4096) // 2 - 10) == (status, found["path"], found["sequences"], found["bytes_cut"])
+    assert "ends behind the file" in found["cause"]
     assert (0, f"{path}: 2 sequences kept, 0 bytes cut; run the command that began it again to go on\n", "") == run(
         capfd, "recover", path
     )

@@ -169,9 +169,35 @@ def test_recover_cuts_the_torn_tail(path):
     data = partial.read_bytes()
     partial.write_bytes(data[:-1])
     size = (len(data) - 4096) // 3
-    assert skl.recover(partial) == skl.Recovered(partial, 2, size - 1)
+    cause = f"block 2: byte {len(data) - size}: block of {size} bytes ends behind the file"
+    assert skl.recover(partial) == skl.Recovered(partial, 2, size - 1, cause)
     assert data[:-size] == partial.read_bytes()
     assert skl.recover(path) == skl.Recovered(partial, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("at", "message", "later"), [(0, "block magic", 2), (8, "block header checksum", 2), (70, "payload checksum", 2)]
+)
+def test_recover_says_what_it_cuts(path, at, message, later):
+    """Damage before sound blocks is named, and these are counted: a shard has no gap, so they go too."""
+    partial = unfinished(path, range(4))
+    data = bytearray(partial.read_bytes())
+    size = (len(data) - 4096) // 4
+    data[4096 + size + at] ^= 1
+    partial.write_bytes(data + data[-size : -size // 2])
+    recovered = skl.recover(path)
+    assert (1, 3 * size + size // 2, later) == (recovered.sequences, recovered.bytes_cut, recovered.sequences_cut)
+    assert recovered.cause.startswith(f"block 1: byte {4096 + size}: {message}")
+
+
+def test_a_resumed_writer_says_what_it_cut(path):
+    """A writer that goes on tells what recover would have told; one that begins anew tells nothing."""
+    partial = unfinished(path, range(2))
+    partial.write_bytes(partial.read_bytes()[:-1])
+    with skl.ShardWriter(path, header=HEADER, resume=True) as writer:
+        assert (1, True) == (writer.recovered.sequences, "ends behind the file" in writer.recovered.cause)
+    with skl.ShardWriter(path.with_name("b.skl"), header=HEADER, resume=True) as writer:
+        assert writer.recovered is None
 
 
 def test_recover_needs_a_partial(path):
