@@ -84,7 +84,7 @@ def recover(path: Path | str) -> Recovered:
     if not given.name.endswith(layout.PARTIAL_SUFFIX):
         partial = given.with_name(given.name + layout.PARTIAL_SUFFIX)
     if not partial.exists():
-        state = "is sealed and needs no recovery" if given.exists() else "no such file"
+        state = "a sealed shard is never cut, verify says whether it is sound" if given.exists() else "no such file"
         raise FileNotFoundError(f"{given}: {state}; there is no {partial.name} to recover")
     disk = Disk()
     fd = disk.reopen(partial)

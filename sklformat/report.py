@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat import layout, native
-from sklformat.errors import FormatError, MissingShardError
+from sklformat import native
+from sklformat.errors import FormatError, MissingShardError, UnsupportedError
 from sklformat.header import Header
 from sklformat.manifest import MANIFEST_NAME, Entry, check_contiguous, place_in_cache, read_manifest
 from sklformat.payloads import Payloads
@@ -69,7 +70,7 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
     Raises:
         FileNotFoundError: Nothing is there.
         MissingShardError: A directory without any shard.
-        UnsupportedError: No file here begins as a shard; one among shards is a problem like any other.
+        UnsupportedError: Every file here is of another format or version; one among shards is a problem like any other.
 
     Source: SPEC section 13.
     """
@@ -82,38 +83,33 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
             if unfinished
             else MissingShardError("no .skl shards here: not a cache, or an empty one", path=root)
         )
-    if all(_is_foreign(file) for file in files):
-        Shard(files[0]).close()  # raises what says so: nothing here was a cache, so nothing is damaged
     total, done = sum(p.stat().st_size for p in files), 0
     problems = [_problem(error, root) for error in unfinished]
-    sound: list[tuple[Entry, str]] = []
+    opened: list[tuple[Entry, Header]] = []
+    refused: list[FormatError] = []
     for file in files:
         try:
             shard = Shard(file)
         except FormatError as error:
+            refused.append(error)
             problems.append(_problem(error, file))
         else:
-            arena = native.Arena()
-            for numbers in _groups(shard):
-                if not _are_sound(shard, numbers, arena):
-                    problems += _block_problems(shard, numbers)
-                if progress is not None:
-                    progress(done + int(shard.index.offset[numbers[-1]]), total)
-            sound.append((describe(shard), shard.header.cache_key))
-            shard.close()
+            with closing(shard):
+                arena = native.Arena()
+                for numbers in _groups(shard):
+                    if not _are_sound(shard, numbers, arena):
+                        problems += _block_problems(shard, numbers)
+                    if progress is not None:
+                        progress(done + int(shard.index.offset[numbers[-1]]), total)
+                opened.append((describe(shard), shard.header))
         done += file.stat().st_size
         if progress is not None:
             progress(done, total)
+    if not opened and all(isinstance(error, UnsupportedError) for error in refused):
+        raise refused[0]  # nothing here is a shard that this version reads, so nothing is damaged
     if root.is_dir():
-        problems += _check_together(root, sound)
+        problems += _check_together(root, opened)
     return problems
-
-
-def _is_foreign(file: Path) -> bool:
-    """Whether the file begins as another format's."""
-    with file.open("rb") as opened:
-        begin = opened.read(len(layout.HEADER_MAGIC))
-    return len(begin) == len(layout.HEADER_MAGIC) and begin != layout.HEADER_MAGIC
 
 
 def _groups(shard: Shard) -> Iterator[NDArray[np.int64]]:
@@ -155,14 +151,16 @@ def _check_distinct(header: Header, offsets: NDArray[np.int64], token_ids: NDArr
         native.check_distinct(offsets, token_ids)
 
 
-def _check_together(root: Path, sound: list[tuple[Entry, str]]) -> list[Problem]:
-    problems: list[Problem] = []
-    entries = sorted((entry for entry, _ in sound), key=place_in_cache)
-    keys = [key for _, key in sound]
-    problems += [
-        Problem(entry.path, "CorruptError", f"belongs to another cache than {sound[0][0].path.name}")
-        for entry, key in sound
-        if key != keys[0]
+def _check_together(root: Path, opened: list[tuple[Entry, Header]]) -> list[Problem]:
+    entries = sorted((entry for entry, _ in opened), key=place_in_cache)
+    problems = [
+        Problem(
+            entry.path,
+            "CorruptError",
+            f"belongs to another cache than {opened[0][0].path.name}: {'; '.join(opened[0][1].differences(header))}",
+        )
+        for entry, header in opened
+        if header.cache_key != opened[0][1].cache_key
     ]
     try:
         check_contiguous(entries, root)

@@ -107,7 +107,7 @@ def test_rubbish_is_one_line(cache, tmp_path):
         (("verify", tmp_path / "text.skl"), "not a sklformat shard"),
         (("inspect", tmp_path / "nothing"), "no such file or directory"),
         (("inspect", cache), "sequences 4..7 are missing"),
-        (("recover", tmp_path / "text.skl"), "needs no recovery"),
+        (("recover", tmp_path / "text.skl"), "a sealed shard is never cut"),
         (("convert", tmp_path / "text.skl", tmp_path / "x.npz"), "not a sklformat shard"),
         (("convert", tmp_path / "empty", tmp_path / "empty"), "no .skl shards here"),
     ):

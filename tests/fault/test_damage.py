@@ -26,35 +26,36 @@ def load(path):
 
 
 def place_of(bit):
-    """The part of the shard that a bit lies in, where that part begins and ends, and its sequence."""
-    byte = bit // 8
-    for section, start, end, sequence in (
-        ("header", 0, 4096, None),
-        ("block", 4096, 4288, 0),
-        ("block", 4288, 4480, 1),
-        ("index", INDEX, END - 64, None),
-        ("trailer", END - 64, END, None),
+    """Where the part of the shard that a bit lies in begins and ends, and its sequence."""
+    for start, end, sequence in (
+        (0, 4096, None),
+        (4096, 4288, 0),
+        (4288, INDEX, 1),
+        (INDEX, END - 64, None),
+        (END - 64, END, None),
     ):
-        if start <= byte < end:
-            return section, start, end, sequence
+        if start <= bit // 8 < end:
+            return start, end, sequence
     raise AssertionError(bit)
 
 
+def faults(way, path):
+    """What a way of reading says is wrong; verify lists it, or raises it where nothing is a shard of this version."""
+    try:
+        result = way(path)
+    except skl.FormatError as error:
+        return [error]
+    return result if way is skl.verify else []
+
+
 def unnamed(path, bit):
-    """Which ways of reading do not name file, part, byte and sequence of a flipped bit."""
-    section, start, end, sequence = place_of(bit)
-    missed = []
-    for way in (read, load):
-        try:
-            way(path)
-        except skl.FormatError as error:
-            if (error.path, error.section, error.sequence) == (path, section, sequence) and start <= error.offset < end:
-                continue
-        missed.append(way.__name__)
-    if bit >= 64:  # in the magic, it makes another format, which verify does not call damage
-        named = [(p.path, p.sequence) for p in skl.verify(path) if start <= p.offset < end]
-        missed += [] if named == [(path, sequence)] else ["verify"]
-    return missed
+    """The ways of reading that do not name file, byte and sequence of a flipped bit."""
+    start, end, sequence = place_of(bit)
+    return [
+        way.__name__
+        for way in (read, load, skl.verify)
+        if [(path, sequence)] != [(f.path, f.sequence) for f in faults(way, path) if start <= f.offset < end]
+    ]
 
 
 def survivors(path, bits):

@@ -1,6 +1,7 @@
 """Frozen shards: what version 1.0 wrote stays readable, and what it must refuse stays refused."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,6 @@ import reference
 import strategies
 
 import sklformat as skl
-from sklformat import layout
 
 HERE = Path(__file__).parent
 VALID = sorted((HERE / "valid").glob("*.skl"))
@@ -90,17 +90,17 @@ def test_valid_is_written_again(path, tmp_path):
 
 @pytest.mark.parametrize("path", INVALID, ids=stem)
 def test_invalid(path):
-    """A file with one fault raises the error that its name begins with; verify lists it, or raises it for no shard."""
+    """A file with one fault raises the error that its name begins with; verify lists or raises it."""
     error = ERRORS[path.stem.split("-")[0]]
     with pytest.raises(skl.FormatError) as caught, skl.open(path) as cache:
         list(cache)
     assert error is type(caught.value)
     assert path == caught.value.path
     assert caught.value.section is not None
-    if path.read_bytes().startswith(layout.HEADER_MAGIC):
-        assert {error.__name__} == {problem.error for problem in skl.verify(path)}
-    else:  # no shard at all
-        with pytest.raises(error, match="not a sklformat shard"):
+    if (error, caught.value.section) == (skl.UnsupportedError, "header"):
+        with pytest.raises(skl.UnsupportedError, match=re.escape(str(caught.value))):
             skl.verify(path)
+    else:
+        assert {error.__name__} == {problem.error for problem in skl.verify(path)}
     with pytest.raises(getattr(reference, error.__name__)):
         reference.decode_shard(path.read_bytes())

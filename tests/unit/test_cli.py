@@ -144,7 +144,7 @@ def test_recover(capfd, cache):
     status, _, err = run(capfd, "recover", cache)
     assert (1, True) == (status, "nothing to recover" in err)
     status, _, err = run(capfd, "recover", cache / "shard-00000.skl")
-    assert (1, True) == (status, "is sealed and needs no recovery" in err)
+    assert (1, True) == (status, "a sealed shard is never cut" in err)
 
 
 def test_convert(capfd, cache, tmp_path):

@@ -205,7 +205,7 @@ def test_recover_needs_a_partial(path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         skl.recover(path)
     path.write_bytes(small_shard(1))
-    with pytest.raises(FileNotFoundError, match="is sealed and needs no recovery"):
+    with pytest.raises(FileNotFoundError, match="a sealed shard is never cut"):
         skl.recover(path)
 
 
