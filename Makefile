@@ -1,5 +1,5 @@
 # make demo   set up, then run the whole way: teacher, cache, students, table and plot (ARGS="--seed 1" passes flags on)
-# make test   set up, then check style, types and floors, and run the C and Python tests
+# make test   set up, then check style, types and floors, and run the C and Python tests, C under sanitizers
 # make soak   the long tests
 # make fuzz   random input under sanitizers, FUZZ_SECONDS for each target (60)
 # make bench  the benchmarks; results go to the terminal
@@ -12,13 +12,17 @@ READY := .venv/ready
 ARGS ?=
 FUZZ_SECONDS ?= 60
 BENCHMARKS := $(wildcard benchmarks/*.py)
+SANITIZED := build/sanitized
+# -P and -S keep the working tree and its editable install out of the way of the sanitized copy.
+RUN_SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$(cc -print-file-name=libasan.so) \
+  PYTHONPATH="$(SANITIZED):$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")" $(BIN)/python -P -S
 
-.PHONY: demo test lint ctest pytest soak fuzz bench clean
+.PHONY: demo test lint ctest sanitized pytest soak fuzz bench clean
 
 demo: $(READY)
 	$(BIN)/sklformat demo $(ARGS)
 
-test: lint ctest pytest
+test: lint ctest sanitized pytest
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -35,17 +39,28 @@ ctest: $(READY)
 	  $(BIN)/ctest --test-dir build/c-$$sanitizer --output-on-failure || exit 1; \
 	done
 
+# The tests that give C the most to do, and the fuzzer of shards, with C under ASan and UBSan in a real Python.
+sanitized: $(SANITIZED)/ready
+	$(RUN_SANITIZED) -m pytest -m "not soak and not gpu" -p no:cacheprovider tests/unit/test_native.py \
+	  tests/unit/test_ring.py tests/property tests/golden tests/fault/test_differential.py tests/fuzz
+
+$(SANITIZED)/ready: $(READY) $(wildcard sklformat/*.py sklformat/*/*.py)
+	rm -rf $(SANITIZED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) . -C build-dir=build/c-sanitized \
+	  -C cmake.define.CMAKE_C_FLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all"
+	touch $@
+
 pytest: $(READY)
 	$(BIN)/python -m pytest -m "not soak and not gpu" -n 2 --dist worksteal $(ARGS)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
-fuzz: ctest
+fuzz: ctest $(SANITIZED)/ready
 	for law in $(notdir $(wildcard tests/fuzz/corpus/*)); do \
 	  build/c-address,undefined/fuzz_$$law -seconds=$(FUZZ_SECONDS) tests/fuzz/corpus/$$law || exit 1; \
 	done
-	$(BIN)/python tests/fuzz/fuzz_shards.py --seconds $(FUZZ_SECONDS)
+	$(RUN_SANITIZED) tests/fuzz/fuzz_shards.py --seconds $(FUZZ_SECONDS)
 
 bench: $(READY)
 	for script in $(filter-out benchmarks/timing.py,$(BENCHMARKS)); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
