@@ -1,5 +1,9 @@
 """Damage to a sealed shard never goes unnoticed: any bit, any length, any place."""
 
+import itertools
+import struct
+from pathlib import Path
+
 import numpy as np
 import pytest
 import reference
@@ -9,6 +13,7 @@ import sklformat as skl
 
 SHARD = small_shard(2, columns=0)
 END = len(SHARD)
+GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "valid").glob("*.skl"))
 INDEX = END - 128
 REGIONS = ((0, 256, 3), (256, 4088, 67), (4088, 4096, 1), (4096, INDEX, 3), (INDEX, END, 1))
 
@@ -22,21 +27,17 @@ def read(path):
 def load(path):
     """Read everything in one batch, as a loader does."""
     with skl.open(path) as cache:
-        return cache.payloads(np.arange(len(cache))).decode(cache.header)
+        payloads = cache.payloads(np.arange(len(cache)))
+        return payloads.decode(cache.header, None if cache.header.token_size else payloads.no_tokens(cache.header))
 
 
-def place_of(bit):
-    """Where the part of the shard that a bit lies in begins and ends, and its sequence."""
-    for start, end, sequence in (
-        (0, 4096, None),
-        (4096, 4288, 0),
-        (4288, INDEX, 1),
-        (INDEX, END - 64, None),
-        (END - 64, END, None),
-    ):
-        if start <= bit // 8 < end:
-            return start, end, sequence
-    raise AssertionError(bit)
+def parts_of(shard):
+    """Where each part of a shard begins and ends, and which sequence it holds."""
+    end = len(shard) - 64
+    index, count = struct.unpack_from("<QQ", shard, end + 8)
+    offsets = [*struct.unpack_from(f"<{count}Q", shard, index), index]
+    blocks = [(start, stop, number) for number, (start, stop) in enumerate(itertools.pairwise(offsets))]
+    return [(0, 4096, None), *blocks, (index, end, None), (end, end + 64, None)]
 
 
 def faults(way, path):
@@ -48,26 +49,22 @@ def faults(way, path):
     return result if way is skl.verify else []
 
 
-def unnamed(path, bit):
-    """The ways of reading that do not name file, byte and sequence of a flipped bit."""
-    start, end, sequence = place_of(bit)
-    return [
-        way.__name__
-        for way in (read, load, skl.verify)
-        if [(path, sequence)] != [(f.path, f.sequence) for f in faults(way, path) if start <= f.offset < end]
-    ]
-
-
-def survivors(path, bits):
-    """Flip each bit in turn; the bits whose damage some way of reading did not notice, or did not name."""
-    found = []
+def survivors(path, shard, bits):
+    """Flip each bit in turn; the bits whose file, byte and sequence some way of reading does not name."""
+    found, parts = [], parts_of(shard)
     with path.open("r+b", buffering=0) as file:
         for bit in bits:
+            (place,) = ((start, end, number) for start, end, number in parts if start <= bit // 8 < end)
+            start, end, sequence = place
             file.seek(bit // 8)
-            file.write(bytes([SHARD[bit // 8] ^ 1 << bit % 8]))
-            found += [(bit, way) for way in unnamed(path, bit)]
+            file.write(bytes([shard[bit // 8] ^ 1 << bit % 8]))
+            found += [
+                (bit, way.__name__)
+                for way in (read, load, skl.verify)
+                if [(path, sequence)] != [(f.path, f.sequence) for f in faults(way, path) if start <= f.offset < end]
+            ]
             file.seek(bit // 8)
-            file.write(SHARD[bit // 8 : bit // 8 + 1])
+            file.write(shard[bit // 8 : bit // 8 + 1])
     return found
 
 
@@ -77,16 +74,17 @@ def test_sampled_bits(tmp_path):
     path.write_bytes(SHARD)
     bits = [bit for start, stop, step in REGIONS for bit in range(8 * start, 8 * stop, step)]
     assert len(bits) > 3000
-    assert [] == survivors(path, bits)
+    assert [] == survivors(path, SHARD, bits)
     assert SHARD == path.read_bytes()
 
 
 @pytest.mark.soak
-def test_all_bits(tmp_path):
-    """No flipped bit of a shard goes unnoticed or unnamed."""
-    path = tmp_path / "a.skl"
-    path.write_bytes(SHARD)
-    assert [] == survivors(path, range(8 * END))
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda path: path.stem)
+def test_all_bits(tmp_path, golden):
+    """No flipped bit of any kind of shard goes unnoticed or unnamed."""
+    path, shard = tmp_path / "a.skl", golden.read_bytes()
+    path.write_bytes(shard)
+    assert [] == survivors(path, shard, range(8 * len(shard)))
 
 
 def test_truncation(tmp_path):
