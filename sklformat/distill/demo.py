@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,16 @@ from sklformat.disk import write_atomically
 from sklformat.distill import models, processes, runs
 from sklformat.distill.caching import CacheConfig, cache_teacher
 from sklformat.distill.corpus import PackedSequences, write_token_store
+from sklformat.distill.demo_plan import (
+    SIZES,
+    TOPK,
+    DemoConfig,
+    Size,
+    Student,
+    cache_configs,
+    student_configs,
+    teacher_configs,
+)
 from sklformat.distill.demo_report import Check, Row, check_order, commands, report
 from sklformat.distill.directories import published
 from sklformat.distill.documents import (
@@ -42,85 +52,9 @@ from sklformat.errors import CorruptError
 from sklformat.plot import plot_comparison
 from sklformat.report import inspect, verify
 
-_TOPK = 12
 _UNIQUE_TOKENS = 12.0
 _MAX_ROUNDS = 127
 _PIECE_CHARS = 8192
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemoConfig:
-    """Text, teacher, caches, students and the paper's table in one go; given again, it goes on where it stopped."""
-
-    out: Path = Path("demo-run")
-    """Directory for everything that the demo makes."""
-
-    text: Path | None = None
-    """Text file or directory of text files to learn from; none: the source of this Python's standard library."""
-
-    seed: int = 0
-    """Seed of everything random: packing, weights, order, draws."""
-
-    size: Literal["standard", "tiny"] = "standard"
-    """standard: shows the paper's order in minutes on 2 cores; tiny: seconds, shows only that everything runs."""
-
-    processes: int = 0
-    """Processes that work at once, each on one core; 0: one for each core, at most 4."""
-
-    def __post_init__(self) -> None:
-        if self.seed < 0 or self.processes < 0:
-            raise ValueError(f"seed and processes must be >= 0, got {self.seed} and {self.processes}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Size:
-    """
-    How large everything is.
-
-    A weaker teacher (500 steps) leaves random sampling's distance to FullKD a larger share of the gap; students of
-    larger and fewer steps stay on cross-entropy's first plateau, which makes the gap a matter of luck.
-    """
-
-    vocab_size: int = 4096
-    seq_len: int = 128
-    teacher: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {
-            "hidden_size": 128,
-            "num_layers": 3,
-            "num_heads": 4,
-            "steps": 900,
-            "batch_size": 16,
-            "learning_rate": 4e-3,
-            "weight_decay": 0.1,
-        }
-    )
-    student: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {
-            "hidden_size": 64,
-            "num_layers": 2,
-            "num_heads": 2,
-            "steps": 480,
-            "batch_size": 8,
-            "learning_rate": 3e-3,
-        }
-    )
-    cached_sequences: int = 3840
-    eval_sequences: int = 256
-
-
-_SIZES = {
-    "standard": _Size(),
-    "tiny": _Size(
-        vocab_size=400,
-        seq_len=32,
-        teacher={"hidden_size": 32, "num_layers": 1, "num_heads": 2, "steps": 30, "batch_size": 8,
-                 "learning_rate": 4e-3},
-        student={"hidden_size": 16, "num_layers": 1, "num_heads": 2, "steps": 20, "batch_size": 8,
-                 "learning_rate": 3e-3},
-        cached_sequences=64,
-        eval_sequences=16,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,13 +80,6 @@ class DemoResult:
         return self.text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Student:
-    name: str
-    train: TrainConfig
-    eval: EvalConfig
-
-
 def run_demo(config: DemoConfig) -> DemoResult:
     """
     Run the demo to its end, or finish one that was stopped; finished parts are not made again.
@@ -172,7 +99,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
         ValueError: No text, or too little of it.
     """
     started = time.monotonic()
-    size = _SIZES[config.size]
+    size = SIZES[config.size]
     settings = {
         "text": None if config.text is None else str(config.text.resolve()),
         "seed": config.seed,
@@ -182,16 +109,16 @@ def run_demo(config: DemoConfig) -> DemoResult:
     with runs.opened(config.out, settings):
         with _stage("1/6 text: documents, tokenizer, token stores"):
             eval_count = _prepare_text(config, size)
-        teacher = _teacher_configs(config, size, eval_count)
+        teacher = teacher_configs(config, size, eval_count)
         with _stage("2/6 teacher: training on the text"):
             # One thread here as everywhere, so that the figures depend on the seed and not on how busy the machine is.
             [(teacher_eval, rounds)] = run_jobs([Job(_train_teacher, (*teacher, size))], processes=workers, threads=1)
-        caches = _cache_configs(config, size, rounds)
-        with _stage(f"3/6 caches: random sampling in {rounds} rounds, Top-K {_TOPK}"):
+        caches = cache_configs(config, size, rounds, _num_packed(config, size, "tokens"))
+        with _stage(f"3/6 caches: random sampling in {rounds} rounds, Top-K {TOPK}"):
             run_jobs([Job(cache_teacher, (cache,)) for cache in caches], processes=workers, threads=1)
         with _stage("4/6 verify: every byte of the caches"):
             _verify(caches)
-        students = _student_configs(config, size, eval_count, caches)
+        students = student_configs(config, size, eval_count, caches)
         with _stage("5/6 students: CE, Top-K, random sampling, FullKD from the same start"):
             # The slowest first, so that no core waits for it at the end.
             found = run_jobs([Job(_train_student, (s,)) for s in reversed(students)], processes=workers, threads=1)[
@@ -221,7 +148,7 @@ def _stage(name: str) -> Iterator[None]:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def _prepare_text(config: DemoConfig, size: _Size) -> int:
+def _prepare_text(config: DemoConfig, size: Size) -> int:
     """Make tokenizer and token stores; return how many held-out sequences there are to evaluate on."""
     documents = _documents(config)
     training, held_out = split_documents(documents)
@@ -240,7 +167,7 @@ def _prepare_text(config: DemoConfig, size: _Size) -> int:
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         )
         sys.stderr.write(f"    {name}: {store.facts.num_documents} documents, {store.facts.num_tokens:,} tokens\n")
-    return min(size.eval_sequences, len(_packed(config.out / "held-out", tokenizer, size, config.seed)))
+    return min(size.eval_sequences, _num_packed(config, size, "held-out"))
 
 
 def _documents(config: DemoConfig) -> list[Document]:
@@ -252,42 +179,18 @@ def _documents(config: DemoConfig) -> list[Document]:
     return list(cut_documents(documents, max_chars=max(256, min(_PIECE_CHARS, length // 200))))
 
 
-def _packed(store: Path, tokenizer: Any, size: _Size, seed: int) -> PackedSequences:
+def _num_packed(config: DemoConfig, size: Size, name: str) -> int:
+    return len(_packed(config.out / name, models.load_tokenizer(config.out / "tokenizer"), size, config.seed))
+
+
+def _packed(store: Path, tokenizer: Any, size: Size, seed: int) -> PackedSequences:
     return PackedSequences(store, seq_len=size.seq_len, separator_id=models.separator_id(tokenizer), seed=seed)
 
 
 # --- teacher ---------------------------------------------------------------------------------------------------------
 
 
-def _teacher_configs(config: DemoConfig, size: _Size, eval_count: int) -> tuple[TrainConfig, EvalConfig]:
-    out = config.out / "teacher"
-    training = TrainConfig(
-        out=out,
-        tokens=config.out / "tokens",
-        seq_len=size.seq_len,
-        packing_seed=config.seed,
-        method="ce",
-        tokenizer=str(config.out / "tokenizer"),
-        seed=config.seed,
-        save_every=100,
-        **size.teacher,
-    )
-    return training, _eval_config(config, size, eval_count, out, teacher=None)
-
-
-def _eval_config(config: DemoConfig, size: _Size, eval_count: int, run: Path, teacher: str | None) -> EvalConfig:
-    return EvalConfig(
-        student=str(run / "model"),
-        tokens=config.out / "held-out",
-        seq_len=size.seq_len,
-        packing_seed=config.seed,
-        num_sequences=eval_count,
-        teacher=teacher,
-        out=run / "evaluation.json",
-    )
-
-
-def _train_teacher(training: TrainConfig, measuring: EvalConfig, size: _Size) -> tuple[Evaluation, int]:
+def _train_teacher(training: TrainConfig, measuring: EvalConfig, size: Size) -> tuple[Evaluation, int]:
     """A job: the teacher, what it reaches on held-out text, and the rounds that give about 12 unique tokens."""
     train(training)
     path = training.out / "rounds.json"
@@ -298,7 +201,7 @@ def _train_teacher(training: TrainConfig, measuring: EvalConfig, size: _Size) ->
 
 
 @torch.inference_mode()
-def _choose_rounds(training: TrainConfig, size: _Size) -> int:
+def _choose_rounds(training: TrainConfig, size: Size) -> int:
     """The number of rounds N for which the mean over positions of sum_v 1 − (1 − p_v)^N comes closest to 12."""
     assert training.tokens is not None
     model_directory = training.out / "model"
@@ -326,24 +229,6 @@ def _evaluated(config: EvalConfig) -> Evaluation:
 # --- caches and students ---------------------------------------------------------------------------------------------
 
 
-def _cache_configs(config: DemoConfig, size: _Size, rounds: int) -> list[CacheConfig]:
-    tokenizer = models.load_tokenizer(config.out / "tokenizer")
-    available = len(_packed(config.out / "tokens", tokenizer, size, config.seed))
-    shared: dict[str, Any] = {
-        "teacher": str(config.out / "teacher" / "model"),
-        "tokens": config.out / "tokens",
-        "seq_len": size.seq_len,
-        "num_sequences": min(size.cached_sequences, available),
-        "seed": config.seed,
-        "packing_seed": config.seed,
-        "batch_size": 16,
-    }
-    return [
-        CacheConfig(out=config.out / "cache-random", sampler="multinomial", rounds=rounds, **shared),
-        CacheConfig(out=config.out / "cache-topk", sampler="topk", k=_TOPK, **shared),
-    ]
-
-
 def _verify(caches: list[CacheConfig]) -> None:
     for cache in caches:
         problems = verify(cache.out)
@@ -358,31 +243,7 @@ def _verify(caches: list[CacheConfig]) -> None:
         )
 
 
-def _student_configs(config: DemoConfig, size: _Size, eval_count: int, caches: list[CacheConfig]) -> list[_Student]:
-    random_cache, topk_cache = (cache.out for cache in caches)
-    teacher = str(config.out / "teacher" / "model")
-    tokenizer = str(config.out / "tokenizer")
-    students = []
-    methods: list[tuple[str, str, dict[str, Any]]] = [
-        ("CE", "ce", {"method": "ce", "cache": random_cache, "tokenizer": tokenizer}),
-        (f"Top-K {_TOPK}", "topk", {"method": "topk", "cache": topk_cache, "tokenizer": tokenizer}),
-        ("Random sampling", "random", {"method": "random_sampling", "cache": random_cache, "tokenizer": tokenizer}),
-        ("FullKD", "full", {"method": "full", "cache": random_cache, "teacher": teacher}),
-    ]
-    for name, directory, changes in methods:
-        out = config.out / "students" / directory
-        shared: dict[str, Any] = {"out": out, "seed": config.seed, "save_every": 60, **size.student}
-        students.append(
-            _Student(
-                name=name,
-                train=TrainConfig(**shared, **changes),
-                eval=_eval_config(config, size, eval_count, out, teacher),
-            )
-        )
-    return students
-
-
-def _train_student(student: _Student) -> Evaluation:
+def _train_student(student: Student) -> Evaluation:
     """A job: one student and its evaluation."""
     train(student.train)
     return _evaluated(student.eval)
@@ -392,7 +253,7 @@ def _train_student(student: _Student) -> Evaluation:
 
 
 def _rows(
-    students: list[_Student], found: list[Evaluation], caches: list[CacheConfig], teacher: Evaluation
+    students: list[Student], found: list[Evaluation], caches: list[CacheConfig], teacher: Evaluation
 ) -> list[Row]:
     losses = {student.train.method: evaluation.lm_loss for student, evaluation in zip(students, found, strict=True)}
     facts = {cache.out: inspect(cache.out) for cache in caches}
