@@ -10,26 +10,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import inspect as docstrings
-import io
 import json
 import os
 import sys
-import textwrap
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 from sklformat import SklError, __version__, recover, verify
+from sklformat.flags import UsageError, parse
 from sklformat.layout import PARTIAL_SUFFIX
 from sklformat.recovery import Recovered
 from sklformat.report import inspect
 
 DAMAGED = 3
 STOPPED = 130
-_Config = TypeVar("_Config")
 
 # What installs a module that an optional part needs.
 _EXTRAS = {
@@ -43,11 +39,9 @@ _EXTRAS = {
     "tokenizers": "train",
     "safetensors": "train",
     "mmap_ninja": "train",
+    "datasets": "datasets",
+    "accelerate": "large",
 }
-
-
-class _UsageError(Exception):
-    """The command line itself is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except SystemExit as end:  # tyro's, after it printed the help that was asked for
         return int(end.code or 0)
-    except _UsageError as error:
+    except UsageError as error:
         return _fail(name, f"{error}; see {name} --help", 2)
     except BrokenPipeError:  # the reader of our output left, as in "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -149,69 +143,7 @@ def _usage() -> str:
     return "\n".join(lines)
 
 
-# --- from flags to config, from result to output ---------------------------------------------------------------------
-
-
-def _parse(
-    config_type: type[_Config], name: str, arguments: list[str], *, positional: bool = False
-) -> tuple[_Config, bool]:
-    """
-    The config that the flags say, and whether JSON is wanted.
-
-    A field is a flag, its docstring the help; ``positional``: required fields are arguments instead.  A field whose
-    name cannot be its flag's says the flag in its metadata.
-
-    Raises:
-        _UsageError: A flag is unknown, missing or has no such value.
-        SystemExit: Help was asked for and printed.
-    """
-    import tyro  # noqa: PLC0415  an extra, needed only here
-
-    hints = typing.get_type_hints(config_type)
-    own = dataclasses.fields(config_type)  # type: ignore[arg-type]
-    flags: list[Any] = [
-        (f.name, Annotated[hints[f.name], tyro.conf.arg(name=f.metadata["flag"])], dataclasses.field(default=f.default))
-        for f in own
-        if "flag" in f.metadata
-    ]
-    json_flag = Annotated[bool, tyro.conf.arg(help="Print the result as JSON."), tyro.conf.FlagCreatePairsOff]
-    flags.append(("json", json_flag, dataclasses.field(default=False)))
-    extended = dataclasses.make_dataclass(config_type.__name__, flags, bases=(config_type,), frozen=True, kw_only=True)
-    markers: list[Any] = [tyro.conf.DisallowNone]
-    if positional:
-        markers += [tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName]
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed: Any = tyro.cli(
-                extended,
-                prog=name,
-                args=arguments,
-                description=_wrapped(config_type.__doc__ or ""),
-                config=tuple(markers),
-            )
-    except SystemExit as end:
-        if end.code:
-            raise _UsageError(_one_line(complaint.getvalue(), config_type.__name__)) from None
-        raise
-    return config_type(**{f.name: getattr(parsed, f.name) for f in own}), parsed.json
-
-
-def _wrapped(text: str) -> str:
-    """A docstring's paragraphs for 80 columns; tyro joins lines again unless they are indented."""
-    paragraphs = docstrings.cleandoc(text).split("\n\n")
-    return "\n\n".join(textwrap.fill(p, 80, initial_indent="  ", subsequent_indent="  ") for p in paragraphs)
-
-
-def _one_line(box: str, config_name: str) -> str:
-    """What tyro says in a box, without the box, its title and the help below its first rule."""
-    said: list[str] = []
-    for line in box.splitlines()[1:]:
-        text = line.strip("│┃|+╭╮╰╯ ")
-        if set(text) <= set("─-"):
-            break
-        said.append(text)
-    return " ".join(said).replace(f"Error parsing {config_name}: ", "").rstrip(".") or "wrong usage"
+# --- from result to output ------------------------------------------------------------------------------------------
 
 
 def _print_result(result: Any, *, as_json: bool) -> None:
@@ -264,7 +196,7 @@ def _progress(unit: str, *, scale: bool = False) -> Iterator[Callable[[str, int,
 def _run_learning(module: str, config_name: str, function: str, name: str, arguments: list[str]) -> int:
     """A verb of the learning side: its config, its function, its result."""
     loaded = importlib.import_module(f"sklformat.distill.{module}")
-    config, as_json = _parse(getattr(loaded, config_name), name, arguments)
+    config, as_json = parse(getattr(loaded, config_name), name, arguments)
     result = getattr(loaded, function)(config)
     if os.environ.get("RANK", "0") == "0":  # torchrun's; every process has the same result
         _print_result(result, as_json=as_json)
@@ -272,7 +204,7 @@ def _run_learning(module: str, config_name: str, function: str, name: str, argum
 
 
 def _run_inspect(name: str, arguments: list[str]) -> int:
-    config, as_json = _parse(InspectConfig, name, arguments, positional=True)
+    config, as_json = parse(InspectConfig, name, arguments, positional=True)
     facts = inspect(config.path)
     if as_json:
         _print_json(facts)
@@ -314,7 +246,7 @@ def _number(value: float | None) -> str:
 
 
 def _run_verify(name: str, arguments: list[str]) -> int:
-    config, as_json = _parse(VerifyConfig, name, arguments, positional=True)
+    config, as_json = parse(VerifyConfig, name, arguments, positional=True)
     checked = 0
     with _progress("B", scale=True) as tell:
 
@@ -336,7 +268,7 @@ def _run_verify(name: str, arguments: list[str]) -> int:
 
 
 def _run_recover(name: str, arguments: list[str]) -> int:
-    config, as_json = _parse(RecoverConfig, name, arguments, positional=True)
+    config, as_json = parse(RecoverConfig, name, arguments, positional=True)
     path = config.path
     partials = sorted(path.glob(f"*.skl{PARTIAL_SUFFIX}")) if path.is_dir() else [path]
     if not partials:
@@ -362,10 +294,22 @@ def _recovered(result: Recovered) -> str:
 def _run_convert(name: str, arguments: list[str]) -> int:
     from sklformat.interop import ConvertConfig, convert  # noqa: PLC0415
 
-    config, as_json = _parse(ConvertConfig, name, arguments, positional=True)
+    config, as_json = parse(ConvertConfig, name, arguments, positional=True)
     with _progress("seq") as tell:
         result = convert(config, tell)
     _print_result(result, as_json=as_json)
+    return 0
+
+
+def _run_estimate(name: str, arguments: list[str]) -> int:
+    from sklformat.capture.estimates import EstimateConfig, estimate  # noqa: PLC0415
+
+    config, as_json = parse(EstimateConfig, name, arguments)
+    if config.teacher is not None:
+        from sklformat.distill.calibration import calibrate  # noqa: PLC0415
+
+        config = calibrate(config)
+    _print_result(estimate(config), as_json=as_json)
     return 0
 
 
@@ -387,6 +331,7 @@ _EVAL = ("evaluation", "EvalConfig", "evaluate")
 _DEMO = ("demo", "DemoConfig", "run_demo")
 _VERBS = {
     "cache": _Verb("run a teacher over text and keep its distributions", _learning(*_CACHE)),
+    "estimate": _Verb("say what a capture will cost", _run_estimate, _AGAIN),
     "train": _Verb("train a student from a cache, from text or from a teacher", _learning(*_TRAIN)),
     "eval": _Verb("measure a student on held-out text", _learning(*_EVAL), _AGAIN),
     "demo": _Verb("the whole way once, to the paper's table", _learning(*_DEMO)),

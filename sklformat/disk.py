@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sklformat.errors import InUseError, UnsupportedError
+
+_POLL_SECONDS = 0.02
+_ALONE_SECONDS = 2.0
 
 
 class Disk:
@@ -67,6 +71,12 @@ def lock(fd: int, path: Path) -> None:
         InUseError: Another process holds it.
         UnsupportedError: The system has no such lock.
     """
+    if not _flock(fd, path, "LOCK_EX"):
+        raise _in_use(path)
+
+
+def _flock(fd: int, path: Path, operation: str) -> bool:
+    """Take or change a lock without waiting; False: others are in the way."""
     try:
         import fcntl  # noqa: PLC0415  reading needs no lock, and goes on where there is none
     except ImportError:
@@ -75,9 +85,14 @@ def lock(fd: int, path: Path) -> None:
             path=path,
         ) from None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, getattr(fcntl, operation) | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InUseError(f"{path}: another process is writing here; wait for it, or choose another place") from None
+        return False
+    return True
+
+
+def _in_use(path: Path) -> InUseError:
+    return InUseError(f"{path}: another process is writing here; wait for it, or choose another place")
 
 
 def lock_named(fd: int, path: Path) -> None:
@@ -107,6 +122,54 @@ def locked_directory(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+@contextmanager
+def shared_directory(directory: Path, run: str, *, name: str = ".lock", patience: float = 0.0) -> Iterator[int]:
+    """
+    Hold a directory, made if it is missing, together with the other processes of one run, against any other run.
+
+    No process leads: the first to come writes the run's name into the lock file, the others find their own there. A
+    process that inherits the descriptor holds the directory as well. ``locked_directory`` counts as another run.
+
+    Args:
+        directory: What to hold.
+        run: Name of the run, of at most 255 bytes; the same in all of its processes and in no other run's.
+        name: The lock file.
+        patience: Seconds to wait for another run to let go.
+
+    Yields:
+        The descriptor that holds the lock.
+
+    Raises:
+        InUseError: Another run holds it still.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        begin = time.monotonic()
+        while not (joined := _join_run(fd, directory, run)):
+            # A process of the same run holds the lock alone for the moment in which it comes first.
+            limit = patience if joined is False else max(patience, _ALONE_SECONDS)
+            if time.monotonic() - begin > limit:
+                raise _in_use(directory)
+            time.sleep(_POLL_SECONDS)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _join_run(fd: int, directory: Path, run: str) -> bool | None:
+    """True: the run's lock is held now. False: another run's name is in the file. None: one process holds it alone."""
+    if _flock(fd, directory, "LOCK_EX"):
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, run.encode(), 0)
+    if not _flock(fd, directory, "LOCK_SH"):
+        return None
+    if os.pread(fd, 256, 0) == run.encode():
+        return True
+    _flock(fd, directory, "LOCK_UN")
+    return False
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:

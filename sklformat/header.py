@@ -229,12 +229,20 @@ class Header:
         return int(fingerprint(cache_key + self.shard_number.to_bytes(4, "little")), 16) & ((1 << 64) - 1)
 
     def differences(self, other: Header) -> list[str]:
-        """One "name: ours != theirs" for each setting that differs, place in the cache aside."""
+        """One "name: ours != theirs" for each setting, or part of capture, that differs; place in the cache aside."""
         return [
-            f"{f.name}: {getattr(self, f.name)!r} != {getattr(other, f.name)!r}"
+            line
             for f in dataclasses.fields(self)
-            if f.name not in ("shard_number", "first_sequence") and getattr(self, f.name) != getattr(other, f.name)
+            if f.name not in ("shard_number", "first_sequence")
+            for line in _differences(f.name, getattr(self, f.name), getattr(other, f.name))
         ]
+
+
+def _differences(name: str, ours: Any, theirs: Any) -> list[str]:
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        keys = sorted({*ours, *theirs})
+        return [line for key in keys for line in _differences(f"{name}.{key}", ours.get(key), theirs.get(key))]
+    return [f"{name}: {ours!r} != {theirs!r}"] if ours != theirs else []
 
 
 def parse_header(data: bytes | memoryview) -> Header:

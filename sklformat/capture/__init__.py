@@ -5,7 +5,7 @@ From a running teacher to sealed shards: ``session`` is the teacher's side, ``sc
 """
 
 from sklformat.capture.frames import merge_draws
-from sklformat.capture.plan import ShardWork
+from sklformat.capture.plan import ShardWork, find_header
 from sklformat.capture.session import Capture
 
-__all__ = ["Capture", "ShardWork", "merge_draws"]
+__all__ = ["Capture", "ShardWork", "find_header", "merge_draws"]

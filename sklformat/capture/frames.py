@@ -38,6 +38,7 @@ class Setup:
     num_sequences: int
     checkpoint_bytes: int
     checkpoint_seconds: float
+    url: str | None
 
     def pack(self) -> bytes:
         """As JSON."""

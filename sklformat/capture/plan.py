@@ -6,16 +6,18 @@ Looks at headers and lengths only; recovers torn tails, writes nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from sklformat import layout
-from sklformat.errors import FormatError, SettingsError
+from sklformat.capture.targets import Target
+from sklformat.errors import FormatError, MissingShardError, SettingsError
 from sklformat.header import Header, parse_header
+from sklformat.manifest import Entry
 from sklformat.recovery import recover
-from sklformat.shard import Shard
 
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.skl(\.partial)?")
 
@@ -53,78 +55,157 @@ def shard_header(header: Header, number: int, first_sequence: int) -> Header:
     return dataclasses.replace(header, shard_number=number, first_sequence=first_sequence)
 
 
-def survey(directory: Path, header: Header, num_sequences: int, sequences_per_shard: int) -> list[ShardWork]:
+def survey(
+    directory: Path,
+    header: Header,
+    num_sequences: int,
+    sequences_per_shard: int,
+    *,
+    url: str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[ShardWork]:
     """
-    The shards that are not sealed, in order; the valid prefix of each ``.partial`` is kept, its torn tail cut.
+    The shards that are not in their final place, in order; of each ``.partial`` the valid prefix is kept, the torn tail
+    cut.
 
     Args:
         directory: Exists, and is held by the caller.
         header: Settings of the cache.
         num_sequences: Of the whole cache; the last shard may be shorter.
         sequences_per_shard: Of every other shard.
+        url: Where sealed shards go, if they do not stay; one that is sealed here still wants to go, and no sequence.
+        rank: Of the caller; shard k is the work of rank k mod world_size, and of no other. Rank 0 looks at the settings
+            of all shards, so that it finds before the others write whether they belong here.
+        world_size: Number of ranks.
 
     Raises:
         SettingsError: A shard here was made with other settings, another length, or lies beyond the last one; the
             message shows both values.
+        InUseError: Another process writes one of the shards.
         FormatError: A shard here is damaged.
+        RemoteError: The store behind ``url`` failed.
     """
-    count = -(-num_sequences // sequences_per_shard)
-    for path in sorted(directory.iterdir()):
-        match = _SHARD_NAME.fullmatch(path.name)
-        if match and int(match[1]) >= count:
-            raise SettingsError(
-                f"{path}: num_sequences {num_sequences} and sequences_per_shard {sequences_per_shard} make {count} "
-                f"shards, this is number {int(match[1])}; choose another directory, or remove it"
-            )
-    works = []
-    for number in range(count):
-        first = number * sequences_per_shard
-        length = min(sequences_per_shard, num_sequences - first)
-        path = shard_path(directory, number)
-        if path.exists():
-            _check_sealed(path, shard_header(header, number, first), length)
+    target, works = Target(directory, url), []
+    for somewhere in (target, Target(directory)) if url is not None else (target,):
+        _check_numbers(somewhere, num_sequences, sequences_per_shard)
+    for place in places_of(num_sequences, sequences_per_shard):
+        is_own = place.number % world_size == rank
+        if not is_own and rank != 0:
+            continue
+        path = shard_path(directory, place.number)
+        if url is not None and path.exists():
+            _check_found(Target(directory), header, place)
+            kept = place.num_sequences
+        elif _check_found(target, header, place):
+            continue
         else:
-            works.append(ShardWork(number, first, length, first + _kept(path, header, first, length)))
+            _check_partial(path, header, place)
+            kept = _kept(path, place) if is_own else 0
+        if is_own:
+            works.append(dataclasses.replace(place, next_sequence=place.first_sequence + kept))
     return works
 
 
-def _check_sealed(path: Path, expected: Header, length: int) -> None:
-    shard = Shard(path)
-    try:
-        _check_settings(path, shard.header, expected)
-        if len(shard) != length:
-            raise SettingsError(
-                f"{path}: holds {len(shard)} sequences, this capture asks for {length}; "
-                "give the same num_sequences and sequences_per_shard, or choose another directory"
+def sealed_entries(target: Target, header: Header, num_sequences: int, sequences_per_shard: int) -> list[Entry]:
+    """
+    What the manifest says of a complete cache, read from its shards.
+
+    Raises:
+        MissingShardError: A shard is not in its place.
+        SettingsError, FormatError, RemoteError: As ``survey``.
+    """
+    entries = []
+    for place in places_of(num_sequences, sequences_per_shard):
+        entry = _check_found(target, header, place)
+        if entry is None:
+            path = target.place(shard_path(Path(), place.number).name)
+            raise MissingShardError(
+                f"sequences {place.first_sequence}..{place.end - 1} are missing; run the capture again to go on",
+                path=path,
             )
-    finally:
-        shard.close()
+        entries.append(entry)
+    return entries
 
 
-def _kept(path: Path, header: Header, first: int, length: int) -> int:
-    """How many sequences the shard's ``.partial`` keeps."""
+def find_header(directory: Path, url: str | None = None) -> Header | None:
+    """
+    Settings of a cache that was begun, from any of its shards, sealed or not; None where there is none.
+
+    Raises:
+        FormatError, RemoteError: As ``survey``.
+    """
+    for name in Target(directory, url).names():
+        if _SHARD_NAME.fullmatch(name) and not name.endswith(layout.PARTIAL_SUFFIX):
+            found = Target(directory, url).find(name)
+            return None if found is None else found[0]
+    for partial in sorted(directory.glob(f"shard-*.skl{layout.PARTIAL_SUFFIX}")):
+        with partial.open("rb") as file, contextlib.suppress(FormatError):  # never synced: it holds nothing
+            return parse_header(file.read(layout.HEADER_SIZE))
+    return None
+
+
+def places_of(num_sequences: int, sequences_per_shard: int) -> list[ShardWork]:
+    """Every shard of a cache, with nothing in it."""
+    starts = range(0, num_sequences, sequences_per_shard)
+    return [
+        ShardWork(number, first, min(sequences_per_shard, num_sequences - first), first)
+        for number, first in enumerate(starts)
+    ]
+
+
+def _check_numbers(target: Target, num_sequences: int, sequences_per_shard: int) -> None:
+    count = -(-num_sequences // sequences_per_shard)
+    for name in target.names():
+        match = _SHARD_NAME.fullmatch(name)
+        if match and int(match[1]) >= count:
+            raise SettingsError(
+                f"{target.place(name)}: num_sequences {num_sequences} and sequences_per_shard {sequences_per_shard} "
+                f"make {count} shards, this is number {int(match[1])}; choose another directory, or remove it"
+            )
+
+
+def _check_found(target: Target, header: Header, place: ShardWork) -> Entry | None:
+    """The sealed shard of a place, if it is there; it must be the one that belongs there."""
+    name = shard_path(Path(), place.number).name
+    found = target.find(name)
+    if found is None:
+        return None
+    _check_settings(target.place(name), found[0], shard_header(header, place.number, place.first_sequence))
+    if found[1].num_sequences != place.num_sequences:
+        raise SettingsError(
+            f"{target.place(name)}: holds {found[1].num_sequences} sequences, this capture asks for "
+            f"{place.num_sequences}; give the same num_sequences and sequences_per_shard, or choose another directory"
+        )
+    return found[1]
+
+
+def _check_partial(path: Path, header: Header, place: ShardWork) -> None:
+    """The settings of a place's ``.partial``, if it has one."""
+    partial = path.with_name(path.name + layout.PARTIAL_SUFFIX)
+    if not partial.exists():
+        return
+    with partial.open("rb") as file:
+        head = file.read(layout.HEADER_SIZE)
+    with contextlib.suppress(FormatError):  # recover knows whether a crash explains it
+        _check_settings(partial, parse_header(head), shard_header(header, place.number, place.first_sequence))
+
+
+def _kept(path: Path, place: ShardWork) -> int:
+    """How many sequences the place's ``.partial`` keeps."""
     partial = path.with_name(path.name + layout.PARTIAL_SUFFIX)
     if not partial.exists():
         return 0
-    with partial.open("rb") as file:
-        head = file.read(layout.HEADER_SIZE)
-    try:
-        found = parse_header(head)
-    except FormatError:
-        pass  # recover knows whether a crash explains it
-    else:
-        number = int(_SHARD_NAME.fullmatch(path.name)[1])  # type: ignore[index]
-        _check_settings(partial, found, shard_header(header, number, first))
     sequences = recover(path).sequences
-    if sequences > length:
+    if sequences > place.num_sequences:
         raise SettingsError(
-            f"{partial}: holds {sequences} sequences already, this capture asks for {length}; "
+            f"{partial}: holds {sequences} sequences already, this capture asks for {place.num_sequences}; "
             "give the same sequences_per_shard, or choose another directory"
         )
     return sequences
 
 
-def _check_settings(path: Path, found: Header, expected: Header) -> None:
+def _check_settings(path: Path | str, found: Header, expected: Header) -> None:
     if found == expected:
         return
     differing = found.differences(expected)

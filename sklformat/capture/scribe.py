@@ -12,6 +12,7 @@ import time
 
 from sklformat.capture.frames import Setup, unpack
 from sklformat.capture.plan import ShardWork, shard_header, shard_path
+from sklformat.capture.targets import Uploader
 from sklformat.errors import RingClosedError, RingTimeoutError, SklError
 from sklformat.ring import Frame, Ring
 from sklformat.writer import ShardWriter
@@ -34,19 +35,19 @@ class Drain:
         self._shard: ShardWriter | None = None
         self._work: ShardWork | None = None
         self._flushed_size, self._flushed_at = 0, 0.0
+        self._uploader = None if setup.url is None else Uploader(setup.url)
 
     def run(self) -> None:
         """
-        Write every frame; an unfinished shard stays as ``.partial``, durable.
+        Write every frame, and upload what is sealed; an unfinished shard stays as ``.partial``, durable.
 
         Raises:
             SklError, ValueError, OSError: What stopped the writing; what was flushed before is safe.
         """
         try:
             for work in self._setup.works:
-                if work.next_sequence == work.end:  # stopped between its last sequence and its seal
-                    self._open(work)
-                    self._seal()
+                if work.next_sequence == work.end:
+                    self._finish(work)
             self._publish()
             while True:
                 frame = self._next()
@@ -62,6 +63,20 @@ class Drain:
         if self._work is not None:
             self._advance(self._work)
             self._publish()
+        if self._uploader is not None:
+            self._uploader.finish()
+
+    def _finish(self, work: ShardWork) -> None:
+        """Do what is left of a shard that has all its sequences: it was stopped before its seal, or its upload."""
+        if self._uploader is not None and shard_path(self._setup.directory, work.number).exists():
+            self._upload(work)
+        else:
+            self._open(work)
+            self._seal()
+
+    def _upload(self, work: ShardWork) -> None:
+        if self._uploader is not None:
+            self._uploader.put(shard_path(self._setup.directory, work.number))
 
     def _next(self) -> Frame | None:
         """None: a checkpoint is due."""
@@ -71,6 +86,8 @@ class Drain:
             return None
 
     def _take(self, frame: Frame) -> None:
+        if self._uploader is not None:
+            self._uploader.check()
         if self._shard is None:
             self._open(self._beginnings[frame.tag])
         assert self._shard is not None
@@ -111,9 +128,10 @@ class Drain:
         assert self._shard is not None
         assert self._work is not None
         self._shard.seal()
-        self._durable[self._work.number] = self._work.end
-        self._shard = self._work = None
+        work, self._shard, self._work = self._work, None, None
+        self._durable[work.number] = work.end
         self._publish()
+        self._upload(work)
 
     def _advance(self, work: ShardWork) -> None:
         assert self._shard is not None

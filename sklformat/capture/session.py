@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
+import secrets
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,16 +20,20 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from sklformat.capture.frames import Setup, merge_draws, pack_draws, pack_targets
-from sklformat.capture.plan import ShardWork, survey
-from sklformat.disk import locked_directory
+from sklformat.capture.plan import ShardWork, places_of, sealed_entries, survey
+from sklformat.capture.targets import Target
+from sklformat.disk import Disk, shared_directory
 from sklformat.errors import CaptureError, InUseError, RingClosedError
 from sklformat.header import Header
-from sklformat.manifest import write_manifest
-from sklformat.reader import scan_directory
+from sklformat.layout import PARTIAL_SUFFIX
+from sklformat.manifest import Entry
 from sklformat.records import SparseTargets
 from sklformat.ring import Ring
 
 __all__ = ["Capture", "ShardWork", "merge_draws"]
+
+UNFINISHED_NAME = f"capture.skl{PARTIAL_SUFFIX}"
+"""An empty file that says of a directory without manifest: a capture has not ended here."""
 
 _WRITER_LOCK = ".writer.lock"
 _TAKEOVER_SECONDS = 60.0
@@ -44,6 +48,10 @@ class Capture:
     and, when every shard is sealed, writes the manifest.  An exception leaves the shard begun as ``.partial``,
     durable.  Use one thread.
 
+    Several teachers capture one cache together, each in a process of its own, a rank: shard k is the work of rank
+    k mod world_size, whatever it was in an earlier run.  All give the same arguments; when all have left, one of them
+    calls ``finish``.
+
     Args:
         directory: Of the cache; made if it is missing.
         header: Settings of all shards; shard_number and first_sequence are set for each.
@@ -52,14 +60,22 @@ class Capture:
         ring_bytes: Room between teacher and writer, at least one sequence.
         checkpoint_bytes, checkpoint_seconds: How much may be lost at most when both processes die: after so many
             bytes, or so many seconds, what was written is made durable.
+        url: Where sealed shards go once they are verified, and the manifest after them; ``directory`` then holds what
+            is not there yet.
+        rank, world_size: This process among those that capture this cache, 0 <= rank < world_size.
+        run: Name of the run that all its ranks share and no other run has; needed where there are several.
 
     Raises:
         ValueError: A number out of range.
-        InUseError: On entering: another capture has the directory.
+        InUseError: On entering: another run has the directory, or another process one of this rank's shards.
         SettingsError: On entering: shards here were made with other settings; the message shows both values.
         FormatError: On entering: a shard here is damaged.
         UnsupportedError: On entering: this is not Linux.
+        RemoteError: On entering: the store behind ``url`` failed.
         CaptureError: On leaving, or from a push: the writer process failed; the message is its own.
+
+    Attributes:
+        entries: What the manifest says of each shard, once it is written; empty before.
     """
 
     def __init__(
@@ -72,6 +88,10 @@ class Capture:
         ring_bytes: int = 64 << 20,
         checkpoint_bytes: int = 256 << 20,
         checkpoint_seconds: float = 30.0,
+        url: str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        run: str | None = None,
     ) -> None:
         for name, value in (
             ("num_sequences", num_sequences),
@@ -82,12 +102,18 @@ class Capture:
         ):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0..world_size - 1, got {rank} of {world_size}")
+        if world_size > 1 and run is None:
+            raise ValueError(f"world_size {world_size} needs the name of the run, which all its ranks share")
         self.directory = Path(directory)
         self.header = header
         self.num_sequences = operator.index(num_sequences)
         self.sequences_per_shard = operator.index(sequences_per_shard)
         self._ring_bytes = operator.index(ring_bytes)
         self._checkpoints = checkpoint_bytes, checkpoint_seconds
+        self._url, self._rank, self._world_size = url, rank, world_size
+        self._run = run or secrets.token_hex(8)
         self._works: list[ShardWork] = []
         self._todo: dict[int, ShardWork] = {}
         self._sealed_before = 0
@@ -96,16 +122,26 @@ class Capture:
         self._process: subprocess.Popen[bytes] | None = None
         self._error: str | None = None
         self._held = contextlib.ExitStack()
+        self.entries: list[Entry] = []
 
     def __enter__(self) -> Capture:
         with contextlib.ExitStack() as held:
-            held.enter_context(locked_directory(self.directory))
-            writer_lock = self._take_over(held)
-            self._works = survey(self.directory, self.header, self.num_sequences, self.sequences_per_shard)
+            held.enter_context(shared_directory(self.directory, self._run))
+            writer_lock = held.enter_context(self._after_old_writers())
+            self._works = survey(
+                self.directory,
+                self.header,
+                self.num_sequences,
+                self.sequences_per_shard,
+                url=self._url,
+                rank=self._rank,
+                world_size=self._world_size,
+            )
             if not self._works:
                 self._sealed_before = self.num_sequences
             self._todo = {work.next_sequence: work for work in self._works if work.next_sequence < work.end}
             if self._works:
+                self._mark_unfinished()
                 self._ring = held.enter_context(Ring.create(self._ring_bytes))
                 self._process = self._start(self._ring, writer_lock)
             self._held = held.pop_all()
@@ -122,9 +158,42 @@ class Capture:
                     return
                 if status != 0 or self._error is not None:
                     raise self._failure()
-            if kind is None and self.durable == self.num_sequences:  # the last seal made it so
-                write_manifest(self.directory, scan_directory(self.directory))
-                (self.directory / _WRITER_LOCK).unlink()
+            if kind is None and self._world_size == 1 and self.durable == self.num_sequences:
+                self._publish()  # the last seal made it so
+
+    def finish(self) -> list[Entry]:
+        """
+        Check that every shard of every rank is sealed, and write the manifest; for one rank, when all have left.
+
+        Returns:
+            What the manifest says of each shard.
+
+        Raises:
+            MissingShardError: A shard is not sealed; names its sequences.
+            InUseError: Another run has taken the directory.
+            SettingsError, FormatError, RemoteError: As on entering.
+        """
+        with shared_directory(self.directory, self._run):
+            return self._publish()
+
+    def _publish(self) -> list[Entry]:
+        target = Target(self.directory, self._url)
+        entries = sealed_entries(target, self.header, self.num_sequences, self.sequences_per_shard)
+        target.publish(entries)
+        self.entries = entries
+        for name in (UNFINISHED_NAME, _WRITER_LOCK):
+            (self.directory / name).unlink(missing_ok=True)
+        Disk().sync_directory(self.directory)
+        return entries
+
+    def _mark_unfinished(self) -> None:
+        """
+        Make the directory recognisable as no whole cache until it has a manifest, also between two shards.
+
+        The mark is older than every seal of this run, and goes after the manifest came.  SPEC section 10.5.
+        """
+        (self.directory / UNFINISHED_NAME).touch()
+        Disk().sync_directory(self.directory)
 
     def shards(self) -> Iterator[ShardWork]:
         """Shards that still want sequences, in order; push those from ``next_sequence`` on, then go to the next."""
@@ -172,32 +241,39 @@ class Capture:
         self._send(sequence, *pack_draws(self.header, tokens, draws, columns))
 
     @property
+    def num_own_sequences(self) -> int:
+        """Sequences in all shards of this rank, those that are there already included."""
+        places = places_of(self.num_sequences, self.sequences_per_shard)[self._rank :: self._world_size]
+        return sum(place.num_sequences for place in places)
+
+    @property
     def wait_seconds(self) -> float:
         """Time this side has waited because the ring was full."""
         return 0.0 if self._ring is None else self._ring.wait_seconds
 
     @property
     def durable(self) -> int:
-        """Every sequence below this global number is on disk, whatever happens to both processes."""
+        """Every sequence of this rank below this global number is on disk, whatever happens to both processes."""
         return self._sealed_before if self._ring is None else self._ring.durable
 
-    def _take_over(self, held: contextlib.ExitStack) -> int:
+    @contextlib.contextmanager
+    def _after_old_writers(self) -> Iterator[int]:
         """
-        Wait until the writer process of an interrupted capture has ended, and hold its place.
+        Wait until the writer processes of an interrupted run have ended, and hold their place.
 
-        Its teacher is dead, else the directory would be locked; it only writes what the ring still held.
+        Their teachers are dead, else the directory would be held; they only write what their rings still held.
         """
-        fd = os.open(self.directory / _WRITER_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        held.callback(os.close, fd)
-        end = time.monotonic() + _TAKEOVER_SECONDS
-        while not _try_lock(fd):
-            if time.monotonic() > end:
+        with contextlib.ExitStack() as held:
+            try:
+                lock = held.enter_context(
+                    shared_directory(self.directory, self._run, name=_WRITER_LOCK, patience=_TAKEOVER_SECONDS)
+                )
+            except InUseError:
                 raise InUseError(
                     f"{self.directory}: the writer process of an interrupted capture is still writing; "
                     "wait for it, or end it"
-                )
-            time.sleep(0.02)
-        return fd
+                ) from None
+            yield lock
 
     def _start(self, ring: Ring, writer_lock: int) -> subprocess.Popen[bytes]:
         """
@@ -214,7 +290,7 @@ class Capture:
             start_new_session=True,
         )
         ring.close_peer()
-        setup = Setup(self.directory, self.header, self._works, self.num_sequences, *self._checkpoints)
+        setup = Setup(self.directory, self.header, self._works, self.num_sequences, *self._checkpoints, self._url)
         assert process.stdin is not None
         # A writer that is dead already shows at the next push or on leaving.
         with contextlib.suppress(BrokenPipeError), process.stdin:
@@ -254,13 +330,3 @@ class Capture:
                 message = f"{self.directory}: the writer process {how}"
             self._error = f"{message}; sequences below {self.durable} are safe, run the capture again to go on"
         return CaptureError(self._error)
-
-
-def _try_lock(fd: int) -> bool:
-    import fcntl  # noqa: PLC0415  not everywhere that this module is imported
-
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -1,7 +1,7 @@
 """
 ``cache_teacher``: run a teacher over packed text once and leave its sparse distributions on disk.
 
-Puts together what the others know: corpus, models, sampler, capture. Holds no bytes of the format and no statistics.
+Puts together what the others know: tokens, teacher, draws, capture, ranks. Holds no bytes of the format.
 Source: Anshumann et al. 2025 (arXiv 2503.16870), section 3.2 and Appendix D.
 Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 """
@@ -9,143 +9,46 @@ Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import re
-import shutil
+import secrets
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 import sklformat
-from sklformat import order
-from sklformat.capture import Capture, ShardWork
-from sklformat.disk import locked_directory
+from sklformat.capture import Capture, ShardWork, find_header
+from sklformat.capture.estimates import block_size
+from sklformat.capture.session import UNFINISHED_NAME
+from sklformat.disk import shared_directory
 from sklformat.distill import models
-from sklformat.distill.corpus import (
-    Document,
-    PackedSequences,
-    TokenStore,
-    read_documents,
-    tokenizer_fingerprint,
-    write_token_store,
-)
+from sklformat.distill.cache_settings import CacheConfig, agree_on_versions, make_header
+from sklformat.distill.devices import available_cores, find_device, own_devices
 from sklformat.distill.directories import refuse_foreign
+from sklformat.distill.drawing import Drawer
+from sklformat.distill.identities import config_fingerprint, model_fingerprint
+from sklformat.distill.packing import PackedSequences
+from sklformat.distill.ranks import Ranks, joined, stoppable
+from sklformat.distill.teachers import Teacher
+from sklformat.distill.token_sources import TOKENS_NAME, TokenSource
 from sklformat.errors import SettingsError
 from sklformat.header import Header
-from sklformat.records import SparseTargets
-from sklformat.report import inspect
-from sklformat.sampler import MAX_COUNT_ROUNDS, draw
+from sklformat.manifest import Entry, cache_fingerprint
 
-TOKENS_NAME = "tokens"
-"""Directory of the token store inside a cache that was made from text."""
-
+__all__ = ["TOKENS_NAME", "CacheConfig", "Cached", "cache_teacher"]
 
 _SHARD = re.compile(r"shard-\d{5,}\.skl(\.partial)?")
-_BEFORE_SHARDS = re.compile(rf"\.lock|\.writer\.lock|{TOKENS_NAME}(\.partial)?")  # what a run leaves that stopped early
-_MAX_SMALL_K = 255  # records of a position that one byte counts
-_LOGITS_PER_DRAW = 1 << 24  # at most so many logits are there at once: 64 MiB of float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig:
-    """Run a teacher over text and keep sparse records of its predictions; given again, it goes on where it stopped."""
-
-    teacher: str
-    """Teacher: a directory saved by transformers' save_pretrained, or a Hugging Face name. Its tokenizer is used."""
-
-    out: Path
-    """Directory of the cache. One that a stopped run left is gone on with."""
-
-    text: tuple[Path, ...] = ()
-    """Text to run over: files (UTF-8, or .jsonl with a field "text") and directories of them."""
-
-    tokens: Path | None = None
-    """Token store to run over instead of text, made earlier with the same tokenizer."""
-
-    seq_len: int = 1024
-    """Positions in a sequence; the student must train on the same."""
-
-    num_sequences: int | None = None
-    """How many sequences to cache. None: all that the text gives."""
-
-    first_sequence: int = 0
-    """Number of the packed sequence that becomes sequence 0 of the cache."""
-
-    sampler: Literal["multinomial", "systematic", "topk", "topp"] = "multinomial"
-    """How records are taken from the teacher's distribution. The first two are unbiased, the others are not."""
-
-    rounds: int = 50
-    """Draws a position, for multinomial and systematic."""
-
-    k: int | None = None
-    """Tokens kept a position, for topk; bound of the tokens kept, for topp."""
-
-    p: float | None = None
-    """Share of the probability kept, in (0, 1], for topp."""
-
-    proposal_temperature: float = 1.0
-    """Exponent t of the proposal q ∝ p^t that tokens are drawn from; 1: the teacher's distribution, kept as counts."""
-
-    seed: int = 0
-    """Seed of the draws."""
-
-    packing_seed: int = 0
-    """Seed of the order in which documents are packed; the student must pack by the same."""
-
-    sequences_per_shard: int = 1024
-    """Sequences in one file."""
-
-    batch_size: int = 8
-    """Sequences in one forward pass of the teacher. Logits depend on it in their last bits."""
-
-    dtype: models.Dtype = "float32"
-    """Type of the teacher's weights and logits."""
-
-    device: str = "auto"
-    """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one."""
-
-    store_tokens: bool = True
-    """Whether the cache holds the tokens as well (2 or 3 bytes a position), so that training needs no text."""
-
-    ring_mib: int = 64
-    """Shared memory between the teacher and the writer process, MiB."""
-
-    def __post_init__(self) -> None:
-        if bool(self.text) == (self.tokens is not None):
-            raise ValueError("give either text or tokens (a token store)")
-        for name in ("seq_len", "sequences_per_shard", "batch_size", "ring_mib"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.num_sequences is not None and self.num_sequences < 1:
-            raise ValueError(f"num_sequences must be >= 1, got {self.num_sequences}")
-        if self.draws and self.rounds < 1:
-            raise ValueError(f"rounds must be >= 1 for sampler {self.sampler}, got {self.rounds}")
-        if self.sampler == "topk" and (self.k is None or self.k < 1):
-            raise ValueError(f"sampler topk needs k >= 1, got {self.k}")
-        if self.sampler == "topp" and (self.p is None or not 0 < self.p <= 1):
-            raise ValueError(f"sampler topp needs p in (0, 1], got {self.p}")
-        if self.draws and (self.k is not None or self.p is not None):
-            raise ValueError(f"k and p belong to topk and topp, not to sampler {self.sampler}")
-        if not self.draws and self.proposal_temperature != 1:
-            raise ValueError(f"sampler {self.sampler} draws nothing, so proposal_temperature must be 1")
-
-    @property
-    def draws(self) -> bool:
-        """Whether records are drawn, in ``rounds`` rounds, rather than chosen."""
-        return self.sampler in ("multinomial", "systematic")
-
-    @property
-    def kind(self) -> str:
-        """Kind of the records: "counts" where these say it all, else "ratios"."""
-        return (
-            "counts" if self.draws and self.proposal_temperature == 1 and self.rounds <= MAX_COUNT_ROUNDS else "ratios"
-        )
+# What a run leaves that stopped early.
+_BEFORE_SHARDS = re.compile(rf"\.lock|\.writer\.lock|{re.escape(UNFINISHED_NAME)}|{TOKENS_NAME}(\.partial)?")
+_DRAW_THREADS = 8  # at most; beside a GPU one core cannot keep up
+_LOG_SECONDS = 60.0  # between two lines of progress where nobody watches a terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,19 +57,19 @@ class Cached:
     What ``cache_teacher`` did.
 
     Attributes:
-        directory: The cache.
+        directory: The cache, or its URL.
         fingerprint: Identity of its content.
         sequences: Sequences in it.
         sequences_made: Sequences that this run added; the others were there.
         positions: Positions in it.
         unique_tokens: Records a position, mean.
         bytes_per_position: Bytes on disk a position, tokens and checksums included.
-        seconds: Time this run took, teacher's loading not included.
-        positions_per_second: Positions that this run added, a second; 0 where there were none.
-        waited_share: Share of the time in which the teacher waited for the writer.
+        seconds: Time this run took, teacher's loading not included; of several ranks, the longest.
+        positions_per_second: Positions that this run added, a second, all ranks together; 0 where there were none.
+        waited_share: Share of the time in which the teachers waited for their writers.
     """
 
-    directory: Path
+    directory: Path | str
     fingerprint: str
     sequences: int
     sequences_made: int
@@ -195,252 +98,246 @@ def cache_teacher(config: CacheConfig) -> Cached:
     Capture a teacher's sparse distributions over packed text into a cache directory.
 
     Whatever stops it, run it again with the same settings: sealed shards are kept, an unfinished one is gone on with,
-    and the finished cache has the bytes of an undisturbed run.
+    and the finished cache has the bytes of an undisturbed run, on any number of ranks. Under torchrun each process has
+    a teacher of its own and every world_size-th shard.
 
     Args:
         config: The settings.
 
     Returns:
-        What was done, for the user and for tests.
+        What was done, the same on all ranks, for the user and for tests.
 
     Raises:
         OSError: Text, teacher or disk; as the operating system reports it.
         ValueError: No such device, no text, text too short, a teacher that does not fit its tokenizer or ``seq_len``,
             logits that are not finite.
         SettingsError: ``out`` holds a cache made with other settings, or files that are no cache; ``tokens`` were made
-            by another tokenizer.
-        InUseError: Another process writes into ``out``.
-        CaptureError, RingClosedError: The writer process failed.
+            by another tokenizer; the ranks have different teachers.
+        InUseError: Another run writes into ``out``.
+        CaptureError: The writer process failed, or another rank has ended.
+        RemoteError: The store behind the URL failed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says what is kept.
     """
-    device = models.find_device(config.device)
-    tokenizer = models.load_tokenizer(config.teacher)
-    documents = read_documents(config.text) if config.text else None
-    _check_directory(config.out)
-    # Held already here, so that a second run is refused before it works; the capture takes the same lock again, and
-    # is refused itself should another come in between.
-    with locked_directory(config.out):
-        model = models.load_model(config.teacher, dtype=config.dtype, device=device)
+    with joined() as ranks, stoppable():
+        return _cache(config, ranks)
+
+
+def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
+    device, over = _devices(config, ranks)
+    tokenizer = models.load_tokenizer(config.teacher_name, revision=config.revision)
+    source = TokenSource(config, tokenizer)
+    run = ranks.first(lambda: _name_run(config))
+    # Held from here on, so that a second run is refused before it works.
+    with shared_directory(config.directory, run):
+        dtype = _dtype(config, device)
+        model = models.load_model(config.teacher_name, dtype=dtype, device=device, revision=config.revision, over=over)
         vocab_size = models.check_fit(tokenizer, model, seq_len=config.seq_len)
-        packed = _packed(config, tokenizer, documents)
-        header = _header(config, packed, vocab_size, models.model_fingerprint(model), device)
-    teacher = _Teacher(model, vocab_size)
-    capture = Capture(
-        config.out,
-        header=header,
-        num_sequences=len(packed),
-        sequences_per_shard=config.sequences_per_shard,
-        ring_bytes=config.ring_mib << 20,
-    )
-    start, made, missing = time.perf_counter(), 0, 0
-    try:
-        with capture:
-            works = list(capture.shards())
-            missing = sum(work.first_sequence + work.num_sequences - work.next_sequence for work in works)
-            there = len(packed) - missing
-            with tqdm(total=len(packed), initial=there, desc="cache", unit="seq", disable=None) as progress:
-                for sequence, tokens, targets in _captured(config, teacher, packed, works):
-                    capture.push(sequence, tokens, targets)
-                    made += 1
-                    progress.update()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"stopped: {len(packed) - missing + made} of {len(packed)} sequences are in {config.out}; "
-            "run the same command again to go on"
-        ) from None
-    waited = capture.wait_seconds
-    seconds = time.perf_counter() - start
-    facts = inspect(config.out)
-    return Cached(
-        directory=config.out,
-        fingerprint=facts["fingerprint"],
-        sequences=facts["sequences"],
-        sequences_made=made,
-        positions=facts["positions"],
-        unique_tokens=facts["unique_tokens_per_position"],
-        bytes_per_position=facts["bytes_per_position"],
-        seconds=seconds,
-        positions_per_second=made * config.seq_len / seconds,
-        waited_share=waited / seconds if made else 0.0,
-    )
-
-
-def _check_directory(directory: Path) -> None:
-    """A cache is begun where nothing is; where shards are, finished or not, the capture compares their settings."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    if not any(_SHARD.fullmatch(name) for name in names):
-        refuse_foreign(directory, "cache", _BEFORE_SHARDS)
-
-
-def _packed(config: CacheConfig, tokenizer: Any, documents: Iterator[Document] | None) -> PackedSequences:
-    """The sequences to run over, from a token store that is there or is made now."""
-    fingerprint, separator_id = tokenizer_fingerprint(tokenizer), models.separator_id(tokenizer)
-    made_now = False
-    if documents is None:
-        assert config.tokens is not None
-        path = config.tokens
-        store = TokenStore(path)
-        if store.facts.tokenizer_fingerprint != fingerprint:
-            raise SettingsError(
-                f"{path}: made by tokenizer {store.facts.tokenizer_fingerprint}, the teacher's is {fingerprint}; "
-                f"make the tokens with the teacher's tokenizer"
-            )
-    else:
-        path = config.out / TOKENS_NAME
-        made_now = not path.exists()
-        store = write_token_store(
-            path,
-            documents,
-            lambda texts: models.encode(tokenizer, texts),
-            vocab_size=models.num_ids(tokenizer),
-            tokenizer_fingerprint=fingerprint,
+        packed = ranks.in_turn(lambda check: source.pack(check=check))
+        header = _header(config, packed, vocab_size, model, dtype, device)
+        _check_same(ranks, header)
+        header = ranks.first(lambda: _begun(config, header))
+        capture = Capture(
+            config.directory,
+            header=header,
+            num_sequences=len(packed),
+            sequences_per_shard=config.sequences_per_shard,
+            ring_bytes=config.ring_mib << 20,
+            url=config.url,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            run=run,
         )
-    store.verify()
-    try:
-        return PackedSequences(
-            path,
-            seq_len=config.seq_len,
-            separator_id=separator_id,
-            seed=config.packing_seed,
-            first=config.first_sequence,
-            count=config.num_sequences,
+        part = _Part(config, ranks, capture, packed)
+        part.run(Teacher(model, vocab_size))
+        ranks.wait()
+        entries = ranks.first(lambda: capture.entries or capture.finish())
+    return _cached(config, entries, ranks.gather((part.made, part.seconds, part.waited)))
+
+
+class _Part:
+    """
+    What one rank does: it runs its teacher over the sequences that its shards still want.
+
+    Attributes:
+        made: Sequences that it handed over.
+        seconds: Time that it took.
+        waited: Seconds of these in which it waited for its writer.
+    """
+
+    def __init__(self, config: CacheConfig, ranks: Ranks, capture: Capture, packed: PackedSequences) -> None:
+        self._config, self._ranks, self._capture, self._packed = config, ranks, capture, packed
+        self.made, self.seconds, self.waited = 0, 0.0, 0.0
+        self._total = self._missing = len(packed)
+        self._bytes = 0
+
+    def run(self, teacher: Teacher) -> None:
+        """
+        Do all of it.
+
+        Raises:
+            KeyboardInterrupt: It was stopped; says what is kept.
+        """
+        begin = time.perf_counter()
+        try:
+            with ExitStack() as stack:
+                # The first looks at what is there before another writes.
+                self._ranks.in_turn(lambda _: stack.enter_context(self._capture))
+                works = list(self._capture.shards())
+                self._total = self._capture.num_own_sequences
+                self._missing = sum(work.end - work.next_sequence for work in works)
+                self._push_all(teacher, works, begin)
+        except KeyboardInterrupt:
+            who = f"rank {self._ranks.rank} " if self._ranks.world_size > 1 else ""
+            raise KeyboardInterrupt(
+                f"{who}stopped: {self._total - self._missing + self.made} of {self._total} sequences are in "
+                f"{self._config.out}; run the same command again to go on"
+            ) from None
+        self.waited, self.seconds = self._capture.wait_seconds, time.perf_counter() - begin
+
+    def _push_all(self, teacher: Teacher, works: Sequence[ShardWork], begin: float) -> None:
+        config, threads = self._config, 1
+        if teacher.device.type != "cpu":
+            threads = max(1, min(_DRAW_THREADS, available_cores() // self._ranks.local_world_size))
+        rounds = config.rounds if config.draws else 0
+        with (
+            Drawer(kind=config.kind, rounds=rounds, sampling=config.sampling, threads=threads) as drawer,
+            self._progress() as progress,
+        ):
+            for sequence, tokens, output in _outputs(config, teacher, self._packed, works):
+                targets = drawer.draw(sequence, teacher.logits(output))
+                self._capture.push(sequence, tokens, targets)
+                self.made += 1
+                self._bytes += block_size(self._capture.header, targets.num_positions, targets.num_records)
+                seconds, positions = time.perf_counter() - begin, self.made * config.seq_len
+                progress.set_postfix_str(
+                    f"{positions / seconds:,.0f} positions/s, {self._bytes / positions:.1f} bytes a position, "
+                    f"waited {self._capture.wait_seconds / seconds:.1%}",
+                    refresh=False,
+                )
+                progress.update()
+
+    def _progress(self) -> Any:
+        """A bar on a terminal; elsewhere a line a minute, so that the log of a long run says where it is."""
+        seen = sys.stderr.isatty()
+        return tqdm(
+            total=self._total,
+            initial=self._total - self._missing,
+            desc="cache" if self._ranks.world_size == 1 else f"cache, rank {self._ranks.rank}",
+            unit="seq",
+            disable=seen and self._ranks.local_rank > 0,
+            **({} if seen else {"delay": _LOG_SECONDS, "mininterval": _LOG_SECONDS, "ascii": True}),
         )
-    except ValueError:
-        if made_now:  # else the next run, with more text, would be refused because of it
-            shutil.rmtree(path)
-        raise
 
 
-def _header(
-    config: CacheConfig, packed: PackedSequences, vocab_size: int, teacher_fingerprint: str, device: torch.device
-) -> Header:
+def _outputs(
+    config: CacheConfig, teacher: Teacher, packed: PackedSequences, works: Sequence[ShardWork]
+) -> Iterator[tuple[int, NDArray[np.uint32], torch.Tensor]]:
     """
-    Everything the cache's bytes depend on, so that a cache made otherwise is never gone on with.
-
-    A teacher is known by its fingerprint; a name from the hub is told as well, a path is not: it may move.
-    """
-    teacher = {"dtype": config.dtype, "device": device.type}
-    if not Path(config.teacher).exists():
-        teacher["name"] = config.teacher
-    capture = {
-        "teacher": teacher,
-        "packing": {
-            "separator_id": packed.separator_id,
-            "first_sequence": packed.first,
-            "num_sequences": len(packed),
-            "sequences_per_shard": config.sequences_per_shard,
-            "num_documents": packed.facts.num_documents,
-            "num_tokens": packed.facts.num_tokens,
-        },
-        "batch_size": config.batch_size,
-        "sampler": {"k": config.k, "p": config.p},
-        "versions": {**models.versions(), "sklformat": sklformat.__version__},
-    }
-    return Header(
-        vocab_size=vocab_size,
-        seq_len=config.seq_len,
-        kind=config.kind,
-        rounds=config.rounds if config.draws else 0,
-        sampler=config.sampler,
-        proposal_temperature=config.proposal_temperature,
-        store_tokens=config.store_tokens,
-        record_count_size=None if config.draws else 1 + (config.k is None or config.k > _MAX_SMALL_K),
-        capture=capture,
-        sampling_seed=config.seed,
-        packing_seed=config.packing_seed,
-        order_algorithm=order.ALGORITHM,
-        order_version=1,
-        tokenizer_fingerprint=packed.facts.tokenizer_fingerprint,
-        corpus_fingerprint=packed.facts.corpus_fingerprint,
-        teacher_fingerprint=teacher_fingerprint,
-    )
-
-
-def _captured(
-    config: CacheConfig, teacher: _Teacher, packed: PackedSequences, works: Sequence[ShardWork]
-) -> Iterator[tuple[int, NDArray[np.uint32], SparseTargets]]:
-    """
-    Run the teacher over what is missing and draw.
+    Run the teacher over what is missing: number, tokens and the teacher's output of each sequence.
 
     Logits depend in their last bits on the shape of a batch, so batches are a fixed grid within the shard: a shard
     that is gone on with computes the batch of its next sequence again and skips what it has.
     """
     for work in works:
-        end = work.first_sequence + work.num_sequences
-        for first in range(work.first_sequence, end, config.batch_size):
-            last = min(first + config.batch_size, end)
+        for first in range(work.first_sequence, work.end, config.batch_size):
+            last = min(first + config.batch_size, work.end)
             if last <= work.next_sequence:
                 continue
             tokens_BL = np.stack([packed[sequence] for sequence in range(first, last)])
             outputs = teacher.run(tokens_BL[:, :-1])
             for sequence in range(max(first, work.next_sequence), last):
-                tokens = tokens_BL[sequence - first]
-                yield sequence, tokens, _drawn(config, teacher, outputs[sequence - first], sequence)
+                yield sequence, tokens_BL[sequence - first], outputs[sequence - first]
 
 
-def _drawn(config: CacheConfig, teacher: _Teacher, output: Tensor, sequence: int) -> SparseTargets:
-    """Draw the records of one sequence, a slice of its positions at a time."""
-    parts: list[SparseTargets] = []
-    for first_position, logits_TV in teacher.logits(output):
-        parts.append(
-            draw(
-                logits_TV.cpu(),
-                rounds=config.rounds,
-                sampler=config.sampler,
-                proposal_temperature=config.proposal_temperature,
-                k=config.k,
-                p=config.p,
-                seed=config.seed,
-                sequence=sequence,
-                first_position=first_position,
+def _devices(config: CacheConfig, ranks: Ranks) -> tuple[torch.device, list[int]]:
+    """This rank's device, and the devices that its teacher lies over, if it does."""
+    device = find_device(config.device)
+    if config.device_map == "auto":
+        if device.type != "cuda" or device.index is not None:
+            raise ValueError(
+                f"device_map auto lays the teacher over several CUDA devices, device is {config.device} "
+                f"({device.type} here); leave both out"
             )
-        )
-    return _joined(parts, config)
+        over = own_devices(ranks.local_rank, ranks.local_world_size)
+        return torch.device("cuda", over[0]), over
+    if device.type == "cuda" and device.index is None and ranks.world_size > 1:
+        device = find_device(f"cuda:{ranks.local_rank}")
+    return device, []
 
 
-def _joined(parts: Sequence[SparseTargets], config: CacheConfig) -> SparseTargets:
-    """The records of consecutive slices as those of one sequence, of the cache's kind."""
-    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    token_ids = np.concatenate([part.token_ids for part in parts])
-    if config.kind == "counts":
-        return SparseTargets(
-            token_ids=token_ids, counts=np.concatenate([part.counts for part in parts]), offsets=offsets
-        )
-    weights = [_weights(part, config.rounds) for part in parts]
-    return SparseTargets(token_ids=token_ids, weights=np.concatenate(weights), offsets=offsets)
+def _dtype(config: CacheConfig, device: torch.device) -> models.Dtype:
+    if config.dtype == "auto":
+        return "float32" if device.type == "cpu" else "bfloat16"
+    return config.dtype
 
 
-def _weights(part: SparseTargets, rounds: int) -> NDArray[np.float32]:
-    if part.weights is not None:
-        return part.weights
-    assert part.counts is not None
-    return part.counts.astype(np.float32) / np.float32(rounds)
+def _name_run(config: CacheConfig) -> str:
+    """A cache is begun where nothing is; where shards are, finished or not, the capture compares their settings."""
+    directory = config.directory
+    if directory.exists() and not directory.is_dir():
+        raise SettingsError(f"{directory}: is a file; a cache is a directory, choose another place")
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    if not any(_SHARD.fullmatch(name) for name in names):
+        refuse_foreign(directory, "cache", _BEFORE_SHARDS)
+    return secrets.token_hex(8)
 
 
-class _Teacher:
+def _header(
+    config: CacheConfig,
+    packed: PackedSequences,
+    vocab_size: int,
+    model: Any,
+    dtype: str,
+    device: torch.device,
+) -> Header:
     """
-    A teacher whose logits come a slice of positions at a time, so that [B, T, V] need not exist.
+    The cache's settings.
 
-    A head that is more than one matrix (it scales or caps) is run whole, as transformers does.
+    A teacher is known by its fingerprint; a name from the hub is told as well, a path is not: it may move.
     """
+    teacher = {"dtype": dtype, "device": device.type, "config": config_fingerprint(model)}
+    if not Path(config.teacher_name).exists():
+        teacher["name"] = config.teacher_name
+        teacher["revision"] = getattr(model.config, "_commit_hash", None) or config.revision or "main"
+    return make_header(
+        config,
+        packed,
+        vocab_size,
+        teacher_fingerprint=model_fingerprint(model),
+        teacher=teacher,
+        versions={**models.versions(), "sklformat": sklformat.__version__},
+    )
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
-        self._model = model
-        self._vocab_size = vocab_size
-        self._positions = max(1, _LOGITS_PER_DRAW // vocab_size)
-        self._weight_VD = models.lm_head_weight(model)[:vocab_size] if models.has_linear_head(model) else None
 
-    @torch.inference_mode()
-    def run(self, input_ids_BT: NDArray[np.uint32]) -> Tensor:
-        """[B, T, D] hidden states, or [B, T, V] logits where the head is not one matrix."""
-        ids_BT = torch.from_numpy(input_ids_BT.astype(np.int64)).to(self._model.device)
-        if self._weight_VD is not None:
-            return models.hidden_states(self._model, ids_BT)
-        return models.logits(self._model, ids_BT)[..., : self._vocab_size]
+def _check_same(ranks: Ranks, header: Header) -> None:
+    """Ranks whose teachers or texts differ would make shards that do not belong together."""
+    for rank, other in enumerate(ranks.gather(header)):
+        if other != header:
+            raise SettingsError(
+                f"rank {ranks.rank} and rank {rank} have other settings: {'; '.join(header.differences(other))}; "
+                "give every rank the same teacher, text and libraries"
+            )
 
-    @torch.inference_mode()
-    def logits(self, output_T: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """One sequence's logits as (first position, [positions, V])."""
-        for first in range(0, output_T.shape[0], self._positions):
-            part = output_T[first : first + self._positions]
-            yield first, part if self._weight_VD is None else part @ self._weight_VD.T
+
+def _begun(config: CacheConfig, header: Header) -> Header:
+    """The header to write, seen what is there already."""
+    found = find_header(config.directory, config.url)
+    return agree_on_versions(header, found, keep=config.keep_versions, place=str(config.out))
+
+
+def _cached(config: CacheConfig, entries: Sequence[Entry], parts: Sequence[tuple[int, float, float]]) -> Cached:
+    sequences = sum(entry.num_sequences for entry in entries)
+    positions = sequences * config.seq_len
+    made, seconds = sum(part[0] for part in parts), max(part[1] for part in parts)
+    return Cached(
+        directory=config.out,
+        fingerprint=cache_fingerprint(entry.fingerprint for entry in entries),
+        sequences=sequences,
+        sequences_made=made,
+        positions=positions,
+        unique_tokens=sum(entry.num_records for entry in entries) / positions,
+        bytes_per_position=sum(entry.size_bytes for entry in entries) / positions,
+        seconds=seconds,
+        positions_per_second=made * config.seq_len / seconds,
+        waited_share=sum(part[2] for part in parts) / sum(part[1] for part in parts) if made else 0.0,
+    )

@@ -1,16 +1,13 @@
 """
-Tokenised documents on disk, and sequences of equal length packed from them.
+Tokenised documents on disk: written once, checked, read by many.
 
 Knows no model and no torch; a tokenizer comes in as a function from texts to token ids.
-Source of the packing: Anshumann et al. 2025 (arXiv 2503.16870), Appendix D: documents shuffled by a seed that teacher
-and student share, joined by a separator, attention not masked across documents.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import operator
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -38,17 +35,18 @@ from sklformat.distill.fingerprints import (
     tokenizer_fingerprint,
 )
 from sklformat.errors import CorruptError, SettingsError, UnsupportedError
-from sklformat.order import permute
 
 __all__ = [
     "Document",
     "Encode",
-    "PackedSequences",
     "StoreFacts",
     "TokenStore",
+    "copy_ragged",
     "corpus_fingerprint",
     "cut_documents",
     "is_held_out",
+    "is_token_store",
+    "open_ragged",
     "read_documents",
     "split_documents",
     "standard_library_documents",
@@ -159,6 +157,11 @@ class TokenStore:
             raise _damaged(self.directory, f"its tokens give {digits}, stored is {self.facts.corpus_fingerprint}")
 
 
+def is_token_store(directory: Path | str) -> bool:
+    """Whether a directory says that it is a token store, sound or not."""
+    return (Path(directory) / _FACTS_NAME).exists()
+
+
 def write_token_store(
     directory: Path | str,
     documents: Iterable[Document],
@@ -192,18 +195,102 @@ def write_token_store(
     """
     directory = Path(directory)
     if directory.exists():
-        store = TokenStore(directory)
-        for what, there, wanted in (
-            ("by another tokenizer", store.facts.tokenizer_fingerprint, tokenizer_fingerprint),
-            ("for another vocab_size", store.facts.vocab_size, vocab_size),
-            ("of other text", store.facts.text_fingerprint, joined(map(text_fingerprint, documents))),
-        ):
-            if there != wanted:
-                raise SettingsError(
-                    f"{directory}: the tokens there were made {what} than is given now ({there}, now {wanted}); "
-                    f"give what they were made with, use another directory, or delete this one"
-                )
-        return store
+        return _found_again(directory, vocab_size, tokenizer_fingerprint, lambda: map(text_fingerprint, documents))
+    return _write(directory, _encoded(documents, encode), vocab_size, tokenizer_fingerprint)
+
+
+def copy_ragged(
+    directory: Path | str, source: Path | str, *, vocab_size: int, tokenizer_fingerprint: str
+) -> TokenStore:
+    """
+    Make a token store of a directory that ``mmap_ninja.RaggedMmap`` wrote: one array of token ids a document.
+
+    Such a directory knows neither its tokenizer nor a checksum, so every id is looked at, once.
+
+    Args:
+        directory: Where the store goes; one that was made of the same arrays is used again.
+        source: The RaggedMmap's directory.
+        vocab_size: Bound of the ids, in [1, 2^32].
+        tokenizer_fingerprint: Of the tokenizer that the caller says made them.
+
+    Returns:
+        The store, opened.
+
+    Raises:
+        FileNotFoundError: No RaggedMmap there.
+        CorruptError: Its files contradict each other.
+        ValueError, SettingsError, InUseError, OSError: As ``write_token_store``.
+    """
+    directory, source = Path(directory), Path(source)
+    documents = open_ragged(source)
+    if directory.exists():
+        return _found_again(
+            directory,
+            vocab_size,
+            tokenizer_fingerprint,
+            lambda: (document_fingerprint(ids) for ids in documents if ids.size),
+        )
+    numbered = ((f"{source}: document {i}", document_fingerprint(ids), ids) for i, ids in enumerate(documents))
+    return _write(directory, (part for part in numbered if part[2].size), vocab_size, tokenizer_fingerprint)
+
+
+def open_ragged(source: Path) -> Iterator[NDArray[np.integer[Any]]]:
+    """
+    The arrays of a RaggedMmap, views into it; checked at the call.
+
+    Raises:
+        FileNotFoundError: No RaggedMmap there.
+        CorruptError: Its files contradict each other, or hold no integers.
+    """
+    # RaggedMmap makes a directory that is not there and believes its index, hence the checks around it.
+    kind = source / "type.ninja"
+    if not kind.is_file() or kind.read_text() != "ragged":
+        raise FileNotFoundError(
+            f"{source} is no token store and no RaggedMmap of mmap_ninja: "
+            f"it has no {_FACTS_NAME}, and no type.ninja of a ragged one"
+        )
+    try:
+        ragged = RaggedMmap(source, mode="r")
+        starts, ends = (np.array(part, np.int64) for part in (ragged.starts, ragged.ends))
+        tokens = np.asarray(ragged.memmap)
+    except (FileNotFoundError, ValueError, TypeError, AttributeError, struct.error) as error:
+        raise CorruptError(f"cannot be opened as a RaggedMmap: {error}; make it again", path=source) from error
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise CorruptError(f"holds {tokens.dtype} of shape {tokens.shape}, must be token ids", path=source)
+    inside = starts.shape == ends.shape and (starts >= 0).all() and (starts <= ends).all()
+    if not inside or (ends.size and ends.max() > tokens.size):
+        raise CorruptError("its index points outside of its tokens; make it again", path=source)
+    return (tokens[start:end] for start, end in zip(starts, ends, strict=True))
+
+
+def _found_again(
+    directory: Path, vocab_size: int, tokenizer_fingerprint: str, texts: Callable[[], Iterable[str]]
+) -> TokenStore:
+    """The store that is there, if it is the one that would be made."""
+    store = TokenStore(directory)
+    for what, there, wanted in (
+        ("by another tokenizer", store.facts.tokenizer_fingerprint, tokenizer_fingerprint),
+        ("for another vocab_size", store.facts.vocab_size, vocab_size),
+        ("of other text", store.facts.text_fingerprint, joined(texts())),
+    ):
+        if there != wanted:
+            raise SettingsError(
+                f"{directory}: the tokens there were made {what} than is given now ({there}, now {wanted}); "
+                f"give what they were made with, use another directory, or delete this one"
+            )
+    return store
+
+
+def _encoded(documents: Iterable[Document], encode: Encode) -> Iterator[tuple[str, str, ArrayLike]]:
+    """Name, digest and token ids of each document."""
+    for batch in _batched(documents, _DOCUMENTS_PER_BATCH):
+        for document, ids in zip(batch, encode([document.text for document in batch]), strict=True):
+            yield document.name, text_fingerprint(document), ids
+
+
+def _write(
+    directory: Path, documents: Iterable[tuple[str, str, ArrayLike]], vocab_size: int, tokenizer_fingerprint: str
+) -> TokenStore:
     if not 1 <= vocab_size <= 1 << 32:
         raise ValueError(f"vocab_size must be in [1, 2^32], got {vocab_size}")
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
@@ -213,14 +300,13 @@ def write_token_store(
 
     def tokenised() -> Iterator[NDArray[np.unsignedinteger[Any]]]:
         nonlocal num_tokens
-        for batch in _batched(documents, _DOCUMENTS_PER_BATCH):
-            for document, ids in zip(batch, encode([document.text for document in batch]), strict=True):
-                texts.append(text_fingerprint(document))
-                tokens = _checked_ids(ids, vocab_size, document.name)
-                if tokens.size:
-                    digests.append(document_fingerprint(tokens))
-                    num_tokens += tokens.size
-                    yield tokens.astype(dtype)
+        for name, text, ids in documents:
+            texts.append(text)
+            tokens = _checked_ids(ids, vocab_size, name)
+            if tokens.size:
+                digests.append(document_fingerprint(tokens))
+                num_tokens += tokens.size
+                yield tokens.astype(dtype)
 
     with published(directory) as partial:
         RaggedMmap.from_generator(partial / _TOKENS_NAME, tokenised(), batch_size=_DOCUMENTS_PER_BATCH, verbose=False)
@@ -275,109 +361,3 @@ def _batched(documents: Iterable[Document], size: int) -> Iterator[list[Document
     iterator = iter(documents)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
-
-
-# --- packing ----------------------------------------------------------------------------------------------------------
-
-
-class PackedSequences:
-    """
-    Windows of ``seq_len + 1`` tokens over all documents, shuffled by seed and joined by a separator.
-
-    The stream is document after document in the order ``permute(arange(n), n, seed=seed)``, each followed by the
-    separator. Window i holds tokens ``[i·seq_len, i·seq_len + seq_len]`` of it, both ends included, so neighbours
-    share one token and every token but the first is predicted exactly once. What fills no window is dropped.
-    A window is a function of (documents, seed, seq_len, separator) alone. Memory: 16 bytes a document.
-
-    Pickled, it is its arguments; the store is opened again, on first use, in the process that unpickled it.
-
-    Args:
-        store_path: A token store.
-        seq_len: Positions in a sequence, >= 1.
-        separator_id: Token id put after each document, >= 0.
-        seed: Seed of the documents' order.
-        first: Number of the first window of the stream to show; ``self[0]`` is this one.
-        count: How many windows to show; None: all from ``first`` on.
-
-    Raises:
-        ValueError: An argument out of range, or a text too short for the windows asked; the message has both numbers.
-        FileNotFoundError, CorruptError, UnsupportedError: As ``TokenStore``.
-    """
-
-    def __init__(
-        self,
-        store_path: Path | str,
-        *,
-        seq_len: int,
-        separator_id: int,
-        seed: int,
-        first: int = 0,
-        count: int | None = None,
-    ) -> None:
-        if seq_len < 1:
-            raise ValueError(f"seq_len must be >= 1, got {seq_len}")
-        if not 0 <= separator_id < 1 << 32 or not 0 <= seed < 1 << 64:
-            raise ValueError(f"separator_id must be in [0, 2^32) and seed in [0, 2^64), got {separator_id} and {seed}")
-        if first < 0 or (count is not None and count < 1):
-            raise ValueError(f"first must be >= 0 and count >= 1, got {first} and {count}")
-        self.store_path = Path(store_path)
-        self.seq_len = seq_len
-        self.separator_id = separator_id
-        self.seed = seed
-        self.first = first
-        self._store: TokenStore | None = None
-        store = self._opened()
-        num_tokens = store.facts.num_tokens + len(store)
-        num_windows = (num_tokens - 1) // seq_len
-        wanted = first + (1 if count is None else count)
-        if num_windows < wanted:
-            need = wanted * seq_len + 1
-            raise ValueError(
-                f"the text is too short: {wanted} sequences of {seq_len} positions take {need} tokens, "
-                f"it has {num_tokens} (separators included); give more text or a smaller seq_len"
-            )
-        self._count = num_windows - first if count is None else count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> NDArray[np.uint32]:
-        """Tokens of one sequence, [seq_len + 1] uint32, a copy."""
-        index = operator.index(index)
-        if not -self._count <= index < self._count:
-            raise IndexError(f"sequence {index} of {self._count}")
-        store = self._opened()
-        start = (self.first + index % self._count) * self.seq_len
-        end = start + self.seq_len + 1
-        window = np.empty(self.seq_len + 1, dtype=np.uint32)
-        place = int(np.searchsorted(self._stream_ends, start, side="right"))
-        at = start
-        while at < end:
-            document = int(self._order[place])
-            document_end = int(self._stream_ends[place])  # one past the separator
-            document_start = document_end - 1 - int(store.lengths[document])
-            stop = min(end, document_end - 1)
-            if at < stop:
-                window[at - start : stop - start] = store[document][at - document_start : stop - document_start]
-            if document_end <= end:
-                window[document_end - 1 - start] = self.separator_id
-            at = document_end
-            place += 1
-        return window
-
-    def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_store", "_order", "_stream_ends")
-        return {name: value for name, value in self.__dict__.items() if name not in dropped} | {"_store": None}
-
-    @property
-    def facts(self) -> StoreFacts:
-        """What the token store says of itself."""
-        return self._opened().facts
-
-    def _opened(self) -> TokenStore:
-        if self._store is None:
-            store = TokenStore(self.store_path)
-            self._order = permute(np.arange(len(store), dtype=np.int64), len(store), seed=self.seed)
-            self._stream_ends = np.cumsum(store.lengths[self._order] + 1)
-            self._store = store
-        return self._store

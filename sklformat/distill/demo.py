@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from sklformat.disk import write_atomically
-from sklformat.distill import models, processes, runs
+from sklformat.distill import models, runs
 from sklformat.distill.caching import CacheConfig, cache_teacher
-from sklformat.distill.corpus import PackedSequences, write_token_store
+from sklformat.distill.corpus import write_token_store
 from sklformat.distill.demo_plan import (
     SIZES,
     TOPK,
@@ -35,6 +35,7 @@ from sklformat.distill.demo_plan import (
     teacher_configs,
 )
 from sklformat.distill.demo_report import Check, Row, check_order, commands, report
+from sklformat.distill.devices import available_cores
 from sklformat.distill.directories import published
 from sklformat.distill.documents import (
     Document,
@@ -46,6 +47,7 @@ from sklformat.distill.documents import (
 from sklformat.distill.evaluation import EvalConfig, Evaluation, evaluate
 from sklformat.distill.fingerprints import tokenizer_fingerprint
 from sklformat.distill.metrics import percent_ce_to_full
+from sklformat.distill.packing import PackedSequences
 from sklformat.distill.processes import Job, run_jobs
 from sklformat.distill.training import TrainConfig, train
 from sklformat.errors import CorruptError
@@ -105,7 +107,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
         "seed": config.seed,
         **dataclasses.asdict(size),
     }
-    workers = config.processes or min(4, processes.available_cores())
+    workers = config.processes or min(4, available_cores())
     with runs.opened(config.out, settings):
         with _stage("1/6 text: documents, tokenizer, token stores"):
             eval_count = _prepare_text(config, size)

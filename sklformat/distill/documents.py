@@ -10,9 +10,9 @@ import fnmatch
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Parts of the standard library that are not its source proper: tests, tables, other people's packages.
 _NOT_LIBRARY = frozenset(
@@ -66,6 +66,64 @@ def read_documents(paths: Iterable[Path | str] | Path | str) -> Iterator[Documen
             path.stat()  # raises, with the path, when there is none
             files.append((path.name, path))
     return _read_files(files, source=", ".join(map(str, given)))
+
+
+def read_dataset(words: Sequence[str], *, split: str = "train", field: str = "text") -> Iterator[Document]:
+    """
+    Read a Hugging Face dataset, one document a row; empty texts are left out.
+
+    Args:
+        words: A directory that ``save_to_disk`` wrote; or a name, as ``datasets.load_dataset`` knows it, and, where it
+            has several, its configuration. A name is streamed, in its own order.
+        split: Part of it.
+        field: Column that holds the text.
+
+    Yields:
+        Documents named ``split#0``, ``split#1``, …
+
+    Raises:
+        ModuleNotFoundError: ``datasets`` is not installed.
+        FileNotFoundError: There is no such dataset, split or configuration.
+        ValueError: No such column, or no text in it.
+    """
+    import datasets  # noqa: PLC0415  an extra, needed only here
+
+    try:
+        if Path(words[0]).is_dir():
+            loaded = datasets.load_from_disk(words[0])
+            rows = loaded[split] if isinstance(loaded, dict) else loaded
+        else:
+            rows = datasets.load_dataset(*words, split=split, streaming=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FileNotFoundError(f"dataset {' '.join(words)}: cannot load split {split!r} ({reason})") from error
+    return dataset_documents(rows, split=split, field=field, source=" ".join(words))
+
+
+def dataset_documents(
+    rows: Iterable[Mapping[str, Any]], *, split: str = "train", field: str = "text", source: str = "the dataset"
+) -> Iterator[Document]:
+    """
+    Documents of anything that gives rows; as ``read_dataset``.
+
+    Raises:
+        ValueError: A row has no such column, or no text in it; no text at all.
+    """
+    found = False
+    for number, row in enumerate(rows):
+        text = row.get(field)
+        if not isinstance(text, str):
+            raise ValueError(  # noqa: TRY004  the data is wrong, not the call
+                f"dataset {source}: row {number} of split {split!r} has no text in column {field!r}; "
+                f"it has {', '.join(sorted(map(str, row)))}"
+            )
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError(f"dataset {source}: row {number} holds half a surrogate pair, which is no character")
+        if text:
+            found = True
+            yield Document(f"{split}#{number}", text)
+    if not found:
+        raise ValueError(f"no text found: dataset {source} has none in column {field!r} of split {split!r}")
 
 
 def standard_library_documents() -> Iterator[Document]:

@@ -22,9 +22,11 @@ from tqdm import tqdm
 from sklformat import order
 from sklformat.disk import write_atomically
 from sklformat.distill import metrics, models
-from sklformat.distill.corpus import PackedSequences, StoreFacts, TokenStore, write_token_store
+from sklformat.distill.corpus import StoreFacts, TokenStore, write_token_store
+from sklformat.distill.devices import find_device
 from sklformat.distill.documents import read_documents
 from sklformat.distill.fingerprints import tokenizer_fingerprint
+from sklformat.distill.packing import PackedSequences
 from sklformat.errors import SettingsError
 
 
@@ -155,7 +157,7 @@ def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
 
     Source: Anshumann et al. 2025 (arXiv 2503.16870), section 4 and Table 5.
     """
-    device = models.find_device(config.device)
+    device = find_device(config.device)
     with _token_store(config) as store:
         return _evaluate(config, store, device, progress=progress)
 

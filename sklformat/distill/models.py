@@ -8,7 +8,7 @@ Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,34 +18,30 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sklformat.checksums import fingerprint_of
 from sklformat.distill.directories import published
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 END_OF_TEXT = "<|endoftext|>"
 _NUM_BYTES = 256
-_PROBE_TOKENS = 8
-# What the configs of transformers' models call a cap on the logits, or a factor or divisor of them.
-_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
-_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier")
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """
     Load a tokenizer.
 
     Args:
         path: A directory that ``save_pretrained`` wrote, or a name that the Hugging Face cache (or hub) knows.
+        revision: Of a name on the hub: branch, tag or commit.
 
     Raises:
         OSError: No tokenizer there.
     """
     with _quiet(), _named(path, "tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(str(path))
+        return transformers.AutoTokenizer.from_pretrained(str(path), revision=revision or "main")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -119,40 +115,17 @@ def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return 1 + int(max(tokenizer.get_vocab().values()))
 
 
-# --- devices ---------------------------------------------------------------------------------------------------------
-
-
-def find_device(name: str) -> torch.device:
-    """
-    The device that a user's word means.
-
-    Args:
-        name: "auto" (the GPU if there is one, else the CPU), "cpu", "cuda" or "cuda:1", …
-
-    Raises:
-        ValueError: No such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:1, …")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if not count:
-            raise ValueError(f"device {name}: no CUDA device here; use cpu")
-        if device.index is not None and device.index >= count:
-            raise ValueError(f"device {name}: the last CUDA device here is cuda:{count - 1}; use it, or auto")
-    return device
-
-
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def load_model(path: Path | str, *, dtype: Dtype = "float32", device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_model(
+    path: Path | str,
+    *,
+    dtype: Dtype = "float32",
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    over: Sequence[int] = (),
+) -> PreTrainedModel:
     """
     Load a causal language model, ready for inference.
 
@@ -160,23 +133,35 @@ def load_model(path: Path | str, *, dtype: Dtype = "float32", device: torch.devi
         path: A directory that ``save_pretrained`` wrote, or a name that the Hugging Face cache (or hub) knows.
         dtype: Type of its weights in memory.
         device: "cpu", "cuda", "cuda:1", …
+        revision: Of a name on the hub: branch, tag or commit.
+        over: Numbers of GPUs to lay its layers over, instead of ``device``; needs accelerate.
 
     Returns:
         The model in eval mode (no dropout).
 
     Raises:
         OSError: No model there.
-        ValueError: The files lack some of the model's weights, or hold some of another shape.
+        ValueError: The files lack some of the model's weights, or hold some of another shape; it does not fit ``over``.
     """
+    spread: dict[str, object] = {}
+    if over:
+        memory = {number: torch.cuda.mem_get_info(number)[0] * 9 // 10 for number in over}
+        spread = {"device_map": "auto", "max_memory": memory}
     with _quiet(), _named(path, "model"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=getattr(torch, dtype), output_loading_info=True
+            str(path), dtype=getattr(torch, dtype), output_loading_info=True, revision=revision or "main", **spread
         )
     for what in ("missing_keys", "mismatched_keys"):
         if info[what]:  # transformers would go on with random weights
             names = ", ".join(sorted(map(str, info[what]))[:3])
             raise ValueError(f"{path}: not all weights of a {type(model).__name__} are there ({what}: {names})")
-    return model.to(device).eval()
+    elsewhere = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values() if place not in over})
+    if over and elsewhere:
+        raise ValueError(
+            f"{path}: does not fit the CUDA devices {', '.join(map(str, over))}, a part would lie on "
+            f"{', '.join(elsewhere)}; give it more devices, or a smaller dtype"
+        )
+    return (model if over else model.to(device)).eval()
 
 
 def new_llama(
@@ -258,48 +243,6 @@ def lm_head_weight(model: PreTrainedModel) -> Tensor:
     return head.weight
 
 
-@torch.no_grad()
-def has_linear_head(model: PreTrainedModel) -> bool:
-    """
-    Say whether ``hidden_states @ lm_head_weight.T`` are a model's logits; some add a bias, scale or cap them.
-
-    The config is asked for what it calls a cap or a scale, since a cap hardly shows in small logits; then it is tried
-    on a few tokens, since not every model says so there.
-    """
-    try:
-        weight_VD = lm_head_weight(model)
-    except ValueError:
-        return False
-    config = model.config.get_text_config()
-    if any(getattr(config, name, None) for name in _CAPS):
-        return False
-    if any(getattr(config, name, None) not in (None, 1) for name in _SCALES):
-        return False
-    ids_BT = torch.arange(_PROBE_TOKENS, device=weight_VD.device)[None] % weight_VD.shape[0]
-    training = model.training
-    model.eval()
-    expected_BTV = logits(model, ids_BT).float()
-    actual_BTV = (hidden_states(model, ids_BT) @ weight_VD.T).float()
-    model.train(training)
-    tolerance = 1e-4 if weight_VD.dtype == torch.float32 else 0.02  # bfloat16 has 8 bits
-    tolerance *= float(expected_BTV.abs().max())
-    return expected_BTV.shape == actual_BTV.shape and float((expected_BTV - actual_BTV).abs().max()) <= tolerance
-
-
-def check_linear_head(model: PreTrainedModel) -> None:
-    """
-    Make sure that ``hidden_states`` and ``lm_head_weight`` are all that a loss needs.
-
-    Raises:
-        ValueError: The model's logits are something else than their product.
-    """
-    if not has_linear_head(model):
-        raise ValueError(
-            f"the logits of {type(model).__name__} are not hidden states times one matrix "
-            f"(a bias, a scale or a cap?); the chunked loss cannot train it"
-        )
-
-
 def logits(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
     """
     Next-token logits.
@@ -313,6 +256,36 @@ def logits(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
     """
     logits_BTV: Tensor = model(input_ids=input_ids_BT, use_cache=False).logits
     return logits_BTV
+
+
+class _Given(torch.nn.Module):
+    """Stands where a model's body was, and gives hidden states that were made before."""
+
+    def __init__(self, hidden_BTD: Tensor) -> None:
+        super().__init__()
+        self._hidden_BTD = hidden_BTD
+
+    def forward(self, *_args: object, **_named: object) -> object:
+        return transformers.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=self._hidden_BTD)
+
+
+def head_logits(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
+    """
+    What a model makes of its own hidden states after its body: head, bias, scale and cap, whatever it has.
+
+    Args:
+        model: A causal language model whose head reads nothing but the last hidden state.
+        hidden_BTD: ``hidden_states`` of it, or some positions of them.
+
+    Returns:
+        logits_BTV of these positions.
+    """
+    name, body = model.base_model_prefix, model.base_model
+    setattr(model, name, _Given(hidden_BTD))
+    try:
+        return logits(model, torch.zeros(hidden_BTD.shape[:2], dtype=torch.int64, device=hidden_BTD.device))
+    finally:
+        setattr(model, name, body)
 
 
 def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, seq_len: int | None = None) -> int:
@@ -340,22 +313,6 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, seq
     if seq_len is not None and limit is not None and seq_len > limit:
         raise ValueError(f"seq_len {seq_len} is beyond the {limit} positions that the model takes; use a smaller one")
     return wanted
-
-
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """
-    XXH3-128 of a model's weights in the type they have in memory: names, types, shapes and bytes in the order of names.
-
-    Returns:
-        32 hexadecimal digits.
-    """
-
-    def parts() -> Iterator[bytes | memoryview]:
-        for name, tensor in sorted(model.state_dict().items()):
-            yield f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode()
-            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-    return fingerprint_of(parts())
 
 
 def versions() -> dict[str, str]:

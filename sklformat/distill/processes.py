@@ -32,11 +32,6 @@ class Job:
     arguments: tuple[Any, ...]
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_jobs(jobs: Sequence[Job], *, processes: int, threads: int) -> list[Any]:
     """
     Run jobs, at most ``processes`` at a time, each with ``threads`` threads; their progress bars stand side by side.

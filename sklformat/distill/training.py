@@ -22,9 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sklformat.distill import models, runs, streams
+from sklformat.distill import heads, models, runs, streams
 from sklformat.distill.dataset import Batch
+from sklformat.distill.devices import find_device
 from sklformat.distill.fingerprints import tokenizer_fingerprint
+from sklformat.distill.identities import model_fingerprint
 from sklformat.distill.losses import IGNORED_LABEL, DenseTeacher, linear_sparse_kl
 from sklformat.errors import SettingsError
 
@@ -461,7 +463,7 @@ def _student(config: TrainConfig, stream: streams.Stream) -> Any:
             "widen the student's embedding, or take a cache of its own tokenizer"
         )
     models.check_fit(stream.tokenizer, student, seq_len=stream.seq_len or None)
-    models.check_linear_head(student)
+    heads.check_linear_head(student)
     return student.train()
 
 
@@ -476,7 +478,7 @@ def _teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> Any:
             f"{widths[1]} (needs just as many)"
         )
     models.check_fit(stream.tokenizer, teacher, seq_len=stream.seq_len or None)
-    models.check_linear_head(teacher)
+    heads.check_linear_head(teacher)
     return teacher
 
 
@@ -491,8 +493,8 @@ def _settings(
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_FIELDS}
     values = {name: value for name, value in values.items() if name not in _FINGERPRINTED_FIELDS} | stream.identity
     given = {
-        "student_fingerprint": None if config.student is None else models.model_fingerprint(student),
-        "teacher_fingerprint": None if teacher is None else models.model_fingerprint(teacher),
+        "student_fingerprint": None if config.student is None else model_fingerprint(student),
+        "teacher_fingerprint": None if teacher is None else model_fingerprint(teacher),
         "tokenizer_fingerprint": tokenizer_fingerprint(stream.tokenizer),
     }
     return values | given | {"sequences_per_step": config.batch_size * config.accumulation * world_size}
@@ -501,13 +503,13 @@ def _settings(
 @contextlib.contextmanager
 def _processes(name: str) -> Iterator[tuple[int, int, torch.device]]:
     """Rank, number of processes and device; joins torchrun's processes for the time of the block."""
-    device = models.find_device(name)
+    device = find_device(name)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         yield 0, 1, device
         return
     if device.type == "cuda" and device.index is None:
-        device = models.find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

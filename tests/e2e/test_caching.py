@@ -13,16 +13,17 @@ import torch
 import transformers
 
 import sklformat as skl
-from sklformat.distill import caching, models
+from sklformat.distill import drawing, models, teachers
 from sklformat.distill.caching import CacheConfig, cache_teacher
 from sklformat.distill.corpus import (
     Document,
-    PackedSequences,
     TokenStore,
     read_documents,
     tokenizer_fingerprint,
     write_token_store,
 )
+from sklformat.distill.identities import config_fingerprint, model_fingerprint
+from sklformat.distill.packing import PackedSequences
 from sklformat.sampler import draw
 
 SEQ_LEN = 24
@@ -134,9 +135,10 @@ def test_header_says_how_the_cache_was_made(config, teacher, tokenizer):
     )
     assert (5, 6) == (header.sampling_seed, header.packing_seed)
     assert tokenizer_fingerprint(tokenizer) == header.tokenizer_fingerprint
-    assert models.model_fingerprint(models.load_model(teacher)) == header.teacher_fingerprint
+    assert model_fingerprint(models.load_model(teacher)) == header.teacher_fingerprint
     assert TokenStore(config().out / "tokens").facts.corpus_fingerprint == header.corpus_fingerprint
-    assert {"dtype": "float32", "device": "cpu"} == header.capture["teacher"]
+    config_digest = config_fingerprint(models.load_model(teacher))
+    assert {"dtype": "float32", "device": "cpu", "config": config_digest} == header.capture["teacher"]
     assert 0 == header.capture["packing"]["separator_id"]
     assert torch.__version__ == header.capture["versions"]["torch"]
 
@@ -145,8 +147,7 @@ def test_second_run_does_nothing(config, monkeypatch):
     """The same command again finds all there: the teacher does not run, no byte changes."""
     first = cache_teacher(config())
     before = shard_bytes(config().out)
-    monkeypatch.setattr(models, "hidden_states", None)
-    monkeypatch.setattr(models, "has_linear_head", lambda model: True)
+    monkeypatch.setattr(teachers.Teacher, "run", None)
     second = cache_teacher(config())
     assert (0, 0.0, first.fingerprint) == (second.sequences_made, second.positions_per_second, second.fingerprint)
     assert before == shard_bytes(config().out)
@@ -157,25 +158,25 @@ def test_second_run_does_nothing(config, monkeypatch):
 def test_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, stop_at):
     """Ctrl-C loses nothing that was kept; the same command again ends with the bytes of an undisturbed run."""
     batches = []
-    hidden_states, drawn = models.hidden_states, caching._drawn
+    run, draw_sequence = teachers.Teacher.run, drawing.Drawer.draw
 
-    def recorded(model, ids):
+    def recorded(teacher, ids):
         batches.append(ids.tolist())
-        return hidden_states(model, ids)
+        return run(teacher, ids)
 
-    monkeypatch.setattr(models, "hidden_states", recorded)
+    monkeypatch.setattr(teachers.Teacher, "run", recorded)
     cache_teacher(config("whole"))
     whole = [*batches]
 
-    def stopping(settings, teacher, output, sequence):
+    def stopping(drawer, sequence, slices):
         if sequence == stop_at:
             raise KeyboardInterrupt
-        return drawn(settings, teacher, output, sequence)
+        return draw_sequence(drawer, sequence, slices)
 
-    monkeypatch.setattr(caching, "_drawn", stopping)
+    monkeypatch.setattr(drawing.Drawer, "draw", stopping)
     with pytest.raises(KeyboardInterrupt, match=rf"stopped: {stop_at} of 22 sequences"):
         cache_teacher(config("stopped"))
-    monkeypatch.setattr(caching, "_drawn", drawn)
+    monkeypatch.setattr(drawing.Drawer, "draw", draw_sequence)
     batches.clear()
     summary = cache_teacher(config("stopped"))
     assert 22 - stop_at == summary.sequences_made
@@ -187,14 +188,14 @@ def test_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, stop_at):
 KILLED = """
 import os, pathlib, pickle, signal, sys
 import torch
-from sklformat.distill import caching
+from sklformat.distill import caching, drawing
 torch.set_num_threads(1)
-drawn = caching._drawn
-def killing(settings, teacher, output, sequence):
+draw = drawing.Drawer.draw
+def killing(drawer, sequence, slices):
     if sequence == 17:
         os.kill(os.getpid(), signal.SIGKILL)
-    return drawn(settings, teacher, output, sequence)
-caching._drawn = killing
+    return draw(drawer, sequence, slices)
+drawing.Drawer.draw = killing
 caching.cache_teacher(pickle.load(sys.stdin.buffer))
 """
 
@@ -308,7 +309,7 @@ def test_every_sampler_makes_a_sound_cache(config, change, sampler, rounds):
 def test_slices_of_positions_change_nothing(config, monkeypatch):
     """How many positions are drawn at a time is no setting: records are keyed by position."""
     cache_teacher(config("whole", num_sequences=4))
-    monkeypatch.setattr(caching, "_LOGITS_PER_DRAW", 280 * 7)
+    monkeypatch.setattr(teachers, "LOGITS_AT_ONCE", 280 * 7)
     cache_teacher(config("sliced", num_sequences=4))
     whole, sliced = skl.open(config("whole").out), skl.open(config("sliced").out)
     same = [whole[i].targets == sliced[i].targets for i in range(4)]

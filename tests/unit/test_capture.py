@@ -13,6 +13,7 @@ import pytest
 from capture_data import (
     HEADER,
     NUM_SEQUENCES,
+    PER_SHARD,
     draws_of,
     open_capture,
     push_all,
@@ -169,7 +170,8 @@ def test_an_exception_keeps_what_was_pushed(tmp_path):
             capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
         raise KeyboardInterrupt
     assert 6 == capture.durable
-    assert {"shard-00000.skl", "shard-00001.skl.partial", ".lock", ".writer.lock"} == names(tmp_path / "cache")
+    left = {"shard-00000.skl", "shard-00001.skl.partial", "capture.skl.partial", ".lock", ".writer.lock"}
+    assert left == names(tmp_path / "cache")
     with open_capture(tmp_path / "cache") as capture:
         assert [ShardWork(1, 4, 4, 6), ShardWork(2, 8, 3, 8)] == list(capture.shards())
         push_all(capture)
@@ -182,6 +184,90 @@ def test_leaving_early_writes_no_manifest(tmp_path):
         capture.push_draws(0, tokens_of(0), draws_of(0))
     assert 1 == capture.durable
     assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
+def test_a_capture_stopped_between_two_shards_is_no_cache(tmp_path):
+    """Sealed shards without the ones after them look like a smaller cache; the mark says that they are not one."""
+    with pytest.raises(KeyboardInterrupt), open_capture(tmp_path / "cache") as capture:
+        for sequence in range(PER_SHARD):
+            capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+        raise KeyboardInterrupt
+    assert {"shard-00000.skl", "capture.skl.partial", ".lock", ".writer.lock"} == names(tmp_path / "cache")
+    with pytest.raises(skl.MissingShardError, match=r"capture\.skl\.partial: the shard is unfinished"):
+        skl.open(tmp_path / "cache")
+    assert ["MissingShardError"] == [problem.error for problem in skl.verify(tmp_path / "cache")]
+    with open_capture(tmp_path / "cache") as capture:
+        push_all(capture)
+    assert [] == skl.verify(tmp_path / "cache")
+    assert "capture.skl.partial" not in names(tmp_path / "cache")
+
+
+def test_ranks_share_a_cache(tmp_path):
+    """Each rank writes its shards, side by side; one writes the manifest; the bytes are those of one process."""
+    expected = write_undisturbed(tmp_path / "plain")
+    ranks = [open_capture(tmp_path / "cache", rank=rank, world_size=2, run="a") for rank in range(2)]
+    with ranks[0], ranks[1]:
+        assert [[0, 2], [1]] == [[work.number for work in rank.shards()] for rank in ranks]
+        for capture in (open_capture(tmp_path / "cache"), open_capture(tmp_path / "cache", world_size=2, run="b")):
+            with pytest.raises(skl.InUseError, match="another process is writing here"), capture:
+                pass
+        push_all(ranks[0])
+        assert not (tmp_path / "cache" / "manifest.json").exists()
+        with pytest.raises(skl.MissingShardError, match=r"sequences 4\.\.7 are missing"):
+            wait_for((tmp_path / "cache" / "shard-00002.skl").exists)
+            ranks[0].finish()
+        push_all(ranks[1])
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+    entries = ranks[0].finish()
+    assert [(0, 4), (4, 4), (8, 3)] == [(entry.first_sequence, entry.num_sequences) for entry in entries]
+    assert {"manifest.json", ".lock", *expected} == names(tmp_path / "cache")
+    assert (expected, []) == (shard_bytes(tmp_path / "cache"), skl.verify(tmp_path / "cache"))
+
+
+def test_ranks_of_another_number_go_on(tmp_path):
+    """What two ranks began, three end, and one after them finds all there; each shard has its one owner."""
+    expected = write_undisturbed(tmp_path / "plain")
+    for rank in range(2):
+        with open_capture(tmp_path / "cache", rank=rank, world_size=2, run="a") as capture:
+            first = next(capture.shards()).next_sequence
+            for sequence in range(first, first + 2 + rank):
+                capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+    for rank, begun in enumerate([2, 7, 8]):
+        with open_capture(tmp_path / "cache", rank=rank, world_size=3, run="b") as capture:
+            assert begun == next(capture.shards()).next_sequence
+            push_all(capture)
+    with open_capture(tmp_path / "cache") as capture:
+        assert [] == list(capture.shards())
+    assert expected == shard_bytes(tmp_path / "cache")
+    assert [] == skl.verify(tmp_path / "cache")
+
+
+def test_two_writers_of_one_shard(tmp_path):
+    """A shard that another process writes is refused, however that came to be."""
+    (tmp_path / "cache").mkdir()
+    placed = dataclasses.replace(HEADER, shard_number=1, first_sequence=PER_SHARD)
+    with skl.ShardWriter(tmp_path / "cache" / "shard-00001.skl", header=placed):
+        with open_capture(tmp_path / "cache", rank=0, world_size=2, run="a"):
+            pass
+        with (
+            pytest.raises(skl.InUseError, match=r"shard-00001\.skl\.partial: another process"),
+            open_capture(tmp_path / "cache", rank=1, world_size=2, run="a"),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 2, "world_size": 2}, "rank must be in 0..world_size - 1, got 2 of 2"),
+        ({"rank": -1}, "got -1 of 1"),
+        ({"world_size": 2}, "world_size 2 needs the name of the run"),
+    ],
+)
+def test_ranks_must_be_possible(tmp_path, changes, message):
+    """A rank that is none, or several without a common run, is refused before anything is made."""
+    with pytest.raises(ValueError, match=message):
+        open_capture(tmp_path / "cache", **changes)
 
 
 def test_a_finished_cache_wants_nothing(tmp_path):
@@ -200,7 +286,7 @@ def test_a_finished_cache_wants_nothing(tmp_path):
     ("changes", "message"),
     [
         ({"header": dataclasses.replace(HEADER, rounds=21)}, "rounds: 20 != 21"),
-        ({"header": dataclasses.replace(HEADER, capture={"teacher": "b"})}, "'made up'.* != .*'b'"),
+        ({"header": dataclasses.replace(HEADER, capture={"teacher": "b"})}, r"capture\.teacher: 'made up' != 'b'"),
         ({"sequences_per_shard": 5}, "holds 4 sequences, this capture asks for 5"),
         ({"sequences_per_shard": 2, "num_sequences": 20}, "holds 4 sequences, this capture asks for 2"),
         ({"num_sequences": 8}, "make 2 shards, this is number 2"),

@@ -52,13 +52,13 @@ def test_help_names_every_verb(capfd):
     """--help, --version and a missing or wrong verb answer at once."""
     status, out, _ = run(capfd, "--help")
     assert 0 == status
-    for verb in ("cache", "train", "eval", "demo", "inspect", "verify", "recover", "convert"):
+    for verb in ("cache", "estimate", "train", "eval", "demo", "inspect", "verify", "recover", "convert"):
         assert f"\n  {verb} " in out
     assert (0, f"sklformat {skl.__version__}\n", "") == run(capfd, "--version")
     for words in ((), ("chache",), ("--nosuch",)):
         status, out, err = run(capfd, *words)
         assert (2, "") == (status, out)
-        assert "there are cache, train" in err
+        assert "there are cache, estimate, train" in err
 
 
 @pytest.mark.parametrize("verb", ["inspect", "verify", "recover", "convert"])

@@ -13,6 +13,7 @@ import xxhash
 
 from sklformat.distill import corpus
 from sklformat.distill.directories import published
+from sklformat.distill.packing import PackedSequences
 from sklformat.errors import CorruptError, InUseError, SettingsError, UnsupportedError
 from sklformat.order import permute
 
@@ -232,7 +233,7 @@ def test_packing_is_the_stream_cut_into_windows(tmp_path, texts):
     order = permute(np.arange(len(store)), len(store), seed=5)
     stream = [token for d in order for token in [*store[d].tolist(), SEPARATOR]]
     for seq_len in (1, 7, 64, 1000):
-        packed = corpus.PackedSequences(tmp_path / "s", seq_len=seq_len, separator_id=SEPARATOR, seed=5)
+        packed = PackedSequences(tmp_path / "s", seq_len=seq_len, separator_id=SEPARATOR, seed=5)
         assert (len(stream) - 1) // seq_len == len(packed)
         for i in range(len(packed)):
             assert stream[i * seq_len : i * seq_len + seq_len + 1] == packed[i].tolist()
@@ -245,7 +246,7 @@ def test_packing_is_the_stream_cut_into_windows(tmp_path, texts):
 def test_packing_depends_on_the_seed(tmp_path, texts):
     """Another seed is another order of documents, hence other sequences; the same seed gives the same."""
     make_store(tmp_path / "s", texts)
-    packed = [corpus.PackedSequences(tmp_path / "s", seq_len=32, separator_id=0, seed=seed) for seed in (1, 1, 2)]
+    packed = [PackedSequences(tmp_path / "s", seq_len=32, separator_id=0, seed=seed) for seed in (1, 1, 2)]
     assert packed[0][3].tolist() == packed[1][3].tolist()
     assert packed[0][3].tolist() != packed[2][3].tolist()
 
@@ -253,8 +254,8 @@ def test_packing_depends_on_the_seed(tmp_path, texts):
 def test_first_and_count_show_a_part(tmp_path, texts):
     """A part shows the same windows under numbers that start at 0."""
     make_store(tmp_path / "s", texts)
-    everything = corpus.PackedSequences(tmp_path / "s", seq_len=16, separator_id=0, seed=1)
-    part = corpus.PackedSequences(tmp_path / "s", seq_len=16, separator_id=0, seed=1, first=10, count=5)
+    everything = PackedSequences(tmp_path / "s", seq_len=16, separator_id=0, seed=1)
+    part = PackedSequences(tmp_path / "s", seq_len=16, separator_id=0, seed=1, first=10, count=5)
     assert [everything[10 + i].tolist() for i in range(5)] == [window.tolist() for window in part]
     assert 5 == len(part)
 
@@ -262,20 +263,20 @@ def test_first_and_count_show_a_part(tmp_path, texts):
 def test_short_text_is_refused_with_both_numbers(tmp_path):
     """Text below one sequence, or below the sequences asked, says how many tokens there are and how many it takes."""
     make_store(tmp_path / "s", ["abc", "de"])  # with separators 7 tokens
-    assert 1 == len(corpus.PackedSequences(tmp_path / "s", seq_len=6, separator_id=0, seed=0))
+    assert 1 == len(PackedSequences(tmp_path / "s", seq_len=6, separator_id=0, seed=0))
     with pytest.raises(ValueError, match="take 8 tokens, it has 7"):
-        corpus.PackedSequences(tmp_path / "s", seq_len=7, separator_id=0, seed=0)
+        PackedSequences(tmp_path / "s", seq_len=7, separator_id=0, seed=0)
     with pytest.raises(ValueError, match="4 sequences of 2 positions take 9 tokens, it has 7"):
-        corpus.PackedSequences(tmp_path / "s", seq_len=2, separator_id=0, seed=0, first=1, count=3)
+        PackedSequences(tmp_path / "s", seq_len=2, separator_id=0, seed=0, first=1, count=3)
     for wrong in ({"seq_len": 0}, {"separator_id": -1}, {"seed": -1}, {"first": -1}, {"count": 0}):
         with pytest.raises(ValueError, match="must be"):
-            corpus.PackedSequences(tmp_path / "s", **{"seq_len": 2, "separator_id": 0, "seed": 0} | wrong)
+            PackedSequences(tmp_path / "s", **{"seq_len": 2, "separator_id": 0, "seed": 0} | wrong)
 
 
 def test_packed_sequences_travel_to_other_processes(tmp_path, texts):
     """Pickled they are small, whatever the corpus; another process that opens the store again reads the same tokens."""
     make_store(tmp_path / "s", texts)
-    packed = corpus.PackedSequences(tmp_path / "s", seq_len=32, separator_id=0, seed=9)
+    packed = PackedSequences(tmp_path / "s", seq_len=32, separator_id=0, seed=9)
     expected = packed[2].tolist()
     pickled = pickle.dumps(packed)
     assert len(pickled) < 1000

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from strategies import small_shard
@@ -64,6 +65,47 @@ def test_locked_directory(tmp_path):
         pass
     with disk.locked_directory(path):
         assert path.is_dir()
+
+
+def test_shared_directory(tmp_path):
+    """The processes of one run share a directory; another run, or one process that wants it alone, is refused."""
+    with disk.shared_directory(tmp_path / "c", "a"):
+        with disk.shared_directory(tmp_path / "c", "a"):
+            for other in (disk.shared_directory(tmp_path / "c", "b"), disk.locked_directory(tmp_path / "c")):
+                with pytest.raises(InUseError, match="c: another process is writing here"), other:
+                    pass
+        with pytest.raises(InUseError), disk.shared_directory(tmp_path / "c", "a longer name"):
+            pass
+    with (
+        disk.shared_directory(tmp_path / "c", "b"),
+        pytest.raises(InUseError),
+        disk.shared_directory(tmp_path / "c", "a"),
+    ):
+        pass
+
+
+def test_a_run_waits_for_the_one_before(tmp_path):
+    """With patience, another run's end is waited for; what inherits the descriptor holds the directory on."""
+    with disk.shared_directory(tmp_path, "a") as held:
+        inherited = os.dup(held)
+    thread = threading.Timer(0.1, os.close, [inherited])
+    with pytest.raises(InUseError), disk.shared_directory(tmp_path, "b"):
+        pass
+    thread.start()
+    with disk.shared_directory(tmp_path, "b", patience=30):
+        thread.join()
+
+
+def test_processes_of_a_run_come_at_once(tmp_path):
+    """However many processes of one run come at the same moment, all get in."""
+    code = "import sys; from pathlib import Path; from sklformat.disk import shared_directory as s\n"
+    code += "sys.stdin.read()\nwith s(Path(sys.argv[1]), 'run'): print('in', flush=True)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    start, hold = os.pipe()
+    processes = [subprocess.Popen(command, stdin=start, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    os.close(start)
+    os.close(hold)  # the end of all their inputs
+    assert ["in\n"] * 4 == [process.communicate()[0] for process in processes]
 
 
 def test_write_atomically(tmp_path, monkeypatch):

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from sklformat.distill import models
-from sklformat.distill.corpus import PackedSequences, write_token_store
+from sklformat.distill.corpus import write_token_store
 from sklformat.distill.documents import Document
 from sklformat.distill.evaluation import EvalConfig, evaluate
 from sklformat.distill.fingerprints import tokenizer_fingerprint
+from sklformat.distill.packing import PackedSequences
 from sklformat.errors import SettingsError
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]

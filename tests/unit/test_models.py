@@ -7,8 +7,10 @@ import pytest
 import torch
 import transformers
 
-from sklformat.distill import models
+from sklformat.distill import heads, models
 from sklformat.distill.corpus import tokenizer_fingerprint
+from sklformat.distill.devices import find_device, own_devices
+from sklformat.distill.identities import config_fingerprint, model_fingerprint
 
 TEXTS = ["def f(x):\n    return x + 1\n", "naïve café — 東京\t\x00\n", "for i in range(10): print(i)\n"] * 4
 
@@ -58,7 +60,7 @@ def test_saved_model_loads_in_transformers(tokenizer, tmp_path):
         expected = models.logits(model, ids)
         assert torch.equal(expected, plain(ids).logits)
         assert torch.equal(expected, models.logits(loaded, ids))
-    assert models.model_fingerprint(model) == models.model_fingerprint(loaded)
+    assert model_fingerprint(model) == model_fingerprint(loaded)
     assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(models.load_tokenizer(tmp_path / "m"))
     assert not loaded.training
     assert torch.bfloat16 == models.load_model(tmp_path / "m", dtype="bfloat16").dtype
@@ -104,27 +106,27 @@ def test_what_is_no_model_is_named(tmp_path):
 def test_devices_are_checked_before_use(monkeypatch):
     """A device that is not here, or no device at all, is one line with what to use instead; auto is what there is."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert torch.device("cpu") == models.find_device("auto") == models.find_device("cpu")
+    assert torch.device("cpu") == find_device("auto") == find_device("cpu")
     for name in ("cuda", "cuda:1"):
         with pytest.raises(ValueError, match=f"device {name}: no CUDA device here; use cpu"):
-            models.find_device(name)
+            find_device(name)
     for name in ("foo", "meta", "cuda:x", ""):
         with pytest.raises(ValueError, match=f"device '{name}' is not known; use auto, cpu"):
-            models.find_device(name)
+            find_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert torch.device("cuda") == models.find_device("auto")
-    assert torch.device("cuda:1") == models.find_device("cuda:1")
+    assert torch.device("cuda") == find_device("auto")
+    assert torch.device("cuda:1") == find_device("cuda:1")
     with pytest.raises(ValueError, match="the last CUDA device here is cuda:1"):
-        models.find_device("cuda:2")
+        find_device("cuda:2")
 
 
 def test_new_model_is_a_function_of_its_seed():
     """Equal seeds give equal weights and leave the global generator alone; the sizes are Llama's."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    assert models.model_fingerprint(tiny()) == models.model_fingerprint(tiny())
-    assert models.model_fingerprint(tiny()) != models.model_fingerprint(tiny(seed=4))
+    assert model_fingerprint(tiny()) == model_fingerprint(tiny())
+    assert model_fingerprint(tiny()) != model_fingerprint(tiny(seed=4))
     assert torch.equal(before, torch.get_rng_state())
     # 4096·64·2 (embedding, head) + 2·(4·64² + 3·64·192 + 2·64) + 64
     model = models.new_llama(vocab_size=4096, hidden_size=64, num_layers=2, num_heads=2, max_positions=128, seed=0)
@@ -143,8 +145,8 @@ def test_hidden_states_times_head_are_the_logits():
     hidden, weight = models.hidden_states(model, ids), models.lm_head_weight(model)
     assert (2, 6, 32) == tuple(hidden.shape)
     np.testing.assert_allclose(models.logits(model, ids).detach(), (hidden @ weight.T).detach(), atol=1e-6)
-    models.check_linear_head(model)
-    assert models.has_linear_head(tiny().bfloat16())
+    heads.check_linear_head(model)
+    assert heads.has_linear_head(tiny().bfloat16())
     (hidden @ weight.T).square().sum().backward()
     assert [] == [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert model.training
@@ -154,7 +156,7 @@ def test_heads_that_are_not_one_matrix_are_known():
     """A head with bias, or logits that are scaled, would make the chunked loss wrong: both are told apart."""
     config = transformers.GPTJConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
     biased = transformers.GPTJForCausalLM(config)
-    assert not models.has_linear_head(biased)
+    assert not heads.has_linear_head(biased)
     with pytest.raises(ValueError, match="without bias"):
         models.lm_head_weight(biased)
     config = transformers.CohereConfig(
@@ -166,7 +168,7 @@ def test_heads_that_are_not_one_matrix_are_known():
         logit_scale=0.25,
     )
     with pytest.raises(ValueError, match="logits of CohereForCausalLM are not"):
-        models.check_linear_head(transformers.CohereForCausalLM(config))
+        heads.check_linear_head(transformers.CohereForCausalLM(config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -178,7 +180,7 @@ def test_caps_and_scales_are_known_where_they_hardly_show(dtype):
     def is_linear(kind, **changes):
         config = getattr(transformers, kind + "Config")(**sizes, **changes)
         torch.manual_seed(0)
-        return models.has_linear_head(getattr(transformers, kind + "ForCausalLM")(config).to(dtype))
+        return heads.has_linear_head(getattr(transformers, kind + "ForCausalLM")(config).to(dtype))
 
     capped = {"head_dim": 8, "pad_token_id": 0}
     assert not is_linear("Gemma2", final_logit_softcapping=30.0, **capped)
@@ -191,9 +193,9 @@ def test_a_scale_that_no_config_tells_is_found_in_float32(monkeypatch):
     """In float32 a tenth of a percent between head and logits is no rounding."""
     model = tiny()
     logits = models.logits
-    assert models.has_linear_head(model)
+    assert heads.has_linear_head(model)
     monkeypatch.setattr(models, "logits", lambda model, ids: 1.001 * logits(model, ids))
-    assert not models.has_linear_head(model)
+    assert not heads.has_linear_head(model)
 
 
 def test_fit_of_tokenizer_and_model(tokenizer):
@@ -209,8 +211,32 @@ def test_fit_of_tokenizer_and_model(tokenizer):
 def test_model_fingerprint_covers_every_weight():
     """One changed weight, or the same numbers in another type, is another model."""
     model = tiny()
-    before = models.model_fingerprint(model)
+    before = model_fingerprint(model)
     with torch.no_grad():
         model.model.norm.weight[5] += 1e-3
-    assert before != models.model_fingerprint(model)
-    assert models.model_fingerprint(tiny()) != models.model_fingerprint(tiny().bfloat16())
+    assert before != model_fingerprint(model)
+    assert model_fingerprint(tiny()) != model_fingerprint(tiny().bfloat16())
+
+
+def test_model_fingerprint_covers_the_config():
+    """Equal weights with another rope_theta are another model; another path, version or dtype name is not."""
+    model, other = tiny(), tiny()
+    assert model_fingerprint(model) == model_fingerprint(other)
+    other.config.rope_parameters = {**other.config.rope_parameters, "rope_theta": 500_000.0}
+    assert model_fingerprint(model) != model_fingerprint(other)
+    assert config_fingerprint(model) != config_fingerprint(other)
+    moved = tiny()
+    moved.config._name_or_path, moved.config.transformers_version = "/elsewhere", "9.9"
+    assert config_fingerprint(model) == config_fingerprint(moved) == config_fingerprint(tiny().bfloat16())
+
+
+def test_processes_share_a_machines_devices(monkeypatch):
+    """Each process gets its own share of the GPUs; a number that does not divide is refused with both numbers."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert [[0, 1, 2, 3], [4, 5, 6, 7]] == [own_devices(rank, 2) for rank in range(2)]
+    assert [7] == own_devices(7, 8)
+    with pytest.raises(ValueError, match="8 CUDA devices for 3 processes"):
+        own_devices(0, 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="0 CUDA devices for 1 processes"):
+        own_devices(0, 1)

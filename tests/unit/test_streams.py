@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from sklformat.distill import models, streams
-from sklformat.distill.corpus import PackedSequences, write_token_store
+from sklformat.distill.corpus import write_token_store
 from sklformat.distill.documents import Document
 from sklformat.distill.fingerprints import tokenizer_fingerprint
+from sklformat.distill.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.order import permute
 

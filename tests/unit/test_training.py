@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sklformat as skl
 from sklformat.disk import locked_directory
 from sklformat.distill import models
-from sklformat.distill.corpus import PackedSequences, write_token_store
+from sklformat.distill.corpus import write_token_store
 from sklformat.distill.documents import Document
 from sklformat.distill.fingerprints import tokenizer_fingerprint
+from sklformat.distill.packing import PackedSequences
 from sklformat.distill.training import TrainConfig, learning_rate_at, train
 from sklformat.order import permute
 

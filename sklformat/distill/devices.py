@@ -1,0 +1,64 @@
+"""
+The devices that torch can use here, by a user's word for them, and the cores.
+
+Knows no model.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def find_device(name: str) -> torch.device:
+    """
+    The device that a user's word means.
+
+    Args:
+        name: "auto" (the GPU if there is one, else the CPU), "cpu", "cuda" or "cuda:1", …
+
+    Raises:
+        ValueError: No such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:1, …")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise ValueError(f"device {name}: no CUDA device here; use cpu")
+        if device.index is not None and device.index >= count:
+            raise ValueError(f"device {name}: the last CUDA device here is cuda:{count - 1}; use it, or auto")
+    return device
+
+
+def own_devices(local_rank: int, local_world_size: int) -> list[int]:
+    """
+    Numbers of the GPUs that belong to one of a machine's processes, each GPU to one process.
+
+    Args:
+        local_rank: The process, counted from 0 on this machine.
+        local_world_size: How many processes this machine runs.
+
+    Raises:
+        ValueError: Fewer GPUs than processes, or a number of GPUs that the processes cannot share evenly.
+    """
+    count = torch.cuda.device_count()
+    if count == 0 or count % local_world_size:
+        raise ValueError(
+            f"{count} CUDA devices for {local_world_size} processes on this machine; "
+            "start as many processes as divide the devices (torchrun --nproc-per-node), or set CUDA_VISIBLE_DEVICES"
+        )
+    share = count // local_world_size
+    return list(range(local_rank * share, (local_rank + 1) * share))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,54 @@
+"""
+What a model is known by, wherever it lies: fingerprints of its weights and of its config.
+
+Loads nothing.  Equal fingerprints say: the same logits, up to libraries and hardware.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sklformat.checksums import fingerprint, fingerprint_of
+
+# Of a config, what does not change the logits or is told elsewhere: names, library versions, the type in memory.
+_NOT_THE_MODEL = frozenset(
+    {"_name_or_path", "_commit_hash", "_attn_implementation", "architectures", "dtype", "torch_dtype"}
+    | {"transformers_version", "use_cache"}
+)
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """
+    XXH3-128 of a model: its config's fingerprint, then its weights in the type they have in memory.
+
+    The weights come as names, types, shapes and bytes in the order of names. The config belongs to it, since equal
+    weights with another rope_theta, or another number of heads, give other logits.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield config_fingerprint(model).encode()
+        for name, tensor in sorted(model.state_dict().items()):
+            yield f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode()
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    return fingerprint_of(parts())
+
+
+def config_fingerprint(model: torch.nn.Module) -> str:
+    """
+    XXH3-128 of what a model's config says beyond its class's defaults, as canonical JSON; names and versions left out.
+
+    Returns:
+        32 hexadecimal digits; those of an empty config for a model that has none.
+    """
+    config: Any = getattr(model, "config", None)
+    values = {} if config is None else config.to_diff_dict()
+    kept = {name: value for name, value in values.items() if name not in _NOT_THE_MODEL}
+    return fingerprint(json.dumps(kept, sort_keys=True, separators=(",", ":"), default=str).encode("ascii"))

@@ -1,0 +1,83 @@
+"""
+The only door to tyro: from a dataclass to flags, and from flags to that dataclass.
+
+Knows no verb.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import textwrap
+import typing
+from typing import Annotated, Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+class UsageError(Exception):
+    """The command line itself is wrong."""
+
+
+def parse(
+    config_type: type[Config], name: str, arguments: list[str], *, positional: bool = False
+) -> tuple[Config, bool]:
+    """
+    The config that the flags say, and whether JSON is wanted.
+
+    A field is a flag, its docstring the help; ``positional``: required fields are arguments instead.  A field whose
+    name cannot be its flag's says the flag in its metadata.
+
+    Raises:
+        UsageError: A flag is unknown, missing or has no such value.
+        SystemExit: Help was asked for and printed.
+    """
+    import tyro  # noqa: PLC0415  an extra, needed only here
+
+    hints = typing.get_type_hints(config_type)
+    own = dataclasses.fields(config_type)  # type: ignore[arg-type]
+    flags: list[Any] = [
+        (f.name, Annotated[hints[f.name], tyro.conf.arg(name=f.metadata["flag"])], dataclasses.field(default=f.default))
+        for f in own
+        if "flag" in f.metadata
+    ]
+    json_flag = Annotated[bool, tyro.conf.arg(help="Print the result as JSON."), tyro.conf.FlagCreatePairsOff]
+    flags.append(("json", json_flag, dataclasses.field(default=False)))
+    extended = dataclasses.make_dataclass(config_type.__name__, flags, bases=(config_type,), frozen=True, kw_only=True)
+    markers: list[Any] = [tyro.conf.DisallowNone]
+    if positional:
+        markers += [tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed: Any = tyro.cli(
+                extended,
+                prog=name,
+                args=arguments,
+                description=_wrapped(config_type.__doc__ or ""),
+                config=tuple(markers),
+            )
+    except SystemExit as end:
+        if end.code:
+            raise UsageError(_one_line(complaint.getvalue(), config_type.__name__)) from None
+        raise
+    return config_type(**{f.name: getattr(parsed, f.name) for f in own}), parsed.json
+
+
+def _wrapped(text: str) -> str:
+    """A docstring's paragraphs for 80 columns; tyro joins lines again unless they are indented."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(textwrap.fill(p, 80, initial_indent="  ", subsequent_indent="  ") for p in paragraphs)
+
+
+def _one_line(box: str, config_name: str) -> str:
+    """What tyro says in a box, without the box, its title and the help below its first rule."""
+    said: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = line.strip("│┃|+╭╮╰╯ ")
+        if set(text) <= set("─-"):
+            break
+        said.append(text)
+    return " ".join(said).replace(f"Error parsing {config_name}: ", "").rstrip(".") or "wrong usage"

@@ -1,0 +1,118 @@
+"""Several ranks capture one cache: killed, gone on with on other numbers of ranks, the bytes are those of one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from teacher_data import SEQ_LEN, write_teacher, write_text
+
+import sklformat as skl
+from sklformat.distill.caching import CacheConfig, cache_teacher
+
+TESTS = Path(__file__).parents[1]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Text, a teacher, and the cache that one undisturbed rank makes of them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write_teacher(folder / "teacher", write_text(folder / "text"))
+    cache_alone(folder, folder / "whole")
+    return folder
+
+
+def cache_alone(place, out):
+    """What one process makes, here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have
+    try:
+        return cache_teacher(
+            CacheConfig(
+                teacher=str(place / "teacher"),
+                text=(place / "text",),
+                out=out,
+                seq_len=SEQ_LEN,
+                num_sequences=22,
+                rounds=20,
+                batch_size=3,
+                sequences_per_shard=4,
+            )
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def command(place, out):
+    flags = {"teacher": place / "teacher", "text": place / "text", "out": out, "seq-len": SEQ_LEN, "num-sequences": 22}
+    flags |= {"rounds": 20, "batch-size": 3, "sequences-per-shard": 4}
+    return ["cache", *(str(word) for name, value in flags.items() for word in (f"--{name}", value)), "--json"]
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1"} | more
+
+
+def shard_bytes(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.skl"))}
+
+
+def check_sound(place, out):
+    assert shard_bytes(place / "whole") == shard_bytes(out)
+    assert [] == skl.verify(out)
+    assert {"manifest.json", ".lock", "tokens", *shard_bytes(out)} == {path.name for path in out.iterdir()}
+
+
+def test_one_killed_rank_ends_all_and_three_go_on(place, tmp_path):
+    """Under torchrun, a rank that is killed ends the other with one line; three ranks make the rest, byte for byte."""
+    dying = [str(TESTS / "teacher_data.py"), "1", "5"]
+    words = command(place, tmp_path / "cache")
+    killed = subprocess.run(
+        [sys.executable, *TORCHRUN, "2", *dying, *words],
+        env=environment(), capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert 0 != killed.returncode
+    [line] = [line for line in killed.stderr.splitlines() if line.startswith("sklformat cache: ")]
+    assert "sklformat cache: rank 0" in line
+    assert "stopped:" in line or "another rank of this run has ended" in line
+    assert "same command again to go on" in line
+    kept = shard_bytes(tmp_path / "cache")
+    assert "shard-00001.skl" in kept  # rank 1 handed over all of it before it died
+    with pytest.raises(skl.MissingShardError):
+        skl.open(tmp_path / "cache")
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "3", "-m", "sklformat", *words],
+        env=environment(), capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert 0 == done.returncode, done.stderr
+    result = json.loads(done.stdout)  # one rank speaks for all
+    assert (22, skl.open(place / "whole").fingerprint) == (result["sequences"], result["fingerprint"])
+    assert 0 < result["sequences_made"] <= 22 - 4 * len(kept)
+    check_sound(place, tmp_path / "cache")
+
+
+def test_all_killed_ranks_go_on_as_one(place, tmp_path):
+    """Ranks of any launcher that are all killed leave nothing but what one process goes on with, byte for byte."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    dying = [sys.executable, str(TESTS / "teacher_data.py"), "01", "6"]
+    ranks = [
+        subprocess.Popen(
+            [*dying, *command(place, tmp_path / "cache")],
+            stderr=subprocess.PIPE,
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                            MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [b"", b""] == [process.communicate(timeout=120)[1] for process in ranks]
+    assert [-signal.SIGKILL] * 2 == [process.returncode for process in ranks]
+    assert 22 - 12 == cache_alone(place, tmp_path / "cache").sequences_made
+    check_sound(place, tmp_path / "cache")
