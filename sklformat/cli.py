@@ -218,7 +218,7 @@ def _cache_table(facts: dict[str, Any]) -> dict[str, str]:
     drawn = f", {header['rounds']} rounds" if header["rounds"] else ""
     drawn += f", proposal p**{header['proposal_temperature']:g}" if header["proposal_temperature"] != 1 else ""
     verdict = "yes" if facts["biased"] else "no" if header["sampler"] in ("multinomial", "systematic") else "unknown"
-    if verdict == "no" and header["proposal_temperature"] != 1:
+    if verdict == "no" and header["proposal_temperature"] != 1 and not _is_unbiased(header["capture"].get("sampler")):
         verdict = "slightly (importance weights are normalised)"
     prints = {name: header[f"{name}_fingerprint"] for name in ("tokenizer", "corpus", "teacher")}
     table = {
@@ -239,6 +239,11 @@ def _cache_table(facts: dict[str, Any]) -> dict[str, str]:
     }
     table |= {name: value if value.strip("0") else "unknown" for name, value in prints.items()}
     return table | {f"capture.{key}": json.dumps(value) for key, value in header["capture"].items()}
+
+
+def _is_unbiased(sampler: Any) -> bool:
+    """What ``sklformat cache`` says in a header of importance weights that are left as they are."""
+    return isinstance(sampler, dict) and sampler.get("unbiased") is True
 
 
 def _number(value: float | None) -> str:

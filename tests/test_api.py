@@ -1,15 +1,41 @@
 """The public surface: names that others rely on, and what importing them costs."""
 
+import re
 import subprocess
 import sys
 
+import pytest
+
 import sklformat as skl
+from sklformat.cli import main
 
 NAMES = """
     AlignmentError Cache Capture CaptureError CorruptError FormatError Header InUseError MissingShardError
     Problem Recovered RemoteError ResumeError RingClosedError RingTimeoutError Sequence SettingsError Shard ShardWriter
     SklError SparseTargets TruncatedError UnsupportedError draw open recover verify
 """
+
+
+FLAGS = {
+    "cache": """
+        batch-size dataset dataset-field dataset-split device device-map dtype first-sequence json k keep-versions
+        num-sequences out p packing-seed proposal-temperature ring-mib rounds sampler seed seq-len sequences-per-shard
+        store-tokens teacher text tokens unbiased-weights work-dir
+    """,
+    "estimate": """
+        batch-size calibration-sequences device disk-tb dtype gpu-price gpus json positions positions-per-second
+        proposal-temperature rounds seq-len sequences-per-shard store-tokens teacher text unique-tokens vocab-size
+    """,
+}
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_flags(verb, capfd):
+    """The flags of a verb are exactly these."""
+    assert 0 == main([verb, "--help"])
+    lines = capfd.readouterr().out.splitlines()
+    found = {re.match(r"\W*--([a-z-]+)", line)[1] for line in lines if re.match(r"\W*--[a-z]", line)}
+    assert set(FLAGS[verb].split()) == found
 
 
 def test_public_names():

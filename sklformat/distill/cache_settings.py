@@ -23,7 +23,6 @@ from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, MAX_ROUNDS
 
 _MAX_SMALL_K = 255  # records of a position that one byte counts
 _RAREST_LOG2 = 60  # 2^-60: less probable ids are not met in 10^12 positions
-SAMPLER_WEIGHTS = "unbiased"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +141,8 @@ class CacheConfig:
             raise ValueError(f"k and p belong to topk and topp, not to sampler {self.sampler}")
         if not self.draws and self.proposal_temperature != 1:
             raise ValueError(f"sampler {self.sampler} draws nothing, so proposal_temperature must be 1")
+        if not 0.001 <= self.proposal_temperature <= 100:  # false for NaN
+            raise ValueError(f"proposal_temperature must be in 0.001..100, got {self.proposal_temperature}")
         if self.unbiased_weights and self.proposal_temperature == 1:
             raise ValueError(
                 "unbiased_weights belongs to a proposal_temperature other than 1; at 1 nothing is weighted"
@@ -230,7 +231,7 @@ def make_header(
             "num_tokens": packed.facts.num_tokens,
         },
         "batch_size": config.batch_size,
-        "sampler": {"k": config.k, "p": config.p, SAMPLER_WEIGHTS: config.unbiased_weights},
+        "sampler": {"k": config.k, "p": config.p, "unbiased": config.unbiased_weights},
         "versions": dict(versions),
     }
     return Header(

@@ -285,27 +285,6 @@ def test_head_that_is_no_single_matrix_works(config, tokenizer, tmp_path):
     assert draw(logits[1], rounds=20, seed=5, sequence=1) == cache[1].targets
 
 
-@pytest.mark.parametrize(
-    ("change", "sampler", "rounds"),
-    [
-        ({"sampler": "topk", "k": 12}, "topk", 0),
-        ({"sampler": "topp", "p": 0.9, "k": 30}, "topp", 0),
-        ({"rounds": 200}, "multinomial", 200),
-        ({"proposal_temperature": 0.8}, "multinomial", 20),
-        ({"sampler": "systematic", "rounds": 16}, "systematic", 16),
-    ],
-)
-def test_every_sampler_makes_a_sound_cache(config, change, sampler, rounds):
-    """Whatever takes the records, the cache verifies and the header says what it was."""
-    summary = cache_teacher(config(num_sequences=5, **change))
-    header = skl.open(config().out).header
-    assert (sampler, rounds) == (header.sampler, header.rounds)
-    assert ("counts" if sampler == "systematic" else "ratios") == header.kind
-    assert [] == skl.verify(config().out)
-    if sampler == "topk":
-        assert 11 < summary.unique_tokens <= 12
-
-
 def test_slices_of_positions_change_nothing(config, monkeypatch):
     """How many positions are drawn at a time is no setting: records are keyed by position."""
     cache_teacher(config("whole", num_sequences=4))

@@ -1,0 +1,315 @@
+"""sklformat cache from the command line: every sampler, every input, and one clear line for what cannot work."""
+
+import json
+import signal
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from mmap_ninja import RaggedMmap
+from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
+
+import sklformat as skl
+from sklformat.capture.estimates import EstimateConfig, estimate
+from sklformat.cli import main
+from sklformat.distill import drawing, models, teachers
+from sklformat.distill.calibration import calibrate
+from sklformat.distill.corpus import read_documents
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Text and a teacher."""
+    folder = tmp_path_factory.mktemp("command")
+    write_teacher(folder / "teacher", write_text(folder / "text"))
+    return folder
+
+
+@pytest.fixture
+def cache(place, tmp_path, capfd):
+    """Run ``sklformat cache``: status, parsed stdout or None, stderr."""
+
+    def run(*words, out="cache", **flags):
+        settings = {
+            "teacher": place / "teacher",
+            "out": out if "://" in out else tmp_path / out,
+            "seq-len": SEQ_LEN,
+            "num-sequences": 5,
+        }
+        settings |= {"batch-size": 3, "sequences-per-shard": 4}
+        if not {"tokens", "dataset"} & set(flags):
+            settings["text"] = place / "text"
+        settings |= {name.replace("_", "-"): value for name, value in flags.items()}
+        given = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+        status = main(["cache", *given, *map(str, words), "--json"])
+        printed, err = capfd.readouterr()
+        return status, json.loads(printed) if printed else None, err
+
+    return run
+
+
+def refusal(result, status=1):
+    """The one line of a run that could not work."""
+    assert (status, None, 1) == (result[0], result[1], result[2].count("\n")), result
+    err = result[2]
+    assert err.startswith("sklformat cache: ")
+    return err
+
+
+def shard_bytes(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.skl"))}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words", "expected"),
+    [
+        ({"rounds": 20}, (), ("multinomial", 20, "counts", 0)),
+        ({"sampler": "systematic", "rounds": 16}, (), ("systematic", 16, "counts", 0)),
+        ({"rounds": 200}, (), ("multinomial", 200, "ratios", 0)),
+        ({"sampler": "systematic", "rounds": 3000}, (), ("systematic", 3000, "ratios", 0)),
+        ({"proposal_temperature": 0.8}, (), ("multinomial", 50, "ratios", 0)),
+        ({"proposal_temperature": 0.8}, ("--unbiased-weights",), ("multinomial", 50, "ratios", 2)),
+        ({"proposal_temperature": 1.2}, ("--unbiased-weights",), ("multinomial", 50, "ratios", 7)),
+        ({"sampler": "topk", "k": 12}, (), ("topk", 0, "ratios", 0)),
+        ({"sampler": "topp", "p": 0.9, "k": 30}, (), ("topp", 0, "ratios", 0)),
+    ],
+)
+def test_every_sampler_makes_a_sound_cache(cache, tmp_path, flags, words, expected):
+    """Whatever takes the records, the cache verifies, the header says what it was, and the records are its draws."""
+    status, result, err = cache(*words, **flags)
+    assert 0 == status, err
+    assert [] == skl.verify(tmp_path / "cache")
+    found = skl.open(tmp_path / "cache")
+    header = found.header
+    assert expected == (header.sampler, header.rounds, header.kind, header.scale_log2)
+    assert bool(words) == header.capture["sampler"]["unbiased"]
+    sums = np.concatenate([np.add.reduceat(s.targets.weights, s.targets.offsets[:-1]) for s in found]) \
+        if header.kind == "ratios" else None  # fmt: skip
+    if header.sampler == "topk":
+        assert 11 < result["unique_tokens"] <= 12
+    elif words:
+        assert sums.std() > 0.02  # each as it came; right on average
+        assert abs(sums.mean() - 1) < 6 * sums.std() / sums.size**0.5 + 0.02
+    elif header.kind == "ratios" and header.sampler != "topp":
+        assert abs(sums - 1).max() < 0.1  # the ratio code's rounding
+
+
+def test_inspect_says_which_weights_are_biased(cache, tmp_path, capfd):
+    """The paper's weights are slightly biased, those left as they are not, and inspect tells them apart."""
+    for words, verdict in (((), "slightly"), (("--unbiased-weights",), "no: sampler multinomial")):
+        out = "b" + "".join(words)
+        cache(*words, out=out, proposal_temperature=0.8)
+        main(["inspect", str(tmp_path / out)])
+        [line] = [line for line in capfd.readouterr().out.splitlines() if line.startswith("biased")]
+        assert verdict in line
+
+
+def test_every_input_gives_the_same_cache(cache, place, tmp_path, monkeypatch):
+    """Files, one .jsonl, a dataset, a token store and a bare RaggedMmap of the same documents give the same bytes."""
+    documents = list(read_documents(place / "text"))
+    tokenizer = models.load_tokenizer(place / "teacher")
+    cache(out="text")
+    expected = shard_bytes(tmp_path / "text")
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
+    ids = [np.array(part, np.int32) for part in models.encode(tokenizer, [d.text for d in documents])]
+    RaggedMmap.from_lists(tmp_path / "ragged", ids)
+    rows = [{"content": d.text, "id": i} for i, d in enumerate(documents)] + [{"content": "", "id": -1}]
+    asked = []
+
+    def load_dataset(*words, **named):
+        asked.append((words, named))
+        return iter(rows)
+
+    library = types.SimpleNamespace(load_dataset=load_dataset, load_from_disk=lambda path: {"all": rows})
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    (tmp_path / "saved").mkdir()
+    for out, flags in (
+        ("disk", {"dataset": tmp_path / "saved", "dataset_split": "all", "dataset_field": "content"}),
+        ("jsonl", {"text": tmp_path / "all.jsonl"}),
+        ("dataset", {"dataset": "my/set", "dataset_split": "all", "dataset_field": "content"}),
+        ("store", {"tokens": tmp_path / "text" / "tokens"}),
+        ("ragged", {"tokens": tmp_path / "ragged"}),
+        ("ragged", {"tokens": tmp_path / "ragged"}),  # again: all there already
+    ):
+        status, _, err = cache(out=f"from-{out}", **flags)
+        assert 0 == status, err
+        assert expected == shard_bytes(tmp_path / f"from-{out}")
+    assert [(("my/set",), {"split": "all", "streaming": True})] == asked
+
+
+def test_a_cache_of_other_versions_is_not_gone_on_with_silently(cache, tmp_path, monkeypatch):
+    """A newer library is told with both versions; with --keep-versions the cache goes on under its first header."""
+    draw = drawing.Drawer.draw
+
+    def stopping(drawer, sequence, slices):
+        if sequence == 3:
+            raise KeyboardInterrupt
+        return draw(drawer, sequence, slices)
+
+    cache(out="whole")
+    monkeypatch.setattr(drawing.Drawer, "draw", stopping)
+    assert cache()[0] == 130
+    monkeypatch.setattr(drawing.Drawer, "draw", draw)
+    monkeypatch.setattr(models, "versions", lambda: {"torch": "99.0", "transformers": "1.0"})
+    err = refusal(cache())
+    assert f"capture.versions.torch: '{torch.__version__}' != '99.0'" in err
+    assert "give keep_versions" in err
+    err = refusal(cache("--keep-versions", seed=3))  # another setting is no version
+    assert "sampling_seed: 0 != 3" in err
+    assert 0 == cache("--keep-versions")[0]
+    assert shard_bytes(tmp_path / "whole") == shard_bytes(tmp_path / "cache")
+
+
+def test_another_config_is_another_teacher(cache, place, tmp_path):
+    """Equal weights with another rope_theta are another teacher: the cache is refused, both digests are shown."""
+    cache()
+    config = json.loads((place / "teacher" / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 77.0
+    (tmp_path / "other").mkdir()
+    for file in (place / "teacher").iterdir():
+        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    err = refusal(cache(teacher=tmp_path / "other"))
+    assert "teacher_fingerprint: " in err
+    assert "capture.teacher.config: " in err
+
+
+def test_bad_input_is_one_line(cache, place, tmp_path):
+    """What cannot work is one line that names it, and status 1; nothing is left that would hinder the next run."""
+    tokenizer = models.load_tokenizer(place / "teacher")
+    models.save(make_teacher(270), tokenizer, tmp_path / "narrow")
+    for name, value in (("nan", float("nan")), ("inf", float("inf"))):
+        broken = make_teacher()
+        with torch.no_grad():
+            broken.lm_head.weight[7, 0] = value
+        models.save(broken, tokenizer, tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    RaggedMmap.from_lists(tmp_path / "wide", [np.array([1, 2, 280])])
+    RaggedMmap.from_lists(tmp_path / "floats", [np.array([1.5, 2.5])])
+    for flags, message in (
+        ({"teacher": tmp_path / "narrow"}, "the tokenizer has 280 ids, the model only 270"),
+        ({"teacher": tmp_path / "nan"}, "sequence 0, position 0: the logits hold NaN"),
+        ({"teacher": tmp_path / "inf"}, "the logits hold NaN, +inf"),
+        ({"teacher": tmp_path / "empty"}, f"{tmp_path}/empty: cannot load a tokenizer"),
+        ({"text": tmp_path / "empty"}, "no text found"),
+        ({"text": tmp_path / "none"}, f"{tmp_path}/none: No such file"),
+        ({"tokens": tmp_path / "empty"}, "is no token store and no RaggedMmap"),
+        ({"tokens": tmp_path / "wide"}, "token ids from 1 to 280 are not all in [0, 280)"),
+        ({"tokens": tmp_path / "floats"}, "must be token ids"),
+        ({"seq_len": SEQ_LEN + 1}, f"seq_len {SEQ_LEN + 1} is beyond the {SEQ_LEN} positions"),
+        ({"num_sequences": 10**6}, "the text is too short: 1000000 sequences"),
+        ({"out": "file"}, "file: is a file; a cache is a directory"),
+        ({"out": "file/below"}, "Not a directory"),
+        ({"device_map": "auto"}, "device_map auto lays the teacher over several CUDA devices"),
+    ):
+        where = f"out {len(message)}" if "out" not in flags else flags.pop("out")
+        assert message in refusal(cache(out=where, **flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"rounds": 0}, "rounds must be >= 1"),
+        ({"rounds": 65536}, "rounds must be >= 1 and <= 65535"),
+        ({"k": 5}, "k and p belong to topk and topp"),
+        ({"sampler": "topk", "k": 0}, "needs k in 1..65535, got 0"),
+        ({"sampler": "topp", "p": 1.5}, "needs p in (0, 1], got 1.5"),
+        ({"proposal_temperature": -1}, "proposal_temperature must be in 0.001..100, got -1.0"),
+        ({"batch_size": 0}, "batch_size must be >= 1"),
+        ({"out": "s3://bucket/cache"}, "give work_dir"),
+        ({"work_dir": "here"}, "work_dir belongs to an out that is a URL"),
+        ({"tokens": "x", "text": "y"}, "give either text or tokens"),
+    ],
+)
+def test_wrong_usage_is_one_line(cache, flags, message):
+    """A value out of range is found before anything is read, with status 2 and where to read on."""
+    err = refusal(cache(**flags), status=2)
+    assert message in err
+    assert "see sklformat cache --help" in err
+
+
+def test_a_missing_dataset_is_one_line(cache, monkeypatch):
+    """No datasets package, no such dataset, and a dataset without the column each say so."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "datasets" in refusal(cache(dataset="x/y"))
+
+    def load_dataset(name, **named):
+        if name == "x/none":
+            raise FileNotFoundError("Couldn't find any data file at x/none")
+        return [{"body": "a"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert "dataset x/none: cannot load split 'train'" in refusal(cache(dataset="x/none"))
+    assert "row 0 of split 'train' has no text in column 'text'; it has body" in refusal(cache(dataset="x/y"))
+
+
+def test_a_url_from_the_command_line(cache, tmp_path):
+    """A cache goes to a URL through a directory here, and has the bytes of one that stays."""
+    cache(out="stays")
+    status, result, err = cache("--out", f"file://{tmp_path}/store", work_dir=tmp_path / "work")
+    assert 0 == status, err
+    assert f"file://{tmp_path}/store" == result["directory"]
+    assert shard_bytes(tmp_path / "stays") == shard_bytes(tmp_path / "store")
+    assert [] == skl.verify(tmp_path / "store")
+    assert {".lock", "tokens"} == {path.name for path in (tmp_path / "work").iterdir()}
+    status, again, _ = cache("--out", f"file://{tmp_path}/store", work_dir=tmp_path / "work")
+    assert (0, 0, result["fingerprint"]) == (status, again["sequences_made"], again["fingerprint"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_cleanly(place, tmp_path, number):
+    """Ctrl-C and SIGTERM end in one line that says what is kept and how to go on, and status 130."""
+    code = f"""
+import os, signal, sys
+from sklformat.cli import main
+from sklformat.distill import drawing
+draw = drawing.Drawer.draw
+def stopped(drawer, sequence, slices):
+    if sequence == 3:
+        os.kill(os.getpid(), {int(number)})
+    return draw(drawer, sequence, slices)
+drawing.Drawer.draw = stopped
+sys.exit(main(sys.argv[1:]))
+"""
+    words = ["cache", "--teacher", place / "teacher", "--text", place / "text", "--out", tmp_path / "c"]
+    words += ["--seq-len", SEQ_LEN, "--num-sequences", 8]
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    line = f"sklformat cache: stopped: 3 of 8 sequences are in {tmp_path / 'c'}; run the same command again to go on\n"
+    assert (130, line) == (done.returncode, done.stderr)
+
+
+def test_threads_draw_the_same(cache, tmp_path, monkeypatch):
+    """How many threads draw is no setting, nor how many slices are ahead."""
+    cache(out="one")
+    monkeypatch.setattr(teachers, "LOGITS_AT_ONCE", 280 * 4)
+    cache(out="slices")
+    make = drawing.Drawer.__init__
+    monkeypatch.setattr(drawing.Drawer, "__init__", lambda self, **named: make(self, **named | {"threads": 3}))
+    cache(out="threads")
+    assert shard_bytes(tmp_path / "slices") == shard_bytes(tmp_path / "threads")
+
+
+def test_estimate_measures_what_it_must(place):
+    """A calibration run gives vocabulary, records a position and speed; what was given stays as it is."""
+    config = EstimateConfig(
+        positions=1e6, rounds=20, seq_len=SEQ_LEN, teacher=str(place / "teacher"), text=(place / "text",),
+        calibration_sequences=4, batch_size=2,
+    )  # fmt: skip
+    measured = calibrate(config)
+    assert 280 == measured.vocab_size
+    assert 2 < measured.unique_tokens < 20
+    assert measured.positions_per_second > 0
+    assert estimate(measured).gpu_hours > 0
