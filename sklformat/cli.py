@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sklformat import SklError, __version__, recover, verify
+from sklformat.capture.session import UNFINISHED_NAME
 from sklformat.flags import UsageError, parse
 from sklformat.layout import PARTIAL_SUFFIX
 from sklformat.recovery import Recovered
@@ -276,6 +277,7 @@ def _run_recover(name: str, arguments: list[str]) -> int:
     config, as_json = parse(RecoverConfig, name, arguments, positional=True)
     path = config.path
     partials = sorted(path.glob(f"*.skl{PARTIAL_SUFFIX}")) if path.is_dir() else [path]
+    partials = [partial for partial in partials if partial.name != UNFINISHED_NAME]  # a mark, and no shard
     if not partials:
         raise FileNotFoundError(f"{path}: no unfinished shard here (.skl{PARTIAL_SUFFIX}); nothing to recover")
     results = [recover(partial) for partial in partials]

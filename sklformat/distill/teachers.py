@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sklformat.distill import heads, models
 
-LOGITS_AT_ONCE = 1 << 24
-"""At most so many logits are there at once: 64 MiB of float32."""
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 24}
+"""At most so many logits are there at once, by kind of device. On a CPU 16 MiB of float32 are memory that is used again
+and not given back to the system; a GPU wants more rows in one product."""
 
 _PROBE_TOKENS = 8
 
@@ -41,8 +42,8 @@ class Teacher:
     def __init__(self, model: Any, vocab_size: int) -> None:
         self._model = model
         self._vocab_size = vocab_size
-        self._positions = max(1, LOGITS_AT_ONCE // vocab_size)
         self.device: torch.device = model.get_input_embeddings().weight.device
+        self._positions = max(1, LOGITS_AT_ONCE[self.device.type] // vocab_size)
         self._weight_VD = models.lm_head_weight(model)[:vocab_size] if heads.has_linear_head(model) else None
         self._head_alone = self._weight_VD is not None or self._can_call_head()
 

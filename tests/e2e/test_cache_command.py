@@ -294,7 +294,7 @@ sys.exit(main(sys.argv[1:]))
 def test_threads_draw_the_same(cache, tmp_path, monkeypatch):
     """How many threads draw is no setting, nor how many slices are ahead."""
     cache(out="one")
-    monkeypatch.setattr(teachers, "LOGITS_AT_ONCE", 280 * 4)
+    monkeypatch.setitem(teachers.LOGITS_AT_ONCE, "cpu", 280 * 4)
     cache(out="slices")
     make = drawing.Drawer.__init__
     monkeypatch.setattr(drawing.Drawer, "__init__", lambda self, **named: make(self, **named | {"threads": 3}))

@@ -288,7 +288,7 @@ def test_head_that_is_no_single_matrix_works(config, tokenizer, tmp_path):
 def test_slices_of_positions_change_nothing(config, monkeypatch):
     """How many positions are drawn at a time is no setting: records are keyed by position."""
     cache_teacher(config("whole", num_sequences=4))
-    monkeypatch.setattr(teachers, "LOGITS_AT_ONCE", 280 * 7)
+    monkeypatch.setitem(teachers.LOGITS_AT_ONCE, "cpu", 280 * 7)
     cache_teacher(config("sliced", num_sequences=4))
     whole, sliced = skl.open(config("whole").out), skl.open(config("sliced").out)
     same = [whole[i].targets == sliced[i].targets for i in range(4)]
