@@ -70,13 +70,16 @@ def wait_for_durable(capture, sequences):
     wait_for(lambda: capture.durable >= sequences)
 
 
-def main(directory, victim, after):
+def main(directory, victim, after, rank="0", world_size="1", run=None):
     """
     Capture, and kill the teacher or the writer process after so many pushes; run by the tests as a process.
 
     "stopped": the teacher dies while its writer process is stopped.
     """
-    with open_capture(directory, checkpoint_bytes=1) as capture:
+    ranks = {"rank": int(rank), "world_size": int(world_size), "run": run}
+    with open_capture(directory, checkpoint_bytes=1, **ranks) as capture:
+        if capture._process is None:
+            return
         print(capture._process.pid, flush=True)
         pushed = 0
         for work in capture.shards():

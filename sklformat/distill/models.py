@@ -8,6 +8,7 @@ Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -142,9 +143,12 @@ def load_model(
     Raises:
         OSError: No model there.
         ValueError: The files lack some of the model's weights, or hold some of another shape; it does not fit ``over``.
+        ModuleNotFoundError: ``over`` is given and accelerate is not installed.
     """
     spread: dict[str, object] = {}
     if over:
+        if importlib.util.find_spec("accelerate") is None:  # transformers would say so in several lines
+            raise ModuleNotFoundError("laying a model over several GPUs needs accelerate", name="accelerate")
         memory = {number: torch.cuda.mem_get_info(number)[0] * 9 // 10 for number in over}
         spread = {"device_map": "auto", "max_memory": memory}
     with _quiet(), _named(path, "model"):

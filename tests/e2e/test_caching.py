@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import sklformat as skl
-from sklformat.distill import drawing, models, teachers
+from sklformat.distill import caching, drawing, models, teachers
 from sklformat.distill.caching import CacheConfig, cache_teacher
 from sklformat.distill.corpus import (
     Document,
@@ -24,6 +24,7 @@ from sklformat.distill.corpus import (
 )
 from sklformat.distill.identities import config_fingerprint, model_fingerprint
 from sklformat.distill.packing import PackedSequences
+from sklformat.distill.ranks import Ranks
 from sklformat.sampler import draw
 
 SEQ_LEN = 24
@@ -305,6 +306,22 @@ def test_logits_that_are_not_finite_are_refused(config, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="sequence 0, position 0: the logits hold NaN"):
         cache_teacher(config(teacher=str(tmp_path / "bad")))
     assert {} == shard_bytes(config().out)
+
+
+def test_type_and_device_follow_the_machine(config, monkeypatch):
+    """bfloat16 on a GPU and float32 on the CPU unless told; each rank of a machine has a GPU of its own."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    types = [caching._dtype(config(dtype=name), device) for name in ("auto", "float16") for device in (cpu, gpu)]
+    assert ["float32", "bfloat16", "float16", "float16"] == types
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    ranks = [Ranks(rank=rank, world_size=4, local_rank=rank % 2, local_world_size=2) for rank in range(4)]
+    assert [torch.device("cuda", n) for n in (0, 1, 0, 1)] == [caching._devices(config(), r)[0] for r in ranks]
+    assert (gpu, []) == caching._devices(config(), Ranks())
+    spread = [caching._devices(config(device_map="auto"), rank) for rank in ranks[:2]]
+    assert [(torch.device("cuda", 0), [0, 1]), (torch.device("cuda", 2), [2, 3])] == spread
+    with pytest.raises(ValueError, match="lays the teacher over several CUDA devices, device is cuda:1"):
+        caching._devices(config(device_map="auto", device="cuda:1"), Ranks())
 
 
 def test_moved_teacher_is_the_same_one(config, teacher, tmp_path):

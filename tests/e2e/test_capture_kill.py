@@ -1,6 +1,7 @@
 """kill -9 of teacher or writer process, anywhere: sealed shards are whole, the next run completes the same cache."""
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -171,3 +172,44 @@ def test_killed_at_any_moment(tmp_path, undisturbed):
             for name, content in shard_bytes(directory).items():
                 assert undisturbed[name] == content
         assert NUM_SEQUENCES == check_and_finish(directory, undisturbed)
+
+
+@pytest.mark.soak
+def test_ranks_killed_at_any_moment(tmp_path, undisturbed):
+    """200 kills of teachers and writers of one to three ranks at random moments: every cache ends as undisturbed."""
+    rng = random.Random(1)
+    kills = number = 0
+    while kills < 200:
+        directory = tmp_path / str(number)
+        number += 1
+        for run in itertools.count():
+            if len(shard_bytes(directory)) == len(undisturbed):
+                break
+            world_size = rng.randint(1, 3)
+            command = [sys.executable, str(_DATA), str(directory), "nobody", "-1"]
+            ranks = [
+                subprocess.Popen(
+                    [*command, str(rank), str(world_size), f"run {run}"],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    env=os.environ | {"PYTHONPATH": str(_DATA.parents[1])},
+                )
+                for rank in range(world_size)
+            ]
+            writers = [int(line) for process in ranks if (line := process.stdout.readline())]
+            time.sleep(rng.random() * 0.3)
+            for pid in rng.sample([*(process.pid for process in ranks), *writers], rng.randint(1, len(ranks))):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    kills += 1
+            for process in ranks:
+                process.communicate()
+            for writer in writers:
+                wait_for(lambda writer=writer: not alive(writer))
+            for name, content in shard_bytes(directory).items():
+                assert undisturbed[name] == content
+            if not (directory / "manifest.json").exists():
+                with pytest.raises(skl.MissingShardError):
+                    skl.open(directory)
+        check_and_finish(directory, undisturbed)

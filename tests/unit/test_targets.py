@@ -73,6 +73,19 @@ def test_a_stopped_capture_lists_nothing_and_goes_on(tmp_path, url, stored, expe
     assert [] == skl.verify(stored)
 
 
+def test_ranks_upload_side_by_side(tmp_path, url, stored, expected):
+    """Ranks on machines of their own, each with its own directory, make one cache at one URL; one lists it."""
+    ranks = [open_capture(tmp_path / str(rank), url=url, rank=rank, world_size=2, run="a") for rank in range(2)]
+    for capture in ranks:
+        with capture:
+            push_all(capture)
+    assert expected == shard_bytes(stored)
+    assert "manifest.json" not in names(stored)
+    ranks[0].finish()
+    assert [] == skl.verify(stored)
+    assert {"manifest.json", *expected} == names(stored)
+
+
 def test_a_failed_upload_keeps_the_shard(tmp_path, url, stored, expected):
     """A store that takes nothing is an error with its URL; the shard stays here, and the next run uploads it only."""
     stored.parent.mkdir()

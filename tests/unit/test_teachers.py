@@ -1,5 +1,7 @@
 """Teachers: the logits of slices are the model's own, whatever its head does, and never all there at once."""
 
+import importlib.util
+
 import pytest
 import torch
 import transformers
@@ -97,5 +99,9 @@ def test_a_teacher_that_does_not_fit_its_devices_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="big: does not fit the CUDA devices 2, 3, a part would lie on disk"):
         models.load_model("big", over=[2, 3])
     assert ("auto", {2: 1800, 3: 2700}) == (asked["device_map"], asked["max_memory"])
+    with monkeypatch.context() as patch, pytest.raises(ModuleNotFoundError, match="accelerate") as raised:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        models.load_model("big", over=[2, 3])
+    assert "accelerate" == raised.value.name  # the command line turns it into how to install it
     model.hf_device_map["lm_head"] = 3
     assert model is models.load_model("big", over=[2, 3])
