@@ -83,14 +83,32 @@ def _start(job: Job, bar: int, threads: int) -> tuple[Connection, Any]:
     # Both variables are read once, when the new process imports tqdm and torch. It is born with SIGINT blocked, so that
     # a Ctrl-C while it still imports waits for the place that knows what to do with it.
     resource_tracker.ensure_running()  # otherwise started within, which would unblock the signal
-    with _environment(TQDM_POSITION=str(bar), OMP_NUM_THREADS=str(threads)):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    with _environment(TQDM_POSITION=str(bar), OMP_NUM_THREADS=str(threads)), _interrupts_later():
+        process.start()
     theirs.close()
     return ours, process
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """
+    Hold Ctrl-C back until the block has ended; a process that is started half gets half of what it is to do.
+
+    Blocking the signal does this for the new process. Here another thread of a library may take it all the same, and
+    Python would then interrupt the main thread; so the handler only remembers.
+    """
+    pending: list[int] = []
+    handled_here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda number, _: pending.append(number)) if handled_here else None
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if handled_here:
+            signal.signal(signal.SIGINT, before)
+    if pending:
+        raise KeyboardInterrupt
 
 
 def _work(connection: Connection, job: Job) -> None:

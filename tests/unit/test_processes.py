@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import sklformat as skl
+from sklformat.distill import processes
 from sklformat.distill.processes import Job, run_jobs
 
 KILLED = """
@@ -37,6 +39,23 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
 """
+
+
+def test_an_interrupt_waits_for_a_start():
+    """Ctrl-C that another thread takes while a process is started does not leave the process half of its work."""
+    done = []
+
+    def take():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), processes._interrupts_later():
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join()
+        done.append(True)
+    assert [True] == done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_results_come_in_the_order_of_the_jobs():
