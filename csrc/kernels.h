@@ -7,6 +7,7 @@
 /* Ids a block of the two-level CDF covers, and lanes of every sum inside it. */
 #define SKL_BLOCK 256
 #define SKL_LANES 16
+#define SKL_GROUPS (SKL_BLOCK / SKL_LANES)
 
 /* What a pass over the records of a block saw. */
 typedef struct skl_scan {
@@ -18,18 +19,22 @@ typedef struct skl_scan {
 
 /* Every table gives the same bits for the same input; kernels_portable.c writes the arithmetic out.
  *
- * dtype: skl_dtype.  row: n logits, nothing outside is read.  The exponential of a logit x is
- * 2^(scale * x - offset), 0 where scale * x - offset <= -125.5, clamped at 2^127; NaN stays NaN. */
+ * dtype: skl_dtype.  row: n logits, nothing outside is read; blocks are ceil(n / SKL_BLOCK).  The exponential of a
+ * logit x is 2^(scale * x - offset), 0 where scale * x - offset <= -125.5; NaN stays NaN. */
 typedef struct skl_kernels {
     const char *name;
     /* The logits as float32. */
     void (*widen)(uint32_t dtype, const void *row, size_t n, float *values);
-    /* Largest logit of each of the ceil(n / SKL_BLOCK) blocks; NaN does not count, -inf where nothing does. */
+    /* Largest logit of each block; NaN does not count, -inf where nothing does. */
     void (*block_maxima)(uint32_t dtype, const void *row, size_t n, float *maxima);
-    /* Sum of the exponentials of each block. */
-    void (*block_sums)(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *sums);
+    /* 0, then the running sum of the exponentials up to the end of each block: cdf [blocks + 1].  maxima [blocks] as
+     * block_maxima gives them, or NULL. */
+    void (*block_cdf)(uint32_t dtype, const void *row, size_t n, float scale, float offset, double *cdf,
+                      float *maxima);
     /* The exponentials themselves. */
-    void (*exponentials)(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *out);
+    void (*exponentials)(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *e);
+    /* Sums [SKL_GROUPS] of SKL_LANES exponentials each, of e [SKL_BLOCK]. */
+    void (*group_totals)(const float *e, double *totals);
     /* n records of a profile to ids and codes; at least 64 bytes after them are readable. */
     void (*unpack)(uint32_t profile, uint32_t vocab_size, const uint8_t *src, size_t n, uint32_t *token_ids,
                    uint8_t *codes, skl_scan *scan);
@@ -44,6 +49,14 @@ extern const skl_kernels skl_kernels_portable;
 extern const skl_kernels skl_kernels_avx2;
 extern const skl_kernels skl_kernels_avx512;
 #endif
+
+/* One copy of a loop for each type, so that none asks for the type inside. */
+#define SKL_FOR_DTYPE(dtype, call)                                                                                    \
+    switch (dtype) {                                                                                                  \
+    case SKL_DTYPE_FLOAT32: call(SKL_DTYPE_FLOAT32); break;                                                           \
+    case SKL_DTYPE_FLOAT16: call(SKL_DTYPE_FLOAT16); break;                                                           \
+    default: call(SKL_DTYPE_BFLOAT16); break;                                                                         \
+    }
 
 /* The table in use: the widest the processor can run, unless skl_use_kernels chose another. */
 const skl_kernels *skl_current_kernels(void);

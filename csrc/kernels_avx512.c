@@ -1,4 +1,83 @@
-/* kernels_avx512.c: kernels_portable.c compiled for avx512; CMakeLists.txt gives the flags. */
-#define SKL_KERNELS skl_kernels_avx512
-#define SKL_KERNELS_NAME "avx512"
-#include "kernels_portable.c"
+/* kernels_avx512.c: 16 lanes in one register; CMakeLists.txt gives the flags. */
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "skl.h"
+
+#define LANES static inline __attribute__((always_inline))
+
+typedef __m512 lanes;
+
+LANES lanes fill_lanes(float value)
+{
+    return _mm512_set1_ps(value);
+}
+
+LANES lanes load_lanes(uint32_t dtype, const unsigned char *from)
+{
+    if (dtype == SKL_DTYPE_FLOAT32)
+        return _mm512_loadu_ps(from);
+    const __m256i halves = _mm256_loadu_si256((const __m256i *)(const void *)from);
+    if (dtype == SKL_DTYPE_FLOAT16)
+        return _mm512_cvtph_ps(halves);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+LANES void store_lanes(float *to, lanes a)
+{
+    _mm512_storeu_ps(to, a);
+}
+
+LANES lanes add_lanes(lanes a, lanes b)
+{
+    return _mm512_add_ps(a, b);
+}
+
+/* a where b is NaN. */
+LANES lanes larger_lanes(lanes a, lanes b)
+{
+    return _mm512_max_ps(b, a);
+}
+
+LANES float largest_lane(lanes a)
+{
+    return _mm512_reduce_max_ps(a);
+}
+
+LANES float sum_lanes(lanes a)
+{
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+/* As sum_lanes, in float64. */
+LANES double sum_doubled(lanes a)
+{
+    const __m512d eight = _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a)),
+                                        _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
+    const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
+/* scalef multiplies by 2^n, infinite or NaN where that is too much; the comparison is true for NaN. */
+LANES lanes exponential_lanes(lanes x, lanes scale, lanes offset)
+{
+    const __m512 d = _mm512_fmsub_ps(x, scale, offset);
+    const __m512 n = _mm512_roundscale_ps(d, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(d, n);
+    __m512 p = _mm512_set1_ps(0x1.5c08e6p-10f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.3d0c52p-7f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.c6b6e4p-5f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.ebf918p-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.62e428p-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(d, _mm512_set1_ps(-125.5f), _CMP_NLE_UQ), p, n);
+}
+
+#include "kernels_lanes.h"
+
+const skl_kernels skl_kernels_avx512 = {"avx512",     widen,  block_maxima, block_cdf, exponentials,
+                                        group_totals, unpack, sums_differ,  divide};

@@ -1,17 +1,19 @@
 /* kernels_portable.c: the sampler's arithmetic, lane by lane.
  *
- * The loops are written over lanes so that the compiler can make vectors of them; kernels_avx2.c and
- * kernels_avx512.c compile this same text for their instruction sets.  The result never depends on which one ran,
- * because every operation below is one IEEE operation, rounded to nearest, in this order:
+ * This is the truth: kernels_avx2.c and kernels_avx512.c do the same operations 8 and 16 at a time.  The result never
+ * depends on which one ran, because every operation below is one IEEE operation, rounded to nearest, in this order:
  *
  *   x        the logit as float32 (exact from float16 and bfloat16)
- *   d        fma(x, scale, -offset); below -126: -126; above 127: 127.  scale and offset are float32, offset an integer
+ *   d        fma(x, scale, -offset).  scale and offset are float32, offset an integer
  *   n, f     d = n + f, n the integer nearest to d (ties to even), f in [-0.5, 0.5]; exact
- *   p        2 * 2^f by a polynomial of degree 5, Horner's rule with fma; relative error <= 2.2e-7
- *   e        p * 2^(n - 1), exact; 0 for n = -126, so that no subnormal number ever appears
+ *   p        2^f by a polynomial of degree 5, Horner's rule with fma; relative error <= 2.2e-7
+ *   e        p * 2^n, exact; 0 for d <= -125.5, so that no subnormal number ever appears; beyond float32's range
+ *            infinity, or NaN where d itself is infinite: no total survives either
  *
  *   block sum    lane l holds e[l] + e[16 + l] + ... + e[240 + l], added in this order; then lanes l and l + 8, l and
  *                l + 4, l and l + 2, l and l + 1 are added.  Ids beyond the row add 0.
+ *   C            C[0] = 0, C[b + 1] = C[b] + sum of block b, in float64
+ *   group total  the 16 e of a group as float64, lanes l and l + 8, l and l + 4, l and l + 2, l and l + 1 added
  *
  * fma is a fused multiply-add: fmaf, an instruction wherever the compiler's target has it.  On x86 without it
  * (before 2013) the C library computes it, correctly and slowly.  No other operation is ever fused
@@ -21,14 +23,6 @@
 
 #include <math.h>
 #include <string.h>
-
-#ifndef SKL_KERNELS
-#define SKL_KERNELS skl_kernels_portable
-#define SKL_KERNELS_NAME "portable"
-#endif
-
-/* Far enough that a line arrives from memory before its turn; 4 to 16 KiB measure alike. */
-#define PREFETCH_BYTES 8192
 
 #define SPECIALISED static inline __attribute__((always_inline))
 
@@ -71,13 +65,14 @@ SPECIALISED float load(uint32_t dtype, const void *row, size_t i)
     return dtype == SKL_DTYPE_BFLOAT16 ? as_float((uint32_t)half << 16) : half_to_float(half);
 }
 
-/* The comparisons are false for NaN, which so passes through; the integer n + 126 stands in the low bits of z. */
+/* The integer n + 126 stands in the low bits of z, so that p carries a factor of 2; the comparisons are false for NaN,
+ * which so passes through. */
 SPECIALISED float exponential(float x, float scale, float offset)
 {
     const float raw = fmaf(x, scale, -offset);
     const float above = raw < -126.0f ? -126.0f : raw;
-    const float d = above > 127.0f ? 127.0f : above;
-    const float z = d + 12583038.0f; /* 1.5 * 2^23 + 126 */
+    const float d = above > 129.0f ? 129.0f : above; /* n = 129 makes the factor infinite */
+    const float z = d + 12583038.0f;                 /* 1.5 * 2^23 + 126 */
     const float f = d - (z - 12583038.0f);
     float p = 0x1.5c08e6p-9f;
     p = fmaf(p, f, 0x1.3d0c52p-6f);
@@ -98,11 +93,6 @@ SPECIALISED void exponentials_as(uint32_t dtype, const void *row, size_t n, floa
 {
     for (size_t i = 0; i < n; i++)
         out[i] = exponential(load(dtype, row, i), scale, offset);
-}
-
-SPECIALISED const void *advance(uint32_t dtype, const void *row, size_t n)
-{
-    return (const unsigned char *)row + n * (dtype == SKL_DTYPE_FLOAT32 ? 4 : 2);
 }
 
 /* Largest of a block, -inf in place of NaN; order does not matter to it. */
@@ -131,78 +121,82 @@ SPECIALISED float sum_lanes(const float *e)
     return lanes[0];
 }
 
-/* Ask for the lines of the block that lies PREFETCH_BYTES ahead, often in the next row; it need not exist. */
-SPECIALISED void prefetch_block(uint32_t dtype, const void *row)
+SPECIALISED const void *advance(uint32_t dtype, const void *row)
 {
-    const size_t bytes = SKL_BLOCK * (dtype == SKL_DTYPE_FLOAT32 ? 4 : 2);
-    for (size_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch((const void *)((uintptr_t)row + PREFETCH_BYTES + i));
+    return (const unsigned char *)row + SKL_BLOCK * (dtype == SKL_DTYPE_FLOAT32 ? 4 : 2);
 }
 
 SPECIALISED void maxima_as(uint32_t dtype, const void *row, size_t n, float *maxima)
 {
     float values[SKL_BLOCK];
-    for (; n >= SKL_BLOCK; n -= SKL_BLOCK, row = advance(dtype, row, SKL_BLOCK)) {
-        widen_as(dtype, row, SKL_BLOCK, values);
-        *maxima++ = largest(values);
-    }
-    if (n > 0) {
-        for (size_t i = n; i < SKL_BLOCK; i++)
+    for (; n > 0; row = advance(dtype, row)) {
+        const size_t some = n < SKL_BLOCK ? n : SKL_BLOCK;
+        for (size_t i = some; i < SKL_BLOCK; i++)
             values[i] = -INFINITY;
-        widen_as(dtype, row, n, values);
-        *maxima = largest(values);
+        widen_as(dtype, row, some, values);
+        *maxima++ = largest(values);
+        n -= some;
     }
 }
 
-SPECIALISED void sums_as(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *sums)
+SPECIALISED void cdf_as(uint32_t dtype, const void *row, size_t n, float scale, float offset, double *cdf)
 {
     float e[SKL_BLOCK];
-    for (; n >= SKL_BLOCK; n -= SKL_BLOCK, row = advance(dtype, row, SKL_BLOCK)) {
-        prefetch_block(dtype, row);
-        exponentials_as(dtype, row, SKL_BLOCK, scale, offset, e);
-        *sums++ = sum_lanes(e);
-    }
-    if (n > 0) {
-        memset(e, 0, sizeof e);
-        exponentials_as(dtype, row, n, scale, offset, e);
-        *sums = sum_lanes(e);
+    double running = 0.0;
+    *cdf++ = running;
+    for (; n > 0; row = advance(dtype, row)) {
+        const size_t some = n < SKL_BLOCK ? n : SKL_BLOCK;
+        memset(e + some, 0, (SKL_BLOCK - some) * sizeof *e);
+        exponentials_as(dtype, row, some, scale, offset, e);
+        running += (double)sum_lanes(e);
+        *cdf++ = running;
+        n -= some;
     }
 }
-
-/* One copy of a loop for each type, so that none asks for the type inside. */
-#define FOR_DTYPE(dtype, call)                                                                                        \
-    switch (dtype) {                                                                                                  \
-    case SKL_DTYPE_FLOAT32: call(SKL_DTYPE_FLOAT32); break;                                                           \
-    case SKL_DTYPE_FLOAT16: call(SKL_DTYPE_FLOAT16); break;                                                           \
-    default: call(SKL_DTYPE_BFLOAT16); break;                                                                         \
-    }
 
 static void widen(uint32_t dtype, const void *row, size_t n, float *values)
 {
 #define CALL(type) widen_as(type, row, n, values)
-    FOR_DTYPE(dtype, CALL)
+    SKL_FOR_DTYPE(dtype, CALL)
 #undef CALL
 }
 
 static void block_maxima(uint32_t dtype, const void *row, size_t n, float *maxima)
 {
 #define CALL(type) maxima_as(type, row, n, maxima)
-    FOR_DTYPE(dtype, CALL)
+    SKL_FOR_DTYPE(dtype, CALL)
 #undef CALL
 }
 
-static void block_sums(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *sums)
+static void block_cdf(uint32_t dtype, const void *row, size_t n, float scale, float offset, double *cdf,
+                      float *maxima)
 {
-#define CALL(type) sums_as(type, row, n, scale, offset, sums)
-    FOR_DTYPE(dtype, CALL)
+#define CALL(type) cdf_as(type, row, n, scale, offset, cdf)
+    SKL_FOR_DTYPE(dtype, CALL)
 #undef CALL
+    if (maxima != NULL)
+        block_maxima(dtype, row, n, maxima);
 }
 
-static void exponentials(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *out)
+static void exponentials(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *e)
 {
-#define CALL(type) exponentials_as(type, row, n, scale, offset, out)
-    FOR_DTYPE(dtype, CALL)
+#define CALL(type) exponentials_as(type, row, n, scale, offset, e)
+    SKL_FOR_DTYPE(dtype, CALL)
 #undef CALL
 }
 
-const skl_kernels SKL_KERNELS = {SKL_KERNELS_NAME, widen, block_maxima, block_sums, exponentials, unpack, sums_differ, divide};
+static void group_totals(const float *e, double *totals)
+{
+    for (size_t j = 0; j < SKL_GROUPS; j++) {
+        double lanes[SKL_LANES];
+        for (size_t l = 0; l < SKL_LANES; l++)
+            lanes[l] = (double)e[j * SKL_LANES + l];
+        for (size_t width = SKL_LANES / 2; width > 0; width /= 2)
+            for (size_t l = 0; l < width; l++)
+                lanes[l] += lanes[l + width];
+        totals[j] = lanes[0];
+    }
+}
+
+const skl_kernels skl_kernels_portable = {"portable",   widen,  block_maxima, block_cdf, exponentials,
+                                          group_totals, unpack, sums_differ,  divide};

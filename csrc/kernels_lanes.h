@@ -1,0 +1,177 @@
+/* kernels_lanes.h: the sampler's kernels for registers that hold 16 lanes.
+ *
+ * Included by kernels_avx2.c and kernels_avx512.c, which define `lanes` and what is done to them one by one; the
+ * order of operations is that of kernels_portable.c.  What does not fill a block goes through a block padded with
+ * -inf, whose exponential is 0. */
+#ifndef SKL_KERNELS_LANES_H
+#define SKL_KERNELS_LANES_H
+
+#include "kernels.h"
+#include "kernels_records.h"
+
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#define SPECIALISED static inline __attribute__((always_inline))
+
+/* Far enough that a line arrives from memory before its turn; 4 to 16 KiB measure alike. */
+#define PREFETCH_BYTES 8192
+
+/* Ask for the lines of the block that lies PREFETCH_BYTES ahead, often in the next row; it need not exist. */
+SPECIALISED void prefetch_block(const unsigned char *row, size_t size)
+{
+    for (size_t i = 0; i < SKL_BLOCK * size; i += 64)
+        __builtin_prefetch((const void *)((uintptr_t)row + PREFETCH_BYTES + i));
+}
+
+SPECIALISED size_t size_of(uint32_t dtype)
+{
+    return dtype == SKL_DTYPE_FLOAT32 ? 4 : 2;
+}
+
+SPECIALISED float load_one(uint32_t dtype, const unsigned char *from)
+{
+    uint32_t bits = 0;
+    memcpy(&bits, from, size_of(dtype));
+    if (dtype == SKL_DTYPE_FLOAT16)
+        return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128((int)bits)));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)(dtype == SKL_DTYPE_FLOAT32 ? bits : bits << 16))));
+}
+
+SPECIALISED void widen_as(uint32_t dtype, const unsigned char *row, size_t n, float *values)
+{
+    size_t i = 0;
+    for (; i + SKL_LANES <= n; i += SKL_LANES)
+        store_lanes(values + i, load_lanes(dtype, row + i * size_of(dtype)));
+    for (; i < n; i++)
+        values[i] = load_one(dtype, row + i * size_of(dtype));
+}
+
+/* The n < SKL_BLOCK logits that end a row, as a block. */
+SPECIALISED void pad_block(uint32_t dtype, const unsigned char *row, size_t n, float *block)
+{
+    for (size_t i = n; i < SKL_BLOCK; i++)
+        block[i] = -INFINITY;
+    widen_as(dtype, row, n, block);
+}
+
+SPECIALISED lanes block_maximum(uint32_t dtype, const unsigned char *row)
+{
+    lanes most = fill_lanes(-INFINITY);
+    for (size_t j = 0; j < SKL_GROUPS; j++)
+        most = larger_lanes(most, load_lanes(dtype, row + j * SKL_LANES * size_of(dtype)));
+    return most;
+}
+
+SPECIALISED void maxima_as(uint32_t dtype, const unsigned char *row, size_t n, float *maxima)
+{
+    for (; n >= SKL_BLOCK; n -= SKL_BLOCK, row += SKL_BLOCK * size_of(dtype))
+        *maxima++ = largest_lane(block_maximum(dtype, row));
+    if (n > 0) {
+        float block[SKL_BLOCK];
+        pad_block(dtype, row, n, block);
+        *maxima = largest_lane(block_maximum(SKL_DTYPE_FLOAT32, (const unsigned char *)block));
+    }
+}
+
+/* Sum of the exponentials of a block; its largest logit too where that is wanted. */
+SPECIALISED float block_sum(uint32_t dtype, const unsigned char *row, lanes scale, lanes offset, float *maximum)
+{
+    const lanes first = load_lanes(dtype, row);
+    lanes sum = exponential_lanes(first, scale, offset);
+    lanes most = larger_lanes(fill_lanes(-INFINITY), first);
+#pragma GCC unroll 16
+    for (size_t j = 1; j < SKL_GROUPS; j++) {
+        const lanes x = load_lanes(dtype, row + j * SKL_LANES * size_of(dtype));
+        sum = add_lanes(sum, exponential_lanes(x, scale, offset));
+        if (maximum != NULL)
+            most = larger_lanes(most, x);
+    }
+    if (maximum != NULL)
+        *maximum = largest_lane(most);
+    return sum_lanes(sum);
+}
+
+SPECIALISED void cdf_as(uint32_t dtype, const unsigned char *row, size_t n, float scale, float offset, double *cdf,
+                        float *maxima)
+{
+    const lanes scales = fill_lanes(scale), offsets = fill_lanes(offset);
+    double running = 0.0;
+    size_t b = 0;
+    cdf[0] = running;
+    for (; n >= SKL_BLOCK; n -= SKL_BLOCK, row += SKL_BLOCK * size_of(dtype), b++) {
+        prefetch_block(row, size_of(dtype));
+        running += (double)block_sum(dtype, row, scales, offsets, maxima == NULL ? NULL : maxima + b);
+        cdf[b + 1] = running;
+    }
+    if (n > 0) {
+        float block[SKL_BLOCK];
+        pad_block(dtype, row, n, block);
+        running += (double)block_sum(SKL_DTYPE_FLOAT32, (const unsigned char *)block, scales, offsets,
+                                     maxima == NULL ? NULL : maxima + b);
+        cdf[b + 1] = running;
+    }
+}
+
+SPECIALISED void exponentials_as(uint32_t dtype, const unsigned char *row, size_t n, float scale, float offset,
+                                 float *e)
+{
+    const lanes scales = fill_lanes(scale), offsets = fill_lanes(offset);
+    size_t i = 0;
+    for (; i + SKL_LANES <= n; i += SKL_LANES)
+        store_lanes(e + i, exponential_lanes(load_lanes(dtype, row + i * size_of(dtype)), scales, offsets));
+    if (i < n) {
+        float some[SKL_LANES];
+        for (size_t l = 0; l < SKL_LANES; l++)
+            some[l] = i + l < n ? load_one(dtype, row + (i + l) * size_of(dtype)) : -INFINITY;
+        store_lanes(some, exponential_lanes(load_lanes(SKL_DTYPE_FLOAT32, (const unsigned char *)some), scales,
+                                            offsets));
+        memcpy(e + i, some, (n - i) * sizeof *e);
+    }
+}
+
+static void widen(uint32_t dtype, const void *row, size_t n, float *values)
+{
+#define CALL(type) widen_as(type, row, n, values)
+    SKL_FOR_DTYPE(dtype, CALL)
+#undef CALL
+}
+
+static void block_maxima(uint32_t dtype, const void *row, size_t n, float *maxima)
+{
+#define CALL(type) maxima_as(type, row, n, maxima)
+    SKL_FOR_DTYPE(dtype, CALL)
+#undef CALL
+}
+
+static void block_cdf(uint32_t dtype, const void *row, size_t n, float scale, float offset, double *cdf,
+                      float *maxima)
+{
+#define CALL(type) cdf_as(type, row, n, scale, offset, cdf, NULL)
+#define CALL_WITH_MAXIMA(type) cdf_as(type, row, n, scale, offset, cdf, maxima)
+    if (maxima == NULL)
+        SKL_FOR_DTYPE(dtype, CALL)
+    else
+        SKL_FOR_DTYPE(dtype, CALL_WITH_MAXIMA)
+#undef CALL
+#undef CALL_WITH_MAXIMA
+}
+
+static void exponentials(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *e)
+{
+#define CALL(type) exponentials_as(type, row, n, scale, offset, e)
+    SKL_FOR_DTYPE(dtype, CALL)
+#undef CALL
+}
+
+static void group_totals(const float *e, double *totals)
+{
+#pragma GCC unroll 16
+    for (size_t j = 0; j < SKL_GROUPS; j++)
+        totals[j] = sum_doubled(load_lanes(SKL_DTYPE_FLOAT32, (const unsigned char *)(e + j * SKL_LANES)));
+}
+
+#undef SPECIALISED
+
+#endif
