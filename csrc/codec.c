@@ -117,6 +117,24 @@ static int counts_are_bad(const skl_shape *shape, const int64_t *offsets, const 
            skl_current_kernels()->sums_differ(offsets, shape->num_positions, codes, shape->rounds);
 }
 
+/* Whether any position breaks a rule of kind ratios; the pass over the records saw the ids. */
+static int ratios_are_bad(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
+                          const uint8_t *codes, const skl_scan *scan)
+{
+    uint32_t bad = scan->large;
+    for (uint32_t t = 0; t < shape->num_positions; t++) {
+        uint32_t v = SKL_RATIO_ONE, before = 0;
+        for (int64_t i = offsets[t]; i < offsets[t + 1]; i++) {
+            const uint32_t same_weight = codes[i] == 0 && i > offsets[t];
+            bad |= (codes[i] > 127) | (same_weight & (token_ids[i] <= before));
+            before = token_ids[i];
+            v = skl_ratio_step(v, codes[i]); /* once 0, always 0 */
+        }
+        bad |= v == 0;
+    }
+    return bad != 0;
+}
+
 static skl_status check_records(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
                                 const uint8_t *codes, skl_status status, skl_fault *fault)
 {
@@ -153,7 +171,12 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
     if (at.end > dst_cap)
         return SKL_ERR_DST_SMALL;
     skl_status status = skl_check_offsets(shape->num_positions, offsets, shape->num_records, fault);
-    if (status == SKL_OK)
+    if (status != SKL_OK)
+        return status;
+    skl_scan scan;
+    skl_current_kernels()->pack(shape->profile, shape->vocab_size, token_ids, codes, (size_t)shape->num_records,
+                                dst + at.records, &scan);
+    if ((shape->kind == SKL_KIND_COUNTS ? counts_are_bad : ratios_are_bad)(shape, offsets, token_ids, codes, &scan))
         status = check_records(shape, offsets, token_ids, codes, SKL_ERR_ARG, fault);
     if (status == SKL_OK && shape->token_size != 0)
         status = check_tokens(shape, tokens, SKL_ERR_ARG, fault);
@@ -167,10 +190,6 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
             return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_NUM_RECORDS, t, n);
         store_bytes(dst + (size_t)t * shape->record_count_size, (uint32_t)n, shape->record_count_size);
     }
-    const uint32_t shift = id_bits(shape);
-    const uint32_t size = record_size(shape);
-    for (uint64_t i = 0; i < shape->num_records; i++)
-        store_bytes(dst + at.records + i * size, token_ids[i] | (uint32_t)codes[i] << shift, size);
     if (shape->token_size != 0)
         for (uint64_t i = 0; i <= shape->num_positions; i++)
             store_bytes(dst + at.tokens + i * shape->token_size, tokens[i], shape->token_size);

@@ -35,6 +35,9 @@ typedef struct skl_kernels {
     void (*exponentials)(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *e);
     /* Sums [SKL_GROUPS] of SKL_LANES exponentials each, of e [SKL_BLOCK]. */
     void (*group_totals)(const float *e, double *totals);
+    /* n ids and codes to records of a profile; with anything that scan reports, the records have no meaning. */
+    void (*pack)(uint32_t profile, uint32_t vocab_size, const uint32_t *token_ids, const uint8_t *codes, size_t n,
+                 uint8_t *dst, skl_scan *scan);
     /* n records of a profile to ids and codes; at least 64 bytes after them are readable. */
     void (*unpack)(uint32_t profile, uint32_t vocab_size, const uint8_t *src, size_t n, uint32_t *token_ids,
                    uint8_t *codes, skl_scan *scan);

@@ -99,5 +99,7 @@ LANES lanes exponential_lanes(lanes x, lanes scale, lanes offset)
 
 #include "kernels_lanes.h"
 
-const skl_kernels skl_kernels_avx2 = {"avx2",       widen,  block_maxima, block_cdf, exponentials,
-                                      group_totals, unpack, sums_differ,  divide};
+const skl_kernels skl_kernels_avx2 = {
+    "avx2",     widen, block_maxima, block_cdf,   exponentials,
+    group_totals, pack,  unpack,       sums_differ, divide,
+};

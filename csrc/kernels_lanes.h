@@ -7,6 +7,7 @@
 #define SKL_KERNELS_LANES_H
 
 #include "kernels.h"
+#include "kernels_pack.h"
 #include "kernels_records.h"
 
 #include <immintrin.h>

@@ -19,6 +19,7 @@
  * (before 2013) the C library computes it, correctly and slowly.  No other operation is ever fused
  * (-ffp-contract=off). */
 #include "kernels.h"
+#include "kernels_pack.h"
 #include "kernels_records.h"
 
 #include <math.h>
@@ -198,5 +199,7 @@ static void group_totals(const float *e, double *totals)
     }
 }
 
-const skl_kernels skl_kernels_portable = {"portable",   widen,  block_maxima, block_cdf, exponentials,
-                                          group_totals, unpack, sums_differ,  divide};
+const skl_kernels skl_kernels_portable = {
+    "portable",     widen, block_maxima, block_cdf,   exponentials,
+    group_totals, pack,  unpack,       sums_differ, divide,
+};

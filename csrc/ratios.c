@@ -1,6 +1,7 @@
 /* ratios.c: positive weights as 7-bit ratios to the decoded predecessor.  SPEC.md section 4.3. */
 #include "records.h"
 
+#include <math.h>
 #include <string.h>
 
 #define MARK_BITS 13 /* 12 ids meet in 1 position of 124, and then are sorted */
@@ -24,9 +25,30 @@ const uint32_t skl_ratio_table[128] = {
     125515u, 106622u, 90451u, 76628u, 64830u, 54774u, 46216u, 38942u,
 };
 
-/* Heap sort: in place, no recursion, no allocation, the same result everywhere. */
+#define FEW 48 /* keys; up to so many, looking at every pair is faster than deciding what to look at */
+
+/* Few keys: each goes where as many are smaller; no branch depends on a key. */
+static void sort_few(uint64_t *keys, size_t n)
+{
+    uint64_t sorted[FEW];
+    for (size_t i = 0; i < n; i++) {
+        size_t place = 0;
+        for (size_t j = 0; j < i; j++)
+            place += keys[j] <= keys[i];
+        for (size_t j = i + 1; j < n; j++)
+            place += keys[j] < keys[i];
+        sorted[place] = keys[i];
+    }
+    memcpy(keys, sorted, n * sizeof *keys);
+}
+
+/* Many: heap sort, in place, no recursion, no allocation, the same time whatever the keys are. */
 void skl_sort_keys(uint64_t *keys, size_t n)
 {
+    if (n <= FEW) {
+        sort_few(keys, n);
+        return;
+    }
     for (size_t start = n / 2, end = n; end > 1;) {
         if (start > 0) {
             start--;
@@ -64,23 +86,6 @@ static uint32_t first_code(uint32_t v, uint32_t limit)
     return low;
 }
 
-/* Code whose step from v is nearest to u in the logarithm; 128: u is less than half of the smallest step. */
-static uint32_t nearest_code(uint32_t v, uint32_t u)
-{
-    if (u >= v)
-        return 0;
-    const uint32_t last = first_code(v, 0) - 1; /* the last code that does not reach 0: 127 where none does */
-    const uint32_t smallest = skl_ratio_step(v, (uint8_t)last);
-    if (2 * (uint64_t)u < smallest)
-        return 128;
-    if (u <= smallest)
-        return first_code(v, smallest);
-    const uint32_t below = first_code(v, u);
-    const uint32_t a = skl_ratio_step(v, (uint8_t)(below - 1));
-    const uint32_t b = skl_ratio_step(v, (uint8_t)below);
-    return (uint64_t)a * b > (uint64_t)u * u ? below : first_code(v, a);
-}
-
 /* Bits of a positive float rise with it, so that weights sort as integers. */
 static uint32_t float_bits(float value)
 {
@@ -98,6 +103,64 @@ static float bits_float(uint32_t bits)
         float value;
     } view = {.bits = bits};
     return view.value;
+}
+
+/* From here on the steps of v fall strictly with the code and do not reach 0: 2^31 / (T[126] - T[127]) is 295 228. */
+#define STRICT (UINT32_C(1) << 19)
+
+/* Whether `code` is nearest_code(v, u), for v >= STRICT, u < v and code < 127. */
+static int is_nearest(uint32_t v, uint32_t u, uint32_t code)
+{
+    const uint64_t here = skl_ratio_step(v, (uint8_t)code), square = (uint64_t)u * u;
+    return (code == 0 || skl_ratio_step(v, (uint8_t)(code - 1)) * here > square) &&
+           here * skl_ratio_step(v, (uint8_t)(code + 1)) <= square;
+}
+
+/* 1024 log2, wrong by up to 0.02: on this scale the code q lies q^2 below v. */
+static float height(uint32_t value)
+{
+    const uint32_t bits = float_bits((float)value);
+    const float m = bits_float((bits & UINT32_C(0x007fffff)) | UINT32_C(0x3f800000));
+    float log2 = 0.043928627f;
+    log2 = log2 * m - 0.4094756f;
+    log2 = log2 * m + 1.6101775f;
+    log2 = log2 * m - 3.5202188f;
+    log2 = log2 * m + 5.0697565f;
+    log2 = log2 * m - 2.7941537f;
+    return 1024.0f * ((float)(int32_t)(bits >> 23) + log2);
+}
+
+/* Between the codes q and q + 1 the border is half way, q^2 + q + 1/2 below v: (q + 1/2)^2, and a quarter that the
+ * caller takes off. */
+static float guess_code(float fall)
+{
+    const float root = sqrtf(fall > 0.0f ? fall : 0.0f);
+    return root < 126.0f ? (root + 0x1.8p23f) - 0x1.8p23f : 126.0f; /* to the nearest integer */
+}
+
+/* Code whose step from v is nearest to u in the logarithm; 128: u is less than half of the smallest step. */
+static uint32_t nearest_code(uint32_t v, uint32_t u)
+{
+    if (u >= v)
+        return 0;
+    const uint32_t last = first_code(v, 0) - 1; /* the last code that does not reach 0: 127 where none does */
+    const uint32_t smallest = skl_ratio_step(v, (uint8_t)last);
+    if (2 * (uint64_t)u < smallest)
+        return 128;
+    if (u <= smallest)
+        return first_code(v, smallest);
+    const uint32_t below = first_code(v, u);
+    const uint32_t a = skl_ratio_step(v, (uint8_t)(below - 1));
+    const uint32_t b = skl_ratio_step(v, (uint8_t)below);
+    return (uint64_t)a * b > (uint64_t)u * u ? below : first_code(v, a);
+}
+
+static int rise(const uint32_t *token_ids, size_t n)
+{
+    uint32_t fall = 0;
+    for (size_t i = 1; i < n; i++)
+        fall |= token_ids[i] <= token_ids[i - 1];
+    return !fall;
 }
 
 /* Marks of the ids of one position after the other, so that a table is cleared once in many positions. */
@@ -157,25 +220,70 @@ skl_status skl_check_distinct(uint32_t num_positions, const int64_t *offsets, co
     return SKL_OK;
 }
 
+/* Smaller key: larger weight, then lower id. */
+static uint64_t weight_key(float weight, uint32_t token_id)
+{
+    return (uint64_t)(~float_bits(weight)) << 32 | token_id;
+}
+
+/* Few weights whose ids rise: sorted keys, each placed where as many weights are larger.  The loops are written for
+ * vectors: EIGHT places at a time. */
+static void sort_few_weights(const float *weights, const uint32_t *token_ids, size_t n, uint64_t *keys)
+{
+    enum { EIGHT = 8 };
+    float padded[FEW];
+    int32_t places[FEW];
+    uint8_t equal[FEW];
+    memset(padded, 0, sizeof padded);
+    memset(equal, 0, sizeof equal);
+    memcpy(padded, weights, n * sizeof *weights);
+    for (size_t j = 0; j < n; j += EIGHT) {
+        int32_t larger[EIGHT] = {0};
+        for (size_t i = 0; i < n; i++)
+            for (size_t lane = 0; lane < EIGHT; lane++)
+                larger[lane] += weights[i] > padded[j + lane];
+        memcpy(places + j, larger, sizeof larger);
+    }
+    for (size_t i = 0; i < n; i++) { /* equal weights: in order of ids */
+        const size_t place = (size_t)places[i];
+        keys[place + equal[place]++] = weight_key(weights[i], token_ids[i]);
+    }
+}
+
+static void sort_ids(uint64_t *keys, uint32_t *token_ids, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        keys[i] = token_ids[i];
+    skl_sort_keys(keys, n);
+    for (size_t i = 0; i < n; i++)
+        token_ids[i] = (uint32_t)keys[i];
+}
+
 /* Weights of one position, sorted in keys by (weight descending, id ascending), to codes; returns how many are kept. */
 static size_t quantise_sorted(uint64_t *keys, size_t n, uint32_t scale_log2, uint32_t *out_token_ids,
                               uint8_t *out_codes)
 {
     const double to_fixed = (double)SKL_RATIO_ONE / (double)(UINT64_C(1) << scale_log2);
     uint32_t v = SKL_RATIO_ONE;
+    float v_height = height(v) - 0.25f; /* for guesses, which are checked */
     size_t kept = 0, group = 0;
     for (size_t i = 0; i <= n; i++) {
         uint32_t code = 128;
         if (i < n) {
             const float weight = bits_float(~(uint32_t)(keys[i] >> 32));
-            code = nearest_code(v, (uint32_t)((double)weight * to_fixed + 0.5));
+            const uint32_t u = (uint32_t)((double)weight * to_fixed + 0.5);
+            const float guess = guess_code(v_height - height(u));
+            code = (uint32_t)guess;
+            if (u < v && v >= STRICT && is_nearest(v, u, code)) {
+                v_height -= guess * guess;
+            } else {
+                code = nearest_code(v, u);
+                v_height = height(skl_ratio_step(v, (uint8_t)code)) - 0.25f; /* 128: not used any more */
+            }
         }
         if (code != 0) { /* the group of equal decoded weights [group, kept) is complete: its ids ascend */
-            for (size_t j = group; j < kept; j++)
-                keys[j] = out_token_ids[j];
-            skl_sort_keys(keys + group, kept - group);
-            for (size_t j = group; j < kept; j++)
-                out_token_ids[j] = (uint32_t)keys[j];
+            if (kept - group > 1)
+                sort_ids(keys + group, out_token_ids + group, kept - group);
             group = kept;
         }
         if (code == 128)
@@ -207,16 +315,21 @@ skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const ui
         const size_t n = (size_t)(offsets[t + 1] - begin);
         if (n > num_keys)
             return SKL_ERR_DST_SMALL;
-        uint64_t twice;
-        if (comes_twice(&table, token_ids + begin, n, keys, &twice)) /* it would be two targets for one token */
-            return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_ID_TWICE, t, twice);
         for (size_t i = 0; i < n; i++) {
             const float weight = weights[begin + (int64_t)i];
             if (!(weight > 0.0f && weight <= scale)) /* NaN too */
                 return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_WEIGHT_RANGE, t, (uint64_t)begin + i);
-            keys[i] = (uint64_t)(~float_bits(weight)) << 32 | token_ids[begin + (int64_t)i];
         }
-        skl_sort_keys(keys, n);
+        if (n <= FEW && rise(token_ids + begin, n)) {
+            sort_few_weights(weights + begin, token_ids + begin, n, keys);
+        } else {
+            uint64_t twice;
+            if (comes_twice(&table, token_ids + begin, n, keys, &twice)) /* it would be two targets for one token */
+                return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_ID_TWICE, t, twice);
+            for (size_t i = 0; i < n; i++)
+                keys[i] = weight_key(weights[begin + (int64_t)i], token_ids[begin + (int64_t)i]);
+            skl_sort_keys(keys, n);
+        }
         total += (int64_t)quantise_sorted(keys, n, scale_log2, out_token_ids + total, out_codes + total);
         out_offsets[t + 1] = total;
     }

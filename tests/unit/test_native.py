@@ -1,10 +1,13 @@
 """The door to C: shapes, room, and errors of the codec."""
 
+import contextlib
+
 import numpy as np
 import pytest
+import reference
 
 from sklformat import native
-from sklformat.errors import CorruptError, TruncatedError
+from sklformat.errors import CorruptError, TruncatedError, UnsupportedError
 from sklformat.native import Shape
 
 SHAPE = Shape(
@@ -142,3 +145,96 @@ def test_ids_are_compared_within_every_position(longest):
         changed[first] = changed[second]
         with pytest.raises(CorruptError, match=f"position {position}: token id {changed[second]} comes twice"):
             native.check_distinct(offsets, changed)
+
+
+@pytest.mark.parametrize("spread", [1e-6, 0.3, 3.0, 12.0])
+def test_quantise_is_the_reference(spread):
+    """Codes are those of SPEC 4.3, for flat and steep positions, of few records and of many, ids in order or not."""
+    rng = np.random.default_rng(0)
+    lengths = [*range(1, 60), 300]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    weights = np.exp2(-spread * rng.exponential(size=offsets[-1])).astype(np.float32)
+    weights[rng.random(weights.size) < 0.1] = 0.5  # some are equal
+    ids = np.concatenate([rng.permutation(1000)[:n] for n in lengths]).astype(np.uint32)
+    for t in range(0, len(lengths), 2):
+        ids[offsets[t] : offsets[t + 1]].sort()
+    kept, kept_ids, codes = native.quantise(offsets, ids, weights, 0)
+    for t in range(len(lengths)):
+        part, found = slice(offsets[t], offsets[t + 1]), slice(kept[t], kept[t + 1])
+        expected = reference.encode_ratios(list(zip(ids[part].tolist(), weights[part].tolist(), strict=True)), 0)
+        assert expected == list(zip(kept_ids[found].tolist(), codes[found].tolist(), strict=True))
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def kernels(request):
+    name = native.kernels_name()
+    with contextlib.suppress(UnsupportedError):
+        native.use_kernels(request.param)
+        yield request.param
+        native.use_kernels(name)
+        return
+    pytest.skip(f"no {request.param} here")
+
+
+PROFILES = {"R24": (1, 1 << 17, 127), "R24W": (2, 1 << 18, 63), "R32": (3, 1 << 24, 127)}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_records_are_packed_low_bits_first(profile, kernels):
+    """A record is id + code * 2^id_bits in 3 or 4 little-endian bytes, for any number of records; nothing behind."""
+    number, vocab_size, most = PROFILES[profile]
+    rng = np.random.default_rng(number)
+    for records in [*range(1, 40), 1000]:
+        ids = np.sort(rng.choice(vocab_size, records, replace=False)).astype(np.uint32)
+        codes = np.concatenate([rng.integers(0, 2, records - 1), [most]]).astype(np.uint8)  # v stays above 0
+        shape = Shape(2 if most == 127 else 1, number, 2, 0, 0, vocab_size, 63, 1, records)
+        if most == 63:  # no ratios: one position a record instead
+            shape = Shape(1, number, 2, 0, 0, vocab_size, 63, records, records)
+            codes[:] = 63
+        size = native.payload_size(shape)
+        out = np.full(size + 64, 0xAA, np.uint8)
+        offsets = np.linspace(0, records, shape.num_positions + 1).astype(np.int64)
+        native.encode(shape, offsets, ids, codes, None, None, out)
+        width = 4 if profile == "R32" else 3
+        words = ids.astype(np.uint64) | codes.astype(np.uint64) << np.uint64(vocab_size.bit_length() - 1)
+        expected = words.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :width]
+        assert expected.tobytes() == out[size - records * width : size].tobytes()
+        assert (out[size:] == 0xAA).all()
+
+
+@pytest.mark.parametrize("at", [0, 7, 8, 15, 16, 37])
+def test_bad_records_are_refused_wherever_they_stand(at, kernels):
+    """An id or count that breaks a rule is named with its position and value, on vectors and behind them."""
+    shape = Shape(1, 1, 1, 0, 0, 100_000, 3, 38, 38 * 3)
+    offsets = np.arange(39) * 3
+    ids = np.tile(np.array([5, 70_000, 99_999], np.uint32), 38)
+    counts = np.ones(38 * 3, np.uint8)
+    out = np.zeros(native.payload_size(shape), np.uint8)
+    native.encode(shape, offsets, ids, counts, None, None, out)
+    for place, array, value, message in (
+        (3 * at, ids, 70_000, f"position {at}: token id 70000 comes twice or out of order"),
+        (3 * at + 2, ids, 100_000, f"position {at}: token id 100000 is not below vocab_size"),
+        (3 * at + 2, ids, 2**32 - 1, f"position {at}: token id 4294967295 is not below vocab_size"),
+        (3 * at + 1, counts, 0, f"position {at}: count 0 is not in 1..rounds"),
+        (3 * at + 1, counts, 255, f"position {at}: count 255 is not in 1..rounds"),
+        (3 * at + 1, counts, 2, f"position {at}: counts sum to 4, not to rounds"),
+    ):
+        before, array[place] = int(array[place]), value
+        with pytest.raises(ValueError, match=message):
+            native.encode(shape, offsets, ids, counts, None, None, out)
+        array[place] = before
+
+
+def test_bad_ratios_are_refused():
+    """Equal weights out of order of ids, a code beyond 7 bits and one that takes the weight to 0 are named."""
+    shape = Shape(2, 1, 1, 0, 0, 100, 0, 2, 6)
+    offsets, ids = np.array([0, 3, 6]), np.array([7, 8, 9, 4, 3, 2], np.uint32)
+    out = np.zeros(native.payload_size(shape), np.uint8)
+    native.encode(shape, offsets, ids, np.array([0, 0, 1, 0, 1, 2], np.uint8), None, None, out)
+    for codes, message in (
+        ([0, 0, 0, 0, 0, 1], "position 1: token id 3 comes twice or out of order"),
+        ([0, 0, 128, 0, 1, 1], "position 0: ratio code 128"),
+        ([0, 1, 1, 127, 127, 127], "position 1: ratio code 127 takes the weight to zero"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            native.encode(shape, offsets, ids, np.array(codes, np.uint8), None, None, out)

@@ -1,6 +1,7 @@
 import contextlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ KERNELS = ("portable", "avx2", "avx512")
 CALLS = (
     {"sampler": "multinomial"},
     {"sampler": "multinomial", "rounds": 300},
+    {"sampler": "multinomial", "rounds": 20_000},
     {"sampler": "systematic"},
     {"sampler": "systematic", "proposal_temperature": 0.8},
     {"sampler": "multinomial", "proposal_temperature": 1.2, "self_normalise": False},
@@ -159,17 +161,28 @@ def test_golden_records():
 @pytest.mark.usefixtures("restore_kernels")
 def test_all_kernels_give_the_same_records(call):
     """Records do not depend on the instruction set, bit for bit."""
-    logits = some_logits(positions=5, vocab_size=2049)
+    logits = some_logits(positions=7, vocab_size=2049)
+    logits[1, 2000], logits[2, 2040], logits[3, 700] = 150, 60_000, -60_000  # far above and below the first block
+    logits[4, ::2] = logits[5, 5:2048] = -np.inf
+    inputs = [logits, logits.astype(np.float16), torch.from_numpy(logits).to(torch.bfloat16)]
     native.use_kernels("portable")
-    expected = {np.dtype(t): draw(logits.astype(t), **call) for t in (np.float32, np.float16)}
+    expected = [draw(rows, **call) for rows in inputs]
     tried = 0
     for name in KERNELS:
         with contextlib.suppress(UnsupportedError):
             native.use_kernels(name)
             tried += 1
-            for dtype, targets in expected.items():
-                assert targets == draw(logits.astype(dtype), **call)
+            assert expected == [draw(rows, **call) for rows in inputs]
     assert tried >= 1
+
+
+def test_threads_give_the_same_records():
+    """Calls on several threads at once give the records of calls one after the other."""
+    logits = some_logits(positions=24, vocab_size=30_000)
+    parts = [(logits[at : at + 3], at) for at in range(0, 24, 3)]
+    expected = [draw(rows, seed=3, first_position=at) for rows, at in parts]
+    with ThreadPoolExecutor(4) as pool:
+        assert expected == list(pool.map(lambda part: draw(part[0], seed=3, first_position=part[1]), parts))
 
 
 def test_tensors_and_bits_are_read_as_what_they_are():
