@@ -2,13 +2,15 @@
 How many positions a second does one core draw, against torch softmax + multinomial and against reading the rows?
 
 Rows of 128 256 logits, 32 a call, lie in DRAM: every call takes the next rows of a pool larger than the caches. The
-contenders take turns within one run, on one thread, so that all see the same machine; its own time is counted, so
-that a busy neighbour costs little. Run:
+contenders take turns of several calls within one run, on one thread, so that all see the same machine; its own time is
+counted, so that a busy neighbour costs little. With --calls-a-turn 1 every call comes right after another contender's,
+in which this processor's vector units are still slow. Run:
 
     python benchmarks/draw.py [--quick]
 """
 
 import argparse
+import itertools
 import statistics
 import time
 
@@ -63,32 +65,32 @@ CONTENDERS = {
 }
 
 
-def measure(pool, calls):
+def measure(pool, turns, calls_a_turn):
     """Median seconds a position, of this thread, of each contender; no two calls in a row touch the same rows."""
     times = {name: [] for name in CONTENDERS}
-    groups = pool.split(ROWS_A_CALL)
-    names, turn = list(CONTENDERS), 0
-    for call in range(calls + 1):
-        for name in names[call % len(names) :] + names[: call % len(names)]:
-            rows = groups[turn % len(groups)]
-            turn += 1
-            begin = time.thread_time()
-            CONTENDERS[name](rows)
-            if call > 0:  # the first warms up
-                times[name].append((time.thread_time() - begin) / ROWS_A_CALL)
+    groups = itertools.cycle(pool.split(ROWS_A_CALL))
+    names = list(CONTENDERS)
+    for turn in range(turns + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            for rows in itertools.islice(groups, calls_a_turn):
+                begin = time.thread_time()
+                CONTENDERS[name](rows)
+                if turn > 0:  # the first warms up
+                    times[name].append((time.thread_time() - begin) / ROWS_A_CALL)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small pool (may lie in the cache) and few calls")
-    quick = parser.parse_args().quick
+    parser.add_argument("--calls-a-turn", type=int, default=8)
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    pool_bytes, calls = (100 << 20, 3) if quick else (640 << 20, 25)
+    pool_bytes, turns = (100 << 20, 3) if args.quick else (640 << 20, 12)
     print(f"{processor()}; kernels {native.kernels_name()}; pool {pool_bytes >> 20} MiB; torch {torch.__version__}")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         pool = make_pool(pool_bytes, dtype)
-        seconds = measure(pool, calls)
+        seconds = measure(pool, turns, args.calls_a_turn)
         unique = np.diff(draw(pool[:ROWS_A_CALL], ROUNDS).offsets).mean()
         print(f"\n{dtype}, V = {VOCAB_SIZE}, {ROWS_A_CALL} rows a call, {unique:.1f} unique ids a position")
         print(f"{'':30}{'us/position':>12}{'positions/s':>13}{'GB/s':>7}{'x torch':>9}{'x read time':>12}")

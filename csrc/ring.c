@@ -161,50 +161,67 @@ static skl_status bytes_used(const view *ring, uint64_t head, uint64_t tail, uin
     return *used <= ring->capacity && (head | tail) % ALIGNMENT == 0 ? SKL_OK : SKL_ERR_CORRUPT;
 }
 
-/* ---- producer -------------------------------------------------------------------------------------------- */
+/* ---- waiting --------------------------------------------------------------------------------------------- */
 
-/* Wait until `size` bytes from tail on are free.  size <= capacity. */
-static skl_status wait_for_room(const view *ring, uint64_t tail, uint64_t size, uint64_t timeout_ns)
+/* One look at the other side's words, for `size` bytes after or before the own `place`: SKL_OK: they are there;
+ * SKL_ERR_TIMEOUT: not yet; anything else ends the waiting.  *used: bytes published and not released. */
+typedef skl_status look(const view *ring, uint64_t place, uint64_t size, uint64_t *used);
+
+/* Look until there is something, spinning first, then asleep; *waited_ns: how long it took, 0 for one look. */
+static skl_status wait_for(look *look_once, const view *ring, uint64_t place, uint64_t size, uint64_t timeout_ns,
+                           _Atomic uint32_t *sleeps, uint64_t *used, uint64_t *waited_ns)
 {
-    uint64_t started = 0;
-    skl_status status = SKL_OK;
-    for (uint32_t spin = 0;; spin++) {
-        if (atomic_load_explicit(&ring->words->consumer_closed, memory_order_seq_cst)) { /* P3, Dekker */
-            status = SKL_ERR_CLOSED;
-            break;
-        }
-        uint64_t used;
-        const uint64_t head = atomic_load_explicit(&ring->words->head, memory_order_seq_cst); /* P2, Dekker */
-        status = bytes_used(ring, head, tail, &used);
-        if (status != SKL_OK)
-            break;
-        if (used > atomic_load_explicit(&ring->words->high_water, memory_order_relaxed))
-            atomic_store_explicit(&ring->words->high_water, used, memory_order_relaxed);
-        if (ring->capacity - used >= size)
-            break;
-        if (started == 0)
-            started = now_ns();
+    *waited_ns = 0;
+    skl_status status = look_once(ring, place, size, used);
+    if (status != SKL_ERR_TIMEOUT || timeout_ns == 0)
+        return status;
+    const uint64_t started = now_ns();
+    for (uint32_t spin = 0; status == SKL_ERR_TIMEOUT; spin++) {
         if (spin < SPINS) {
             relax();
-            continue;
+        } else {
+            *waited_ns = now_ns() - started;
+            if (*waited_ns >= timeout_ns)
+                break;
+            if (atomic_load_explicit(sleeps, memory_order_relaxed)) {
+                sleep_on(sleeps, timeout_ns - *waited_ns);
+                atomic_store_explicit(sleeps, 0, memory_order_relaxed);
+            } else { /* announce, then look once more before sleeping */
+                atomic_store_explicit(sleeps, 1, memory_order_seq_cst);
+            }
         }
-        const uint64_t waited = now_ns() - started;
-        if (waited >= timeout_ns) {
-            status = SKL_ERR_TIMEOUT;
-            break;
-        }
-        if (atomic_load_explicit(&ring->words->producer_sleeps, memory_order_relaxed)) {
-            sleep_on(&ring->words->producer_sleeps, timeout_ns - waited);
-            atomic_store_explicit(&ring->words->producer_sleeps, 0, memory_order_relaxed);
-        } else { /* announce, then look once more before sleeping */
-            atomic_store_explicit(&ring->words->producer_sleeps, 1, memory_order_seq_cst);
-        }
+        status = look_once(ring, place, size, used);
     }
-    atomic_store_explicit(&ring->words->producer_sleeps, 0, memory_order_relaxed);
-    if (started != 0) {
-        const uint64_t before = atomic_load_explicit(&ring->words->wait_ns, memory_order_relaxed);
-        atomic_store_explicit(&ring->words->wait_ns, before + (now_ns() - started), memory_order_relaxed);
-    }
+    atomic_store_explicit(sleeps, 0, memory_order_relaxed);
+    *waited_ns = now_ns() - started;
+    return status;
+}
+
+/* ---- producer -------------------------------------------------------------------------------------------- */
+
+/* Room for `size` bytes from tail on. */
+static skl_status look_for_room(const view *ring, uint64_t tail, uint64_t size, uint64_t *used)
+{
+    if (atomic_load_explicit(&ring->words->consumer_closed, memory_order_seq_cst)) /* P3, Dekker */
+        return SKL_ERR_CLOSED;
+    const uint64_t head = atomic_load_explicit(&ring->words->head, memory_order_seq_cst); /* P2, Dekker */
+    const skl_status status = bytes_used(ring, head, tail, used);
+    if (status != SKL_OK)
+        return status;
+    if (*used > atomic_load_explicit(&ring->words->high_water, memory_order_relaxed))
+        atomic_store_explicit(&ring->words->high_water, *used, memory_order_relaxed);
+    return ring->capacity - *used >= size ? SKL_OK : SKL_ERR_TIMEOUT;
+}
+
+/* Wait until `size` bytes from tail on are free, and count the time.  size <= capacity. */
+static skl_status wait_for_room(const view *ring, uint64_t tail, uint64_t size, uint64_t timeout_ns)
+{
+    uint64_t used, waited_ns;
+    const skl_status status = wait_for(look_for_room, ring, tail, size, timeout_ns, &ring->words->producer_sleeps,
+                                       &used, &waited_ns);
+    const uint64_t before = atomic_load_explicit(&ring->words->wait_ns, memory_order_relaxed);
+    if (waited_ns > 0)
+        atomic_store_explicit(&ring->words->wait_ns, before + waited_ns, memory_order_relaxed);
     return status;
 }
 
@@ -268,42 +285,16 @@ skl_status skl_ring_push(void *memory, size_t memory_len, uint32_t type, uint64_
 
 /* ---- consumer -------------------------------------------------------------------------------------------- */
 
-/* Wait until something is published; *used: bytes published and not released. */
-static skl_status wait_for_frame(const view *ring, uint64_t head, uint64_t timeout_ns, uint64_t *used)
+/* Anything that is published from head on. */
+static skl_status look_for_frame(const view *ring, uint64_t head, uint64_t size, uint64_t *used)
 {
-    uint64_t started = 0;
-    skl_status status = SKL_OK;
-    for (uint32_t spin = 0;; spin++) {
-        /* P3: closed is read before tail, so that all that was pushed before closing is seen. */
-        const uint32_t closed = atomic_load_explicit(&ring->words->producer_closed, memory_order_seq_cst);
-        const uint64_t tail = atomic_load_explicit(&ring->words->tail, memory_order_seq_cst); /* P1, Dekker */
-        status = bytes_used(ring, head, tail, used);
-        if (status != SKL_OK || *used > 0)
-            break;
-        if (closed) {
-            status = SKL_ERR_CLOSED;
-            break;
-        }
-        if (started == 0)
-            started = now_ns();
-        if (spin < SPINS && timeout_ns > 0) {
-            relax();
-            continue;
-        }
-        const uint64_t waited = now_ns() - started;
-        if (waited >= timeout_ns) {
-            status = SKL_ERR_TIMEOUT;
-            break;
-        }
-        if (atomic_load_explicit(&ring->words->consumer_sleeps, memory_order_relaxed)) {
-            sleep_on(&ring->words->consumer_sleeps, timeout_ns - waited);
-            atomic_store_explicit(&ring->words->consumer_sleeps, 0, memory_order_relaxed);
-        } else {
-            atomic_store_explicit(&ring->words->consumer_sleeps, 1, memory_order_seq_cst);
-        }
-    }
-    atomic_store_explicit(&ring->words->consumer_sleeps, 0, memory_order_relaxed);
-    return status;
+    /* P3: closed is read before tail, so that all that was pushed before closing is seen. */
+    const uint32_t closed = atomic_load_explicit(&ring->words->producer_closed, memory_order_seq_cst);
+    const uint64_t tail = atomic_load_explicit(&ring->words->tail, memory_order_seq_cst); /* P1, Dekker */
+    const skl_status status = bytes_used(ring, head, tail, used);
+    if (status != SKL_OK || *used >= size)
+        return status;
+    return closed ? SKL_ERR_CLOSED : SKL_ERR_TIMEOUT;
 }
 
 static void release_to(const view *ring, uint64_t head)
@@ -335,9 +326,10 @@ skl_status skl_ring_peek(void *memory, size_t memory_len, uint64_t timeout_ns, s
     for (;;) { /* at most twice: after padding comes a frame */
         /* Only this side writes head and popped: relaxed. */
         const uint64_t head = atomic_load_explicit(&ring.words->head, memory_order_relaxed);
-        uint64_t used;
+        uint64_t used, waited_ns;
         frame_header header;
-        status = wait_for_frame(&ring, head, timeout_ns, &used);
+        status = wait_for(look_for_frame, &ring, head, sizeof header, timeout_ns, &ring.words->consumer_sleeps, &used,
+                          &waited_ns);
         if (status == SKL_OK)
             status = read_header(&ring, head, used, &header);
         if (status != SKL_OK)

@@ -2,12 +2,18 @@
  * TSan for the threads. */
 #include "skl.h"
 
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <pthread.h>
 #include <stdalign.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 
 #define CHECK(condition) \
     do { \
@@ -20,6 +26,7 @@
 #define CAPACITY 16384u
 #define RING_LEN (4096u + CAPACITY)
 #define SECOND UINT64_C(1000000000)
+#define CONSUMER_SLEEPS 164u /* offset of the flag in the control words */
 #ifndef NUM_MESSAGES
 #define NUM_MESSAGES 60000u
 #endif
@@ -325,8 +332,51 @@ static void sleepers_are_woken(void)
     }
 }
 
+/* Exit status of a process for which futex is no system call any more, and which passes 1000 frames to itself;
+ * somebody_sleeps: the control words say that the consumer is asleep. */
+static int pass_frames_without_futex(int somebody_sleeps)
+{
+    fresh();
+    if (somebody_sleeps)
+        memory[CONSUMER_SLEEPS] = 1;
+    fflush(NULL);
+    const pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        struct sock_filter filter[] = {
+            BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0), /* the number of the system call */
+            BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_futex, 0, 1),
+            BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+            BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+        };
+        const struct sock_fprog program = {.len = 4, .filter = filter};
+        if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0)
+            _exit(77); /* a system that has no filters */
+        skl_frame frame;
+        for (uint32_t i = 0; i < 1000; i++)
+            if (push("abc", 3, i, SECOND) != SKL_OK || skl_ring_peek(memory, RING_LEN, SECOND, &frame) != SKL_OK ||
+                skl_ring_release(memory, RING_LEN) != SKL_OK)
+                _exit(1);
+        _exit(0);
+    }
+    int status;
+    CHECK(waitpid(child, &status, 0) == child);
+    return status;
+}
+
+/* Where nobody sleeps, nobody is woken: frames pass without a system call; a sleeper costs one. */
+static void wakes_only_sleepers(void)
+{
+    const int status = pass_frames_without_futex(0);
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 77)
+        return;
+    CHECK(status == 0);
+    CHECK(WIFSIGNALED(pass_frames_without_futex(1)));
+}
+
 int main(void)
 {
+    wakes_only_sleepers(); /* while there is one thread */
     keeps_order_and_content();
     wraps_in_one_piece();
     full_ring_waits();
