@@ -1,10 +1,10 @@
 """
 How many bytes of finished shard does one core encode, checksum and append a second?
 
-``ShardWriter.append`` into a file, by profile and kind, against writing the same bytes ready-made with one system call
-a block, and against copying them in memory. Sequences of 1024 positions with their tokens. Each turn writes a new
-file; what the system does later to bring it to the disk is not counted, syncing is the checkpoint's business. The goal
-is 200 MB/s.
+``ShardWriter.append`` into a file, by profile and kind, and with sorted draws merged to counts before it, against
+writing the same bytes ready-made with one system call a block, and against copying them in memory. Sequences of 1024
+positions with their tokens. Each turn writes a new file; what the system does later to bring it to the disk is not
+counted, syncing is the checkpoint's business. The goal is 200 MB/s.
 
     python benchmarks/encode.py [--quick] [--directory /dev/shm]
 """
@@ -24,6 +24,7 @@ from timing import processor
 
 import sklformat as skl
 from sklformat import native
+from sklformat.capture import merge_draws
 
 POSITIONS, ROUNDS, K = 1024, 50, 12
 CASES = {
@@ -33,6 +34,7 @@ CASES = {
     "R24 ratios, top-k 12": skl.Header(vocab_size=128_256, seq_len=POSITIONS, kind="ratios", rounds=0, sampler="topk"),
     "R24 ratios, 4 to 20": skl.Header(vocab_size=128_256, seq_len=POSITIONS, kind="ratios", rounds=ROUNDS),
 }
+MERGED = "R24 counts from draws"
 
 Sequence = tuple[np.ndarray, skl.SparseTargets]
 
@@ -58,8 +60,16 @@ def seconds(run: Callable[[], None]) -> float:
     return time.thread_time() - begin
 
 
-def measure(header: skl.Header, sequences: list[Sequence], directory: Path, turns: int) -> dict[str, float]:
+def draws_of(targets: skl.SparseTargets) -> np.ndarray:
+    """[T, rounds] sorted draws that these counts are made of."""
+    return np.repeat(targets.token_ids, targets.counts).reshape(-1, ROUNDS)
+
+
+def measure(
+    header: skl.Header, sequences: list[Sequence], directory: Path, turns: int, *, merge: bool
+) -> dict[str, float]:
     """Median bytes a second of each way, and how many bytes the sequences are."""
+    draws = {id(targets): draws_of(targets) for _, targets in sequences} if merge else {}
     rates: dict[str, list[float]] = {"append": [], "write": [], "memcpy": [], "size": []}
     for _ in range(turns):
         with tempfile.TemporaryDirectory(dir=directory) as name:
@@ -69,7 +79,7 @@ def measure(header: skl.Header, sequences: list[Sequence], directory: Path, turn
 
             def append(writer: skl.ShardWriter = writer) -> None:
                 for tokens, targets in sequences:
-                    writer.append(tokens, targets)
+                    writer.append(tokens, merge_draws(draws[id(targets)]) if merge else targets)
 
             taken = seconds(append)
             data = np.frombuffer(writer.partial.read_bytes()[before:], np.uint8)
@@ -98,11 +108,11 @@ def main() -> None:
     number, turns = (64, 3) if args.quick else (512, 9)
     print(f"{processor()}, 1 core, kernels {native.kernels_name()}, files in {args.directory}")
     print(f"\n{'MB/s of shard':24}{'append':>9}{'write':>9}{'memcpy':>9}{'append / write':>16}{'ns a record':>13}")
-    for name, header in CASES.items():
+    for name, header in {**CASES, MERGED: CASES["R24 counts"]}.items():
         rng = np.random.default_rng(0)
         sequences = [make_sequence(header, rng) for _ in range(16)] * (number // 16)
         records = sum(targets.num_records for _, targets in sequences)
-        rates = measure(header, sequences, args.directory, turns)
+        rates = measure(header, sequences, args.directory, turns, merge=name == MERGED)
         print(
             f"{name:24}{rates['append'] / 1e6:9.0f}{rates['write'] / 1e6:9.0f}{rates['memcpy'] / 1e6:9.0f}"
             f"{rates['append'] / rates['write']:16.2f}{rates['size'] / rates['append'] / records * 1e9:13.1f}"

@@ -25,6 +25,7 @@ const uint32_t skl_ratio_table[128] = {
     125515u, 106622u, 90451u, 76628u, 64830u, 54774u, 46216u, 38942u,
 };
 
+#define MANY 32 /* records, whose heights are computed together */
 #define FEW 48 /* keys; up to so many, looking at every pair is faster than deciding what to look at */
 
 /* Few keys: each goes where as many are smaller; no branch depends on a key. */
@@ -108,18 +109,20 @@ static float bits_float(uint32_t bits)
 /* From here on the steps of v fall strictly with the code and do not reach 0: 2^31 / (T[126] - T[127]) is 295 228. */
 #define STRICT (UINT32_C(1) << 19)
 
-/* Whether `code` is nearest_code(v, u), for v >= STRICT, u < v and code < 127. */
-static int is_nearest(uint32_t v, uint32_t u, uint32_t code)
+/* The step of `code` from v where it is nearest_code(v, u), for v >= STRICT, u < v and code < 127; 0: it is not. */
+static uint32_t nearest_step(uint32_t v, uint32_t u, uint32_t code)
 {
-    const uint64_t here = skl_ratio_step(v, (uint8_t)code), square = (uint64_t)u * u;
-    return (code == 0 || skl_ratio_step(v, (uint8_t)(code - 1)) * here > square) &&
-           here * skl_ratio_step(v, (uint8_t)(code + 1)) <= square;
+    const uint32_t here = skl_ratio_step(v, (uint8_t)code);
+    const uint64_t square = (uint64_t)u * u;
+    const int above = code == 0 || (uint64_t)skl_ratio_step(v, (uint8_t)(code - 1)) * here > square;
+    const int below = (uint64_t)skl_ratio_step(v, (uint8_t)(code + 1)) * here <= square;
+    return above & below ? here : 0;
 }
 
 /* 1024 log2, wrong by up to 0.02: on this scale the code q lies q^2 below v. */
-static float height(uint32_t value)
+static inline float height(float value)
 {
-    const uint32_t bits = float_bits((float)value);
+    const uint32_t bits = float_bits(value);
     const float m = bits_float((bits & UINT32_C(0x007fffff)) | UINT32_C(0x3f800000));
     float log2 = 0.043928627f;
     log2 = log2 * m - 0.4094756f;
@@ -259,26 +262,43 @@ static void sort_ids(uint64_t *keys, uint32_t *token_ids, size_t n)
         token_ids[i] = (uint32_t)keys[i];
 }
 
-/* Weights of one position, sorted in keys by (weight descending, id ascending), to codes; returns how many are kept. */
+static float key_weight(uint64_t key)
+{
+    return bits_float(~(uint32_t)(key >> 32));
+}
+
+static void fill_heights(const uint64_t *restrict keys, size_t n, float *restrict heights)
+{
+    for (size_t i = 0; i < n; i++)
+        heights[i] = height(key_weight(keys[i]));
+}
+
+/* Weights of one position, sorted in keys by (weight descending, id ascending), to codes; returns how many are kept.
+ *
+ * Each code waits for the one before it, so that guessing it is made short, and what does not wait is done for many. */
 static size_t quantise_sorted(uint64_t *keys, size_t n, uint32_t scale_log2, uint32_t *out_token_ids,
                               uint8_t *out_codes)
 {
     const double to_fixed = (double)SKL_RATIO_ONE / (double)(UINT64_C(1) << scale_log2);
+    const float one_height = 1024.0f * (float)(31 - (int32_t)scale_log2) + 0.25f; /* of v over that of its weight */
+    float heights[MANY];
     uint32_t v = SKL_RATIO_ONE;
-    float v_height = height(v) - 0.25f; /* for guesses, which are checked */
+    float v_height = height((float)v) - one_height;
     size_t kept = 0, group = 0;
     for (size_t i = 0; i <= n; i++) {
-        uint32_t code = 128;
+        uint32_t code = 128, step = 0;
         if (i < n) {
-            const float weight = bits_float(~(uint32_t)(keys[i] >> 32));
-            const uint32_t u = (uint32_t)((double)weight * to_fixed + 0.5);
-            const float guess = guess_code(v_height - height(u));
+            if (i % MANY == 0)
+                fill_heights(keys + i, n - i < MANY ? n - i : MANY, heights);
+            const uint32_t u = (uint32_t)((double)key_weight(keys[i]) * to_fixed + 0.5);
+            const float guess = guess_code(v_height - heights[i % MANY]);
             code = (uint32_t)guess;
-            if (u < v && v >= STRICT && is_nearest(v, u, code)) {
+            if (u < v && v >= STRICT && (step = nearest_step(v, u, code)) != 0) {
                 v_height -= guess * guess;
             } else {
                 code = nearest_code(v, u);
-                v_height = height(skl_ratio_step(v, (uint8_t)code)) - 0.25f; /* 128: not used any more */
+                step = skl_ratio_step(v, (uint8_t)code); /* without meaning for 128 */
+                v_height = height((float)step) - one_height;
             }
         }
         if (code != 0) { /* the group of equal decoded weights [group, kept) is complete: its ids ascend */
@@ -290,7 +310,7 @@ static size_t quantise_sorted(uint64_t *keys, size_t n, uint32_t scale_log2, uin
             break; /* the weights that follow are no larger */
         out_token_ids[kept] = (uint32_t)keys[i];
         out_codes[kept] = (uint8_t)code;
-        v = skl_ratio_step(v, (uint8_t)code);
+        v = step;
         kept++;
     }
     return kept;
