@@ -3,8 +3,20 @@
 
 #include <stdatomic.h>
 #include <string.h>
+#ifdef SKL_X86_KERNELS
+#include <cpuid.h>
+#endif
 
 static _Atomic(const skl_kernels *) chosen;
+
+#ifdef SKL_X86_KERNELS
+/* Not every compiler lets __builtin_cpu_supports be asked for it. */
+static int has_f16c(void)
+{
+    unsigned int eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+}
+#endif
 
 /* Tables this processor can run, the widest first. */
 static size_t usable(const skl_kernels *tables[3])
@@ -12,8 +24,7 @@ static size_t usable(const skl_kernels *tables[3])
     size_t n = 0;
 #ifdef SKL_X86_KERNELS
     __builtin_cpu_init();
-    const int avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         tables[n++] = &skl_kernels_avx512;

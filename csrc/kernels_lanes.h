@@ -82,7 +82,6 @@ SPECIALISED float block_sum(uint32_t dtype, const unsigned char *row, lanes scal
     const lanes first = load_lanes(dtype, row);
     lanes sum = exponential_lanes(first, scale, offset);
     lanes most = larger_lanes(fill_lanes(-INFINITY), first);
-#pragma GCC unroll 16
     for (size_t j = 1; j < SKL_GROUPS; j++) {
         const lanes x = load_lanes(dtype, row + j * SKL_LANES * size_of(dtype));
         sum = add_lanes(sum, exponential_lanes(x, scale, offset));
@@ -168,7 +167,6 @@ static void exponentials(uint32_t dtype, const void *row, size_t n, float scale,
 
 static void group_totals(const float *e, double *totals)
 {
-#pragma GCC unroll 16
     for (size_t j = 0; j < SKL_GROUPS; j++)
         totals[j] = sum_doubled(load_lanes(SKL_DTYPE_FLOAT32, (const unsigned char *)(e + j * SKL_LANES)));
 }

@@ -1,4 +1,4 @@
-/* points.c: the points of a position, and the ids that they meet; sampler.c says how.  */
+/* points.c: the points of a position, and the ids that they meet; sampler.c says how. */
 #include "sampler.h"
 
 #include <math.h>
