@@ -35,6 +35,7 @@ _Config = TypeVar("_Config")
 _EXTRAS = {
     "tyro": "cli",
     "tqdm": "cli",
+    "fsspec": "remote",
     "pyarrow": "interop",
     "matplotlib": "plot",
     "torch": "train",

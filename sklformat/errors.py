@@ -97,6 +97,10 @@ class CaptureError(SklError):
     """The writer process failed; the message is its own."""
 
 
+class RemoteError(SklError):
+    """A store behind a URL failed, or gives back other bytes than it was given; names the URL and what to do."""
+
+
 # The values are pinned in skl.h; a test walks both lists.
 STATUS_ERRORS: dict[str, type[Exception]] = {
     "SKL_ERR_ARG": ValueError,

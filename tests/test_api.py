@@ -7,7 +7,7 @@ import sklformat as skl
 
 NAMES = """
     AlignmentError Cache Capture CaptureError CorruptError FormatError Header InUseError MissingShardError
-    Problem Recovered ResumeError RingClosedError RingTimeoutError Sequence SettingsError Shard ShardWriter
+    Problem Recovered RemoteError ResumeError RingClosedError RingTimeoutError Sequence SettingsError Shard ShardWriter
     SklError SparseTargets TruncatedError UnsupportedError draw open recover verify
 """
 
@@ -20,7 +20,8 @@ def test_public_names():
 
 def test_import_is_light():
     """Importing the format loads no torch and nothing of another floor."""
-    heavy = "torch mmap_ninja pyarrow matplotlib transformers tokenizers tyro tqdm sklformat.distill sklformat.interop"
-    code = f"import sys, sklformat; print([name for name in {heavy.split()} if name in sys.modules])"
+    heavy = ["fsspec", "torch", "mmap_ninja", "pyarrow", "matplotlib", "transformers", "tokenizers", "tyro", "tqdm"]
+    heavy += ["sklformat.distill", "sklformat.interop"]
+    code = f"import sys, sklformat; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,226 @@
+"""
+The only door to fsspec: files behind URLs (s3://, gs://, hf://, memory://, …), read by ranges, written whole, checked.
+
+Knows nothing of the format.  Holds no connection and no state, so that callers may be pickled and forked; fsspec, of
+the extra ``remote``, is imported only when a URL is used.  Credentials and endpoints are what the store's own library
+reads.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sklformat.checksums import fingerprint_of
+from sklformat.errors import RemoteError
+
+_URL = re.compile(r"([A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://")
+_PATH_OF_URL = re.compile(r"[A-Za-z][\w+.-]+:/")  # two letters at least: "C:/" is a drive
+_CHUNK = 8 << 20
+
+
+def is_url(path: Path | str) -> bool:
+    """
+    Say whether ``path`` is a URL, to be given to the functions here, rather than a path of this machine.
+
+    Raises:
+        ValueError: It is a ``Path`` made from a URL, which lost one of its slashes.
+    """
+    if isinstance(path, Path):
+        if _PATH_OF_URL.match(str(path)):
+            raise ValueError(f"{path}: a URL must be given as a string; a Path loses one of its slashes")
+        return False
+    return _URL.match(path) is not None
+
+
+def join(url: str, name: str) -> str:
+    """URL of the file ``name`` in the directory ``url``."""
+    return f"{url.rstrip('/')}/{name}"
+
+
+def size(url: str) -> int:
+    """
+    Bytes of a file.
+
+    Raises:
+        FileNotFoundError: No such file.
+        RemoteError: The store failed, or does not tell.
+    """
+    with _failures(url, "be looked at"):
+        fs, path = _open(url)
+        fs.invalidate_cache(path)
+        found = fs.info(path)
+    if found.get("type") == "directory":
+        raise FileNotFoundError(f"{url}: is a directory, not a file")
+    if not isinstance(found.get("size"), int):
+        raise RemoteError(f"{url}: the store does not tell the file's size; use another kind of store")
+    return int(found["size"])
+
+
+def exists(url: str) -> bool:
+    """
+    Say whether a file is there.
+
+    Raises:
+        RemoteError: The store failed.
+    """
+    try:
+        size(url)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def list_names(url: str) -> list[str]:
+    """
+    Names of the files directly in the directory ``url``, sorted; none where there is no such directory.
+
+    Raises:
+        RemoteError: The store failed.
+    """
+    with _failures(url, "be listed"):
+        fs, path = _open(url)
+        fs.invalidate_cache(path)
+        try:
+            found = fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+    names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "file")
+    return sorted(name for name in names if name)
+
+
+def read_range(url: str, offset: int, length: int) -> bytes:
+    """
+    Bytes ``offset`` to ``offset + length`` of a file, in one request.
+
+    Raises:
+        FileNotFoundError: No such file.
+        RemoteError: The store failed, or gave another number of bytes.
+    """
+    with _failures(url, "be read"):
+        fs, path = _open(url)
+        data = bytes(fs.cat_file(path, start=offset, end=offset + length))
+    if len(data) != length:
+        raise RemoteError(
+            f"{url}: asked for {length} bytes from byte {offset} on, got {len(data)}; "
+            "the file is shorter than it should be, or the store takes no ranges: upload it again"
+        )
+    return data
+
+
+def read(url: str) -> bytes:
+    """
+    All bytes of a small file.
+
+    Raises:
+        FileNotFoundError, RemoteError: As ``read_range``.
+    """
+    return read_range(url, 0, size(url))
+
+
+def download(url: str, file: BinaryIO) -> int:
+    """
+    Write a file's bytes into one that is open here; whoever calls checks, syncs and renames it.
+
+    Returns:
+        Number of bytes, as many as the store tells.
+
+    Raises:
+        FileNotFoundError, RemoteError: As ``read_range``.
+        OSError: ``file`` cannot be written.
+    """
+    expected, done = size(url), 0
+    for chunk in _chunks(url):
+        file.write(chunk)
+        done += len(chunk)
+    if done != expected:
+        raise RemoteError(f"{url}: the store tells {expected} bytes and gave {done}; try again")
+    return done
+
+
+def upload(local: Path, url: str) -> None:
+    """
+    Put a copy of a local file at a URL, replacing what is there, and check it: size, and XXH3-128 of what comes back.
+
+    Raises:
+        RemoteError: The store failed, or gives back other bytes; the local file is as it was.
+        OSError: The local file cannot be read.
+    """
+    local_size, local_digest = _local_facts(local)
+    with _failures(url, "be written", f"{local} is kept; mend the cause, then give the same command again"):
+        fs, path = _open(url)
+        try:
+            fs.put_file(str(local), path)
+        except FileNotFoundError:  # a store with directories wants them made first; others have none
+            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            fs.put_file(str(local), path)
+    for what, wanted, read_back in (("bytes", local_size, size), ("XXH3-128", local_digest, digest)):
+        try:
+            found = read_back(url)
+        except FileNotFoundError:
+            found = "nothing"
+        if found != wanted:
+            raise RemoteError(
+                f"{url}: the upload of {local} was not kept: {what} {found} there, {wanted} here; "
+                f"{local} is kept, give the same command again"
+            )
+
+
+def digest(url: str) -> str:
+    """
+    XXH3-128 of a file's bytes, all of them read: 32 hexadecimal digits.
+
+    Raises:
+        FileNotFoundError, RemoteError: As ``read_range``.
+    """
+    return fingerprint_of(_chunks(url))
+
+
+def _local_facts(local: Path) -> tuple[int, str]:
+    with local.open("rb") as file:
+        return os.fstat(file.fileno()).st_size, fingerprint_of(iter(lambda: file.read(_CHUNK), b""))
+
+
+def _chunks(url: str) -> Iterator[bytes]:
+    with _failures(url, "be read"):
+        fs, path = _open(url)
+        file = fs.open(path, "rb", cache_type="readahead", block_size=_CHUNK)
+    with _failures(url, "be read"), file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it; fsspec keeps one a process, and makes another after a fork."""
+    import fsspec  # noqa: PLC0415  an extra, needed only where a URL is given
+
+    fs, path = fsspec.core.url_to_fs(url)
+    return fs, str(path)
+
+
+@contextmanager
+def _failures(url: str, what: str, action: str = "mend the cause, then give the same command again") -> Iterator[None]:
+    """Each store's library raises errors of its own; here they become one, with the URL and what to do."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise FileNotFoundError(f"{url}: no such file in the store") from error
+    except ModuleNotFoundError as error:
+        if error.name == "fsspec":
+            raise
+        raise _failed(url, what, error, f"pip install {error.name}") from error
+    except ImportError as error:  # fsspec's own words, which name the package
+        raise _failed(url, what, error, "then give the same command again") from error
+    except RemoteError:
+        raise
+    except Exception as error:
+        raise _failed(url, what, error, action) from error
+
+
+def _failed(url: str, what: str, error: Exception, action: str) -> RemoteError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return RemoteError(f"{url}: cannot {what} ({reason}); {action}")
