@@ -10,10 +10,11 @@ import dataclasses
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +24,7 @@ from sklformat.checksums import alignment
 from sklformat.errors import AlignmentError, CorruptError, MissingShardError
 from sklformat.header import Header
 from sklformat.manifest import MANIFEST_NAME, Entry, cache_fingerprint, check_contiguous, place_in_cache, read_manifest
+from sklformat.misalignment import likely_cause
 from sklformat.payloads import Payloads
 from sklformat.records import Sequence
 from sklformat.shard import Shard, describe
@@ -101,49 +103,52 @@ class Cache:
         place = int(np.searchsorted(self._starts, i, side="right")) - 1
         return self._shard(place), i - int(self._starts[place])
 
-    def check_alignment(self, i: int, tokens: ArrayLike) -> None:
+    def check_alignment(
+        self, i: int, tokens: ArrayLike, given: Callable[[int], NDArray[np.integer[Any]]] | None = None
+    ) -> None:
         """
         Prove that sequence i was captured on exactly these tokens.
 
         Args:
             i: Sequence, counted as in ``cache[i]``.
             tokens: [T + 1] integer token ids.
+            given: Other sequences of where the tokens come from, counted as i; they make the likely cause likelier.
 
         Raises:
             AlignmentError: It was not; names the sequence, both checksums and the likely cause.
+            ValueError: The tokens are no 1-D integers in [0, 2**32).
 
         Source: SPEC section 6.3.
         """
         shard, number = self.find(i)
         stored, computed = int(shard.index.alignment[number]), alignment(tokens)
         if stored != computed:
+            i, length = i % len(self), int(shard.index.num_positions[number]) + 1
+            cause = likely_cause(self, i, np.asarray(tokens).astype(np.int64), length, given)
             raise AlignmentError(
                 f"{self.path}: sequence {i}: alignment checksum {stored:#018x} stored, {computed:#018x} computed from "
-                f"the tokens given ({self._cause(i, shard, number, tokens, computed)}); "
-                "pack the tokens with the cache's tokenizer, corpus, seed and seq_len",
+                f"the tokens given ({cause}); pack the tokens with the cache's tokenizer, corpus, seed and seq_len",
                 sequence_index=i,
             )
 
-    def _cause(self, i: int, shard: Shard, number: int, tokens: ArrayLike, computed: int) -> str:
-        length = int(shard.index.num_positions[number]) + 1
-        if np.size(tokens) != length:
-            return f"{np.size(tokens)} tokens given, {length} captured"
-        same = np.flatnonzero(shard.index.alignment == np.uint64(computed))
-        if same.size:
-            other = i - number + int(same[0])
-            return f"they are sequence {other} of the cache: another order or packing seed, or a shift"
-        stored = shard[number].tokens
-        if stored is None:
-            return "another packing seed, tokenizer or corpus"
-        ids = np.asarray(tokens, np.int64)
-        differing = np.flatnonzero(ids != stored)
-        if np.array_equal(ids[1:], stored[:-1]) or np.array_equal(ids[:-1], stored[1:]):
-            return "shifted by one token"
-        place = int(differing[0])
-        return (
-            f"{differing.size} of {length} tokens differ, the first at {place}: {stored[place]} captured, "
-            f"{ids[place]} given; another packing seed, tokenizer or corpus"
-        )
+    def alignment_of(self, i: int) -> int:
+        """Alignment checksum of sequence i.  SPEC section 6.3."""
+        shard, number = self.find(i)
+        return int(shard.index.alignment[number])
+
+    def tokens_of(self, i: int) -> NDArray[np.uint32] | None:
+        """Tokens of sequence i, [T + 1], or None where none are stored."""
+        return self[i].tokens
+
+    def find_alignment(self, value: int, near: int) -> int | None:
+        """A sequence with this alignment checksum, in the shard of sequence ``near`` or next to it; None: none."""
+        place = int(np.searchsorted(self._starts, near, side="right")) - 1
+        for other in (place, place - 1, place + 1):
+            if 0 <= other < len(self._entries):
+                same = np.flatnonzero(self._shard(other).index.alignment == np.uint64(value))
+                if same.size:
+                    return int(self._starts[other] + same[0])
+        return None
 
     def payloads(self, numbers: NDArray[np.int64]) -> Payloads:
         """

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sklformat.distill import models, runs, streams
-from sklformat.distill.dataset import Batch
+from sklformat.distill.batches import Batch
 from sklformat.distill.fingerprints import tokenizer_fingerprint
 from sklformat.distill.losses import IGNORED_LABEL, DenseTeacher, linear_sparse_kl
 from sklformat.errors import SettingsError
