@@ -159,7 +159,7 @@ def _parse(
     The config that the flags say, and whether JSON is wanted.
 
     A field is a flag, its docstring the help; ``positional``: required fields are arguments instead.  A field whose
-    name cannot be its flag's says the flag in its metadata.
+    name cannot be its flag's, or that is a flag all the same, says the flag in its metadata.
 
     Raises:
         _UsageError: A flag is unknown, missing or has no such value.
@@ -169,17 +169,17 @@ def _parse(
 
     hints = typing.get_type_hints(config_type)
     own = dataclasses.fields(config_type)  # type: ignore[arg-type]
-    flags: list[Any] = [
-        (f.name, Annotated[hints[f.name], tyro.conf.arg(name=f.metadata["flag"])], dataclasses.field(default=f.default))
-        for f in own
-        if "flag" in f.metadata
-    ]
+    flags: list[Any] = []
+    as_argument: Any = tyro.conf.Positional
+    for f in own:
+        if "flag" in f.metadata:
+            flag = tyro.conf.arg(name=f.metadata["flag"])
+            flags.append((f.name, Annotated[hints[f.name], flag], dataclasses.field(default=f.default)))
+        elif positional and f.default is dataclasses.MISSING:
+            flags.append((f.name, as_argument[hints[f.name]], dataclasses.field()))
     json_flag = Annotated[bool, tyro.conf.arg(help="Print the result as JSON."), tyro.conf.FlagCreatePairsOff]
     flags.append(("json", json_flag, dataclasses.field(default=False)))
     extended = dataclasses.make_dataclass(config_type.__name__, flags, bases=(config_type,), frozen=True, kw_only=True)
-    markers: list[Any] = [tyro.conf.DisallowNone]
-    if positional:
-        markers += [tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -188,7 +188,7 @@ def _parse(
                 prog=name,
                 args=arguments,
                 description=_wrapped(config_type.__doc__ or ""),
-                config=tuple(markers),
+                config=(tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName),
             )
     except SystemExit as end:
         if end.code:
@@ -259,16 +259,6 @@ def _progress(unit: str, *, scale: bool = False) -> Iterator[Callable[[str, int,
 
 
 # --- the verbs -------------------------------------------------------------------------------------------------------
-
-
-def _run_learning(module: str, config_name: str, function: str, name: str, arguments: list[str]) -> int:
-    """A verb of the learning side: its config, its function, its result."""
-    loaded = importlib.import_module(f"sklformat.distill.{module}")
-    config, as_json = _parse(getattr(loaded, config_name), name, arguments)
-    result = getattr(loaded, function)(config)
-    if os.environ.get("RANK", "0") == "0":  # torchrun's; every process has the same result
-        _print_result(result, as_json=as_json)
-    return 0
 
 
 def _run_inspect(name: str, arguments: list[str]) -> int:
@@ -359,16 +349,6 @@ def _recovered(result: Recovered) -> str:
     return f"{result.path}: {result.sequences} sequences kept, {cut}; run the command that began it again to go on"
 
 
-def _run_convert(name: str, arguments: list[str]) -> int:
-    from sklformat.interop import ConvertConfig, convert  # noqa: PLC0415
-
-    config, as_json = _parse(ConvertConfig, name, arguments, positional=True)
-    with _progress("seq") as tell:
-        result = convert(config, tell)
-    _print_result(result, as_json=as_json)
-    return 0
-
-
 @dataclass(frozen=True)
 class _Verb:
     summary: str
@@ -377,7 +357,31 @@ class _Verb:
 
 
 def _learning(module: str, config_name: str, function: str) -> Callable[[str, list[str]], int]:
-    return lambda name, arguments: _run_learning(module, config_name, function, name, arguments)
+    """A verb of the learning side: its config, its function, its result."""
+
+    def run(name: str, arguments: list[str]) -> int:
+        loaded = importlib.import_module(f"sklformat.distill.{module}")
+        config, as_json = _parse(getattr(loaded, config_name), name, arguments)
+        result = getattr(loaded, function)(config)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's; every process has the same result
+            _print_result(result, as_json=as_json)
+        return 0
+
+    return run
+
+
+def _long(module: str, config_name: str, function: str) -> Callable[[str, list[str]], int]:
+    """A verb that tells how many sequences it has done: its config, its function, its result."""
+
+    def run(name: str, arguments: list[str]) -> int:
+        loaded = importlib.import_module(f"sklformat.{module}")
+        config, as_json = _parse(getattr(loaded, config_name), name, arguments, positional=True)
+        with _progress("seq") as tell:
+            result = getattr(loaded, function)(config, tell)
+        _print_result(result, as_json=as_json)
+        return 0
+
+    return run
 
 
 _AGAIN = "nothing was changed"
@@ -393,5 +397,8 @@ _VERBS = {
     "inspect": _Verb("say what a cache holds", _run_inspect, _AGAIN),
     "verify": _Verb("check every byte of a cache", _run_verify, _AGAIN),
     "recover": _Verb("keep the whole sequences of an unfinished shard", _run_recover),
-    "convert": _Verb("between caches and plain columns (npz, Parquet, JSONL)", _run_convert),
+    "check": _Verb("prove that a cache and tokens belong together", _long("check", "CheckConfig", "check"), _AGAIN),
+    "convert": _Verb(
+        "between caches and plain columns (npz, Parquet, JSONL)", _long("interop", "ConvertConfig", "convert")
+    ),
 }

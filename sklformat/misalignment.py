@@ -68,14 +68,21 @@ def likely_cause(
     stored = captured.tokens_of(i)
     if stored is not None:
         return _compared(tokens, stored.astype(np.int64))
-    expected = captured.alignment_of(i)
-    before, after = neighbour(i - 1), neighbour(i + 1)
+    if any(_is_shifted(captured, number, neighbour) for number in (i, i + 1)):  # the first has none before it
+        return "shifted by one token"
+    return "another packing seed, tokenizer or corpus"
+
+
+def _is_shifted(captured: Captured, i: int, neighbour: Callable[[int], _Ids | None]) -> bool:
+    """Whether sequence i is what the source gives for it, moved by one token."""
+    before, tokens, after = (neighbour(number) for number in (i - 1, i, i + 1))
+    if tokens is None:
+        return False
     # Sequences of a stream touch or share one token; what a shift pushed out stands at the neighbour's edge.
     edges = [] if before is None else [[before[-k], *tokens[:-1]] for k in (1, 2) if before.size >= k]
     edges += [] if after is None else [[*tokens[1:], after[k]] for k in (0, 1) if after.size > k]
-    if any(alignment(np.array(edge)) == expected for edge in edges):
-        return "shifted by one token"
-    return "another packing seed, tokenizer or corpus"
+    expected = captured.alignment_of(i)
+    return any(alignment(np.array(edge)) == expected for edge in edges)
 
 
 def _displaced(captured: Captured, i: int, place: int, neighbour: Callable[[int], _Ids | None]) -> str:

@@ -52,7 +52,7 @@ def test_help_names_every_verb(capfd):
     """--help, --version and a missing or wrong verb answer at once."""
     status, out, _ = run(capfd, "--help")
     assert 0 == status
-    for verb in ("cache", "train", "eval", "demo", "inspect", "verify", "recover", "convert"):
+    for verb in ("cache", "train", "eval", "demo", "inspect", "verify", "recover", "check", "convert"):
         assert f"\n  {verb} " in out
     assert (0, f"sklformat {skl.__version__}\n", "") == run(capfd, "--version")
     for words in ((), ("chache",), ("--nosuch",)):
@@ -61,7 +61,7 @@ def test_help_names_every_verb(capfd):
         assert "there are cache, train" in err
 
 
-@pytest.mark.parametrize("verb", ["inspect", "verify", "recover", "convert"])
+@pytest.mark.parametrize("verb", ["inspect", "verify", "recover", "check", "convert"])
 def test_help_of_format_verbs(capfd, monkeypatch, verb):
     """Help fits 80 columns and explains every flag."""
     assert_help(capfd, monkeypatch, verb)
@@ -164,6 +164,8 @@ def test_convert(capfd, cache, tmp_path):
         (["convert", "a", "b", "--kind", "other"], "'other'"),
         (["verify", "a", "--nosuch"], "--nosuch"),
         (["verify"], "PATH"),
+        (["check", "a"], "--tokens"),
+        (["check", "--tokens", "a"], "PATH"),
     ],
 )
 def test_wrong_usage(capfd, words, message):
