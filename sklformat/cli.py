@@ -315,11 +315,11 @@ def _run_verify(name: str, arguments: list[str]) -> int:
 
         problems = verify(config.path, progress)
     if as_json:
-        found = [dataclasses.asdict(problem) for problem in problems]
-        _print_json({"path": str(config.path), "sound": not problems, "problems": found})
+        _print_json(
+            {"path": str(config.path), "sound": not problems, "problems": list(map(dataclasses.asdict, problems))}
+        )
     else:
-        for problem in problems:
-            sys.stdout.write(f"{problem}\n")
+        sys.stdout.writelines(f"{problem}\n" for problem in problems)
         verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)} found" if problems else "sound"
         sys.stdout.write(f"{config.path}: {verdict}, {checked:,} bytes checked\n")
     return DAMAGED if problems else 0
@@ -335,8 +335,7 @@ def _run_recover(name: str, arguments: list[str]) -> int:
     if as_json:
         _print_json([dataclasses.asdict(result) for result in results])
     else:
-        for result in results:
-            sys.stdout.write(f"{_recovered(result)}\n")
+        sys.stdout.writelines(f"{_recovered(result)}\n" for result in results)
     return 0
 
 
@@ -389,6 +388,8 @@ _CACHE = ("caching", "CacheConfig", "cache_teacher")
 _TRAIN = ("training", "TrainConfig", "train")
 _EVAL = ("evaluation", "EvalConfig", "evaluate")
 _DEMO = ("demo", "DemoConfig", "run_demo")
+_CHECK = ("check", "CheckConfig", "check")
+_CONVERT = ("interop", "ConvertConfig", "convert")
 _VERBS = {
     "cache": _Verb("run a teacher over text and keep its distributions", _learning(*_CACHE)),
     "train": _Verb("train a student from a cache, from text or from a teacher", _learning(*_TRAIN)),
@@ -397,8 +398,6 @@ _VERBS = {
     "inspect": _Verb("say what a cache holds", _run_inspect, _AGAIN),
     "verify": _Verb("check every byte of a cache", _run_verify, _AGAIN),
     "recover": _Verb("keep the whole sequences of an unfinished shard", _run_recover),
-    "check": _Verb("prove that a cache and tokens belong together", _long("check", "CheckConfig", "check"), _AGAIN),
-    "convert": _Verb(
-        "between caches and plain columns (npz, Parquet, JSONL)", _long("interop", "ConvertConfig", "convert")
-    ),
+    "check": _Verb("prove that a cache and tokens belong together", _long(*_CHECK), _AGAIN),
+    "convert": _Verb("between caches and plain columns (npz, Parquet, JSONL)", _long(*_CONVERT)),
 }
