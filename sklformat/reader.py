@@ -1,5 +1,5 @@
 """
-Read a cache: one sealed shard or a directory of them, as one sequence of sequences.
+Read a cache: one sealed shard or a directory of them, here or behind a URL, as one sequence of sequences.
 
 The shards themselves are read by ``shard``; this module knows which there are.  SPEC.md sections 11 and 13.
 """
@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sklformat import layout
+from sklformat import layout, remote
 from sklformat.checksums import alignment
+from sklformat.copies import LocalCopies
 from sklformat.errors import AlignmentError, CorruptError, MissingShardError
 from sklformat.header import Header
 from sklformat.manifest import MANIFEST_NAME, Entry, cache_fingerprint, check_contiguous, place_in_cache, read_manifest
@@ -28,8 +29,10 @@ from sklformat.misalignment import likely_cause
 from sklformat.payloads import Payloads
 from sklformat.records import Sequence
 from sklformat.shard import Shard, describe
+from sklformat.storage import Io, Place, join
 
 MAX_OPEN_SHARDS = 64
+_SUFFIX = ".skl"
 
 
 class Cache:
@@ -38,19 +41,28 @@ class Cache:
 
     Made by ``skl.open``.  ``cache[i]`` counts from 0; i is the global sequence number, except for a single shard opened
     by itself, where ``first_sequence`` says what 0 stands for.  Safe to pickle (it opens again), to fork, and to read
-    from several threads.
+    from several threads.  At most MAX_OPEN_SHARDS shards are open.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        if not self.path.exists():
-            raise FileNotFoundError(f"{self.path}: no such file or directory; a cache is a directory of .skl shards")
-        self._directory = self.path.is_dir()
+    def __init__(self, path: Place, io: Io = "auto", copies: LocalCopies | None = None) -> None:
+        self.path: Place
+        if isinstance(path, str) and remote.is_url(path):
+            self.path = path.rstrip("/")
+            self._directory = not self.path.endswith(_SUFFIX)
+        else:
+            self.path = Path(path)
+            if not self.path.exists():
+                raise FileNotFoundError(
+                    f"{self.path}: no such file or directory; a cache is a directory of {_SUFFIX} shards"
+                )
+            self._directory = self.path.is_dir()
+        self.io: Io = io
+        self.copies = LocalCopies() if copies is None else copies
         self._open_shards: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
-        self._entries = list_shards(self.path)
+        self._entries = list_shards(self.path, io, self.copies)
         first = self._shard(0)
         self.header: Header = dataclasses.replace(first.header, shard_number=0, first_sequence=0)
         self.first_sequence = first.header.first_sequence
@@ -84,11 +96,11 @@ class Cache:
     ) -> None:
         self.close()
 
-    def __getstate__(self) -> Path:
-        return self.path
+    def __getstate__(self) -> tuple[Place, Io, LocalCopies]:
+        return self.path, self.io, self.copies
 
-    def __setstate__(self, path: Path) -> None:
-        self.__init__(path)  # type: ignore[misc]
+    def __setstate__(self, state: tuple[Place, Io, LocalCopies]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     def find(self, i: int) -> tuple[Shard, int]:
         """
@@ -162,9 +174,11 @@ class Cache:
         found = Payloads(numbers.size)
         rows = np.flatnonzero(numbers >= 0)
         places = np.searchsorted(self._starts, numbers[rows], side="right") - 1
-        for place in dict.fromkeys(places.tolist()):
+        distinct = dict.fromkeys(places.tolist())
+        copied = len(distinct) > MAX_OPEN_SHARDS  # mappings in use would stay open all together
+        for place in distinct:
             mine = rows[places == place]
-            found.fill(mine, self._shard(place), numbers[mine] - self._starts[place])
+            found.fill(mine, self._shard(place), numbers[mine] - self._starts[place], copied=copied)
         return found
 
     @property
@@ -205,13 +219,13 @@ class Cache:
         shard = self._open_shards.get(place)
         if shard is None:
             entry = self._entries[place]
-            if not entry.path.exists():
+            if isinstance(entry.path, Path) and not entry.path.exists():
                 raise MissingShardError(
                     f"sequences {entry.first_sequence}..{entry.first_sequence + entry.num_sequences - 1} are missing; "
                     "put the shard back or capture it again",
                     path=entry.path,
                 )
-            shard = Shard(entry.path)
+            shard = Shard(entry.path, self.io, copies=self.copies, entry=entry)
             self._check_belongs(shard, entry)
             self._open_shards[place] = shard
             if len(self._open_shards) > MAX_OPEN_SHARDS:
@@ -238,37 +252,53 @@ class Cache:
             raise CorruptError(f"belongs to another cache: {differing}", path=shard.path)
 
 
-def list_shards(path: Path) -> list[Entry]:
+def list_shards(path: Place, io: Io = "auto", copies: LocalCopies | None = None) -> list[Entry]:
     """
     The shards of a cache in order: of a single file, of a manifest, or of a directory's ``.skl`` files.
 
+    Args:
+        path: File or directory, or the URL of one.
+        io: As for ``Shard``.
+        copies: As for ``Shard``.
+
     Raises:
         MissingShardError: Sequences are missing between shards, before the first, or behind the last where a shard is
-            unfinished and no manifest says that it does not belong; or there is no shard at all.
+            unfinished and no manifest says that it does not belong; or there is no shard at all; or a URL has no
+            manifest.
         FormatError: A shard or the manifest is damaged.
     """
+    if isinstance(path, str):
+        if path.endswith(_SUFFIX):
+            return [_entry(path, io, copies)]
+        try:
+            return read_manifest(join(path, MANIFEST_NAME))
+        except FileNotFoundError:
+            raise MissingShardError(
+                f"no {MANIFEST_NAME} here, which a cache behind a URL needs; sklformat cache and convert write it last",
+                path=path,
+            ) from None
     if path.is_file():
-        return [_entry(path)]
+        return [_entry(path, io, copies)]
     if (path / MANIFEST_NAME).exists():
         return read_manifest(path / MANIFEST_NAME)
-    return scan_directory(path)
+    return scan_directory(path, io)
 
 
-def scan_directory(path: Path) -> list[Entry]:
+def scan_directory(path: Path, io: Io = "auto") -> list[Entry]:
     """
     The sealed shards of a directory in order, read from the files themselves; what ``write_manifest`` takes.
 
     Raises:
         MissingShardError, FormatError: As ``list_shards``; CorruptError too where a shard belongs to another cache.
     """
-    files = sorted(p for p in path.iterdir() if p.suffix == ".skl" and p.is_file())
+    files = sorted(p for p in path.iterdir() if p.suffix == _SUFFIX and p.is_file())
     if unfinished := find_unfinished(path):
         raise unfinished[0]
     if not files:
         raise MissingShardError("no .skl shards here: not a cache, or an empty one", path=path)
     entries, first = [], None
     for file in files:
-        with closing(Shard(file)) as shard:
+        with closing(Shard(file, io)) as shard:
             first = first or shard.header
             if first.cache_key != shard.header.cache_key:
                 raise CorruptError(
@@ -293,23 +323,29 @@ def find_unfinished(path: Path) -> list[MissingShardError]:
     ]
 
 
-def _entry(path: Path) -> Entry:
-    with closing(Shard(path)) as shard:
+def _entry(path: Place, io: Io, copies: LocalCopies | None) -> Entry:
+    with closing(Shard(path, io, copies=copies)) as shard:
         return describe(shard)
 
 
-def open_cache(path: Path | str) -> Cache:
+def open_cache(path: Path | str, io: Io = "auto", copies: LocalCopies | None = None) -> Cache:
     """
     Open one sealed shard, or a directory of them with or without its manifest.
 
     Args:
-        path: A ``.skl`` file or a cache directory.
+        path: A ``.skl`` file or a cache directory, or the URL of a ``.skl`` file or of a directory with a manifest
+            (``s3://…``; needs the extra ``remote``).
+        io: How local files are read.  "mmap" maps them, which is fast, but a file that is cut short meanwhile, or a
+            disk that fails, then kills the process.  "pread" reads them, and every such thing is an error that can be
+            caught.  "auto": mmap on local file systems, pread on network and unknown ones.
+        copies: Where pieces of remote files are kept, and how many; None: a ``LocalCopies`` with its defaults.
 
     Raises:
         FileNotFoundError: Nothing is there.
         MissingShardError: A range of sequences is missing, or a shard is unfinished; it is named.
         CorruptError, TruncatedError, UnsupportedError: Damage or another version; names file and byte offset.
+        RemoteError: The store behind a URL failed.
 
     Source: SPEC section 11.
     """
-    return Cache(path)
+    return Cache(path, io, copies)

@@ -23,6 +23,7 @@ from sklformat.manifest import MANIFEST_NAME, Entry, check_contiguous, place_in_
 from sklformat.payloads import Payloads
 from sklformat.reader import Cache, find_unfinished
 from sklformat.shard import Shard, describe
+from sklformat.storage import Place
 
 Progress = Callable[[int, int], None]
 """Called with (bytes checked so far, bytes in all)."""
@@ -41,7 +42,7 @@ class Problem:
         sequence: Index of the sequence in its shard, or None.
     """
 
-    path: Path
+    path: Place
     error: str
     message: str
     offset: int | None = None
@@ -157,7 +158,7 @@ def _check_together(root: Path, opened: list[tuple[Entry, Header]]) -> list[Prob
         Problem(
             entry.path,
             "CorruptError",
-            f"belongs to another cache than {opened[0][0].path.name}: {'; '.join(opened[0][1].differences(header))}",
+            f"belongs to another cache than {opened[0][0].name}: {'; '.join(opened[0][1].differences(header))}",
         )
         for entry, header in opened
         if header.cache_key != opened[0][1].cache_key
@@ -193,7 +194,7 @@ def _check_listed(listed: list[Entry], found: list[Entry]) -> list[Problem]:
     return problems
 
 
-def _problem(error: FormatError, path: Path, sequence: int | None = None, offset: int | None = None) -> Problem:
+def _problem(error: FormatError, path: Place, sequence: int | None = None, offset: int | None = None) -> Problem:
     return Problem(
         error.path or path,
         type(error).__name__,

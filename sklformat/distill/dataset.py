@@ -47,7 +47,8 @@ class SparseLogitDataset(IterableDataset[Batch]):
     batches that were handed out, so that none that were made ahead are lost.
 
     Args:
-        path: A cache directory or one shard.
+        path: A cache directory, one shard, or the URL of either; or a cache that ``skl.open`` opened with settings of
+            its own, such as how its files are read.
         batch_size: Sequences a batch, on each rank; None: single sequences, for trainers that make the batches
             themselves, with ``collate``.
         seed: Seed of the order.
@@ -73,7 +74,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
 
     def __init__(
         self,
-        path: Path | str,
+        path: Path | str | Cache,
         batch_size: int | None = 8,
         seed: int = 0,
         shuffle: bool = True,
@@ -94,7 +95,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
             world_size = torch.distributed.get_world_size() if distributed else 1
         if prefetch < 0:
             raise ValueError(f"prefetch must be >= 0, got {prefetch}")
-        self.cache = Cache(path)
+        self.cache = path if isinstance(path, Cache) else Cache(path)
         self.sequences = _checked_range(sequences, len(self.cache))
         self.schedule = Schedule(
             num_sequences=len(self.sequences),
