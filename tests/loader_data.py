@@ -20,9 +20,9 @@ def make_targets(rng, positions):
     return skl.SparseTargets(token_ids=np.concatenate(token_ids), counts=np.concatenate(counts), offsets=offsets)
 
 
-def write_cache(directory, *, seq_len=POSITIONS, lengths=None, store_tokens=True):
+def write_cache(directory, *, seq_len=POSITIONS, lengths=None, store_tokens=True, seed=7):
     """Two shards of SEQUENCES sequences; returns what went in."""
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed)
     data, shard_size = [], 15
     directory.mkdir()
     for number, first in enumerate(range(0, SEQUENCES, shard_size)):
