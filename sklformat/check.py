@@ -28,8 +28,8 @@ _EVERY = 1024  # sequences between two words of progress
 class CheckConfig:
     """Prove that a cache was captured on exactly the tokens to be trained on: every sequence, before the first step."""
 
-    path: Path
-    """Cache directory, or one .skl shard."""
+    path: str
+    """Cache directory, or one .skl shard, or the URL of either."""
 
     tokens: Path = field(metadata={"flag": "tokens"})
     """The tokens: a .npy array [sequences, seq_len + 1], an mmap-ninja store of such sequences, or the token store that
@@ -40,7 +40,7 @@ class CheckConfig:
 class Checked:
     """What was proven: these many sequences of the cache are those of the tokens, which may have more."""
 
-    path: Path
+    path: str
     tokens: Path
     sequences: int
     available: int

@@ -32,6 +32,8 @@ from sklformat.shard import Shard, describe
 from sklformat.storage import Io, Place, join
 
 MAX_OPEN_SHARDS = 64
+"""As many are open at most, of a cache that has more: half of them kept for whoever comes next, the others because up
+to four batches in the making read from an eighth each.  A batch of more shards copies its blocks at once."""
 _SUFFIX = ".skl"
 
 
@@ -41,7 +43,7 @@ class Cache:
 
     Made by ``skl.open``.  ``cache[i]`` counts from 0; i is the global sequence number, except for a single shard opened
     by itself, where ``first_sequence`` says what 0 stands for.  Safe to pickle (it opens again), to fork, and to read
-    from several threads.  At most MAX_OPEN_SHARDS shards are open.
+    from several threads.
     """
 
     def __init__(self, path: Place, io: Io = "auto", copies: LocalCopies | None = None) -> None:
@@ -175,7 +177,7 @@ class Cache:
         rows = np.flatnonzero(numbers >= 0)
         places = np.searchsorted(self._starts, numbers[rows], side="right") - 1
         distinct = dict.fromkeys(places.tolist())
-        copied = len(distinct) > MAX_OPEN_SHARDS  # mappings in use would stay open all together
+        copied = len(self._entries) > MAX_OPEN_SHARDS and len(distinct) > MAX_OPEN_SHARDS // 8
         for place in distinct:
             mine = rows[places == place]
             found.fill(mine, self._shard(place), numbers[mine] - self._starts[place], copied=copied)
@@ -228,8 +230,9 @@ class Cache:
             shard = Shard(entry.path, self.io, copies=self.copies, entry=entry)
             self._check_belongs(shard, entry)
             self._open_shards[place] = shard
-            if len(self._open_shards) > MAX_OPEN_SHARDS:
-                self._open_shards.popitem(last=False)  # unmapped once nobody reads from it any more
+            kept = len(self._entries) if len(self._entries) <= MAX_OPEN_SHARDS else MAX_OPEN_SHARDS // 2
+            if len(self._open_shards) > kept:
+                self._open_shards.popitem(last=False)  # closed once nobody reads from it any more
         else:
             self._open_shards.move_to_end(place)
         return shard

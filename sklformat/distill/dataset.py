@@ -64,7 +64,8 @@ class SparseLogitDataset(IterableDataset[Batch]):
             batches mixes well enough.
         sequences: The part of the cache that this dataset sees, as in ``cache[i]``; None: all.  It reaches nothing
             else, so that a held-out part is safe: ``range(0, n - 500)`` to train on, ``range(n - 500, n)`` to measure.
-        prefetch: Batches made ahead by as many threads where it is iterated without worker processes; 0: none.
+        prefetch: Batches made ahead by as many threads (four at most) where it is iterated without worker processes;
+            0: none.
 
     Raises:
         ValueError: The cache stores no tokens and none are given, or the arguments contradict each other.

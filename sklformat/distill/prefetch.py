@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+MAX_THREADS = 4
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
@@ -25,13 +26,13 @@ def made_ahead(items: Iterable[_Item], make: Callable[[_Item], _Made], ahead: in
 
     Args:
         items: Taken one by one, in the thread that iterates.
-        make: Called by ``ahead`` threads at the same time.
+        make: Called by ``ahead`` threads at the same time, but by no more than MAX_THREADS.
         ahead: How many are made beyond the one that is asked for, >= 0; 0: no threads at all.
     """
     if ahead == 0:
         yield from map(make, items)
         return
-    pool = ThreadPoolExecutor(ahead, thread_name_prefix="sklformat-prefetch")
+    pool = ThreadPoolExecutor(min(ahead, MAX_THREADS), thread_name_prefix="sklformat-prefetch")
     pending: deque[Future[_Made]] = deque()
     try:
         for item in items:

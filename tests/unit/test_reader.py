@@ -293,15 +293,20 @@ def test_nothing_is_read_after_closing(directory):
 
 
 def test_few_shards_are_open(directory, monkeypatch):
-    """At most MAX_OPEN_SHARDS are mapped, the least recently used goes first, and one in use stays readable."""
+    """Of a cache of more than MAX_OPEN_SHARDS half of them stay open, the least recently used goes first, and one in
+    use stays readable; of a smaller one all stay open."""
     monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
     with skl.open(directory) as cache:
         shard, number = cache.find(0)
         cache[3], cache[0], cache[5]
-        assert list(cache._open_shards) == [0, 2]
+        assert list(cache._open_shards) == [2]
         cache[3]
-        assert list(cache._open_shards) == [2, 1]
+        assert list(cache._open_shards) == [1]
         assert EXPECTED[0] == shard[number].tokens.tolist()
+    monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 3)
+    with skl.open(directory) as cache:
+        cache[3], cache[0], cache[5]
+        assert list(cache._open_shards) == [1, 0, 2]
 
 
 def test_threads(directory, monkeypatch):

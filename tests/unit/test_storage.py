@@ -188,7 +188,7 @@ def test_a_file_written_over_is_an_error(directory):
 def test_a_replaced_file_is_refused_when_it_is_opened_again(directory, monkeypatch):
     """A file renamed over an open one leaves the reader with the old, whole content; opened again it is refused."""
     write_manifest(directory, reader.scan_directory(directory))
-    monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
     with skl.open(directory, "pread") as cache:
         assert EXPECTED[3] == cache[3].tokens.tolist()
         (directory / "new").write_bytes(small_shard(2, shard_number=1, first_sequence=5))
