@@ -59,7 +59,7 @@ class Cache:
                 )
             self._directory = self.path.is_dir()
         self.io: Io = io
-        self.copies = LocalCopies() if copies is None else copies
+        self.copies = LocalCopies() if copies is None and isinstance(self.path, str) else copies
         self._open_shards: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -98,10 +98,10 @@ class Cache:
     ) -> None:
         self.close()
 
-    def __getstate__(self) -> tuple[Place, Io, LocalCopies]:
+    def __getstate__(self) -> tuple[Place, Io, LocalCopies | None]:
         return self.path, self.io, self.copies
 
-    def __setstate__(self, state: tuple[Place, Io, LocalCopies]) -> None:
+    def __setstate__(self, state: tuple[Place, Io, LocalCopies | None]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     def find(self, i: int) -> tuple[Shard, int]:

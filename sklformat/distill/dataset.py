@@ -263,6 +263,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
         first = self.cache.first_sequence
         lengths, alignments = payloads.num_positions.tolist(), payloads.alignment.tolist()
         out = np.zeros((numbers.size, (self.cache.header.seq_len or max(lengths)) + 1), "<u4")
+        data, row_bytes = out.data.cast("B"), out.strides[0]
         for row, number in enumerate(numbers.tolist()):
             if number < 0:
                 continue
@@ -270,7 +271,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
             if tokens.size == length:
                 # Values that do not fit are cut here, but what is handed out is what was proven.
                 out[row, :length] = tokens
-                if checksum(out[row, :length].data.cast("B")) == alignments[row]:
+                if checksum(data[row * row_bytes : row * row_bytes + 4 * length]) == alignments[row]:
                     continue
             self.cache.check_alignment(number, tokens, lambda i: self._neighbour(first + i))
         return out
