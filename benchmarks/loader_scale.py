@@ -6,6 +6,7 @@ What do many shards, far positions, proofs of alignment and reading instead of m
   4 * 10^9 sequences.  Limit: 100 ms.
 * state: its bytes as JSON at the largest numbers.  Limit: 300.
 * alignment: an epoch with tokens of the caller's own, each sequence proven, against the proof alone.  Limit: 2 % of it.
+* prefetch: an epoch with one millisecond of other work a batch, batches made ahead by two threads against none.
 * io: later epochs of batches read with pread against mapped ones, and the windowed order against the global one.
 """
 
@@ -119,6 +120,18 @@ def measure_epochs(directory: Path, size_bytes: int, rounds: int) -> None:
         for number, expected in enumerate(alignments):
             assert checksum(data[number * size : number * size + size]) == expected
 
+    def busy(ds: SparseLogitDataset) -> Callable[[], None]:
+        """An epoch with a step of a millisecond, which lets go of the GIL as torch does."""
+        matrix = torch.ones(300, 300)
+
+        def run() -> None:
+            for _ in ds:
+                end = time.perf_counter() + 1e-3
+                while time.perf_counter() < end:
+                    torch.mm(matrix, matrix)
+
+        return run
+
     settings = {"batch_size": 8, "prefetch": 0}
     ways = {
         "stored tokens, mmap": epoch(SparseLogitDataset(skl.open(path, "mmap"), **settings)),
@@ -131,6 +144,12 @@ def measure_epochs(directory: Path, size_bytes: int, rounds: int) -> None:
     positions = num_sequences // 8 * 8 * 1024
     for name, (median, ratio) in results.items():
         print(f"{name:<26}{positions / median / 1e6:>8.1f} M positions/s   this / own tokens: {1 / ratio:.3f}")
+
+    ahead = {f"prefetch {n}": busy(SparseLogitDataset(path, batch_size=8, prefetch=n)) for n in (2, 0)}
+    results = measure("prefetch 2", ahead, rounds)
+    steps = num_sequences // 8 * 1e-3
+    for name, (median, _) in results.items():
+        print(f"{name}: {median:.4f} s for {steps:.3f} s of other work")
 
 
 def main() -> None:
