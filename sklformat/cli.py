@@ -54,8 +54,8 @@ class _UsageError(Exception):
 class InspectConfig:
     """Say what a cache holds: settings, sizes, where it comes from, whether it is biased. Reads headers only."""
 
-    path: Path
-    """Cache directory, or one .skl shard."""
+    path: str
+    """Cache directory, or one .skl shard, or the URL of either."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,8 @@ class SparseLogitDataset(IterableDataset[Batch]):
     Protocol of use: ``ds.set_epoch(e)`` before each epoch (as for torch's DistributedSampler; without it every
     iteration repeats the same epoch).  To resume, ``ds.load_state_dict(batch.state)`` of the last batch trained on: the
     next iteration goes on right after it, later ones begin at the start of their epoch again.  The state counts
-    batches that were handed out, so that none that were made ahead are lost.
+    batches that were handed out, so that none that were made ahead are lost; a ``DataLoader`` must hand them out in
+    order for that, as it does unless told otherwise (``in_order``).
 
     Args:
         path: A cache directory, one shard, or the URL of either; or a cache that ``skl.open`` opened with settings of

@@ -1,7 +1,10 @@
 """What a loader holds: few open files, little memory, and no more of it after a million sequences."""
 
 import os
-import pickle
+import signal
+import subprocess
+import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -76,14 +79,36 @@ def test_few_files_are_open(many, io, batch_size):
                 assert files <= 64
 
 
-def test_a_dataset_pickles_small(many):
-    """What goes to a worker process is below 4 KiB, whatever the number of shards."""
-    ds = SparseLogitDataset(many, batch_size=4, tokens=no_closure)
-    assert len(pickle.dumps(ds.cache)) + len(pickle.dumps(ds.tokens)) + len(pickle.dumps(ds.schedule)) < 4096
-
-
 def no_closure(i):
     return [i]
+
+
+def test_a_dataset_pickles_small(many):
+    """What goes to a worker process is below 4 KiB, whatever the number of shards."""
+    ds = SparseLogitDataset(many, batch_size=4, tokens=no_closure, window=8)
+    assert len(ForkingPickler.dumps(ds)) < 4096
+
+
+KILLED = """
+import os, signal, sys
+from torch.utils.data import DataLoader
+from sklformat.distill import SparseLogitDataset
+
+stream = iter(DataLoader(SparseLogitDataset(sys.argv[1], batch_size=4), batch_size=None, num_workers=2))
+next(stream)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.soak
+def test_a_killed_loader_leaves_nothing(many):
+    """SIGKILL in the middle of an epoch leaves no shared memory behind, and the next run starts as if nothing was."""
+    before = set(os.listdir("/dev/shm"))
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(many)], capture_output=True, text=True, check=False)
+        assert (-signal.SIGKILL, "") == (done.returncode, done.stderr)
+    left = {name for name in os.listdir("/dev/shm") if name.startswith(("torch", "psm", "sem"))} - before
+    assert set() == left
 
 
 class Measured(IterableDataset):
