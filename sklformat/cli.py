@@ -62,7 +62,7 @@ class InspectConfig:
 class VerifyConfig:
     """Check every byte of a cache. Damage is listed, one line each, and the exit status is then 3."""
 
-    path: Path
+    path: str
     """Cache directory, or one .skl shard."""
 
 

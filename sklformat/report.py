@@ -22,6 +22,7 @@ from sklformat.header import Header
 from sklformat.manifest import MANIFEST_NAME, Entry, check_contiguous, place_in_cache, read_manifest
 from sklformat.payloads import Payloads
 from sklformat.reader import Cache, find_unfinished
+from sklformat.remote import is_url
 from sklformat.shard import Shard, describe
 from sklformat.storage import Place
 
@@ -72,9 +73,15 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
         FileNotFoundError: Nothing is there.
         MissingShardError: A directory without any shard.
         UnsupportedError: Every file here is of another format or version; one among shards is a problem like any other.
+            Or a URL.
 
     Source: SPEC section 13.
     """
+    if isinstance(path, str) and is_url(path):
+        raise UnsupportedError(
+            "verify reads files of this machine; copy the cache here first (readers check whatever they read of a URL)",
+            path=path,
+        )
     root = Path(path)
     files = [root] if not root.is_dir() else sorted(p for p in root.iterdir() if p.suffix == ".skl")
     unfinished = find_unfinished(root) if root.is_dir() and not (root / MANIFEST_NAME).exists() else []

@@ -128,6 +128,13 @@ def test_verify(capfd, cache):
     assert (3, False, ["CorruptError"]) == (status, found["sound"], [p["error"] for p in found["problems"]])
 
 
+def test_verify_of_a_url(capfd):
+    """A URL is no missing file: verify says what it reads, and what to do."""
+    status, out, err = run(capfd, "verify", "memory://there/cache")
+    assert (1, "") == (status, out)
+    assert "verify: memory://there/cache: verify reads files of this machine; copy the cache here first" in err
+
+
 def test_recover(capfd, cache):
     """Recover keeps the whole sequences, of a file or of every unfinished shard of a directory."""
     path = write_shard(cache / "shard-00002.skl", 2, 6, seal=False).with_suffix(".skl.partial")
