@@ -21,6 +21,7 @@ PIECE = 1 << 20
 
 _IN_MEMORY = 16  # pieces: those of a batch or two
 _SUM = 8  # bytes of the checksum behind a piece
+_TRIES = 100
 _SHARE = 64  # part of the bound that a process adds before it looks at the whole directory again
 
 
@@ -112,14 +113,15 @@ class LocalCopies:
         """Put a piece in its place as a whole; a process that puts it there as well puts the same."""
         with self._lock:
             temporary = path.with_name(f".{path.name}.{os.getpid()}.{next(self._numbers)}")
-        while True:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        for tries_left in reversed(range(_TRIES)):
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 temporary.write_bytes(data)
                 temporary.replace(path)
-            except FileNotFoundError:  # the directory was empty, and removed by a process that made room
-                continue
-            break
+                break
+            except (FileNotFoundError, FileExistsError):  # the directory was removed by a process that made room
+                if tries_left == 0:
+                    raise
         with self._lock:
             self._added = None if self._added is None else self._added + len(data)
             full = self._added is None or self._added > self.max_bytes // _SHARE

@@ -203,10 +203,11 @@ class Cache:
         return (self._shard(place) for place in range(len(self._entries)))
 
     def close(self) -> None:
-        """Unmap every open shard; nothing can be read afterwards."""
-        self._closed = True
-        while self._open_shards:
-            self._open_shards.popitem()[1].close()
+        """Let go of every open shard; nothing can be read afterwards."""
+        with self._lock:
+            self._closed = True
+            while self._open_shards:
+                self._open_shards.popitem()[1].close()
 
     def _shard(self, place: int) -> Shard:
         if self._pid != os.getpid():  # after a fork the maps are shared; each process keeps its own list

@@ -54,7 +54,7 @@ class Shard:
         entry: Entry | None = None,
     ) -> None:
         self.path: Place
-        self._file: OpenFile
+        self._file: OpenFile | None
         if isinstance(path, str) and remote.is_url(path):
             self.path, self._file = path, _open_remote(path, io, copies or LocalCopies(), entry)
         else:
@@ -62,7 +62,7 @@ class Shard:
             self._file = open_file(self.path, io)
         self._checked = np.zeros(0, np.bool_)
         try:
-            self._open(self._file.size)
+            self._open(self._file)
         except FormatError as error:
             self.close()
             raise locate(error, path=self.path) from None
@@ -70,21 +70,17 @@ class Shard:
             self.close()
             raise
 
-    def _open(self, size: int) -> None:
-        first = self._bytes(0, min(size, layout.HEADER_SIZE))
+    def _open(self, file: OpenFile) -> None:
+        first = _bytes(file, 0, min(file.size, layout.HEADER_SIZE))
         self.header = parse_header(first)
         self.key = self.header.shard_key
-        at = max(size - layout.TRAILER_SIZE, 0)
-        self.trailer = parse_trailer(self._bytes(at, size - at), self.key, size)
-        with self._file.read(self.trailer.index_offset, self.trailer.index_size) as packed:
+        at = max(file.size - layout.TRAILER_SIZE, 0)
+        self.trailer = parse_trailer(_bytes(file, at, file.size - at), self.key, file.size)
+        with file.read(self.trailer.index_offset, self.trailer.index_size) as packed:
             self.index = parse_index(packed, self.trailer, first, self.header, self.key)
         self._checked = np.zeros(len(self.index), np.bool_)
         self._payload_sizes = payload_sizes(self.header, self.index.num_positions, self.index.num_records)
         self._ends = np.append(self.index.offset[1:], np.uint64(self.trailer.index_offset))
-
-    def _bytes(self, offset: int, length: int) -> bytes:
-        with self._file.read(offset, length) as view:
-            return bytes(view)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -105,19 +101,20 @@ class Shard:
         """
         if not 0 <= number < len(self):
             raise IndexError(f"{self.path}: sequence {number} of {len(self)}")
-        self._check_open()
+        file = self._opened()
         offset = int(self.index.offset[number])
         try:
-            with self._file.read(offset, int(self._ends[number]) - offset) as whole:
-                return self._decoded(number, whole)
+            with file.read(offset, int(self._ends[number]) - offset) as whole:
+                return self._decoded(number, whole, first=file.address is None or not self._checked[number])
         except FormatError as error:
             raise locate(error, path=self.path, section="block", sequence=number, offset=offset) from None
+        finally:
+            del file  # an error's traceback would keep it open
 
-    def _decoded(self, number: int, whole: memoryview) -> Sequence:
-        """Check and decode the bytes of a block; the payload's checksum once, where it cannot change unseen."""
+    def _decoded(self, number: int, whole: memoryview, *, first: bool) -> Sequence:
+        """Check and decode the bytes of a block, the payload's checksum if they are looked at for the first time."""
         block = self._header_of(number, whole)
-        checked = self._file.address is not None and bool(self._checked[number])
-        body = whole[layout.BLOCK_HEADER_SIZE : block.size] if checked else check_payload(whole, block, self.key)
+        body = check_payload(whole, block, self.key) if first else whole[layout.BLOCK_HEADER_SIZE : block.size]
         with body:
             self._checked[number] = True
             return decode_body(self.header, block, body)
@@ -155,21 +152,24 @@ class Shard:
         Raises:
             FormatError: As ``shard[number]``.
         """
-        self._check_open()
         begins, ends = self.index.offset[numbers], self._ends[numbers]
         skipped = np.uint64(layout.BLOCK_HEADER_SIZE)
-        if copied or self._file.address is None:
-            memory, places = self._read_blocks(numbers, begins, ends)
-            return places + skipped, ends - begins - skipped, memory
-        for number in numbers[~self._checked[numbers]].tolist():
-            offset = self.index.offset.item(number)
-            with self._file.read(offset, self._ends.item(number) - offset) as whole:
-                self._check(number, whole)
-            self._checked[number] = True
-        return begins + skipped + np.uint64(self._file.address), ends - begins - skipped, self
+        file = self._opened()
+        try:
+            if copied or file.address is None:
+                memory, places = self._read_blocks(file, numbers, begins, ends)
+                return places + skipped, ends - begins - skipped, memory
+            for number in numbers[~self._checked[numbers]].tolist():
+                offset = self.index.offset.item(number)
+                with file.read(offset, self._ends.item(number) - offset) as whole:
+                    self._check(number, whole)
+                self._checked[number] = True
+            return begins + skipped + np.uint64(file.address), ends - begins - skipped, file
+        finally:
+            del file  # as above
 
     def _read_blocks(
-        self, numbers: NDArray[np.int64], begins: NDArray[np.uint64], ends: NDArray[np.uint64]
+        self, file: OpenFile, numbers: NDArray[np.int64], begins: NDArray[np.uint64], ends: NDArray[np.uint64]
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
         """Blocks in memory of their own and the address of each, checked; those that lie together in one read."""
         lengths = ends - begins
@@ -181,7 +181,8 @@ class Shard:
         for run in np.split(order, cuts):
             first, last = run[0], run[-1]
             with memory[int(starts[first]) : int(starts[last] + lengths[last])].data as out:
-                self._file.read_into(int(begins[first]), out)
+                file.read_into(int(begins[first]), out)
+        del file
         for number, start, length in zip(numbers.tolist(), starts.tolist(), lengths.tolist(), strict=True):
             with memory[start : start + length].data as whole:
                 self._check(number, whole)
@@ -215,13 +216,14 @@ class Shard:
         except FormatError as error:
             raise locate(error, path=self.path, section="block", sequence=number, offset=offset) from None
 
-    def _check_open(self) -> None:
-        if self._file.closed:
+    def _opened(self) -> OpenFile:
+        if self._file is None:
             raise ValueError(f"{self.path}: the shard is closed; open it again")
+        return self._file
 
     def close(self) -> None:
-        """Let go of the file; the shard is unusable afterwards."""
-        self._file.close()
+        """Let go of the file, which stays open for what is being read; the shard is unusable afterwards."""
+        self._file = None
 
 
 def describe(shard: Shard) -> Entry:
@@ -235,6 +237,11 @@ def describe(shard: Shard) -> Entry:
         size_bytes=shard.trailer.index_offset + shard.trailer.index_size + layout.TRAILER_SIZE,
         fingerprint=shard.fingerprint,
     )
+
+
+def _bytes(file: OpenFile, offset: int, length: int) -> bytes:
+    with file.read(offset, length) as view:
+        return bytes(view)
 
 
 def _open_remote(url: str, io: Io, copies: LocalCopies, entry: Entry | None) -> RemoteFile:

@@ -33,19 +33,15 @@ _LOCAL = {
 
 class OpenFile(Protocol):
     """
-    A file open for reading.
+    A file open for reading; it is closed, or unmapped, when nobody refers to it any more, and so never while in use.
 
     Attributes:
         size: Bytes when it was opened.
         address: Of its first byte in memory, where it is mapped; None: it is read.
-        closed: Whether it can be read no more.
     """
 
     size: int
     address: int | None
-
-    @property
-    def closed(self) -> bool: ...
 
     def read(self, offset: int, length: int) -> memoryview:
         """Some bytes, to be released by the caller; of a mapped file a view into the mapping, cut at its end."""
@@ -53,10 +49,6 @@ class OpenFile(Protocol):
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``offset`` on."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the file."""
         ...
 
 
@@ -68,8 +60,7 @@ class MappedFile:
             self.size = os.fstat(file.fileno()).st_size
             if self.size == 0:
                 raise TruncatedError("the file is empty", path=path)
-            self._map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
-        self._view = memoryview(self._map)
+            self._view = memoryview(mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ))
         self.address: int | None = address_of(self._view)
 
     def read(self, offset: int, length: int) -> memoryview:
@@ -77,14 +68,6 @@ class MappedFile:
 
     def read_into(self, offset: int, out: memoryview) -> None:
         out[:] = self._view[offset : offset + len(out)]
-
-    def close(self) -> None:
-        self._view.release()
-        self._map.close()
-
-    @property
-    def closed(self) -> bool:
-        return self._map.closed
 
 
 class ReadFile:
@@ -95,9 +78,10 @@ class ReadFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._closer = weakref.finalize(self, os.close, self._fd)
+        close = weakref.finalize(self, os.close, self._fd)
         self.size = os.fstat(self._fd).st_size
         if self.size == 0:
+            close()  # now: the error's traceback refers to this object
             raise TruncatedError("the file is empty", path=path)
 
     def read(self, offset: int, length: int) -> memoryview:
@@ -121,13 +105,6 @@ class ReadFile:
                 )
             done += count
 
-    def close(self) -> None:
-        self._closer()
-
-    @property
-    def closed(self) -> bool:
-        return not self._closer.alive
-
 
 class RemoteFile:
     """A file behind a URL, read by ranges through local copies."""
@@ -136,16 +113,12 @@ class RemoteFile:
 
     def __init__(self, url: str, size: int, identity: str, copies: LocalCopies) -> None:
         self.url, self.size, self.identity, self.copies = url, size, identity, copies
-        self.closed = False
 
     def read(self, offset: int, length: int) -> memoryview:
         return memoryview(self.copies.read(self.url, self.identity, self.size, offset, length))
 
     def read_into(self, offset: int, out: memoryview) -> None:
         out[:] = self.read(offset, len(out))
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def open_file(path: Path, io: Io) -> OpenFile:

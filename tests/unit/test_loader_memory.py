@@ -1,5 +1,6 @@
 """What a loader holds: few open files, little memory, and no more of it after a million sequences."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -49,8 +50,11 @@ def write_shards(directory, num_shards, size, positions=4):
 def open_files(directory):
     """How many files of a directory this process maps, and how many it has open."""
     maps = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(directory) in line}
-    open_now = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
-    return len(maps), sum(str(directory) in path for path in open_now)
+    files = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread closed it just now
+            files += str(directory) in str(link.readlink())
+    return len(maps), files
 
 
 def anonymous_bytes():

@@ -112,6 +112,17 @@ def test_nothing_is_read_after_closing(directory, io):
             read()
 
 
+def test_what_is_in_use_stays_after_closing(directory, io):
+    """Payloads on their way to a batch stay readable when their cache is closed; then the file is let go of."""
+    cache = skl.open(directory, io)
+    payloads = cache.payloads(np.array([0, 3]))
+    cache.close()
+    assert [EXPECTED[0][:-1], EXPECTED[3][:-1]] == payloads.decode(cache.header).input_ids.tolist()
+    del payloads
+    assert str(directory) not in Path("/proc/self/maps").read_text()
+    assert not [fd for fd in os.listdir("/proc/self/fd") if str(directory) in os.path.realpath(f"/proc/self/fd/{fd}")]
+
+
 def test_files_let_go_of_are_closed(directory, io):
     """A shard that nobody refers to closes its file, also after an error of its opening."""
     before = set(os.listdir("/proc/self/fd"))
