@@ -6,7 +6,7 @@ import sys
 import sklformat as skl
 
 NAMES = """
-    AlignmentError Cache Capture CaptureError CorruptError FormatError Header InUseError MissingShardError
+    AlignmentError Cache Capture CaptureError CorruptError FormatError Header InUseError LocalCopies MissingShardError
     Problem Recovered RemoteError ResumeError RingClosedError RingTimeoutError Sequence SettingsError Shard ShardWriter
     SklError SparseTargets TruncatedError UnsupportedError draw open recover verify
 """

@@ -139,6 +139,18 @@ def test_workers_forked_beside_prefetch_threads(cache):
     assert whole == rows([*got, *stream])
 
 
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_a_cache_closed_under_its_readers(cache, io):
+    """Closing a cache while threads make batches of it ends the stream with an error, never with a crash."""
+    for _ in range(50):
+        opened = skl.open(cache[0], io)
+        stream = iter(SparseLogitDataset(opened, batch_size=1, prefetch=4))
+        next(stream)
+        opened.close()
+        with pytest.raises(ValueError, match="is closed; open it again"):
+            list(stream)
+
+
 def test_prefetch_out_of_range(cache):
     """A negative number is refused."""
     with pytest.raises(ValueError, match="prefetch must be >= 0, got -1"):
