@@ -111,8 +111,8 @@ def _open_tokens(path: Path, header: Header) -> TokenSource:
         if store is not None:
             return store
         if corpus.is_token_store(path):
-            packing = header.capture.get("packing")
-            if header.seq_len == 0 or not isinstance(packing, dict) or "separator_id" not in packing:
+            packed = header.capture.get("packing")
+            if header.seq_len == 0 or not isinstance(packed, dict) or "separator_id" not in packed:
                 raise UnsupportedError(
                     "the cache does not say how its tokens were packed (sklformat cache writes that); give the packed "
                     "sequences as a .npy array or an mmap-ninja store",
@@ -121,9 +121,9 @@ def _open_tokens(path: Path, header: Header) -> TokenSource:
             return corpus.PackedSequences(
                 path,
                 seq_len=header.seq_len,
-                separator_id=packing["separator_id"],
+                separator_id=packed["separator_id"],
                 seed=header.packing_seed,
-                first=packing.get("first_sequence", 0),
+                first=packed.get("first_sequence", 0),
             )
     raise UnsupportedError(
         "neither a .npy array, nor an mmap-ninja store, nor a token store; sklformat.check.check_tokens takes what "
