@@ -45,6 +45,7 @@ class LocalCopies:
     def _forget(self) -> None:
         """Begin as a new process does, with a lock that no thread of another one holds."""
         self._pid, self._lock = os.getpid(), threading.Lock()
+        self._fetching = [threading.Lock() for _ in range(_IN_MEMORY)]
         self._memory: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._added: int | None = None  # bytes since the directory was looked at; None: never
         self._numbers = itertools.count()
@@ -82,21 +83,23 @@ class LocalCopies:
     def _piece(self, url: str, key: str, number: int, length: int) -> bytes:
         if self._pid != os.getpid():
             self._forget()
-        with self._lock:
-            if (found := self._memory.get((key, number))) is not None:
-                self._memory.move_to_end((key, number))
-                return found
-        path = self.directory / key[:2] / key / str(number)
-        seed = (int(key[:16], 16) + number) % (1 << 64)
-        piece = self._kept(path, seed, length)
-        if piece is None:
-            piece = remote.read_range(url, number * PIECE, length)
-            self._keep(path, piece + checksum(piece, seed).to_bytes(_SUM, "little"))
-        with self._lock:
-            self._memory[key, number] = piece
-            while len(self._memory) > _IN_MEMORY:
-                self._memory.popitem(last=False)
-        return piece
+        # Threads that want the same piece wait for the first of them; others meet by chance only.
+        with self._fetching[hash((key, number)) % len(self._fetching)]:
+            with self._lock:
+                if (found := self._memory.get((key, number))) is not None:
+                    self._memory.move_to_end((key, number))
+                    return found
+            path = self.directory / key[:2] / key / str(number)
+            seed = (int(key[:16], 16) + number) % (1 << 64)
+            piece = self._kept(path, seed, length)
+            if piece is None:
+                piece = remote.read_range(url, number * PIECE, length)
+                self._keep(path, piece + checksum(piece, seed).to_bytes(_SUM, "little"))
+            with self._lock:
+                self._memory[key, number] = piece
+                while len(self._memory) > _IN_MEMORY:
+                    self._memory.popitem(last=False)
+            return piece
 
     def _kept(self, path: Path, seed: int, length: int) -> bytes | None:
         """The piece that is in the directory, if it is whole."""

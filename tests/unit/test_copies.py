@@ -1,6 +1,8 @@
 """Caches behind URLs: the same sequences, through local copies that are checked, shared and bounded."""
 
+import concurrent.futures
 import multiprocessing
+import os
 import pickle
 import shutil
 
@@ -44,6 +46,7 @@ def requests(monkeypatch):
 
     def read_range(url, offset, length):
         asked.append((url.rpartition("/")[2], offset, length))
+        os.sched_yield()  # to another thread, as a store that takes its time does
         return plain(url, offset, length)
 
     monkeypatch.setattr(remote, "read_range", read_range)
@@ -83,6 +86,17 @@ def test_what_was_read_is_not_fetched_again(url, tmp_path, requests, small_piece
     with pickle.loads(pickle.dumps(skl.open(url, copies=LocalCopies(tmp_path / "copies")))) as cache:
         list(cache)
     assert {"manifest.json"} == {name for name, *_ in requests}
+
+
+def test_threads_fetch_a_piece_once(url, tmp_path, requests):
+    """Threads that want the same piece at the same time ask the store once, as the next ones ask for none."""
+    copies, size = LocalCopies(tmp_path / "copies"), remote.size(f"{url}/shard-00000.skl")
+    expected = remote.read_range(f"{url}/shard-00000.skl", 100, 500)
+    requests.clear()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        reads = [pool.submit(copies.read, f"{url}/shard-00000.skl", "x", size, 100, 500) for _ in range(64)]
+        assert {expected} == {read.result() for read in reads}
+    assert 1 == len(requests)
 
 
 def test_damaged_copies_are_fetched_again(url, tmp_path, small_pieces):
