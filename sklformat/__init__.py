@@ -5,6 +5,7 @@ The names here need numpy, cffi and xxhash only; ``sklformat.distill`` holds wha
 """
 
 from sklformat.capture import Capture
+from sklformat.copies import LocalCopies
 from sklformat.errors import (
     AlignmentError,
     CaptureError,
@@ -42,6 +43,7 @@ __all__ = [
     "FormatError",
     "Header",
     "InUseError",
+    "LocalCopies",
     "MissingShardError",
     "Problem",
     "Recovered",

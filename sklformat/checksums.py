@@ -20,7 +20,8 @@ __all__ = ["alignment", "checksum", "fingerprint", "fingerprint_of", "tokens_arr
 
 def checksum(data: Buffer, seed: int = 0) -> int:
     """XXH3-64 of ``data`` with a 64-bit seed."""
-    return int(xxhash.xxh3_64_intdigest(data, seed))
+    value: int = xxhash.xxh3_64_intdigest(data, seed)
+    return value
 
 
 def fingerprint(data: Buffer) -> str:

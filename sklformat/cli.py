@@ -49,15 +49,15 @@ _EXTRAS = {
 class InspectConfig:
     """Say what a cache holds: settings, sizes, where it comes from, whether it is biased. Reads headers only."""
 
-    path: Path
-    """Cache directory, or one .skl shard."""
+    path: str
+    """Cache directory, or one .skl shard, or the URL of either."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
     """Check every byte of a cache. Damage is listed, one line each, and the exit status is then 3."""
 
-    path: Path
+    path: str
     """Cache directory, or one .skl shard."""
 
 
@@ -194,16 +194,6 @@ def _progress(unit: str, *, scale: bool = False) -> Iterator[Callable[[str, int,
 # --- the verbs -------------------------------------------------------------------------------------------------------
 
 
-def _run_learning(module: str, config_name: str, function: str, name: str, arguments: list[str]) -> int:
-    """A verb of the learning side: its config, its function, its result."""
-    loaded = importlib.import_module(f"sklformat.distill.{module}")
-    config, as_json = parse(getattr(loaded, config_name), name, arguments)
-    result = getattr(loaded, function)(config)
-    if os.environ.get("RANK", "0") == "0":  # torchrun's; every process has the same result
-        _print_result(result, as_json=as_json)
-    return 0
-
-
 def _run_inspect(name: str, arguments: list[str]) -> int:
     config, as_json = parse(InspectConfig, name, arguments, positional=True)
     facts = inspect(config.path)
@@ -263,11 +253,11 @@ def _run_verify(name: str, arguments: list[str]) -> int:
 
         problems = verify(config.path, progress)
     if as_json:
-        found = [dataclasses.asdict(problem) for problem in problems]
-        _print_json({"path": str(config.path), "sound": not problems, "problems": found})
+        _print_json(
+            {"path": str(config.path), "sound": not problems, "problems": list(map(dataclasses.asdict, problems))}
+        )
     else:
-        for problem in problems:
-            sys.stdout.write(f"{problem}\n")
+        sys.stdout.writelines(f"{problem}\n" for problem in problems)
         verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)} found" if problems else "sound"
         sys.stdout.write(f"{config.path}: {verdict}, {checked:,} bytes checked\n")
     return DAMAGED if problems else 0
@@ -284,8 +274,7 @@ def _run_recover(name: str, arguments: list[str]) -> int:
     if as_json:
         _print_json([dataclasses.asdict(result) for result in results])
     else:
-        for result in results:
-            sys.stdout.write(f"{_recovered(result)}\n")
+        sys.stdout.writelines(f"{_recovered(result)}\n" for result in results)
     return 0
 
 
@@ -296,16 +285,6 @@ def _recovered(result: Recovered) -> str:
     if result.sequences_cut:
         cut += f", {result.sequences_cut} whole sequences behind the fault among them"
     return f"{result.path}: {result.sequences} sequences kept, {cut}; run the command that began it again to go on"
-
-
-def _run_convert(name: str, arguments: list[str]) -> int:
-    from sklformat.interop import ConvertConfig, convert  # noqa: PLC0415
-
-    config, as_json = parse(ConvertConfig, name, arguments, positional=True)
-    with _progress("seq") as tell:
-        result = convert(config, tell)
-    _print_result(result, as_json=as_json)
-    return 0
 
 
 def _run_estimate(name: str, arguments: list[str]) -> int:
@@ -328,7 +307,31 @@ class _Verb:
 
 
 def _learning(module: str, config_name: str, function: str) -> Callable[[str, list[str]], int]:
-    return lambda name, arguments: _run_learning(module, config_name, function, name, arguments)
+    """A verb of the learning side: its config, its function, its result."""
+
+    def run(name: str, arguments: list[str]) -> int:
+        loaded = importlib.import_module(f"sklformat.distill.{module}")
+        config, as_json = parse(getattr(loaded, config_name), name, arguments)
+        result = getattr(loaded, function)(config)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's; every process has the same result
+            _print_result(result, as_json=as_json)
+        return 0
+
+    return run
+
+
+def _long(module: str, config_name: str, function: str) -> Callable[[str, list[str]], int]:
+    """A verb that tells how many sequences it has done: its config, its function, its result."""
+
+    def run(name: str, arguments: list[str]) -> int:
+        loaded = importlib.import_module(f"sklformat.{module}")
+        config, as_json = parse(getattr(loaded, config_name), name, arguments, positional=True)
+        with _progress("seq") as tell:
+            result = getattr(loaded, function)(config, tell)
+        _print_result(result, as_json=as_json)
+        return 0
+
+    return run
 
 
 _AGAIN = "nothing was changed"
@@ -336,6 +339,8 @@ _CACHE = ("caching", "CacheConfig", "cache_teacher")
 _TRAIN = ("training", "TrainConfig", "train")
 _EVAL = ("evaluation", "EvalConfig", "evaluate")
 _DEMO = ("demo", "DemoConfig", "run_demo")
+_CHECK = ("check", "CheckConfig", "check")
+_CONVERT = ("interop", "ConvertConfig", "convert")
 _VERBS = {
     "cache": _Verb("run a teacher over text and keep its distributions", _learning(*_CACHE)),
     "estimate": _Verb("say what a capture will cost", _run_estimate, _AGAIN),
@@ -345,5 +350,6 @@ _VERBS = {
     "inspect": _Verb("say what a cache holds", _run_inspect, _AGAIN),
     "verify": _Verb("check every byte of a cache", _run_verify, _AGAIN),
     "recover": _Verb("keep the whole sequences of an unfinished shard", _run_recover),
-    "convert": _Verb("between caches and plain columns (npz, Parquet, JSONL)", _run_convert),
+    "check": _Verb("prove that a cache and tokens belong together", _long(*_CHECK), _AGAIN),
+    "convert": _Verb("between caches and plain columns (npz, Parquet, JSONL)", _long(*_CONVERT)),
 }

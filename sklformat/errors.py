@@ -18,7 +18,7 @@ class FormatError(SklError):
     A file is at fault; base of the ways in which it can be.
 
     Attributes:
-        path: The file, or None while only its bytes are known.
+        path: The file (a string where it is a URL), or None while only its bytes are known.
         offset: Byte offset of the fault in the file, or None.
         section: Part of the file: "header", "block", "index", "trailer" or "manifest", or None.
         sequence: Index of the affected sequence in the shard, or None.
@@ -34,7 +34,7 @@ class FormatError(SklError):
         sequence: int | None = None,
     ) -> None:
         self.message = message
-        self.path = Path(path) if path is not None else None
+        self.path = path if path is None or "://" in str(path) else Path(path)
         self.offset = offset
         self.section = section
         self.sequence = sequence

@@ -28,7 +28,7 @@ def parse(
     The config that the flags say, and whether JSON is wanted.
 
     A field is a flag, its docstring the help; ``positional``: required fields are arguments instead.  A field whose
-    name cannot be its flag's says the flag in its metadata.
+    name cannot be its flag's, or that is a flag all the same, says the flag in its metadata.
 
     Raises:
         UsageError: A flag is unknown, missing or has no such value.
@@ -38,17 +38,17 @@ def parse(
 
     hints = typing.get_type_hints(config_type)
     own = dataclasses.fields(config_type)  # type: ignore[arg-type]
-    flags: list[Any] = [
-        (f.name, Annotated[hints[f.name], tyro.conf.arg(name=f.metadata["flag"])], dataclasses.field(default=f.default))
-        for f in own
-        if "flag" in f.metadata
-    ]
+    flags: list[Any] = []
+    as_argument: Any = tyro.conf.Positional
+    for f in own:
+        if "flag" in f.metadata:
+            flag = tyro.conf.arg(name=f.metadata["flag"])
+            flags.append((f.name, Annotated[hints[f.name], flag], dataclasses.field(default=f.default)))
+        elif positional and f.default is dataclasses.MISSING:
+            flags.append((f.name, as_argument[hints[f.name]], dataclasses.field()))
     json_flag = Annotated[bool, tyro.conf.arg(help="Print the result as JSON."), tyro.conf.FlagCreatePairsOff]
     flags.append(("json", json_flag, dataclasses.field(default=False)))
     extended = dataclasses.make_dataclass(config_type.__name__, flags, bases=(config_type,), frozen=True, kw_only=True)
-    markers: list[Any] = [tyro.conf.DisallowNone]
-    if positional:
-        markers += [tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -57,7 +57,7 @@ def parse(
                 prog=name,
                 args=arguments,
                 description=_wrapped(config_type.__doc__ or ""),
-                config=tuple(markers),
+                config=(tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName),
             )
     except SystemExit as end:
         if end.code:

@@ -17,6 +17,7 @@ from sklformat import layout
 from sklformat.checksums import fingerprint, fingerprint_of
 from sklformat.disk import write_atomically
 from sklformat.errors import CorruptError, MissingShardError, UnsupportedError
+from sklformat.storage import Place, beside, name_of, read_whole, size_of
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT, _VERSION = "sklformat cache", 1
@@ -24,9 +25,9 @@ _FORMAT, _VERSION = "sklformat cache", 1
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One shard of a cache; the fingerprint is its root digest, 32 hexadecimal digits."""
+    """One shard of a cache, by path or URL; the fingerprint is its root digest, 32 hexadecimal digits."""
 
-    path: Path
+    path: Place
     shard_number: int
     first_sequence: int
     num_sequences: int
@@ -34,13 +35,18 @@ class Entry:
     size_bytes: int
     fingerprint: str
 
+    @property
+    def name(self) -> str:
+        """Name of the file in its directory."""
+        return name_of(self.path)
+
 
 def cache_fingerprint(shards: Iterable[str]) -> str:
     """Fingerprint of a cache: XXH3-128 over its shards' fingerprints in order.  SPEC section 6.4."""
     return fingerprint_of(int(root, 16).to_bytes(16, "little") for root in shards)
 
 
-def check_contiguous(entries: list[Entry], path: Path) -> None:
+def check_contiguous(entries: list[Entry], path: Place) -> None:
     """
     Shards of a directory start at sequence 0, follow each other and are numbered from 0.
 
@@ -52,18 +58,18 @@ def check_contiguous(entries: list[Entry], path: Path) -> None:
     for place, entry in enumerate(entries):
         if entry.first_sequence > expected:
             raise MissingShardError(
-                f"sequences {expected}..{entry.first_sequence - 1} are missing before {entry.path.name}; "
+                f"sequences {expected}..{entry.first_sequence - 1} are missing before {entry.name}; "
                 "put the shard back or capture it again",
                 path=path,
             )
         if entry.first_sequence < expected:
             raise CorruptError(
-                f"{entry.path.name} begins at sequence {entry.first_sequence}, which an earlier shard holds already",
+                f"{entry.name} begins at sequence {entry.first_sequence}, which an earlier shard holds already",
                 path=path,
             )
         if entry.shard_number != place:
             raise CorruptError(
-                f"{entry.path.name} has shard_number {entry.shard_number}, but it is number {place} of the cache; "
+                f"{entry.name} has shard_number {entry.shard_number}, but it is number {place} of the cache; "
                 "capture it with its own number",
                 path=path,
             )
@@ -83,7 +89,7 @@ def write_manifest(directory: Path, entries: list[Entry]) -> None:
         "version": _VERSION,
         "fingerprint": cache_fingerprint(entry.fingerprint for entry in entries),
         "shards": [
-            {"name": entry.path.name} | {k: v for k, v in dataclasses.asdict(entry).items() if k != "path"}
+            {"name": entry.name} | {k: v for k, v in dataclasses.asdict(entry).items() if k != "path"}
             for entry in entries
         ],
     }
@@ -91,11 +97,13 @@ def write_manifest(directory: Path, entries: list[Entry]) -> None:
     write_atomically(directory / MANIFEST_NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode("ascii"))
 
 
-def read_manifest(path: Path) -> list[Entry]:
+def read_manifest(path: Place) -> list[Entry]:
     """
-    Read and check a manifest.
+    Read and check a manifest; its shards lie beside it.
 
     Raises:
+        FileNotFoundError: There is none.
+        RemoteError: The store behind a URL failed.
         UnsupportedError: Another format or a newer version.
         CorruptError: Not what SPEC section 11 says, or its digest differs.
         MissingShardError: Its shards leave a gap.
@@ -104,10 +112,10 @@ def read_manifest(path: Path) -> list[Entry]:
     def corrupt(message: str) -> CorruptError:
         return CorruptError(f"{message}; remove it to open the shards without it", path=path, section="manifest")
 
-    if path.stat().st_size > layout.MAX_MANIFEST_SIZE:
+    if size_of(path) > layout.MAX_MANIFEST_SIZE:
         raise corrupt(f"larger than {layout.MAX_MANIFEST_SIZE} bytes")
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(read_whole(path))
         _digest(body)
     except (ValueError, RecursionError) as error:
         raise corrupt(f"not JSON: {error}") from error
@@ -134,7 +142,7 @@ def read_manifest(path: Path) -> list[Entry]:
     return entries
 
 
-def _entry(shard: dict[str, Any], path: Path, corrupt: Any) -> Entry:
+def _entry(shard: dict[str, Any], path: Place, corrupt: Any) -> Entry:
     names = {f.name for f in dataclasses.fields(Entry)} - {"path"} | {"name"}
     if set(shard) != names:
         raise corrupt(f"a shard has fields {sorted(shard)}, must have {sorted(names)}")
@@ -148,7 +156,7 @@ def _entry(shard: dict[str, Any], path: Path, corrupt: Any) -> Entry:
         raise corrupt(f"a number of {name} is not in 0..2**64 - 1")
     if numbers["num_sequences"] >= layout.MAX_SEQUENCES:
         raise corrupt(f"{name} has {numbers['num_sequences']} sequences, the limit is {layout.MAX_SEQUENCES - 1}")
-    return Entry(path=path.parent / name, fingerprint=root, **numbers)
+    return Entry(path=beside(path, name), fingerprint=root, **numbers)
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -1,5 +1,5 @@
 """
-Many sequences at once: from the mappings of their shards to the arrays of a training step, every row checked.
+Many sequences at once: from the bytes of their shards to the arrays of a training step, every row checked.
 
 SPEC.md section 13.
 """
@@ -15,11 +15,12 @@ from sklformat.errors import CorruptError, FormatError
 from sklformat.header import Header
 from sklformat.native import Arena, BatchArrays, RowError, decode_batch
 from sklformat.shard import Shard
+from sklformat.storage import Place
 
 
 class Payloads:
     """
-    The payloads of B sequences, perhaps of several shards, on their way to one batch; keeps the shards open.
+    The payloads of B sequences, perhaps of several shards, on their way to one batch; keeps their memory.
 
     Attributes:
         sources: [B] uint64 addresses, 0 for an empty row.
@@ -33,15 +34,17 @@ class Payloads:
         self.sources, self.sizes = np.zeros(rows, np.uint64), np.zeros(rows, np.uint64)
         self.num_positions, self.num_records = np.zeros(rows, np.uint32), np.zeros(rows, np.uint32)
         self.alignment = np.zeros(rows, np.uint64)
-        self._shards: dict[int, tuple[Shard, int]] = {}
+        self._memory: list[object] = []
+        self._places: list[tuple[Place, NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]] = []
 
-    def fill(self, rows: NDArray[np.int64], shard: Shard, numbers: NDArray[np.int64]) -> None:
-        """Put sequences of one shard into rows."""
+    def fill(self, rows: NDArray[np.int64], shard: Shard, numbers: NDArray[np.int64], *, copied: bool = False) -> None:
+        """Put sequences of one shard into rows; ``copied``: so that the shard need not stay open."""
         index = shard.index
-        self.sources[rows], self.sizes[rows] = shard.payloads(numbers)
+        self.sources[rows], self.sizes[rows], memory = shard.payloads(numbers, copied=copied)
+        self._memory.append(memory)
         self.num_positions[rows], self.num_records[rows] = index.num_positions[numbers], index.num_records[numbers]
         self.alignment[rows] = index.alignment[numbers]
-        self._shards.update({row: (shard, n) for row, n in zip(rows.tolist(), numbers.tolist(), strict=True)})
+        self._places.append((shard.path, rows, numbers, index.offset[numbers]))
 
     def decode(
         self,
@@ -110,6 +113,7 @@ class Payloads:
 
     def _located(self, row: int, error: FormatError) -> FormatError:
         """Say of which file, block and byte a fault in a row is."""
-        shard, number = self._shards[row]
-        offset = int(shard.index.offset[number])
-        return locate(error, path=shard.path, section="block", sequence=number, offset=offset)
+        for path, rows, numbers, offsets in self._places:
+            for at in np.flatnonzero(rows == row).tolist():
+                locate(error, path=path, section="block", sequence=int(numbers[at]), offset=int(offsets[at]))
+        return error

@@ -1,5 +1,5 @@
 """
-Read a cache: one sealed shard or a directory of them, as one sequence of sequences.
+Read a cache: one sealed shard or a directory of them, here or behind a URL, as one sequence of sequences.
 
 The shards themselves are read by ``shard``; this module knows which there are.  SPEC.md sections 11 and 13.
 """
@@ -10,24 +10,31 @@ import dataclasses
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sklformat import layout
+from sklformat import layout, remote
 from sklformat.checksums import alignment
+from sklformat.copies import LocalCopies
 from sklformat.errors import AlignmentError, CorruptError, MissingShardError
 from sklformat.header import Header
 from sklformat.manifest import MANIFEST_NAME, Entry, cache_fingerprint, check_contiguous, place_in_cache, read_manifest
+from sklformat.misalignment import likely_cause
 from sklformat.payloads import Payloads
 from sklformat.records import Sequence
 from sklformat.shard import Shard, describe
+from sklformat.storage import Io, Place, join
 
 MAX_OPEN_SHARDS = 64
+"""As many are open at most, of a cache that has more: half of them kept for whoever comes next, the others because up
+to four batches in the making read from an eighth each.  A batch of more shards copies its blocks at once."""
+_SUFFIX = ".skl"
 
 
 class Cache:
@@ -39,16 +46,25 @@ class Cache:
     from several threads.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        if not self.path.exists():
-            raise FileNotFoundError(f"{self.path}: no such file or directory; a cache is a directory of .skl shards")
-        self._directory = self.path.is_dir()
+    def __init__(self, path: Place, io: Io = "auto", copies: LocalCopies | None = None) -> None:
+        self.path: Place
+        if isinstance(path, str) and remote.is_url(path):
+            self.path = path.rstrip("/")
+            self._directory = not self.path.endswith(_SUFFIX)
+        else:
+            self.path = Path(path)
+            if not self.path.exists():
+                raise FileNotFoundError(
+                    f"{self.path}: no such file or directory; a cache is a directory of {_SUFFIX} shards"
+                )
+            self._directory = self.path.is_dir()
+        self.io: Io = io
+        self.copies = LocalCopies() if copies is None and isinstance(self.path, str) else copies
         self._open_shards: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
-        self._entries = list_shards(self.path)
+        self._entries = list_shards(self.path, io, self.copies)
         first = self._shard(0)
         self.header: Header = dataclasses.replace(first.header, shard_number=0, first_sequence=0)
         self.first_sequence = first.header.first_sequence
@@ -82,11 +98,11 @@ class Cache:
     ) -> None:
         self.close()
 
-    def __getstate__(self) -> Path:
-        return self.path
+    def __getstate__(self) -> tuple[Place, Io, LocalCopies | None]:
+        return self.path, self.io, self.copies
 
-    def __setstate__(self, path: Path) -> None:
-        self.__init__(path)  # type: ignore[misc]
+    def __setstate__(self, state: tuple[Place, Io, LocalCopies | None]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     def find(self, i: int) -> tuple[Shard, int]:
         """
@@ -101,49 +117,52 @@ class Cache:
         place = int(np.searchsorted(self._starts, i, side="right")) - 1
         return self._shard(place), i - int(self._starts[place])
 
-    def check_alignment(self, i: int, tokens: ArrayLike) -> None:
+    def check_alignment(
+        self, i: int, tokens: ArrayLike, given: Callable[[int], NDArray[np.integer[Any]]] | None = None
+    ) -> None:
         """
         Prove that sequence i was captured on exactly these tokens.
 
         Args:
             i: Sequence, counted as in ``cache[i]``.
             tokens: [T + 1] integer token ids.
+            given: Other sequences of where the tokens come from, counted as i; they make the likely cause likelier.
 
         Raises:
             AlignmentError: It was not; names the sequence, both checksums and the likely cause.
+            ValueError: The tokens are no 1-D integers in [0, 2**32).
 
         Source: SPEC section 6.3.
         """
         shard, number = self.find(i)
         stored, computed = int(shard.index.alignment[number]), alignment(tokens)
         if stored != computed:
+            i, length = i % len(self), int(shard.index.num_positions[number]) + 1
+            cause = likely_cause(self, i, np.asarray(tokens).astype(np.int64), length, given)
             raise AlignmentError(
                 f"{self.path}: sequence {i}: alignment checksum {stored:#018x} stored, {computed:#018x} computed from "
-                f"the tokens given ({self._cause(i, shard, number, tokens, computed)}); "
-                "pack the tokens with the cache's tokenizer, corpus, seed and seq_len",
+                f"the tokens given ({cause}); pack the tokens with the cache's tokenizer, corpus, seed and seq_len",
                 sequence_index=i,
             )
 
-    def _cause(self, i: int, shard: Shard, number: int, tokens: ArrayLike, computed: int) -> str:
-        length = int(shard.index.num_positions[number]) + 1
-        if np.size(tokens) != length:
-            return f"{np.size(tokens)} tokens given, {length} captured"
-        same = np.flatnonzero(shard.index.alignment == np.uint64(computed))
-        if same.size:
-            other = i - number + int(same[0])
-            return f"they are sequence {other} of the cache: another order or packing seed, or a shift"
-        stored = shard[number].tokens
-        if stored is None:
-            return "another packing seed, tokenizer or corpus"
-        ids = np.asarray(tokens, np.int64)
-        differing = np.flatnonzero(ids != stored)
-        if np.array_equal(ids[1:], stored[:-1]) or np.array_equal(ids[:-1], stored[1:]):
-            return "shifted by one token"
-        place = int(differing[0])
-        return (
-            f"{differing.size} of {length} tokens differ, the first at {place}: {stored[place]} captured, "
-            f"{ids[place]} given; another packing seed, tokenizer or corpus"
-        )
+    def alignment_of(self, i: int) -> int:
+        """Alignment checksum of sequence i.  SPEC section 6.3."""
+        shard, number = self.find(i)
+        return int(shard.index.alignment[number])
+
+    def tokens_of(self, i: int) -> NDArray[np.uint32] | None:
+        """Tokens of sequence i, [T + 1], or None where none are stored."""
+        return self[i].tokens
+
+    def find_alignment(self, value: int, near: int) -> int | None:
+        """A sequence with this alignment checksum, in the shard of sequence ``near`` or next to it; None: none."""
+        place = int(np.searchsorted(self._starts, near, side="right")) - 1
+        for other in (place, place - 1, place + 1):
+            if 0 <= other < len(self._entries):
+                same = np.flatnonzero(self._shard(other).index.alignment == np.uint64(value))
+                if same.size:
+                    return int(self._starts[other] + same[0])
+        return None
 
     def payloads(self, numbers: NDArray[np.int64]) -> Payloads:
         """
@@ -157,9 +176,11 @@ class Cache:
         found = Payloads(numbers.size)
         rows = np.flatnonzero(numbers >= 0)
         places = np.searchsorted(self._starts, numbers[rows], side="right") - 1
-        for place in dict.fromkeys(places.tolist()):
+        distinct = dict.fromkeys(places.tolist())
+        copied = len(self._entries) > MAX_OPEN_SHARDS and len(distinct) > MAX_OPEN_SHARDS // 8
+        for place in distinct:
             mine = rows[places == place]
-            found.fill(mine, self._shard(place), numbers[mine] - self._starts[place])
+            found.fill(mine, self._shard(place), numbers[mine] - self._starts[place], copied=copied)
         return found
 
     @property
@@ -182,10 +203,11 @@ class Cache:
         return (self._shard(place) for place in range(len(self._entries)))
 
     def close(self) -> None:
-        """Unmap every open shard; nothing can be read afterwards."""
-        self._closed = True
-        while self._open_shards:
-            self._open_shards.popitem()[1].close()
+        """Let go of every open shard; nothing can be read afterwards."""
+        with self._lock:
+            self._closed = True
+            while self._open_shards:
+                self._open_shards.popitem()[1].close()
 
     def _shard(self, place: int) -> Shard:
         if self._pid != os.getpid():  # after a fork the maps are shared; each process keeps its own list
@@ -200,17 +222,18 @@ class Cache:
         shard = self._open_shards.get(place)
         if shard is None:
             entry = self._entries[place]
-            if not entry.path.exists():
+            if isinstance(entry.path, Path) and not entry.path.exists():
                 raise MissingShardError(
                     f"sequences {entry.first_sequence}..{entry.first_sequence + entry.num_sequences - 1} are missing; "
                     "put the shard back or capture it again",
                     path=entry.path,
                 )
-            shard = Shard(entry.path)
+            shard = Shard(entry.path, self.io, copies=self.copies, entry=entry)
             self._check_belongs(shard, entry)
             self._open_shards[place] = shard
-            if len(self._open_shards) > MAX_OPEN_SHARDS:
-                self._open_shards.popitem(last=False)  # unmapped once nobody reads from it any more
+            kept = len(self._entries) if len(self._entries) <= MAX_OPEN_SHARDS else MAX_OPEN_SHARDS // 2
+            if len(self._open_shards) > kept:
+                self._open_shards.popitem(last=False)  # closed once nobody reads from it any more
         else:
             self._open_shards.move_to_end(place)
         return shard
@@ -233,37 +256,53 @@ class Cache:
             raise CorruptError(f"belongs to another cache: {differing}", path=shard.path)
 
 
-def list_shards(path: Path) -> list[Entry]:
+def list_shards(path: Place, io: Io = "auto", copies: LocalCopies | None = None) -> list[Entry]:
     """
     The shards of a cache in order: of a single file, of a manifest, or of a directory's ``.skl`` files.
 
+    Args:
+        path: File or directory, or the URL of one.
+        io: As for ``Shard``.
+        copies: As for ``Shard``.
+
     Raises:
         MissingShardError: Sequences are missing between shards, before the first, or behind the last where a shard is
-            unfinished and no manifest says that it does not belong; or there is no shard at all.
+            unfinished and no manifest says that it does not belong; or there is no shard at all; or a URL has no
+            manifest.
         FormatError: A shard or the manifest is damaged.
     """
+    if isinstance(path, str):
+        if path.endswith(_SUFFIX):
+            return [_entry(path, io, copies)]
+        try:
+            return read_manifest(join(path, MANIFEST_NAME))
+        except FileNotFoundError:
+            raise MissingShardError(
+                f"no {MANIFEST_NAME} here, which a cache behind a URL needs; sklformat cache and convert write it last",
+                path=path,
+            ) from None
     if path.is_file():
-        return [_entry(path)]
+        return [_entry(path, io, copies)]
     if (path / MANIFEST_NAME).exists():
         return read_manifest(path / MANIFEST_NAME)
-    return scan_directory(path)
+    return scan_directory(path, io)
 
 
-def scan_directory(path: Path) -> list[Entry]:
+def scan_directory(path: Path, io: Io = "auto") -> list[Entry]:
     """
     The sealed shards of a directory in order, read from the files themselves; what ``write_manifest`` takes.
 
     Raises:
         MissingShardError, FormatError: As ``list_shards``; CorruptError too where a shard belongs to another cache.
     """
-    files = sorted(p for p in path.iterdir() if p.suffix == ".skl" and p.is_file())
+    files = sorted(p for p in path.iterdir() if p.suffix == _SUFFIX and p.is_file())
     if unfinished := find_unfinished(path):
         raise unfinished[0]
     if not files:
         raise MissingShardError("no .skl shards here: not a cache, or an empty one", path=path)
     entries, first = [], None
     for file in files:
-        with closing(Shard(file)) as shard:
+        with closing(Shard(file, io)) as shard:
             first = first or shard.header
             if first.cache_key != shard.header.cache_key:
                 raise CorruptError(
@@ -288,23 +327,29 @@ def find_unfinished(path: Path) -> list[MissingShardError]:
     ]
 
 
-def _entry(path: Path) -> Entry:
-    with closing(Shard(path)) as shard:
+def _entry(path: Place, io: Io, copies: LocalCopies | None) -> Entry:
+    with closing(Shard(path, io, copies=copies)) as shard:
         return describe(shard)
 
 
-def open_cache(path: Path | str) -> Cache:
+def open_cache(path: Path | str, io: Io = "auto", copies: LocalCopies | None = None) -> Cache:
     """
     Open one sealed shard, or a directory of them with or without its manifest.
 
     Args:
-        path: A ``.skl`` file or a cache directory.
+        path: A ``.skl`` file or a cache directory, or the URL of a ``.skl`` file or of a directory with a manifest
+            (``s3://…``; needs the extra ``remote``).
+        io: How local files are read.  "mmap" maps them, which is fast, but a file that is cut short meanwhile, or a
+            disk that fails, then kills the process.  "pread" reads them, and every such thing is an error that can be
+            caught.  "auto": mmap on local file systems, pread on network and unknown ones.
+        copies: Where pieces of remote files are kept, and how many; None: a ``LocalCopies`` with its defaults.
 
     Raises:
         FileNotFoundError: Nothing is there.
         MissingShardError: A range of sequences is missing, or a shard is unfinished; it is named.
         CorruptError, TruncatedError, UnsupportedError: Damage or another version; names file and byte offset.
+        RemoteError: The store behind a URL failed.
 
     Source: SPEC section 11.
     """
-    return Cache(path)
+    return Cache(path, io, copies)

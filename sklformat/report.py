@@ -22,7 +22,9 @@ from sklformat.header import Header
 from sklformat.manifest import MANIFEST_NAME, Entry, check_contiguous, place_in_cache, read_manifest
 from sklformat.payloads import Payloads
 from sklformat.reader import Cache, find_unfinished
+from sklformat.remote import is_url
 from sklformat.shard import Shard, describe
+from sklformat.storage import Place
 
 Progress = Callable[[int, int], None]
 """Called with (bytes checked so far, bytes in all)."""
@@ -41,7 +43,7 @@ class Problem:
         sequence: Index of the sequence in its shard, or None.
     """
 
-    path: Path
+    path: Place
     error: str
     message: str
     offset: int | None = None
@@ -71,9 +73,15 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
         FileNotFoundError: Nothing is there.
         MissingShardError: A directory without any shard.
         UnsupportedError: Every file here is of another format or version; one among shards is a problem like any other.
+            Or a URL.
 
     Source: SPEC section 13.
     """
+    if isinstance(path, str) and is_url(path):
+        raise UnsupportedError(
+            "verify reads files of this machine; copy the cache here first (readers check whatever they read of a URL)",
+            path=path,
+        )
     root = Path(path)
     files = [root] if not root.is_dir() else sorted(p for p in root.iterdir() if p.suffix == ".skl")
     unfinished = find_unfinished(root) if root.is_dir() and not (root / MANIFEST_NAME).exists() else []
@@ -157,7 +165,7 @@ def _check_together(root: Path, opened: list[tuple[Entry, Header]]) -> list[Prob
         Problem(
             entry.path,
             "CorruptError",
-            f"belongs to another cache than {opened[0][0].path.name}: {'; '.join(opened[0][1].differences(header))}",
+            f"belongs to another cache than {opened[0][0].name}: {'; '.join(opened[0][1].differences(header))}",
         )
         for entry, header in opened
         if header.cache_key != opened[0][1].cache_key
@@ -193,7 +201,7 @@ def _check_listed(listed: list[Entry], found: list[Entry]) -> list[Problem]:
     return problems
 
 
-def _problem(error: FormatError, path: Path, sequence: int | None = None, offset: int | None = None) -> Problem:
+def _problem(error: FormatError, path: Place, sequence: int | None = None, offset: int | None = None) -> Problem:
     return Problem(
         error.path or path,
         type(error).__name__,

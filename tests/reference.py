@@ -552,3 +552,17 @@ def permute(n: int, seed: int, epoch: int, i: int) -> int:
         x = left * 2**half + right
         if x < n:
             return x
+
+
+def permute_windows(n: int, window: int, seed: int, epoch: int, i: int) -> int:
+    """The same for order_algorithm 2, version 1."""
+
+    def word(k: int) -> int:
+        return xxh64(struct.pack("<QQQ", seed, epoch, k), 0)
+
+    whole, b, j = n // window, i // window, i % window
+    if b < whole:
+        size, first = window, permute(whole, seed, epoch, b) * window
+    else:
+        size, first = n % window, whole * window
+    return (first + permute(size, word(9 + b), epoch, j) + word(8)) % n

@@ -10,7 +10,7 @@ import sklformat as skl
 from sklformat.cli import main
 
 NAMES = """
-    AlignmentError Cache Capture CaptureError CorruptError FormatError Header InUseError MissingShardError
+    AlignmentError Cache Capture CaptureError CorruptError FormatError Header InUseError LocalCopies MissingShardError
     Problem Recovered RemoteError ResumeError RingClosedError RingTimeoutError Sequence SettingsError Shard ShardWriter
     SklError SparseTargets TruncatedError UnsupportedError draw open recover verify
 """

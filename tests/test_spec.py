@@ -224,10 +224,23 @@ def test_order_vectors():
         assert expected == [reference.permute(int(n), int(seed), int(epoch), i) for i in indices]
 
 
+def test_windowed_order_vectors():
+    """Section 12's test vectors of the windowed order, in the package and in the reference."""
+    pattern = r"n = (\d+), window (\d+), seed (\d+), epoch (\d+): (\d+)\.\.(\d+) go to ([\d, ]+\d)"
+    found = re.findall(pattern, section("12. Order"))
+    assert len(found) == 3
+    for *numbers, places in found:
+        n, window, seed, epoch, first, last = map(int, numbers)
+        expected = [int(place) for place in places.split(",")]
+        indices = list(range(first, last + 1))
+        assert expected == order.permute_windows(indices, n, window, seed=seed, epoch=epoch).tolist()
+        assert expected == [reference.permute_windows(n, window, seed, epoch, i) for i in indices]
+
+
 def test_order_identifiers():
-    """Section 12's algorithm and version are those that headers carry."""
-    algorithm, version = re.search(r"order_algorithm (\d+), version (\d+)", section("12. Order")).groups()
-    assert (order.ALGORITHM, order.VERSION) == (int(algorithm), int(version))
+    """Section 12's algorithms and version are those that headers and loader states carry."""
+    found = re.findall(r"order_algorithm (\d+), version (\d+)", section("12. Order"))
+    assert [(str(number), str(order.VERSION)) for number in (order.ALGORITHM, order.WINDOWED_ALGORITHM)] == found
 
 
 def test_proposal_vector():

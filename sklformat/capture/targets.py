@@ -74,7 +74,7 @@ class Target:
         if self._url is not None:
             manifest = self._directory / MANIFEST_NAME
             remote.upload(manifest, remote.join(self._url, MANIFEST_NAME))
-            for name in (*(entry.path.name for entry in entries), MANIFEST_NAME):
+            for name in (*(entry.name for entry in entries), MANIFEST_NAME):
                 (self._directory / name).unlink(missing_ok=True)
 
 

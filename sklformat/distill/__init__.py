@@ -1,6 +1,7 @@
 """The learning side of sklformat: what turns a cache into a trained student; needs torch."""
 
-from sklformat.distill.dataset import Batch, SparseLogitDataset, Targets
+from sklformat.distill.batches import Batch, Targets, collate
+from sklformat.distill.dataset import SparseLogitDataset
 from sklformat.distill.losses import DenseTargets, DenseTeacher, linear_sparse_kl, sparse_kl
 from sklformat.distill.metrics import acceptance_rate, calibration_error, lm_loss
 
@@ -12,6 +13,7 @@ __all__ = [
     "Targets",
     "acceptance_rate",
     "calibration_error",
+    "collate",
     "linear_sparse_kl",
     "lm_loss",
     "sparse_kl",

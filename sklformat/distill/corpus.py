@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from mmap_ninja import RaggedMmap
+from mmap_ninja import numpy as ninja_arrays
 from numpy.typing import ArrayLike, NDArray
 
 from sklformat.distill.directories import published
@@ -46,6 +47,7 @@ __all__ = [
     "cut_documents",
     "is_held_out",
     "is_token_store",
+    "open_ninja",
     "open_ragged",
     "read_documents",
     "split_documents",
@@ -325,6 +327,13 @@ def _write(
         (partial / _FACTS_NAME).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
         TokenStore(partial).verify()  # what was written is what was meant
     return TokenStore(directory)
+
+
+def open_ninja(path: Path) -> Any:
+    """An mmap-ninja store, ragged or one array, read-only, whose [i] is its i-th array; None: this is no such store."""
+    if (path / "shapes_are_flat.ninja").is_file():
+        return RaggedMmap(path, mode="r")
+    return ninja_arrays.open_existing(path, mode="r") if (path / "data.ninja").is_file() else None
 
 
 def _read_facts(directory: Path) -> StoreFacts:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sklformat.distill import models
+from sklformat.distill.batches import Batch, Targets
 from sklformat.distill.corpus import TokenStore
-from sklformat.distill.dataset import Batch, SparseLogitDataset, Targets
+from sklformat.distill.dataset import SparseLogitDataset
 from sklformat.distill.fingerprints import tokenizer_fingerprint
 from sklformat.distill.losses import IGNORED_LABEL
 from sklformat.distill.packing import PackedSequences

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sklformat.distill import heads, models, runs, streams
-from sklformat.distill.dataset import Batch
+from sklformat.distill.batches import Batch
 from sklformat.distill.devices import find_device
 from sklformat.distill.fingerprints import tokenizer_fingerprint
 from sklformat.distill.identities import model_fingerprint

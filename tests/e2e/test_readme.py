@@ -63,7 +63,7 @@ def test_walk_through(place):
         )
         assert 0 == done.returncode, f"{line}\n{done.stderr}"
         seen.append(verb)
-    assert ["cache", "inspect", "verify", "train", "eval", "convert", "convert"] == seen
+    assert ["cache", "inspect", "verify", "check", "train", "eval", "convert", "convert"] == seen
     assert [] == skl.verify(place / "my-cache")
     shards = sorted(path.name for path in (place / "my-cache").glob("*.skl"))
     assert shards == sorted(path.name for path in (place / "my-copy").glob("*.skl"))

@@ -52,7 +52,7 @@ def test_help_names_every_verb(capfd):
     """--help, --version and a missing or wrong verb answer at once."""
     status, out, _ = run(capfd, "--help")
     assert 0 == status
-    for verb in ("cache", "estimate", "train", "eval", "demo", "inspect", "verify", "recover", "convert"):
+    for verb in ("cache", "estimate", "train", "eval", "demo", "inspect", "verify", "recover", "check", "convert"):
         assert f"\n  {verb} " in out
     assert (0, f"sklformat {skl.__version__}\n", "") == run(capfd, "--version")
     for words in ((), ("chache",), ("--nosuch",)):
@@ -61,7 +61,7 @@ def test_help_names_every_verb(capfd):
         assert "there are cache, estimate, train" in err
 
 
-@pytest.mark.parametrize("verb", ["inspect", "verify", "recover", "convert"])
+@pytest.mark.parametrize("verb", ["inspect", "verify", "recover", "check", "convert"])
 def test_help_of_format_verbs(capfd, monkeypatch, verb):
     """Help fits 80 columns and explains every flag."""
     assert_help(capfd, monkeypatch, verb)
@@ -128,6 +128,13 @@ def test_verify(capfd, cache):
     assert (3, False, ["CorruptError"]) == (status, found["sound"], [p["error"] for p in found["problems"]])
 
 
+def test_verify_of_a_url(capfd):
+    """A URL is no missing file: verify says what it reads, and what to do."""
+    status, out, err = run(capfd, "verify", "memory://there/cache")
+    assert (1, "") == (status, out)
+    assert "verify: memory://there/cache: verify reads files of this machine; copy the cache here first" in err
+
+
 def test_recover(capfd, cache):
     """Recover keeps the whole sequences, of a file or of every unfinished shard of a directory."""
     path = write_shard(cache / "shard-00002.skl", 2, 6, seal=False).with_suffix(".skl.partial")
@@ -164,6 +171,8 @@ def test_convert(capfd, cache, tmp_path):
         (["convert", "a", "b", "--kind", "other"], "'other'"),
         (["verify", "a", "--nosuch"], "--nosuch"),
         (["verify"], "PATH"),
+        (["check", "a"], "--tokens"),
+        (["check", "--tokens", "a"], "PATH"),
     ],
 )
 def test_wrong_usage(capfd, words, message):

@@ -6,74 +6,18 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from loader_data import POSITIONS, ROUNDS, SEQUENCES, VOCAB, rows, write_cache
 from torch.utils.data import DataLoader
 
 import sklformat as skl
-from sklformat.distill import SparseLogitDataset
-from sklformat.order import Schedule, permute
-
-VOCAB, POSITIONS, ROUNDS, SEQUENCES = 1000, 16, 10, 23
-
-
-def make_targets(rng, positions):
-    """Records of a sequence; every fifth position has none."""
-    token_ids, counts, offsets = [], [], [0]
-    for t in range(positions):
-        ids, number = np.unique(rng.integers(0, VOCAB, ROUNDS), return_counts=True)
-        if t % 5 == 4:
-            ids, number = ids[:0], number[:0]
-        token_ids.append(ids)
-        counts.append(number)
-        offsets.append(offsets[-1] + ids.size)
-    return skl.SparseTargets(token_ids=np.concatenate(token_ids), counts=np.concatenate(counts), offsets=offsets)
-
-
-def write_cache(directory, *, seq_len=POSITIONS, lengths=None, store_tokens=True):
-    """Two shards of SEQUENCES sequences; returns what went in."""
-    rng = np.random.default_rng(7)
-    data, shard_size = [], 15
-    directory.mkdir()
-    for number, first in enumerate(range(0, SEQUENCES, shard_size)):
-        header = skl.Header(
-            vocab_size=VOCAB,
-            seq_len=seq_len,
-            kind="counts",
-            rounds=ROUNDS,
-            shard_number=number,
-            first_sequence=first,
-            store_tokens=store_tokens,
-        )
-        with skl.ShardWriter(directory / f"shard-{number:05d}.skl", header=header) as writer:
-            for i in range(first, min(first + shard_size, SEQUENCES)):
-                length = POSITIONS if lengths is None else lengths[i]
-                tokens, targets = rng.integers(0, VOCAB, length + 1), make_targets(rng, length)
-                writer.append(tokens, targets)
-                data.append((tokens, targets))
-    return data
+from sklformat.distill import SparseLogitDataset, collate
+from sklformat.order import Schedule, permute, permute_windows
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     directory = tmp_path_factory.mktemp("dataset") / "cache"
     return directory, write_cache(directory)
-
-
-def rows(batches):
-    """A batch stream as plain values, one entry a sequence."""
-    out = []
-    for batch in batches:
-        size, positions = batch.input_ids.shape
-        offsets = batch.targets.offsets.reshape(-1)
-        for row in range(size):
-            begin, end = int(offsets[row * positions]), int(offsets[(row + 1) * positions])
-            out.append(
-                (
-                    tuple(batch.input_ids[row].tolist()),
-                    tuple(batch.labels[row].tolist()),
-                    tuple(batch.targets.token_ids[begin:end].tolist()),
-                )
-            )
-    return out
 
 
 def test_batches_hold_what_was_written(cache):
@@ -300,3 +244,145 @@ def test_schedule_takes_integers_only(name):
         Schedule(**{"num_sequences": 30, "batch_size": 2, "world_size": 3} | {name: 2.0})
     schedule = Schedule(**{"num_sequences": 30, "batch_size": 2, "world_size": 3, "tail": "pad"} | {name: np.int64(2)})
     assert int is type(getattr(schedule, name))
+
+
+def test_a_window_changes_the_order_and_enters_the_state(cache):
+    """window= takes the windowed order of SPEC section 12; a state of another order is refused."""
+    directory, data = cache
+    ds = SparseLogitDataset(directory, batch_size=4, seed=3, window=6)
+    ds.set_epoch(2)
+    numbers = permute_windows(np.arange(20), SEQUENCES, 6, seed=3, epoch=2)
+    assert [tuple(data[n][0][:-1].tolist()) for n in numbers] == [row[0] for row in rows(ds)]
+    for other, name in (
+        (SparseLogitDataset(directory, batch_size=4, seed=3), "order: 2 in the state, 1 here; window: 6 in the state"),
+        (SparseLogitDataset(directory, batch_size=4, seed=3, window=7), "window: 6 in the state, 7 here"),
+    ):
+        with pytest.raises(skl.ResumeError, match=name):
+            other.load_state_dict(ds.state_dict())
+
+
+@pytest.mark.parametrize("settings", [{}, {"shuffle": False}, {"window": 4}, {"tail": "wrap"}, {"tail": "pad"}])
+def test_a_held_out_part_is_never_seen(cache, settings):
+    """What lies outside of sequences= comes in no epoch, also where the tail is filled up; two parts are disjoint."""
+    directory, data = cache
+    tokens = [tuple(t[:-1].tolist()) for t, _ in data]
+    seen = []
+    for part in (range(17), range(17, SEQUENCES)):
+        ds = SparseLogitDataset(directory, batch_size=4, sequences=part, **settings)
+        found = set()
+        for epoch in range(20):
+            ds.set_epoch(epoch)
+            found |= {row[0] for row in rows(ds) if set(row[1]) != {-100}}
+        assert found <= {tokens[i] for i in part}
+        if settings.get("shuffle", True):
+            assert len(part) == len(found)
+        seen.append(found)
+    assert not seen[0] & seen[1]
+
+
+def test_a_state_of_another_part_is_refused(cache):
+    """The part of the cache belongs to the stream: training cannot go on with another one, nor without."""
+    ds = SparseLogitDataset(cache[0], batch_size=4, sequences=range(20))
+    for part in (None, range(3, 23)):
+        with pytest.raises(skl.ResumeError, match=r"sequences: \[0, 20\] in the state"):
+            SparseLogitDataset(cache[0], batch_size=4, sequences=part).load_state_dict(ds.state_dict())
+
+
+@pytest.mark.parametrize("part", [range(24), range(5, 5), range(-1, 5), range(0, 10, 2), range(9, 3)])
+def test_parts_that_are_none(cache, part):
+    """A part that is empty, has steps or leaves the cache is refused."""
+    with pytest.raises(ValueError, match=r"sequences must be a range of step 1 inside of 0\.\.23"):
+        SparseLogitDataset(cache[0], batch_size=1, sequences=part)
+    with pytest.raises(TypeError, match="sequences must be a range"):
+        SparseLogitDataset(cache[0], batch_size=1, sequences=[1, 2])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker:UserWarning")
+def test_single_sequences_collate_to_the_same_batches(cache, num_workers):
+    """batch_size=None gives the same stream one by one; collated in order it is that of a batch size, states too."""
+    batches = list(SparseLogitDataset(cache[0], batch_size=4))
+    single = SparseLogitDataset(cache[0], batch_size=None)
+    ones = list(DataLoader(single, batch_size=None, num_workers=num_workers))
+    assert SEQUENCES == len(single) == len(ones)
+    assert all((POSITIONS,) == tuple(one.input_ids.shape) == tuple(one.labels.shape) for one in ones)
+    for number, batch in enumerate(batches):
+        made = collate(ones[4 * number : 4 * number + 4])
+        if batch.state["consumed"]:  # the last one's is the next epoch, where batches of 4 drop a tail
+            assert batch.state == made.state
+        for a, b in zip(
+            (batch.input_ids, batch.labels, *vars(batch.targets).values()),
+            (made.input_ids, made.labels, *vars(made.targets).values()),
+            strict=True,
+        ):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+def test_trainers_that_batch_themselves(cache):
+    """A DataLoader with batch_size and collate gives resumable batches without workers and with one, not with two."""
+    expected = list(SparseLogitDataset(cache[0], batch_size=4))
+    for num_workers in (0, 1):
+        ds = SparseLogitDataset(cache[0], batch_size=None)
+        loader = DataLoader(ds, batch_size=4, collate_fn=collate, num_workers=num_workers, drop_last=True)
+        got = list(loader)
+        assert rows(expected) == rows(got)
+        ds.load_state_dict(got[2].state)
+        assert rows(expected[3:]) == rows(loader)
+    shared = list(DataLoader(ds, batch_size=4, collate_fn=collate, num_workers=2))
+    assert sorted(rows(shared)) == sorted(rows([collate([one]) for one in ds]))
+    assert all({} == batch.state for batch in shared)
+    with pytest.raises(skl.ResumeError, match="fields"):
+        ds.load_state_dict(shared[0].state)
+
+
+def test_collate_pads_on_the_right(tmp_path):
+    """Sequences of several lengths become what the dataset makes of them itself."""
+    write_cache(tmp_path / "cache", seq_len=0, lengths=[1 + 3 * (i % 5) for i in range(SEQUENCES)])
+    whole = list(SparseLogitDataset(tmp_path / "cache", batch_size=5))
+    ones = list(SparseLogitDataset(tmp_path / "cache", batch_size=None))
+    made = [collate(ones[5 * i : 5 * i + 5]) for i in range(len(whole))]
+    assert rows(whole) == rows(made)
+    assert [batch.targets.offsets.tolist() for batch in whole] == [batch.targets.offsets.tolist() for batch in made]
+
+
+def test_collate_takes_single_sequences_only(cache):
+    """No sequence, or batches instead, are refused with their shapes."""
+    for wrong in ([], list(SparseLogitDataset(cache[0], batch_size=4))):
+        with pytest.raises(ValueError, match="collate takes single sequences"):
+            collate(wrong)
+
+
+def test_the_largest_state_is_small(cache):
+    """The state stays below 300 bytes of JSON whatever its numbers are."""
+    ds = SparseLogitDataset(cache[0], batch_size=4, seed=2**64 - 1, window=2**62, tail="wrap")
+    state = ds.state_dict() | {"epoch": 2**63 - 1, "consumed": 2**62, "sequences": [2**62 - 1, 2**62]}
+    assert len(json.dumps(state)) < 300
+
+
+def test_batches_move_to_a_device(cache):
+    """to() moves every tensor and keeps the state, also when it need not wait."""
+    (batch,) = list(SparseLogitDataset(cache[0], batch_size=23))
+    for moved in (batch.to("meta"), batch.to("meta", non_blocking=True)):
+        tensors = (moved.input_ids, moved.labels, *vars(moved.targets).values())
+        assert all(tensor.device.type == "meta" for tensor in tensors)
+        assert [tuple(t.shape) for t in tensors] == [
+            tuple(t.shape) for t in (batch.input_ids, batch.labels, *vars(batch.targets).values())
+        ]
+        assert batch.state == moved.state
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_are_pinned(cache):
+    """pin_memory() pins every tensor, called by hand and by a DataLoader; the copy on the GPU equals the batch."""
+    ds = SparseLogitDataset(cache[0], batch_size=4)
+    for number, batch in enumerate(DataLoader(ds, batch_size=None, num_workers=2, pin_memory=True)):
+        plain = list(ds)[number]
+        for pinned in (batch, plain.pin_memory()):
+            tensors = (pinned.input_ids, pinned.labels, *vars(pinned.targets).values())
+            assert all(tensor.is_pinned() for tensor in tensors)
+        moved = batch.to("cuda", non_blocking=True)
+        torch.cuda.synchronize()
+        assert rows([plain]) == rows([moved.to("cpu")])
+        assert plain.state == moved.state

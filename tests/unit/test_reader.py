@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,7 +196,7 @@ def test_damage_names_file_byte_and_sequence(directory):
 
 
 def test_errors_hold_nothing_open(tmp_path):
-    """Damage of every part of a block leaves a cache that can be closed while the error is still held."""
+    """Damage of every part of a block leaves nothing mapped once the cache is closed, while the error is still held."""
     key = reference.shard_key_of(small_shard(0))
     block = bytearray(reference.encode_block(small_settings(), small_sequence(0), 0, key))
     broken = []
@@ -209,11 +210,14 @@ def test_errors_hold_nothing_open(tmp_path):
     for number, changed in enumerate(broken):
         path = tmp_path / f"{number}.skl"
         path.write_bytes(reference.join_shard(small_shard(0)[:4096], [changed]))
-        cache = skl.open(path)
-        with pytest.raises(skl.CorruptError) as caught:
-            cache[0]
-        cache.close()
-        assert caught.value.sequence == 0
+        reads = [lambda cache: cache[0], lambda cache: cache.payloads(np.array([0]))]
+        for read in reads[: 1 if number == 2 else 2]:  # the last one's fault is for the decoder to find
+            cache = skl.open(path)
+            with pytest.raises(skl.CorruptError) as caught:
+                read(cache)
+            cache.close()
+            assert caught.value.sequence == 0
+            assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def test_alignment(directory):
@@ -293,15 +297,20 @@ def test_nothing_is_read_after_closing(directory):
 
 
 def test_few_shards_are_open(directory, monkeypatch):
-    """At most MAX_OPEN_SHARDS are mapped, the least recently used goes first, and one in use stays readable."""
+    """Of a cache of more than MAX_OPEN_SHARDS half of them stay open, the least recently used goes first, and one in
+    use stays readable; of a smaller one all stay open."""
     monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
     with skl.open(directory) as cache:
         shard, number = cache.find(0)
         cache[3], cache[0], cache[5]
-        assert list(cache._open_shards) == [0, 2]
+        assert list(cache._open_shards) == [2]
         cache[3]
-        assert list(cache._open_shards) == [2, 1]
+        assert list(cache._open_shards) == [1]
         assert EXPECTED[0] == shard[number].tokens.tolist()
+    monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 3)
+    with skl.open(directory) as cache:
+        cache[3], cache[0], cache[5]
+        assert list(cache._open_shards) == [1, 0, 2]
 
 
 def test_threads(directory, monkeypatch):

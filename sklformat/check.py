@@ -1,0 +1,132 @@
+"""
+A whole cache held against the tokens to be trained on, before training: ``sklformat check``.
+
+Reads the indexes of the shards and the tokens, no records.  SPEC.md section 6.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sklformat.checksums import alignment
+from sklformat.errors import AlignmentError, UnsupportedError
+from sklformat.header import Header
+from sklformat.reader import Cache
+from sklformat.tokens import Tokens, TokenSource
+
+Progress = Callable[[str, int, "int | None"], None]
+"""Called with what is being done, the sequences done so far and in all."""
+
+_EVERY = 1024  # sequences between two words of progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Prove that a cache was captured on exactly the tokens to be trained on: every sequence, before the first step."""
+
+    path: str
+    """Cache directory, or one .skl shard, or the URL of either."""
+
+    tokens: Path = field(metadata={"flag": "tokens"})
+    """The tokens: a .npy array [sequences, seq_len + 1], an mmap-ninja store of such sequences, or the token store that
+    sklformat cache wrote, which is packed again as the cache says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What was proven: these many sequences of the cache are those of the tokens, which may have more."""
+
+    path: str
+    tokens: Path
+    sequences: int
+    available: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: all {self.sequences:,} sequences are those of {self.tokens}, which has {self.available:,}"
+
+
+def check(config: CheckConfig, progress: Progress) -> Checked:
+    """
+    Hold a cache against tokens on disk.
+
+    Raises:
+        AlignmentError: At the first sequence that was captured on other tokens; names it and the likely cause.
+        UnsupportedError: The tokens are in nothing that is known here.
+        FileNotFoundError, FormatError, ValueError: Cache or tokens cannot be read.
+    """
+    if not config.tokens.exists():
+        raise FileNotFoundError(f"{config.tokens}: no such file or directory")
+    with Cache(config.path) as cache:
+        source = _open_tokens(config.tokens, cache.header)
+        check_tokens(cache, source, progress)
+        return Checked(
+            path=config.path, tokens=config.tokens, sequences=len(cache), available=Tokens(source).num_sequences or 0
+        )
+
+
+def check_tokens(cache: Cache, source: TokenSource, progress: Progress | None = None) -> None:
+    """
+    Prove for every sequence of a cache that it was captured on the tokens of ``source``.
+
+    Args:
+        cache: An open cache.
+        source: What ``SparseLogitDataset`` takes as ``tokens``.
+        progress: Told how far it is.
+
+    Raises:
+        AlignmentError: At the first sequence that was not, or where the source ends before the cache.
+        ValueError: The source gives no tokens; names the sequence.
+        FormatError: A shard is damaged.
+    """
+    tokens, first, done = Tokens(source), cache.first_sequence, 0
+    available = tokens.num_sequences
+    for shard in cache.shards():
+        for stored in shard.index.alignment.tolist():
+            if available is not None and first + done >= available:
+                raise AlignmentError(
+                    f"{cache.path}: {available} sequences of tokens given, the cache reaches to sequence "
+                    f"{first + len(cache) - 1}; the {available} are right: pack all of the text",
+                    sequence_index=done,
+                )
+            given = tokens[first + done]
+            if alignment(given) != stored:
+                cache.check_alignment(done, given, lambda i: tokens[first + i])
+            done += 1
+            if progress is not None and (done % _EVERY == 0 or done == len(cache)):
+                progress("check", done, len(cache))
+
+
+def _open_tokens(path: Path, header: Header) -> TokenSource:
+    if path.suffix == ".npy":
+        array: TokenSource = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array
+    if path.is_dir():
+        from sklformat.distill import corpus, packing  # noqa: PLC0415  needs the extra of training
+
+        store: TokenSource | None = corpus.open_ninja(path)
+        if store is not None:
+            return store
+        if corpus.is_token_store(path):
+            packed = header.capture.get("packing")
+            if header.seq_len == 0 or not isinstance(packed, dict) or "separator_id" not in packed:
+                raise UnsupportedError(
+                    "the cache does not say how its tokens were packed (sklformat cache writes that); give the packed "
+                    "sequences as a .npy array or an mmap-ninja store",
+                    path=path,
+                )
+            return packing.PackedSequences(
+                path,
+                seq_len=header.seq_len,
+                separator_id=packed["separator_id"],
+                seed=header.packing_seed,
+                first=packed.get("first_sequence", 0),
+            )
+    raise UnsupportedError(
+        "neither a .npy array, nor an mmap-ninja store, nor a token store; sklformat.check.check_tokens takes what "
+        "Python can read",
+        path=path,
+    )

@@ -1,0 +1,62 @@
+"""Small caches for the loader's tests, and batch streams as plain values."""
+
+import numpy as np
+
+import sklformat as skl
+
+VOCAB, POSITIONS, ROUNDS, SEQUENCES = 1000, 16, 10, 23
+
+
+def make_targets(rng, positions):
+    """Records of a sequence; every fifth position has none."""
+    token_ids, counts, offsets = [], [], [0]
+    for t in range(positions):
+        ids, number = np.unique(rng.integers(0, VOCAB, ROUNDS), return_counts=True)
+        if t % 5 == 4:
+            ids, number = ids[:0], number[:0]
+        token_ids.append(ids)
+        counts.append(number)
+        offsets.append(offsets[-1] + ids.size)
+    return skl.SparseTargets(token_ids=np.concatenate(token_ids), counts=np.concatenate(counts), offsets=offsets)
+
+
+def write_cache(directory, *, seq_len=POSITIONS, lengths=None, store_tokens=True, seed=7):
+    """Two shards of SEQUENCES sequences; returns what went in."""
+    rng = np.random.default_rng(seed)
+    data, shard_size = [], 15
+    directory.mkdir()
+    for number, first in enumerate(range(0, SEQUENCES, shard_size)):
+        header = skl.Header(
+            vocab_size=VOCAB,
+            seq_len=seq_len,
+            kind="counts",
+            rounds=ROUNDS,
+            shard_number=number,
+            first_sequence=first,
+            store_tokens=store_tokens,
+        )
+        with skl.ShardWriter(directory / f"shard-{number:05d}.skl", header=header) as writer:
+            for i in range(first, min(first + shard_size, SEQUENCES)):
+                length = POSITIONS if lengths is None else lengths[i]
+                tokens, targets = rng.integers(0, VOCAB, length + 1), make_targets(rng, length)
+                writer.append(tokens, targets)
+                data.append((tokens, targets))
+    return data
+
+
+def rows(batches):
+    """A batch stream as plain values, one entry a sequence."""
+    out = []
+    for batch in batches:
+        size, positions = batch.input_ids.shape
+        offsets = batch.targets.offsets.reshape(-1)
+        for row in range(size):
+            begin, end = int(offsets[row * positions]), int(offsets[(row + 1) * positions])
+            out.append(
+                (
+                    tuple(batch.input_ids[row].tolist()),
+                    tuple(batch.labels[row].tolist()),
+                    tuple(batch.targets.token_ids[begin:end].tolist()),
+                )
+            )
+    return out
