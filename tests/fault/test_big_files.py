@@ -103,7 +103,9 @@ def test_recovery_beyond_4_gib(tmp_path, large_blocks):
     number, size = write_large(path)
     assert [] == skl.verify(path)
     partial = path.rename(tmp_path / "large.skl.partial")
-    assert skl.recover(path) == skl.Recovered(partial, number, reference.round_up(32 * number) + 64)
+    cut, found = reference.round_up(32 * number) + 64, skl.recover(path)
+    assert (partial, number, cut, 0) == (found.path, found.sequences, found.bytes_cut, found.sequences_cut)
+    assert f"block {number}: byte {4096 + number * size}: block magic" in found.cause
     assert 4096 + number * size == partial.stat().st_size
 
 
