@@ -49,7 +49,8 @@ from sklformat.distill.fingerprints import tokenizer_fingerprint
 from sklformat.distill.metrics import percent_ce_to_full
 from sklformat.distill.packing import PackedSequences
 from sklformat.distill.processes import Job, run_jobs
-from sklformat.distill.training import TrainConfig, train
+from sklformat.distill.train_settings import TrainConfig
+from sklformat.distill.training import train
 from sklformat.errors import CorruptError
 from sklformat.plot import plot_comparison
 from sklformat.report import inspect, verify

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from sklformat.distill.caching import CacheConfig
 from sklformat.distill.evaluation import EvalConfig
-from sklformat.distill.training import TrainConfig
+from sklformat.distill.train_settings import TrainConfig
 
 TOPK = 12
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sklformat.distill.caching import CacheConfig
 from sklformat.distill.evaluation import EvalConfig, Evaluation
-from sklformat.distill.training import TrainConfig
+from sklformat.distill.train_settings import TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,8 @@ from sklformat.distill.fingerprints import tokenizer_fingerprint
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from sklformat.distill.training import TrainConfig, train
+from sklformat.distill.train_settings import TrainConfig
+from sklformat.distill.training import train
 
 out, place, batch_size, kill = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 

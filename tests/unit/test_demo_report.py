@@ -4,7 +4,7 @@ import pytest
 
 from sklformat.distill.demo_report import Row, check_order, command, commands, report, table
 from sklformat.distill.evaluation import EvalConfig, Evaluation
-from sklformat.distill.training import TrainConfig
+from sklformat.distill.train_settings import TrainConfig
 
 
 def row(method, lm_loss, percent=None, ece=0.01, overlap=0.7):

@@ -14,7 +14,8 @@ from sklformat.distill.corpus import write_token_store
 from sklformat.distill.documents import Document
 from sklformat.distill.fingerprints import tokenizer_fingerprint
 from sklformat.distill.packing import PackedSequences
-from sklformat.distill.training import TrainConfig, learning_rate_at, train
+from sklformat.distill.train_settings import TrainConfig, learning_rate_at
+from sklformat.distill.training import train
 from sklformat.order import permute
 
 SEQ_LEN = 16

@@ -1,0 +1,130 @@
+"""
+What ``sklformat train`` can be told, and the learning rate that follows from it.
+
+Runs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Method = Literal[
+    "ce", "random_sampling", "topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix", "full"
+]
+FINAL_LEARNING_RATE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Train a student; a killed run goes on from its checkpoint when the same command is given again."""
+
+    out: Path
+    """Directory of the run: checkpoint, metrics.jsonl, and at the end model/ in transformers' layout."""
+
+    cache: Path | None = None
+    """Cache of teacher records to learn from; methods ce and full take its tokens only."""
+
+    tokens: Path | None = None
+    """Token store to learn from instead of a cache (methods ce and full)."""
+
+    seq_len: int = 0
+    """Positions a sequence; only with --tokens, a cache knows its own."""
+
+    packing_seed: int = 0
+    """Seed of the order in which documents are packed; only with --tokens."""
+
+    method: Method = "random_sampling"
+    """What the student learns from. full: a teacher that runs beside it. topk and the four after it: a Top-K cache."""
+
+    teacher: str | None = None
+    """Teacher that runs beside the student, path or name of a transformers model; only with method full."""
+
+    student: str | None = None
+    """Student to start from, path or name of a transformers model; none: a new Llama of the sizes below."""
+
+    tokenizer: str | None = None
+    """Tokenizer of the student, path or name (a teacher's directory has one); none: that of --student or --teacher."""
+
+    hidden_size: int = 256
+    """Width of a new Llama."""
+
+    num_layers: int = 4
+    """Layers of a new Llama."""
+
+    num_heads: int = 4
+    """Attention heads of a new Llama; must divide hidden_size."""
+
+    batch_size: int = 8
+    """Sequences a micro-batch, on each process."""
+
+    accumulation: int = 1
+    """Micro-batches a step, on each process."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate; it falls along a cosine to a tenth of it."""
+
+    warmup: float = 0.04
+    """Share of the steps, 0..1, over which the learning rate rises."""
+
+    weight_decay: float = 0.0
+    """AdamW's weight decay, on matrices."""
+
+    ce_weight: float = 0.0
+    """Weight of cross-entropy on the text's own next token, 0..1; the rest is the method's."""
+
+    seed: int = 0
+    """Seed of the new student's weights and of the order of the sequences."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products; weights and optimizer stay float32."""
+
+    device: str = "auto"
+    """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one."""
+
+    num_workers: int = 0
+    """Processes that read batches ahead; 0: none."""
+
+    save_every: int = 200
+    """Steps between checkpoints."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        if (self.cache is None) == (self.tokens is None):
+            raise ValueError("give exactly one of cache and tokens")
+        if self.tokens is not None and self.method not in ("ce", "full"):
+            raise ValueError(f"method {self.method} needs a cache; a token store serves ce and full only")
+        if (self.tokens is not None) != (self.seq_len > 0):
+            raise ValueError(f"seq_len belongs to tokens and must be >= 1 there, got {self.seq_len}")
+        if (self.method == "full") != (self.teacher is not None):
+            raise ValueError(f"teacher belongs to method full, got method {self.method} and teacher {self.teacher}")
+        if self.method == "ce" and self.ce_weight != 0:
+            raise ValueError("ce_weight mixes cross-entropy into another method; method ce is all of it")
+        for name in ("hidden_size", "num_layers", "num_heads", "batch_size", "accumulation", "steps", "save_every",
+                     "log_every"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        for name in ("warmup", "ce_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not (self.learning_rate > 0 and self.weight_decay >= 0 and self.num_workers >= 0 and self.seed >= 0):
+            raise ValueError("learning_rate must be > 0; weight_decay, num_workers and seed >= 0")
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """Learning rate of step ``step`` (0 is the first): a linear rise, then a cosine to a tenth of the peak."""
+    warmup_steps = math.ceil(config.warmup * config.steps)
+    if step < warmup_steps:
+        return config.learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, config.steps - warmup_steps)
+    share = FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * share
