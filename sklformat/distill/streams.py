@@ -26,6 +26,7 @@ from sklformat.distill.losses import IGNORED_LABEL
 from sklformat.distill.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.order import Schedule
+from sklformat.reader import open_cache as open_shards
 
 _UNKNOWN = "0" * 32
 
@@ -104,7 +105,7 @@ class Stream:
         identity: Fingerprints of the data, for the run's settings.
     """
 
-    source: Path
+    source: Path | str
     dataset: SparseLogitDataset | PackedBatches
     tokenizer: Any
     vocab_size: int
@@ -129,25 +130,48 @@ class Stream:
             self.dataset.set_epoch(epoch)
 
 
-def open_cache(path: Path, *, tokenizer: str | None, batch_size: int, seed: int, rank: int, world_size: int) -> Stream:
+def open_cache(
+    path: Path | str,
+    *,
+    tokenizer: str | None,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    window: int | None = None,
+    hold_out: int = 0,
+) -> Stream:
     """
     Stream the sequences and records of a cache.
 
     Args:
-        path: The cache.
+        path: The cache, a directory or a URL.
         tokenizer: The student's, path or name.
         batch_size: Sequences a batch, on each process.
         seed: Seed of the order of the sequences.
         rank: Number of this process.
         world_size: Number of processes.
+        window: As for ``SparseLogitDataset``.
+        hold_out: Sequences at the end that the stream never reaches.
 
     Raises:
         SettingsError: The cache was made by another tokenizer.
-        ValueError: It has too few sequences for a batch, or no tokenizer was given.
+        ValueError: It has too few sequences for a batch, or none that are not held out, or no tokenizer was given.
         FormatError: The cache is damaged.
     """
-    dataset = SparseLogitDataset(path, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
-    header = dataset.cache.header
+    cache = open_shards(path)
+    if hold_out >= len(cache):
+        raise ValueError(f"{path}: has {len(cache)} sequences, hold_out {hold_out} leaves none to train on")
+    dataset = SparseLogitDataset(
+        cache,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        window=window,
+        sequences=range(len(cache) - hold_out),
+    )
+    header = cache.header
     loaded = _tokenizer(path, tokenizer, header.tokenizer_fingerprint)
     return Stream(
         source=path,
@@ -156,7 +180,7 @@ def open_cache(path: Path, *, tokenizer: str | None, batch_size: int, seed: int,
         vocab_size=header.vocab_size,
         seq_len=header.seq_len,
         sampler=str(header.sampler),
-        identity={"cache": dataset.cache.fingerprint},
+        identity={"cache": cache.fingerprint},
     )
 
 
@@ -204,7 +228,7 @@ def open_tokens(
     )
 
 
-def _tokenizer(source: Path, name: str | None, made_by: str) -> Any:
+def _tokenizer(source: Path | str, name: str | None, made_by: str) -> Any:
     if name is None:
         raise ValueError("a new student needs a tokenizer: give tokenizer, the path or name of one")
     loaded = models.load_tokenizer(name)

@@ -24,8 +24,14 @@ class TrainConfig:
     out: Path
     """Directory of the run: checkpoint, metrics.jsonl, and at the end model/ in transformers' layout."""
 
-    cache: Path | None = None
-    """Cache of teacher records to learn from; methods ce and full take its tokens only."""
+    cache: str | Path | None = None
+    """Cache of teacher records to learn from, a directory or a URL; methods ce and full take its tokens only."""
+
+    window: int = 0
+    """Shuffle within windows of so many sequences, so that reads stay together; 0: all of them. Only with --cache."""
+
+    hold_out: int = 0
+    """Sequences at the end of the cache that training never sees. Only with --cache."""
 
     tokens: Path | None = None
     """Token store to learn from instead of a cache (methods ce and full)."""
@@ -105,6 +111,8 @@ class TrainConfig:
             raise ValueError(f"seq_len belongs to tokens and must be >= 1 there, got {self.seq_len}")
         if (self.method == "full") != (self.teacher is not None):
             raise ValueError(f"teacher belongs to method full, got method {self.method} and teacher {self.teacher}")
+        if self.cache is None and (self.window or self.hold_out):
+            raise ValueError(f"window and hold_out belong to a cache, got {self.window} and {self.hold_out}")
         if self.method == "ce" and self.ce_weight != 0:
             raise ValueError("ce_weight mixes cross-entropy into another method; method ce is all of it")
         for name in ("hidden_size", "num_layers", "num_heads", "batch_size", "accumulation", "steps", "save_every",
@@ -116,8 +124,11 @@ class TrainConfig:
         for name in ("warmup", "ce_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if not (self.learning_rate > 0 and self.weight_decay >= 0 and self.num_workers >= 0 and self.seed >= 0):
-            raise ValueError("learning_rate must be > 0; weight_decay, num_workers and seed >= 0")
+        if not (self.learning_rate > 0 and self.weight_decay >= 0):
+            raise ValueError("learning_rate must be > 0, weight_decay >= 0")
+        for name in ("num_workers", "seed", "window", "hold_out"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:

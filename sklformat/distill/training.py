@@ -317,7 +317,9 @@ def _open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Str
             config.tokens, tokenizer=tokenizer, seq_len=config.seq_len, packing_seed=config.packing_seed, **share
         )
     assert config.cache is not None
-    stream = streams.open_cache(config.cache, tokenizer=tokenizer, **share)
+    stream = streams.open_cache(
+        config.cache, tokenizer=tokenizer, window=config.window or None, hold_out=config.hold_out, **share
+    )
     if config.method not in ("ce", "full") and stream.sampler != "unknown":
         fitting = _TOPK_METHODS if stream.sampler in ("topk", "topp") else ("random_sampling",)
         if config.method not in fitting:

@@ -3,14 +3,19 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from strategies import make_cache
 
+import sklformat as skl
+from sklformat import remote
 from sklformat.distill import models, streams
 from sklformat.distill.corpus import write_token_store
 from sklformat.distill.documents import Document
 from sklformat.distill.fingerprints import tokenizer_fingerprint
 from sklformat.distill.packing import PackedSequences
 from sklformat.errors import SettingsError
+from sklformat.manifest import write_manifest
 from sklformat.order import permute
+from sklformat.reader import scan_directory
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +93,46 @@ def test_a_tokenizer_is_needed_and_must_be_the_right_one(place, tmp_path):
     models.train_tokenizer(["other text entirely " * 20], 280).save_pretrained(tmp_path / "other")
     with pytest.raises(SettingsError, match="another tokenizer"):
         stream_of(place, tokenizer=str(tmp_path / "other"))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Nine sequences in three shards, with their manifest."""
+    make_cache(tmp_path / "cache")
+    write_manifest(tmp_path / "cache", scan_directory(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def open_cache(place, source, **changes):
+    values = {"batch_size": 2, "seed": 5, "rank": 0, "world_size": 1, "tokenizer": str(place / "tokenizer")}
+    return streams.open_cache(source, **(values | changes))
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_training_never_sees_what_is_held_out(place, cache, window):
+    """Epoch after epoch, the stream has the sequences before those held out, and no other."""
+    with skl.open(cache) as opened:
+        tokens = [sequence.tokens.tolist() for sequence in opened]
+    stream = open_cache(place, cache, hold_out=3, window=window)
+    batches = take(stream, 9)
+    for epoch in (batches[:3], batches[3:6], batches[6:]):
+        rows = torch.cat([torch.cat([b.input_ids, b.labels[:, -1:]], dim=1) for b in epoch])
+        assert sorted(tokens[:6]) == sorted(rows.tolist())
+
+
+def test_no_sequence_is_left_to_train_on(place, cache):
+    """Holding out everything is an error that says how much there is."""
+    with pytest.raises(ValueError, match="has 9 sequences, hold_out 9 leaves none to train on"):
+        open_cache(place, cache, hold_out=9)
+
+
+def test_a_cache_behind_a_url(place, cache):
+    """A stream from a URL is the stream from the directory."""
+    url = "memory://streams-test/cache"
+    for file in cache.iterdir():
+        remote.upload(file, remote.join(url, file.name))
+    here, there = (take(open_cache(place, source), 5) for source in (cache, url))
+    for left, right in zip(here, there, strict=True):
+        assert torch.equal(left.input_ids, right.input_ids)
+        assert torch.equal(left.targets.token_ids, right.targets.token_ids)
+        assert left.state == right.state

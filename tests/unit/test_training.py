@@ -369,6 +369,8 @@ def test_learning_rate_rises_then_falls_to_a_tenth(place, tmp_path):
         ({"seq_len": 8}, "seq_len belongs to tokens"),
         ({"method": "full"}, "teacher belongs to method full"),
         ({"method": "ce", "ce_weight": 0.5}, "method ce is all of it"),
+        ({"cache": None, "tokens": "t", "seq_len": 8, "method": "ce", "window": 2}, "belong to a cache, got 2 and 0"),
+        ({"hold_out": -1}, "hold_out must be >= 0, got -1"),
         ({"steps": 0}, "steps must be >= 1, got 0"),
         ({"num_heads": 3}, "does not divide"),
         ({"warmup": 2.0}, r"warmup must be in \[0, 1\]"),
