@@ -22,7 +22,6 @@ from sklformat import SklError, __version__, recover, verify
 from sklformat.capture.session import UNFINISHED_NAME
 from sklformat.flags import UsageError, parse
 from sklformat.layout import PARTIAL_SUFFIX
-from sklformat.recovery import Recovered
 from sklformat.report import inspect
 
 DAMAGED = 3
@@ -274,17 +273,8 @@ def _run_recover(name: str, arguments: list[str]) -> int:
     if as_json:
         _print_json([dataclasses.asdict(result) for result in results])
     else:
-        sys.stdout.writelines(f"{_recovered(result)}\n" for result in results)
+        sys.stdout.writelines(f"{result}; run the command that began it again to go on\n" for result in results)
     return 0
-
-
-def _recovered(result: Recovered) -> str:
-    cut = f"{result.bytes_cut} bytes cut"
-    if result.cause is not None:
-        cut += f" ({result.cause})"
-    if result.sequences_cut:
-        cut += f", {result.sequences_cut} whole sequences behind the fault among them"
-    return f"{result.path}: {result.sequences} sequences kept, {cut}; run the command that began it again to go on"
 
 
 def _run_estimate(name: str, arguments: list[str]) -> int:

@@ -43,6 +43,14 @@ class Recovered:
     cause: str | None = None
     sequences_cut: int = 0
 
+    def __str__(self) -> str:
+        cut = f"{self.bytes_cut} bytes cut"
+        if self.cause is not None:
+            cut += f" ({self.cause})"
+        if self.sequences_cut:
+            cut += f", {self.sequences_cut} whole sequences behind the fault among them"
+        return f"{self.path}: {self.sequences} sequences kept, {cut}"
+
 
 @dataclass(frozen=True, slots=True)
 class Prefix:

@@ -32,12 +32,14 @@ class ShardWork:
         first_sequence: Global number of its first sequence.
         num_sequences: How many it will hold.
         next_sequence: Global number of the first sequence still wanted; all are there when it equals ``end``.
+        cut: What could not be kept of its ``.partial``, and why, in words; None where all of it was.
     """
 
     number: int
     first_sequence: int
     num_sequences: int
     next_sequence: int
+    cut: str | None = None
 
     @property
     def end(self) -> int:
@@ -96,14 +98,14 @@ def survey(
         path = shard_path(directory, place.number)
         if url is not None and path.exists():
             _check_found(Target(directory), header, place)
-            kept = place.num_sequences
+            kept, cut = place.num_sequences, None
         elif _check_found(target, header, place):
             continue
         else:
             _check_partial(path, header, place)
-            kept = _kept(path, place) if is_own else 0
+            kept, cut = _kept(path, place) if is_own else (0, None)
         if is_own:
-            works.append(dataclasses.replace(place, next_sequence=place.first_sequence + kept))
+            works.append(dataclasses.replace(place, next_sequence=place.first_sequence + kept, cut=cut))
     return works
 
 
@@ -191,18 +193,18 @@ def _check_partial(path: Path, header: Header, place: ShardWork) -> None:
         _check_settings(partial, parse_header(head), shard_header(header, place.number, place.first_sequence))
 
 
-def _kept(path: Path, place: ShardWork) -> int:
-    """How many sequences the place's ``.partial`` keeps."""
+def _kept(path: Path, place: ShardWork) -> tuple[int, str | None]:
+    """How many sequences the place's ``.partial`` keeps, and what it does not, in words."""
     partial = path.with_name(path.name + layout.PARTIAL_SUFFIX)
     if not partial.exists():
-        return 0
-    sequences = recover(path).sequences
-    if sequences > place.num_sequences:
+        return 0, None
+    recovered = recover(path)
+    if recovered.sequences > place.num_sequences:
         raise SettingsError(
-            f"{partial}: holds {sequences} sequences already, this capture asks for {place.num_sequences}; "
+            f"{partial}: holds {recovered.sequences} sequences already, this capture asks for {place.num_sequences}; "
             "give the same sequences_per_shard, or choose another directory"
         )
-    return sequences
+    return recovered.sequences, None if recovered.cause is None else str(recovered)
 
 
 def _check_settings(path: Path | str, found: Header, expected: Header) -> None:

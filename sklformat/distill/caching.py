@@ -184,6 +184,8 @@ class _Part:
                 self._ranks.in_turn(lambda _: stack.enter_context(self._capture))
                 works = list(self._capture.shards())
                 self._total = self._capture.num_own_sequences
+                cuts = [work.cut for work in works if work.cut is not None]
+                sys.stderr.writelines(f"{cut}; captured again from there\n" for cut in cuts)
                 self._missing = sum(work.end - work.next_sequence for work in works)
                 self._push_all(teacher, works, begin)
         except KeyboardInterrupt:

@@ -178,6 +178,29 @@ def test_an_exception_keeps_what_was_pushed(tmp_path):
     assert expected == shard_bytes(tmp_path / "cache")
 
 
+def test_what_cannot_be_kept_is_told(tmp_path):
+    """Damage in what was saved is named when a capture goes on, and costs only what lies behind it."""
+    expected = write_undisturbed(tmp_path / "plain")
+    with pytest.raises(KeyboardInterrupt), open_capture(tmp_path / "cache") as capture:
+        for sequence in range(7):
+            capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+        raise KeyboardInterrupt
+    partial = tmp_path / "cache" / "shard-00001.skl.partial"
+    data = bytearray(partial.read_bytes())
+    second = skl.Shard(tmp_path / "plain" / "shard-00001.skl").index.offset.item(1)
+    data[second + 80] ^= 1
+    partial.write_bytes(data)
+    with open_capture(tmp_path / "cache") as capture:
+        work, _ = capture.shards()
+        assert 5 == work.next_sequence
+        assert work.cut.startswith(
+            f"{partial}: 1 sequences kept, {len(data) - second} bytes cut (block 1: byte {second}:"
+        )
+        assert work.cut.endswith("), 1 whole sequences behind the fault among them")
+        push_all(capture)
+    assert expected == shard_bytes(tmp_path / "cache")
+
+
 def test_leaving_early_writes_no_manifest(tmp_path):
     """A capture that is not complete ends without an error and without a manifest."""
     with open_capture(tmp_path / "cache") as capture:
