@@ -137,10 +137,11 @@ def find_header(directory: Path, url: str | None = None) -> Header | None:
     Raises:
         FormatError, RemoteError: As ``survey``.
     """
-    for name in Target(directory, url).names():
-        if _SHARD_NAME.fullmatch(name) and not name.endswith(layout.PARTIAL_SUFFIX):
-            found = Target(directory, url).find(name)
-            return None if found is None else found[0]
+    for target in (Target(directory, url), Target(directory)):  # at a URL, or sealed here and not uploaded yet
+        for name in target.names():
+            is_sealed = _SHARD_NAME.fullmatch(name) and not name.endswith(layout.PARTIAL_SUFFIX)
+            if is_sealed and (found := target.find(name)) is not None:
+                return found[0]
     for partial in sorted(directory.glob(f"shard-*.skl{layout.PARTIAL_SUFFIX}")):
         with partial.open("rb") as file, contextlib.suppress(FormatError):  # never synced: it holds nothing
             return parse_header(file.read(layout.HEADER_SIZE))

@@ -96,6 +96,7 @@ def test_a_failed_upload_keeps_the_shard(tmp_path, url, stored, expected):
     ):
         push_all(capture)
     assert expected["shard-00000.skl"] == (tmp_path / "work" / "shard-00000.skl").read_bytes()
+    assert HEADER == find_header(tmp_path / "work", f"file://{tmp_path}/elsewhere")  # it is known by what is here
     stored.unlink()
     with open_capture(tmp_path / "work", url=url, num_sequences=4) as capture:
         assert [] == list(capture.shards())
