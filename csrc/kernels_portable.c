@@ -205,4 +205,5 @@ static void exponentials(uint32_t dtype, const void *row, size_t n, float scale,
 #undef CALL
 }
 
-const skl_kernels SKL_KERNELS = {SKL_KERNELS_NAME, widen, block_maxima, block_sums, exponentials, unpack, sums_differ, divide};
+const skl_kernels SKL_KERNELS = {SKL_KERNELS_NAME, widen,  block_maxima, block_sums,   exponentials, mark_starts,
+                                 unpack,           settle, widen_tokens, split_tokens, divide};
