@@ -19,23 +19,6 @@ static skl_status fill_tokens(const skl_shape *shape, const uint8_t *src, const 
     return skl_fail(batch->tokens_given ? SKL_ERR_ARG : SKL_ERR_CORRUPT, fault, SKL_REASON_TOKEN_RANGE, bad, tokens[bad]);
 }
 
-/* One row that has positions; its records begin at base. */
-static skl_status fill_row(const skl_shape *shape, uint32_t scale_log2, const uint8_t *src, size_t src_len,
-                           const skl_batch *batch, uint32_t b, uint64_t base, uint8_t *codes, skl_fault *fault)
-{
-    int64_t *const offsets = batch->offsets + (size_t)b * batch->row_positions;
-    skl_status status =
-        skl_decode_records(shape, src, src_len, (int64_t)base, offsets, batch->token_ids, codes, fault);
-    if (status == SKL_OK)
-        status = fill_tokens(shape, src, batch, b, fault);
-    if (status != SKL_OK || batch->probs == NULL)
-        return status;
-    if (shape->kind == SKL_KIND_RATIOS)
-        return skl_expand_from(shape->num_positions, offsets, codes, scale_log2, batch->probs);
-    skl_current_kernels()->divide(codes + base, (size_t)shape->num_records, shape->rounds, batch->probs + base);
-    return SKL_OK;
-}
-
 static void pad_row(const skl_batch *batch, uint64_t first, uint32_t used)
 {
     for (uint64_t i = first + used; i < first + batch->row_positions; i++) {
@@ -53,7 +36,7 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
     uint64_t total = 0;
     batch->offsets[0] = 0;
     *row = 0;
-    if (!batch->tokens_given && shape->token_size == 0)
+    if ((!batch->tokens_given && shape->token_size == 0) || scale_log2 > 30)
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
     for (uint32_t b = 0; b < batch->num_rows; b++) {
         *row = b;
@@ -62,8 +45,11 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
         if (of_row.num_positions > batch->row_positions || of_row.num_records > batch->num_records - total)
             return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, batch->row_positions);
         if (of_row.num_positions > 0) {
-            const skl_status status =
-                fill_row(&of_row, scale_log2, sources[b], source_lens[b], batch, b, total, codes, fault);
+            skl_status status = skl_decode_records(&of_row, scale_log2, sources[b], source_lens[b], (int64_t)total,
+                                                   batch->offsets + (uint64_t)b * batch->row_positions,
+                                                   batch->token_ids, codes, batch->probs, fault);
+            if (status == SKL_OK)
+                status = fill_tokens(&of_row, sources[b], batch, b, fault);
             if (status != SKL_OK)
                 return status;
         }

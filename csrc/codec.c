@@ -169,19 +169,6 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
 #define WINDOW 8192u            /* records unpacked at a time; their marks stay in the first-level cache */
 #define STREAMED (UINT64_C(1) << 24) /* bytes of results from which on they would push all else out of the caches */
 
-/* A weight that reaches 0 stays there. */
-static int reaches_zero(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes)
-{
-    int found = 0;
-    for (uint32_t t = 0; t < num_positions; t++) {
-        uint32_t v = SKL_RATIO_ONE;
-        for (int64_t i = offsets[t]; i < offsets[t + 1]; i++)
-            v = skl_ratio_step(v, codes[i]);
-        found |= v == 0;
-    }
-    return found;
-}
-
 static skl_status name_reserved(const int64_t *offsets, const uint8_t *records, skl_fault *fault)
 {
     uint64_t i = 0, position = 0;
@@ -204,8 +191,9 @@ static skl_status check_padding(const uint8_t *src, size_t begin, size_t end, ui
     return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_PADDING, num_positions, begin);
 }
 
-skl_status skl_decode_records(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t base,
-                              int64_t *offsets, uint32_t *token_ids, uint8_t *codes, skl_fault *fault)
+skl_status skl_decode_records(const skl_shape *shape, uint32_t scale_log2, const uint8_t *src, size_t src_len,
+                              int64_t base, int64_t *offsets, uint32_t *token_ids, uint8_t *codes, float *probs,
+                              skl_fault *fault)
 {
     if (!known_shape(shape))
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
@@ -239,6 +227,8 @@ skl_status skl_decode_records(const skl_shape *shape, const uint8_t *src, size_t
             n = n < to_line ? n : to_line;
         kernels->mark_starts(&starts, done, n, marks);
         kernels->unpack(&scan, marks, src + at.records + done * record_size(shape), n, token_ids + done, codes + done);
+        if (counts && probs != NULL)
+            kernels->divide(codes + done, n, shape->rounds, probs + base + done);
         done += n;
     }
     /* What is left are positions without records, or the numbers are wrong. */
@@ -252,7 +242,8 @@ skl_status skl_decode_records(const skl_shape *shape, const uint8_t *src, size_t
         return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, starts.place);
     if (scan.reserved)
         return name_reserved(offsets, src + at.records, fault);
-    if (scan.bad || scan.left != 0 || (!counts && reaches_zero(shape->num_positions, offsets, codes - base)))
+    if (scan.bad || scan.left != 0 ||
+        (!counts && skl_expand_from(shape->num_positions, offsets, codes - base, scale_log2, probs)))
         return check_records(shape, offsets, token_ids - base, codes - base, SKL_ERR_CORRUPT, fault);
     return SKL_OK;
 }
@@ -266,7 +257,7 @@ skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len
                       uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns_out,
                       skl_fault *fault)
 {
-    skl_status status = skl_decode_records(shape, src, src_len, 0, offsets, token_ids, codes, fault);
+    skl_status status = skl_decode_records(shape, 0, src, src_len, 0, offsets, token_ids, codes, NULL, fault);
     if (status != SKL_OK)
         return status;
     const columns at = locate(shape);

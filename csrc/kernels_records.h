@@ -257,25 +257,26 @@ SPECIALISED void unpack_as(layout of, skl_scan *scan, const uint8_t *marks, cons
 #ifdef SKL_VECTORS
     i = unpack_steps(of, scan, marks, src, n, token_ids, codes);
 #endif
+    skl_scan seen = *scan; /* of its own, so that what is stored cannot change it */
     for (; i < n; i++) {
         const uint8_t *from = src + of.size * i;
         const uint32_t record = (uint32_t)from[0] | (uint32_t)from[1] << 8 | (uint32_t)from[2] << 16 |
                                 (of.size == 4 ? (uint32_t)from[3] << 24 : 0);
         const uint32_t id = record & ((UINT32_C(1) << of.id_bits) - 1);
         const uint32_t code = record >> of.id_bits & 127;
-        scan->reserved |= of.size == 4 && record >> 31;
-        scan->bad |= id >= scan->vocab_size || (marks[i] == 0 && id <= scan->before && (of.counts || code == 0));
+        seen.reserved |= of.size == 4 && record >> 31;
+        seen.bad |= (uint32_t)(id >= seen.vocab_size) |
+                    ((uint32_t)(marks[i] == 0) & (uint32_t)(id <= seen.before) & (uint32_t)(of.counts || code == 0));
         if (of.counts) {
-            if (marks[i] != 0) {
-                scan->bad |= scan->left != 0;
-                scan->left = marks[i];
-            }
-            scan->bad |= code == 0 || code > scan->left;
-            scan->left -= code;
+            seen.bad |= (uint32_t)(marks[i] != 0) & (uint32_t)(seen.left != 0);
+            seen.left = marks[i] != 0 ? marks[i] : seen.left;
+            seen.bad |= (uint32_t)(code == 0) | (uint32_t)(code > seen.left);
+            seen.left -= code;
         }
-        scan->before = token_ids[i] = id;
+        seen.before = token_ids[i] = id;
         codes[i] = (uint8_t)code;
     }
+    *scan = seen;
 }
 
 static void unpack(skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n, uint32_t *token_ids,

@@ -111,8 +111,8 @@ typedef struct skl_batch {
  * sources, source_lens [B]: payloads with their padding; num_positions, num_records [B]: of each, 0 positions for a
  * row that is empty.
  * codes: scratch, num_records bytes.  *row: the row at fault.
- * As skl_decode; SKL_ERR_ARG too where the rows do not fit the batch, where there are no tokens, and for tokens given
- * that are not below vocab_size. */
+ * As skl_decode; SKL_ERR_ARG too where the rows do not fit the batch, there are no tokens, tokens given are not below
+ * vocab_size, or scale_log2 is not in 0..30. */
 skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const uint8_t *const *sources,
                             const uint64_t *source_lens, const uint32_t *num_positions, const uint32_t *num_records,
                             const skl_batch *batch, uint8_t *codes, uint32_t *row, skl_fault *fault);
