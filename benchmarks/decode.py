@@ -43,7 +43,7 @@ def main() -> None:
     offsets = np.empty(args.positions + 1, np.int64)
     ids, counts = np.empty(shape.num_records, np.uint32), np.empty(shape.num_records, np.uint8)
     moved = data.nbytes + offsets.nbytes + ids.nbytes + counts.nbytes
-    source, target = np.zeros(moved // 2, np.uint8), np.ones(moved // 2, np.uint8)
+    source, target = np.full(moved // 2, 2, np.uint8), np.ones(moved // 2, np.uint8)
     shape_c, fault = shape.to_c(), ffi.new("skl_fault *")
     arguments = (
         shape_c,

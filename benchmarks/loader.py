@@ -35,7 +35,7 @@ def main() -> None:
             handed_out += sum(tensor.nbytes for tensor in tensors)
             positions += batch.input_ids.numel()
         moved = path.stat().st_size + handed_out
-        source, target = np.zeros(moved // 2, np.uint8), np.ones(moved // 2, np.uint8)
+        source, target = np.full(moved // 2, 2, np.uint8), np.ones(moved // 2, np.uint8)
 
         def epoch(ds: SparseLogitDataset) -> None:
             for _ in ds:

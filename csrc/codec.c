@@ -106,22 +106,22 @@ static skl_status check_position(const skl_shape *shape, const uint32_t *token_i
  * The pass counts the ids that do not rise over the whole column; at the starts of positions they may.  The two numbers
  * differ iff one does not rise inside a position. */
 static int counts_are_bad(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
-                          const uint8_t *codes, const skl_scan *scan)
+                          const uint8_t *codes, const skl_seen *seen)
 {
-    uint64_t falls = scan->falls;
+    uint64_t falls = seen->falls;
     for (uint32_t t = 0; t < shape->num_positions; t++) {
         const int64_t begin = offsets[t];
         falls -= begin > offsets[0] && begin < offsets[t + 1] && token_ids[begin] <= token_ids[begin - 1];
     }
-    return falls != 0 || scan->large || scan->zeros ||
+    return falls != 0 || seen->large || seen->zeros ||
            skl_current_kernels()->sums_differ(offsets, shape->num_positions, codes, shape->rounds);
 }
 
 /* Whether any position breaks a rule of kind ratios; the pass over the records saw the ids. */
 static int ratios_are_bad(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
-                          const uint8_t *codes, const skl_scan *scan)
+                          const uint8_t *codes, const skl_seen *seen)
 {
-    uint32_t bad = scan->large;
+    uint32_t bad = seen->large;
     for (uint32_t t = 0; t < shape->num_positions; t++) {
         uint32_t v = SKL_RATIO_ONE, before = 0;
         for (int64_t i = offsets[t]; i < offsets[t + 1]; i++) {
@@ -173,10 +173,10 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
     skl_status status = skl_check_offsets(shape->num_positions, offsets, shape->num_records, fault);
     if (status != SKL_OK)
         return status;
-    skl_scan scan;
+    skl_seen seen;
     skl_current_kernels()->pack(shape->profile, shape->vocab_size, token_ids, codes, (size_t)shape->num_records,
-                                dst + at.records, &scan);
-    if ((shape->kind == SKL_KIND_COUNTS ? counts_are_bad : ratios_are_bad)(shape, offsets, token_ids, codes, &scan))
+                                dst + at.records, &seen);
+    if ((shape->kind == SKL_KIND_COUNTS ? counts_are_bad : ratios_are_bad)(shape, offsets, token_ids, codes, &seen))
         status = check_records(shape, offsets, token_ids, codes, SKL_ERR_ARG, fault);
     if (status == SKL_OK && shape->token_size != 0)
         status = check_tokens(shape, tokens, SKL_ERR_ARG, fault);
@@ -199,78 +199,87 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
     return SKL_OK;
 }
 
-static void load_tokens(const uint8_t *restrict src, uint32_t size, uint64_t n, uint32_t *restrict tokens)
-{
-    /* One copy of the loop for each size. */
-    if (size == 2)
-        for (uint64_t i = 0; i < n; i++)
-            tokens[i] = skl_load_token(src, 2, i);
-    else if (size == 3)
-        for (uint64_t i = 0; i < n; i++)
-            tokens[i] = skl_load_token(src, 3, i);
-    else
-        for (uint64_t i = 0; i < n; i++)
-            tokens[i] = skl_load_token(src, 4, i);
-}
-
-#define STRETCH 512u /* positions: about 12 000 records, 90 KB of source and results */
-
 /* ---- decode -------------------------------------------------------------------------------------------------------- */
 
-/* Prefix sums of the numbers of records, from base on; they must end at base + num_records. */
-static skl_status decode_offsets(const skl_shape *shape, const uint8_t *src, int64_t base, int64_t *offsets,
-                                 skl_fault *fault)
+#define WINDOW 8192u            /* records unpacked at a time; their marks stay in the first-level cache */
+#define STREAMED (UINT64_C(1) << 24) /* bytes of results from which on they would push all else out of the caches */
+
+static skl_status name_reserved(const int64_t *offsets, const uint8_t *records, skl_fault *fault)
 {
-    int64_t sum = base;
-    offsets[0] = base;
-    if (shape->record_count_size == 1)
-        for (uint32_t t = 0; t < shape->num_positions; t++)
-            offsets[t + 1] = sum += src[t];
-    else
-        for (uint32_t t = 0; t < shape->num_positions; t++)
-            offsets[t + 1] = sum += load_bytes(src + 2 * (size_t)t, 2);
-    if ((uint64_t)(sum - base) != shape->num_records)
-        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, (uint64_t)(sum - base));
-    return SKL_OK;
+    uint64_t i = 0, position = 0;
+    while (records[4 * i + 3] < 128)
+        i++;
+    while (offsets[position + 1] - offsets[0] <= (int64_t)i)
+        position++;
+    return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_RESERVED, position, i);
 }
 
-skl_status skl_decode_records(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t base,
-                              int64_t *offsets, uint32_t *token_ids, uint8_t *codes, skl_fault *fault)
+static skl_status check_padding(const uint8_t *src, size_t begin, size_t end, uint32_t num_positions, skl_fault *fault)
+{
+    uint8_t any = 0;
+    for (size_t i = begin; i < end; i++)
+        any |= src[i];
+    if (any == 0)
+        return SKL_OK;
+    while (src[begin] == 0)
+        begin++;
+    return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_PADDING, num_positions, begin);
+}
+
+skl_status skl_decode_records(const skl_shape *shape, uint32_t scale_log2, const uint8_t *src, size_t src_len,
+                              int64_t base, int64_t *offsets, uint32_t *token_ids, uint8_t *codes, float *probs,
+                              skl_fault *fault)
 {
     if (!known_shape(shape))
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
     const columns at = locate(shape);
     if (at.end + 64 > src_len)
         return SKL_ERR_TRUNCATED;
-    for (size_t i = (size_t)at.end; i < src_len; i++)
-        if (src[i] != 0)
-            return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_PADDING, shape->num_positions, i);
+    const skl_status padding = check_padding(src, (size_t)at.end, src_len, shape->num_positions, fault);
+    if (padding != SKL_OK)
+        return padding;
 
-    const skl_status status = decode_offsets(shape, src, base, offsets, fault);
-    if (status != SKL_OK)
-        return status;
-    /* A stretch of positions at a time, so that the checks find in the cache what was just unpacked. */
-    for (uint32_t done = 0; done < shape->num_positions;) {
-        skl_shape part = *shape;
-        const int64_t *const starts = offsets + done;
-        const uint32_t rest = shape->num_positions - done;
-        part.num_positions = rest < STRETCH ? rest : STRETCH;
-        part.num_records = (uint64_t)(starts[part.num_positions] - starts[0]);
-        skl_scan scan;
-        skl_current_kernels()->unpack(part.profile, part.vocab_size,
-                                      src + at.records + (uint64_t)(starts[0] - base) * record_size(shape),
-                                      (size_t)part.num_records, token_ids + starts[0], codes + starts[0], &scan);
-        if (scan.reserved)
-            return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_RESERVED, done, 0);
-        if (part.kind != SKL_KIND_COUNTS || counts_are_bad(&part, starts, token_ids, codes, &scan)) {
-            const skl_status named = check_records(&part, starts, token_ids, codes, SKL_ERR_CORRUPT, fault);
-            if (named != SKL_OK) {
-                fault->position += done;
-                return named;
-            }
-        }
-        done += part.num_positions;
+    const skl_kernels *const kernels = skl_current_kernels();
+    const int counts = shape->kind == SKL_KIND_COUNTS;
+    const int stream = shape->num_records * 5 + shape->num_positions * UINT64_C(8) >= STREAMED;
+    skl_scan scan = {.profile = shape->profile, .vocab_size = shape->vocab_size, .counts = counts, .stream = stream};
+    skl_starts starts = {.numbers = src,
+                         .offsets = offsets,
+                         .base = base,
+                         .num_positions = shape->num_positions,
+                         .record_count_size = shape->record_count_size,
+                         .stream = stream,
+                         .mark = (uint8_t)(counts ? shape->rounds : 1)};
+    _Alignas(64) uint8_t marks[WINDOW];
+    offsets[0] = base;
+    token_ids += base;
+    codes += base;
+    for (uint64_t done = 0; done < shape->num_records;) {
+        const uint64_t rest = shape->num_records - done;
+        size_t n = rest < WINDOW ? (size_t)rest : WINDOW;
+        const size_t to_line = (64 - (uintptr_t)(token_ids + done) % 64) % 64 / sizeof *token_ids;
+        if (stream && to_line > 0)
+            n = n < to_line ? n : to_line;
+        kernels->mark_starts(&starts, done, n, marks);
+        kernels->unpack(&scan, marks, src + at.records + done * record_size(shape), n, token_ids + done, codes + done);
+        if (counts && probs != NULL)
+            kernels->divide(codes + done, n, shape->rounds, probs + base + done);
+        done += n;
     }
+    /* What is left are positions without records, or the numbers are wrong. */
+    for (; starts.position < shape->num_positions; starts.position++) {
+        starts.place += load_bytes(src + (size_t)starts.position * shape->record_count_size, shape->record_count_size);
+        offsets[starts.position + 1] = base + (int64_t)starts.place;
+    }
+    if (stream)
+        kernels->settle();
+    if (starts.place != shape->num_records)
+        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, starts.place);
+    if (scan.reserved)
+        return name_reserved(offsets, src + at.records, fault);
+    if (scan.bad || scan.left != 0 ||
+        (!counts && skl_expand_from(shape->num_positions, offsets, codes - base, scale_log2, probs)))
+        return check_records(shape, offsets, token_ids - base, codes - base, SKL_ERR_CORRUPT, fault);
     return SKL_OK;
 }
 
@@ -283,12 +292,12 @@ skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len
                       uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns_out,
                       skl_fault *fault)
 {
-    skl_status status = skl_decode_records(shape, src, src_len, 0, offsets, token_ids, codes, fault);
+    skl_status status = skl_decode_records(shape, 0, src, src_len, 0, offsets, token_ids, codes, NULL, fault);
     if (status != SKL_OK)
         return status;
     const columns at = locate(shape);
     if (tokens != NULL && shape->token_size != 0) {
-        load_tokens(src + at.tokens, shape->token_size, shape->num_positions + UINT64_C(1), tokens);
+        skl_current_kernels()->widen_tokens(shape->token_size, src + at.tokens, (size_t)shape->num_positions + 1, tokens);
         status = check_tokens(shape, tokens, SKL_ERR_CORRUPT, fault);
     }
     if (status == SKL_OK && columns_out != NULL)

@@ -9,13 +9,37 @@
 #define SKL_LANES 16
 #define SKL_GROUPS (SKL_BLOCK / SKL_LANES)
 
-/* What a pass over the records of a block saw. */
+#define SKL_LITTLE_ENDIAN (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
+
+/* What a pass over ids and codes to pack saw. */
+typedef struct skl_seen {
+    uint32_t large; /* an id is not below vocab_size */
+    uint32_t zeros; /* a code is 0 */
+    uint64_t falls; /* ids that are not above the id before them, positions not regarded */
+} skl_seen;
+
+/* A pass over the records of a sequence, in as many calls as the caller likes. */
 typedef struct skl_scan {
-    uint32_t reserved; /* a bit that must be 0 is set */
-    uint32_t large;    /* an id is not below vocab_size */
-    uint32_t zeros;    /* a code is 0 */
-    uint64_t falls;    /* ids that are not above the id before them, positions not regarded */
+    uint32_t profile, vocab_size;
+    int counts;        /* kind counts; else ratios */
+    int stream;        /* results go past the caches; token_ids is then on a cache line */
+    uint32_t before;   /* where the pass stands: the id before, and what the counts of */
+    uint64_t left;     /* the open position have not taken of its rounds; 0 at first */
+    uint32_t reserved; /* what it saw: a bit that must be 0 is set */
+    uint32_t bad;      /* a record or position breaks a rule of SPEC.md section 4, but that no weight may reach 0 */
 } skl_scan;
+
+/* A pass over the numbers of records, beside it. */
+typedef struct skl_starts {
+    const uint8_t *numbers;     /* [num_positions], of record_count_size bytes each */
+    int64_t *offsets;           /* [num_positions + 1], the first is base */
+    int64_t base;
+    uint64_t place;             /* where the pass stands: the record that position begins with; 0 at first */
+    uint32_t position;
+    uint32_t num_positions, record_count_size;
+    int stream;
+    uint8_t mark;
+} skl_starts;
 
 /* Every table gives the same bits for the same input; kernels_portable.c writes the arithmetic out.
  *
@@ -35,15 +59,24 @@ typedef struct skl_kernels {
     void (*exponentials)(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *e);
     /* Sums [SKL_GROUPS] of SKL_LANES exponentials each, of e [SKL_BLOCK]. */
     void (*group_totals)(const float *e, double *totals);
-    /* n ids and codes to records of a profile; with anything that scan reports, the records have no meaning. */
+    /* n ids and codes to records of a profile; with anything that is seen, the records have no meaning. */
     void (*pack)(uint32_t profile, uint32_t vocab_size, const uint32_t *token_ids, const uint8_t *codes, size_t n,
-                 uint8_t *dst, skl_scan *scan);
-    /* n records of a profile to ids and codes; at least 64 bytes after them are readable. */
-    void (*unpack)(uint32_t profile, uint32_t vocab_size, const uint8_t *src, size_t n, uint32_t *token_ids,
-                   uint8_t *codes, skl_scan *scan);
+                 uint8_t *dst, skl_seen *seen);
     /* Whether the counts of any position that has some sum to something else than rounds. */
     int (*sums_differ)(const int64_t *offsets, uint32_t num_positions, const uint8_t *codes, uint32_t rounds);
-    /* codes[i] / rounds, rounded once. */
+    /* Marks [n] of the records first and after: starts->mark where a position begins, else 0; and its offset. */
+    void (*mark_starts)(skl_starts *starts, uint64_t first, size_t n, uint8_t *marks);
+    /* n records to ids and codes; marks [n] are 0 but where a position begins, for counts its rounds.  At least 64
+     * bytes after the records are readable. */
+    void (*unpack)(skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n, uint32_t *token_ids,
+                   uint8_t *codes);
+    /* After the last call that streams. */
+    void (*settle)(void);
+    /* n tokens of 2, 3 or 4 bytes; at least 64 bytes after them are readable. */
+    void (*widen_tokens)(uint32_t size, const uint8_t *src, size_t n, uint32_t *tokens);
+    /* n >= 2 tokens of a row to n - 1 inputs and labels; returns the largest. */
+    uint32_t (*split_tokens)(const uint32_t *tokens, size_t n, int64_t *input_ids, int64_t *labels);
+    /* codes[i] / rounds, rounded once; both below 128. */
     void (*divide)(const uint8_t *codes, size_t n, uint32_t rounds, float *quotients);
 } skl_kernels;
 

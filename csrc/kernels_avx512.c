@@ -80,6 +80,18 @@ LANES lanes exponential_lanes(lanes x, lanes scale, lanes offset)
 #include "kernels_lanes.h"
 
 const skl_kernels skl_kernels_avx512 = {
-    "avx512",     widen, block_maxima, block_cdf,   exponentials,
-    group_totals, pack,  unpack,       sums_differ, divide,
+    .name = "avx512",
+    .widen = widen,
+    .block_maxima = block_maxima,
+    .block_cdf = block_cdf,
+    .exponentials = exponentials,
+    .group_totals = group_totals,
+    .pack = pack,
+    .sums_differ = sums_differ,
+    .mark_starts = mark_starts,
+    .unpack = unpack,
+    .settle = settle,
+    .widen_tokens = widen_tokens,
+    .split_tokens = split_tokens,
+    .divide = divide,
 };

@@ -18,7 +18,7 @@
 
 /* 16 records at a time; returns how many are done. */
 SPECIALISED size_t pack_vectors(uint32_t size, uint32_t id_bits, uint32_t vocab_size, const uint32_t *token_ids,
-                                const uint8_t *codes, size_t n, uint8_t *dst, skl_scan *scan)
+                                const uint8_t *codes, size_t n, uint8_t *dst, skl_seen *seen)
 {
     const __m512i bytes = _mm512_broadcast_i32x4(
         _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
@@ -32,7 +32,7 @@ SPECIALISED size_t pack_vectors(uint32_t size, uint32_t id_bits, uint32_t vocab_
         const __m512i values = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(codes + i)));
         const __m512i records = _mm512_or_si512(ids, _mm512_slli_epi32(values, id_bits));
         const uint32_t falls = _mm512_cmple_epu32_mask(ids, _mm512_alignr_epi32(ids, before, 15));
-        scan->falls += (uint64_t)__builtin_popcount(i == 0 ? falls & ~UINT32_C(1) : falls);
+        seen->falls += (uint64_t)__builtin_popcount(i == 0 ? falls & ~UINT32_C(1) : falls);
         large = (__mmask16)(large | _mm512_cmpgt_epu32_mask(ids, last_id));
         zeros = (__mmask16)(zeros | _mm512_testn_epi32_mask(values, values));
         before = ids;
@@ -42,8 +42,8 @@ SPECIALISED size_t pack_vectors(uint32_t size, uint32_t id_bits, uint32_t vocab_
             _mm512_mask_storeu_epi32(dst + 3 * i, 0x0fff,
                                      _mm512_permutexvar_epi32(gather, _mm512_shuffle_epi8(records, bytes)));
     }
-    scan->large |= large != 0;
-    scan->zeros |= zeros != 0;
+    seen->large |= large != 0;
+    seen->zeros |= zeros != 0;
     return i;
 }
 
@@ -51,7 +51,7 @@ SPECIALISED size_t pack_vectors(uint32_t size, uint32_t id_bits, uint32_t vocab_
 
 /* 8 records at a time; returns how many are done. */
 SPECIALISED size_t pack_vectors(uint32_t size, uint32_t id_bits, uint32_t vocab_size, const uint32_t *token_ids,
-                                const uint8_t *codes, size_t n, uint8_t *dst, skl_scan *scan)
+                                const uint8_t *codes, size_t n, uint8_t *dst, skl_seen *seen)
 {
     const __m256i bytes = _mm256_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1, 0, 1, 2, 4, 5, 6, 8,
                                            9, 10, 12, 13, 14, -1, -1, -1, -1);
@@ -70,7 +70,7 @@ SPECIALISED size_t pack_vectors(uint32_t size, uint32_t id_bits, uint32_t vocab_
         const __m256i rotated = _mm256_permutevar8x32_epi32(flipped, rotate);
         const __m256i rises = _mm256_cmpgt_epi32(flipped, _mm256_blend_epi32(rotated, before, 1));
         const uint32_t falls = ~(uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(rises)) & 0xff;
-        scan->falls += (uint64_t)__builtin_popcount(i == 0 ? falls & ~UINT32_C(1) : falls);
+        seen->falls += (uint64_t)__builtin_popcount(i == 0 ? falls & ~UINT32_C(1) : falls);
         before = rotated;
         large = _mm256_or_si256(large, _mm256_cmpgt_epi32(flipped, last_id));
         zeros = _mm256_or_si256(zeros, _mm256_cmpeq_epi32(values, _mm256_setzero_si256()));
@@ -82,47 +82,84 @@ SPECIALISED size_t pack_vectors(uint32_t size, uint32_t id_bits, uint32_t vocab_
             _mm_storel_epi64((__m128i *)(void *)(dst + 3 * i + 16), _mm256_extracti128_si256(packed, 1));
         }
     }
-    scan->large |= _mm256_movemask_epi8(large) != 0;
-    scan->zeros |= _mm256_movemask_epi8(zeros) != 0;
+    seen->large |= _mm256_movemask_epi8(large) != 0;
+    seen->zeros |= _mm256_movemask_epi8(zeros) != 0;
     return i;
 }
 
 #else
 
 SPECIALISED size_t pack_vectors(uint32_t size, uint32_t id_bits, uint32_t vocab_size, const uint32_t *token_ids,
-                                const uint8_t *codes, size_t n, uint8_t *dst, skl_scan *scan)
+                                const uint8_t *codes, size_t n, uint8_t *dst, skl_seen *seen)
 {
-    (void)size, (void)id_bits, (void)vocab_size, (void)token_ids, (void)codes, (void)n, (void)dst, (void)scan;
+    (void)size, (void)id_bits, (void)vocab_size, (void)token_ids, (void)codes, (void)n, (void)dst, (void)seen;
     return 0;
 }
 
 #endif
 
 SPECIALISED void pack_as(uint32_t size, uint32_t id_bits, uint32_t vocab_size, const uint32_t *token_ids,
-                         const uint8_t *codes, size_t n, uint8_t *dst, skl_scan *scan)
+                         const uint8_t *codes, size_t n, uint8_t *dst, skl_seen *seen)
 {
-    size_t i = pack_vectors(size, id_bits, vocab_size, token_ids, codes, n, dst, scan);
+    size_t i = pack_vectors(size, id_bits, vocab_size, token_ids, codes, n, dst, seen);
     for (; i < n; i++) {
         const uint32_t record = token_ids[i] | (uint32_t)codes[i] << id_bits;
-        scan->large |= token_ids[i] >= vocab_size;
-        scan->zeros |= codes[i] == 0;
-        scan->falls += i > 0 && token_ids[i] <= token_ids[i - 1];
+        seen->large |= token_ids[i] >= vocab_size;
+        seen->zeros |= codes[i] == 0;
+        seen->falls += i > 0 && token_ids[i] <= token_ids[i - 1];
         for (uint32_t byte = 0; byte < size; byte++)
             dst[size * i + byte] = (uint8_t)(record >> (8 * byte));
     }
 }
 
 static void pack(uint32_t profile, uint32_t vocab_size, const uint32_t *token_ids, const uint8_t *codes, size_t n,
-                 uint8_t *dst, skl_scan *scan)
+                 uint8_t *dst, skl_seen *seen)
 {
-    memset(scan, 0, sizeof *scan);
+    memset(seen, 0, sizeof *seen);
     /* One copy of the loop for each profile. */
     if (profile == SKL_PROFILE_R24)
-        pack_as(3, 17, vocab_size, token_ids, codes, n, dst, scan);
+        pack_as(3, 17, vocab_size, token_ids, codes, n, dst, seen);
     else if (profile == SKL_PROFILE_R24W)
-        pack_as(3, 18, vocab_size, token_ids, codes, n, dst, scan);
+        pack_as(3, 18, vocab_size, token_ids, codes, n, dst, seen);
     else
-        pack_as(4, 24, vocab_size, token_ids, codes, n, dst, scan);
+        pack_as(4, 24, vocab_size, token_ids, codes, n, dst, seen);
+}
+
+/* Sum of n bytes, n * 255 < 2^32. */
+SPECIALISED uint32_t sum_bytes(const uint8_t *bytes, size_t n)
+{
+    uint32_t sum = 0;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    for (; n > 0; bytes += 32) { /* a masked load touches nothing beyond n; few positions have more than 32 records */
+        const size_t some = n < 32 ? n : 32;
+        const __m256i part = _mm256_maskz_loadu_epi8(UINT32_MAX >> (32 - some), bytes);
+        const __m256i quarters = _mm256_sad_epu8(part, _mm256_setzero_si256());
+        const __m128i halves =
+            _mm_add_epi64(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256(quarters, 1));
+        sum += (uint32_t)(_mm_cvtsi128_si64(halves) + _mm_extract_epi64(halves, 1));
+        n -= some;
+    }
+#else
+    for (; n >= 8; n -= 8, bytes += 8) {
+        uint64_t eight;
+        memcpy(&eight, bytes, sizeof eight);
+        const uint64_t pairs = (eight & UINT64_C(0x00ff00ff00ff00ff)) + (eight >> 8 & UINT64_C(0x00ff00ff00ff00ff));
+        sum += (uint32_t)(pairs * UINT64_C(0x0001000100010001) >> 48);
+    }
+    for (size_t i = 0; i < n; i++)
+        sum += bytes[i];
+#endif
+    return sum;
+}
+
+static int sums_differ(const int64_t *offsets, uint32_t num_positions, const uint8_t *codes, uint32_t rounds)
+{
+    uint32_t bad = 0;
+    for (uint32_t t = 0; t < num_positions; t++) {
+        const size_t n = (size_t)(offsets[t + 1] - offsets[t]);
+        bad |= (uint32_t)(n > 0) & (uint32_t)(sum_bytes(codes + offsets[t], n) != rounds);
+    }
+    return bad != 0;
 }
 
 #undef SPECIALISED

@@ -200,6 +200,18 @@ static void group_totals(const float *e, double *totals)
 }
 
 const skl_kernels skl_kernels_portable = {
-    "portable",     widen, block_maxima, block_cdf,   exponentials,
-    group_totals, pack,  unpack,       sums_differ, divide,
+    .name = "portable",
+    .widen = widen,
+    .block_maxima = block_maxima,
+    .block_cdf = block_cdf,
+    .exponentials = exponentials,
+    .group_totals = group_totals,
+    .pack = pack,
+    .sums_differ = sums_differ,
+    .mark_starts = mark_starts,
+    .unpack = unpack,
+    .settle = settle,
+    .widen_tokens = widen_tokens,
+    .split_tokens = split_tokens,
+    .divide = divide,
 };

@@ -356,26 +356,37 @@ skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const ui
     return SKL_OK;
 }
 
-skl_status skl_expand_from(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
-                           float *weights)
+static inline __attribute__((always_inline)) int expand(uint32_t num_positions, const int64_t *offsets,
+                                                        const uint8_t *codes, float unit, float *weights)
 {
-    if (scale_log2 > 30)
-        return SKL_ERR_ARG;
-    const float unit = (float)(UINT64_C(1) << scale_log2) / (float)SKL_RATIO_ONE; /* exact: powers of two */
+    int zero = 0;
     for (uint32_t t = 0; t < num_positions; t++) {
-        if (offsets[t + 1] < offsets[t])
-            return SKL_ERR_ARG;
         uint32_t v = SKL_RATIO_ONE;
         for (int64_t i = offsets[t]; i < offsets[t + 1]; i++) {
             v = skl_ratio_step(v, codes[i]);
-            weights[i] = (float)v * unit;
+            if (weights != NULL)
+                weights[i] = (float)v * unit;
         }
+        zero |= v == 0; /* where it stays */
     }
-    return SKL_OK;
+    return zero;
+}
+
+int skl_expand_from(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
+                    float *weights)
+{
+    const float unit = (float)(UINT64_C(1) << scale_log2) / (float)SKL_RATIO_ONE; /* exact: powers of two */
+    return weights == NULL ? expand(num_positions, offsets, codes, unit, NULL)
+                           : expand(num_positions, offsets, codes, unit, weights);
 }
 
 skl_status skl_expand(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
                       float *weights)
 {
-    return offsets[0] != 0 ? SKL_ERR_ARG : skl_expand_from(num_positions, offsets, codes, scale_log2, weights);
+    skl_fault fault;
+    if (scale_log2 > 30 ||
+        skl_check_offsets(num_positions, offsets, (uint64_t)offsets[num_positions], &fault) != SKL_OK)
+        return SKL_ERR_ARG;
+    skl_expand_from(num_positions, offsets, codes, scale_log2, weights);
+    return SKL_OK;
 }

@@ -51,14 +51,16 @@ static inline __attribute__((always_inline)) uint32_t skl_load_token(const uint8
     return size == 3 ? token & 0xffffff : token;
 }
 
-/* codec.c: as skl_decode, but only the records, which go to base and after in token_ids and codes;
- * offsets [num_positions + 1] start at base. */
-skl_status skl_decode_records(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t base,
-                              int64_t *offsets, uint32_t *token_ids, uint8_t *codes, skl_fault *fault);
+/* codec.c: as skl_decode, but only the records, which go to base and after in token_ids, codes and probs;
+ * offsets [num_positions + 1] start at base.  probs: count / rounds, or the weight; NULL: not wanted. */
+skl_status skl_decode_records(const skl_shape *shape, uint32_t scale_log2, const uint8_t *src, size_t src_len,
+                              int64_t base, int64_t *offsets, uint32_t *token_ids, uint8_t *codes, float *probs,
+                              skl_fault *fault);
 
-/* ratios.c: as skl_expand, for offsets that start anywhere in codes and weights. */
-skl_status skl_expand_from(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
-                           float *weights);
+/* ratios.c: as skl_expand, for offsets that rise from anywhere and a scale that is known; weights may be NULL.
+ * Returns whether any weight reaches 0. */
+int skl_expand_from(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
+                    float *weights);
 
 /* codec.c: where the tokens lie in a payload of a shape that is known. */
 uint64_t skl_tokens_offset(const skl_shape *shape);

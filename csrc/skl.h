@@ -36,7 +36,7 @@ typedef enum skl_reason {
     SKL_REASON_WEIGHT_RANGE = 6,  /* value: index of a weight that is not in (0, scale] */
     SKL_REASON_NUM_RECORDS = 7,   /* value: number of records of the position, beyond its field */
     SKL_REASON_RATIO_ZERO = 8,    /* value: a code that takes the weight to 0 */
-    SKL_REASON_RESERVED = 9,      /* value: a record whose reserved bit is set */
+    SKL_REASON_RESERVED = 9,      /* value: number of a record of the sequence whose reserved bit is set */
     SKL_REASON_TOKEN_RANGE = 10,  /* value: a token of the sequence, >= vocab_size; position: its place */
     SKL_REASON_PADDING = 11,      /* padding that is not zero */
     SKL_REASON_NOT_FINITE = 12,   /* a logit that is NaN or +inf, or a row without any finite logit */
@@ -96,6 +96,8 @@ typedef struct skl_batch {
     uint32_t row_positions; /* T */
     uint64_t num_records;   /* of all rows */
     int64_t ignored_label;  /* the label where there is none */
+    uint32_t tokens_given;  /* 0: tokens are taken from the payloads */
+    uint32_t *tokens;       /* [B, T + 1]: given, or written; undefined where padded */
     int64_t *input_ids;     /* [B, T]: tokens but the last; 0 where padded */
     int64_t *labels;        /* [B, T]: tokens but the first; ignored_label where padded */
     int64_t *offsets;       /* [B * T + 1]: records of each position; none where padded */
@@ -108,13 +110,12 @@ typedef struct skl_batch {
  * shape: of every row, its num_positions and num_records aside.
  * sources, source_lens [B]: payloads with their padding; num_positions, num_records [B]: of each, 0 positions for a
  * row that is empty.
- * tokens: [B, T + 1], used for the rows instead of those in the payloads, or NULL; one must be there.
  * codes: scratch, num_records bytes.  *row: the row at fault.
- * As skl_decode; SKL_ERR_ARG too where the rows do not fit the batch. */
+ * As skl_decode; SKL_ERR_ARG too where the rows do not fit the batch, there are no tokens, tokens given are not below
+ * vocab_size, or scale_log2 is not in 0..30. */
 skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const uint8_t *const *sources,
                             const uint64_t *source_lens, const uint32_t *num_positions, const uint32_t *num_records,
-                            const uint32_t *tokens, const skl_batch *batch, uint8_t *codes, uint32_t *row,
-                            skl_fault *fault);
+                            const skl_batch *batch, uint8_t *codes, uint32_t *row, skl_fault *fault);
 
 /* ---- ratios: weights as 7-bit ratios to the decoded predecessor, SPEC.md section 4.3 ------------------------ */
 

@@ -97,15 +97,11 @@ class Payloads:
 
     def _check_tokens(self, arrays: BatchArrays) -> None:
         """The stored tokens give the alignment checksums."""
-        rows, width = arrays.input_ids.shape
-        tokens = np.zeros((rows, width + 1), "<u4")
-        tokens[:, :-1] = arrays.input_ids
         lengths, alignments = self.num_positions.tolist(), self.alignment.tolist()
         for row, (length, expected) in enumerate(zip(lengths, alignments, strict=True)):
             if length == 0:
                 continue
-            tokens[row, length] = arrays.labels[row, length - 1]
-            computed = checksum(tokens[row, : length + 1].data.cast("B"))
+            computed = checksum(arrays.tokens[row, : length + 1].astype("<u4", copy=False).data.cast("B"))
             if computed != expected:
                 raise self._located(
                     row, CorruptError(f"alignment checksum {expected:#018x} stored, the tokens give {computed:#018x}")

@@ -189,9 +189,10 @@ def decode_batch(
     rows = sources.size
     total = int(num_records.sum(dtype=np.uint64))
     if arena is not None:
-        arena.reset(24 * (rows * row_positions + 1) + 5 * total)
+        arena.reset(28 * rows * (row_positions + 1) + 8 + 5 * total)
     new = np.empty if arena is None else arena.empty
     out = BatchArrays(
+        new((rows, row_positions + 1), np.uint32) if tokens is None else tokens,
         new((rows, row_positions), np.int64),
         new((rows, row_positions), np.int64),
         new((rows * row_positions + 1,), np.int64),
@@ -203,7 +204,7 @@ def decode_batch(
     views = [view(c, a, writable=True) for c, a in zip(_BATCH_TYPES, arrays, strict=True)]
     if arena is not None:
         views[-1] = NULL
-    batch = ffi.new("skl_batch *", [rows, row_positions, total, ignored_label, *views])
+    batch = ffi.new("skl_batch *", [rows, row_positions, total, ignored_label, tokens is not None, *views])
     row, fault = ffi.new("uint32_t *"), ffi.new("skl_fault *")
     pointers = ffi.cast("uint8_t **", view("uint64_t[]", sources))
     status = lib.skl_decode_batch(
@@ -213,7 +214,6 @@ def decode_batch(
         view("uint64_t[]", source_lens),
         view("uint32_t[]", num_positions),
         view("uint32_t[]", num_records),
-        view("uint32_t[]", tokens),
         batch,
         view("uint8_t[]", codes, writable=True),
         row,
@@ -256,8 +256,12 @@ _ARENA_ALIGN = 64
 
 
 class BatchArrays(NamedTuple):
-    """input_ids, labels int64 [B, T]; offsets int64 [B * T + 1]; token_ids uint32, probs float32 [nnz]."""
+    """
+    tokens uint32 [B, T + 1]; input_ids, labels int64 [B, T]; offsets int64 [B * T + 1]; token_ids uint32, probs
+    float32 [nnz].
+    """
 
+    tokens: NDArray[np.uint32]
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
     offsets: NDArray[np.int64]
@@ -265,7 +269,7 @@ class BatchArrays(NamedTuple):
     probs: NDArray[np.float32]
 
 
-_BATCH_TYPES = ("int64_t[]", "int64_t[]", "int64_t[]", "uint32_t[]", "float[]")
+_BATCH_TYPES = ("uint32_t[]", "int64_t[]", "int64_t[]", "int64_t[]", "uint32_t[]", "float[]")
 
 
 class RowError(Exception):

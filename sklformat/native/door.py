@@ -34,7 +34,7 @@ _REASONS: dict[str, str] = {
     "SKL_REASON_WEIGHT_RANGE": "position {position}: weight number {value} is not in (0, scale]",
     "SKL_REASON_NUM_RECORDS": "position {position}: {value} records do not fit; set record_count_size=2 (up to 65535)",
     "SKL_REASON_RATIO_ZERO": "position {position}: ratio code {value} takes the weight to zero",
-    "SKL_REASON_RESERVED": "a record's reserved bit is set",
+    "SKL_REASON_RESERVED": "position {position}: the reserved bit of record number {value} is set",
     "SKL_REASON_TOKEN_RANGE": "token number {position} of the sequence is {value}, not below vocab_size",
     "SKL_REASON_PADDING": "padding at payload byte {value} is not zero",
     "SKL_REASON_NOT_FINITE": "position {position}: the logits hold NaN, +inf or a value above 2**20, or none above "

@@ -361,7 +361,7 @@ static void test_decode_faults(void)
     memcpy(s.codes, (uint8_t[]){127, 3}, 2);
     bytes = encoded(&s, &size);
     bytes[8] |= 0x80;
-    expect_decode_fault(&s, bytes, size, SKL_REASON_RESERVED, 0, 0);
+    expect_decode_fault(&s, bytes, size, SKL_REASON_RESERVED, 0, 1);
     bytes[8] = 127;
     expect_decode_fault(&s, bytes, size, SKL_REASON_RATIO_ZERO, 0, 127);
     bytes[8] = 0;

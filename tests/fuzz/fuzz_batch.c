@@ -56,16 +56,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     batch.token_ids = room(n, sizeof *batch.token_ids);
     batch.probs = room(n, sizeof *batch.probs);
     uint8_t *codes = room(n, 1);
-    uint32_t *tokens = NULL;
-    if (flags & 16) {
-        tokens = room((uint64_t)num_rows * (batch.row_positions + UINT64_C(1)), sizeof *tokens);
-        for (uint64_t i = 0; i < (uint64_t)num_rows * (batch.row_positions + UINT64_C(1)); i++)
-            tokens[i] = in.size > 0 ? in.data[i % in.size] : 0;
-    }
+    const uint64_t num_tokens = (uint64_t)num_rows * (batch.row_positions + UINT64_C(1));
+    batch.tokens = room(num_tokens, sizeof *batch.tokens);
+    batch.tokens_given = flags & 16;
+    for (uint64_t i = 0; batch.tokens_given && i < num_tokens; i++)
+        batch.tokens[i] = in.size > 0 ? in.data[i % in.size] : 0;
     uint32_t row = 0;
     skl_fault fault = {0, 0, 0};
     const skl_status status = skl_decode_batch(&shape, scale_log2, (const uint8_t *const *)sources, source_lens,
-                                               num_positions, num_records, tokens, &batch, codes, &row, &fault);
+                                               num_positions, num_records, &batch, codes, &row, &fault);
     LAW(status == SKL_OK || status == SKL_ERR_CORRUPT || status == SKL_ERR_ARG);
     if (status == SKL_OK)
         LAW(batch.offsets[0] == 0 && batch.offsets[cells] == (int64_t)n);
@@ -84,10 +83,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         float *weights = room(of_row.num_records, sizeof *weights);
         skl_fault alone = {0, 0, 0};
         const skl_status expected = skl_decode(&of_row, sources[b], source_lens[b], offsets, token_ids, row_codes,
-                                               tokens == NULL ? stored : NULL, NULL, &alone);
+                                               batch.tokens_given ? NULL : stored, NULL, &alone);
         if (status == SKL_OK) {
             LAW(expected == SKL_OK);
-            const uint32_t *used = tokens == NULL ? stored : tokens + b * (batch.row_positions + UINT64_C(1));
+            const uint32_t *const used = batch.tokens + b * (batch.row_positions + UINT64_C(1));
+            LAW(batch.tokens_given || memcmp(used, stored, (positions + 1) * sizeof *used) == 0);
             LAW(of_row.kind == SKL_KIND_COUNTS ||
                 skl_expand(of_row.num_positions, offsets, row_codes, scale_log2, weights) == SKL_OK);
             const int64_t base = batch.offsets[first];
@@ -125,6 +125,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     free(batch.token_ids);
     free(batch.probs);
     free(codes);
-    free(tokens);
+    free(batch.tokens);
     return 0;
 }
