@@ -27,7 +27,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "shard-00000.skl"
-        write_shard(path, 256 if args.quick else 1024)
+        write_shard(path, 10_000_000 if args.quick else 43_000_000, {})
         touched = SparseLogitDataset(path, batch_size=8, prefetch=0)
         handed_out = positions = 0
         for batch in touched:
