@@ -21,6 +21,8 @@ from sklformat.storage import Place, beside, name_of, read_whole, size_of
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT, _VERSION = "sklformat cache", 1
+MAX_SHARDS = layout.MAX_MANIFEST_SIZE // 256
+"""Shards with names of up to 32 characters that fit into one manifest for certain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,12 @@ def place_in_cache(entry: Entry) -> tuple[int, int]:
 
 
 def write_manifest(directory: Path, entries: list[Entry]) -> None:
-    """Replace a cache's manifest atomically and durably; ``entries`` are in order and without gaps."""
+    """
+    Replace a cache's manifest atomically and durably; ``entries`` are in order and without gaps.
+
+    Raises:
+        ValueError: Too many shards for one manifest; more than ``MAX_SHARDS`` may be.
+    """
     check_contiguous(entries, directory)
     body: dict[str, Any] = {
         "format": _FORMAT,
@@ -94,7 +101,13 @@ def write_manifest(directory: Path, entries: list[Entry]) -> None:
         ],
     }
     body["digest"] = _digest(body)
-    write_atomically(directory / MANIFEST_NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode("ascii"))
+    text = (json.dumps(body, indent=1, sort_keys=True) + "\n").encode("ascii")
+    if len(text) > layout.MAX_MANIFEST_SIZE:
+        raise ValueError(
+            f"{directory}: {len(entries)} shards make a manifest of {len(text)} bytes, the format's limit is "
+            f"{layout.MAX_MANIFEST_SIZE}; take more sequences a shard"
+        )
+    write_atomically(directory / MANIFEST_NAME, text)
 
 
 def read_manifest(path: Place) -> list[Entry]:

@@ -102,6 +102,8 @@ class EstimateConfig:
             raise ValueError(
                 f"unique_tokens {self.unique_tokens:g} is more than the {self.rounds} rounds that draw them"
             )
+        if self.rounds == 0 and self.teacher is not None:
+            raise ValueError("a calibration run draws: rounds must be >= 1 with a teacher, got 0")
         if (self.teacher is None) != (not self.text):
             raise ValueError("a calibration run needs both teacher and text")
 

@@ -137,7 +137,7 @@ def find_header(directory: Path, url: str | None = None) -> Header | None:
     Raises:
         FormatError, RemoteError: As ``survey``.
     """
-    for target in (Target(directory, url), Target(directory)):  # at a URL, or sealed here and not uploaded yet
+    for target in (Target(directory), Target(directory, url)):  # what is sealed here may be half uploaded there
         for name in target.names():
             is_sealed = _SHARD_NAME.fullmatch(name) and not name.endswith(layout.PARTIAL_SUFFIX)
             if is_sealed and (found := target.find(name)) is not None:

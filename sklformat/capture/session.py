@@ -26,7 +26,7 @@ from sklformat.disk import Disk, shared_directory
 from sklformat.errors import CaptureError, InUseError, RingClosedError
 from sklformat.header import Header
 from sklformat.layout import PARTIAL_SUFFIX
-from sklformat.manifest import Entry
+from sklformat.manifest import MAX_SHARDS, Entry
 from sklformat.records import SparseTargets
 from sklformat.ring import Ring
 
@@ -102,6 +102,11 @@ class Capture:
         ):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if -(-num_sequences // sequences_per_shard) > MAX_SHARDS:
+            raise ValueError(
+                f"{num_sequences} sequences in shards of {sequences_per_shard} make more than {MAX_SHARDS} shards, the "
+                "most that one manifest lists; take more sequences_per_shard"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..world_size - 1, got {rank} of {world_size}")
         if world_size > 1 and run is None:
@@ -154,8 +159,8 @@ class Capture:
             if self._process is not None and self._ring is not None:
                 self._ring.finish()
                 status = self._process.wait()
-                if kind is not None:
-                    return
+                if kind is not None and not issubclass(kind, KeyboardInterrupt):
+                    return  # the error that is on its way came first
                 if status != 0 or self._error is not None:
                     raise self._failure()
             if kind is None and self._world_size == 1 and self.durable == self.num_sequences:
@@ -181,10 +186,14 @@ class Capture:
         entries = sealed_entries(target, self.header, self.num_sequences, self.sequences_per_shard)
         target.publish(entries)
         self.entries = entries
+        self.unmark()
+        return entries
+
+    def unmark(self) -> None:
+        """Remove what says that the capture goes on; once the manifest is there, in every directory of the run."""
         for name in (UNFINISHED_NAME, _WRITER_LOCK):
             (self.directory / name).unlink(missing_ok=True)
         Disk().sync_directory(self.directory)
-        return entries
 
     def _mark_unfinished(self) -> None:
         """

@@ -15,7 +15,7 @@ from sklformat import layout, remote
 from sklformat.block import locate
 from sklformat.errors import FormatError
 from sklformat.header import Header, parse_header
-from sklformat.index import parse_trailer
+from sklformat.index import parse_index, parse_trailer
 from sklformat.manifest import MANIFEST_NAME, Entry, write_manifest
 from sklformat.shard import Shard, describe
 
@@ -79,13 +79,21 @@ class Target:
 
 
 def _describe_remote(url: str) -> tuple[Header, Entry]:
-    """What a shard's first and last bytes say of it; both have checksums, and the size must follow from them."""
+    """
+    What a shard's header, index and trailer say of it; all have checksums, and the size must follow from them.
+
+    Its blocks were read back when they were uploaded; a run that was killed before that left its shard here as well.
+    """
     try:
         size = remote.size(url)
-        header = parse_header(remote.read_range(url, 0, min(size, layout.HEADER_SIZE)))
+        first = remote.read_range(url, 0, min(size, layout.HEADER_SIZE))
+        header = parse_header(first)
         start = max(size - layout.TRAILER_SIZE, 0)
         trailer = parse_trailer(remote.read_range(url, start, size - start), header.shard_key, size)
+        packed = remote.read_range(url, trailer.index_offset, trailer.index_size)
+        parse_index(packed, trailer, first, header, header.shard_key)
     except FormatError as error:
+        error.message += "; remove it there, and run the capture again to make it anew"
         raise locate(error, path=url) from None
     return header, Entry(
         path=Path(url.rpartition("/")[2]),

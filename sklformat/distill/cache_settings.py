@@ -128,6 +128,8 @@ class CacheConfig:
                 if self.work_dir is None
                 else f"work_dir belongs to an out that is a URL, got {self.out}"
             )
+        if self.work_dir is not None and ":/" in str(self.work_dir):
+            raise ValueError(f"work_dir {self.work_dir} is a URL, must be a directory here")
         self._check_sampler()
 
     def _check_sampler(self) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import sklformat
+from sklformat import remote
 from sklformat.capture import Capture, ShardWork, find_header
 from sklformat.capture.estimates import block_size
 from sklformat.capture.session import UNFINISHED_NAME
@@ -40,13 +41,16 @@ from sklformat.distill.teachers import Teacher
 from sklformat.distill.token_sources import TOKENS_NAME, TokenSource
 from sklformat.errors import SettingsError
 from sklformat.header import Header
-from sklformat.manifest import Entry, cache_fingerprint
+from sklformat.manifest import MANIFEST_NAME, Entry, cache_fingerprint
 
 __all__ = ["TOKENS_NAME", "CacheConfig", "Cached", "cache_teacher"]
 
 _SHARD = re.compile(r"shard-\d{5,}\.skl(\.partial)?")
 # What a run leaves that stopped early.
 _BEFORE_SHARDS = re.compile(rf"\.lock|\.writer\.lock|{re.escape(UNFINISHED_NAME)}|{TOKENS_NAME}(\.partial)?")
+# With a URL the shards go, and the manifest goes last.
+_BEFORE_PUBLISHED = re.compile(rf"{_BEFORE_SHARDS.pattern}|(\.?){re.escape(MANIFEST_NAME)}(\.tmp)?")
+_PUBLISHED = re.compile(rf"{_SHARD.pattern}|{re.escape(MANIFEST_NAME)}")
 _DRAW_THREADS = 8  # at most; beside a GPU one core cannot keep up
 _LOG_SECONDS = 60.0  # between two lines of progress where nobody watches a terminal
 
@@ -151,6 +155,8 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
         part.run(Teacher(model, vocab_size))
         ranks.wait()
         entries = ranks.first(lambda: capture.entries or capture.finish())
+        if ranks.local_rank == 0:
+            capture.unmark()  # with a URL, each machine may have a directory of its own
     return _cached(config, entries, ranks.gather((part.made, part.seconds, part.waited)))
 
 
@@ -167,7 +173,8 @@ class _Part:
     def __init__(self, config: CacheConfig, ranks: Ranks, capture: Capture, packed: PackedSequences) -> None:
         self._config, self._ranks, self._capture, self._packed = config, ranks, capture, packed
         self.made, self.seconds, self.waited = 0, 0.0, 0.0
-        self._total = self._missing = len(packed)
+        self._total = len(packed)
+        self._there: int | None = None  # sequences that an earlier run left; unknown until it has looked
         self._bytes = 0
 
     def run(self, teacher: Teacher) -> None:
@@ -186,14 +193,14 @@ class _Part:
                 self._total = self._capture.num_own_sequences
                 cuts = [work.cut for work in works if work.cut is not None]
                 sys.stderr.writelines(f"{cut}; captured again from there\n" for cut in cuts)
-                self._missing = sum(work.end - work.next_sequence for work in works)
+                self._there = self._total - sum(work.end - work.next_sequence for work in works)
                 self._push_all(teacher, works, begin)
         except KeyboardInterrupt:
             who = f"rank {self._ranks.rank} " if self._ranks.world_size > 1 else ""
-            raise KeyboardInterrupt(
-                f"{who}stopped: {self._total - self._missing + self.made} of {self._total} sequences are in "
-                f"{self._config.out}; run the same command again to go on"
-            ) from None
+            kept = ""
+            if self._there is not None:
+                kept = f": {self._there + self.made} of {self._total} sequences of {self._config.out} are kept"
+            raise KeyboardInterrupt(f"{who}stopped{kept}; run the same command again to go on") from None
         self.waited, self.seconds = self._capture.wait_seconds, time.perf_counter() - begin
 
     def _push_all(self, teacher: Teacher, works: Sequence[ShardWork], begin: float) -> None:
@@ -223,7 +230,7 @@ class _Part:
         seen = sys.stderr.isatty()
         return tqdm(
             total=self._total,
-            initial=self._total - self._missing,
+            initial=self._there or 0,
             desc="cache" if self._ranks.world_size == 1 else f"cache, rank {self._ranks.rank}",
             unit="seq",
             disable=seen and self._ranks.local_rank > 0,
@@ -262,7 +269,12 @@ def _devices(config: CacheConfig, ranks: Ranks) -> tuple[torch.device, list[int]
             )
         over = own_devices(ranks.local_rank, ranks.local_world_size)
         return torch.device("cuda", over[0]), over
-    if device.type == "cuda" and device.index is None and ranks.world_size > 1:
+    if device.type == "cuda" and device.index is not None and ranks.local_world_size > 1:
+        raise ValueError(
+            f"device {config.device} is one GPU, this machine runs {ranks.local_world_size} processes; "
+            "give device cuda, so that each takes one of its own"
+        )
+    if device.type == "cuda" and ranks.world_size > 1:
         device = find_device(f"cuda:{ranks.local_rank}")
     return device, []
 
@@ -280,7 +292,9 @@ def _name_run(config: CacheConfig) -> str:
         raise SettingsError(f"{directory}: is a file; a cache is a directory, choose another place")
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     if not any(_SHARD.fullmatch(name) for name in names):
-        refuse_foreign(directory, "cache", _BEFORE_SHARDS)
+        refuse_foreign(directory, names, "cache", _BEFORE_SHARDS if config.url is None else _BEFORE_PUBLISHED)
+    if config.url is not None:
+        refuse_foreign(config.url, remote.list_names(config.url), "cache", _PUBLISHED)
     return secrets.token_hex(8)
 
 

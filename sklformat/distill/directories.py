@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sklformat.disk import lock
@@ -67,22 +67,22 @@ def published(directory: Path | str, *, replace: bool = False) -> Iterator[Path]
         os.close(handle)
 
 
-def refuse_foreign(directory: Path, what: str, own: re.Pattern[str]) -> None:
+def refuse_foreign(place: Path | str, names: Iterable[str], what: str, own: re.Pattern[str]) -> None:
     """
     Make sure that a directory holds nothing but files of ours, so that these never mix with someone's own.
 
     Args:
-        directory: Need not be there.
+        place: The directory or URL, for the message.
+        names: What is in it.
         what: That it should hold, for the message.
         own: Names that may be there.
 
     Raises:
         SettingsError: It holds another file; the message names the first.
     """
-    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    foreign = [name for name in names if not own.fullmatch(name)]
+    foreign = sorted(name for name in names if not own.fullmatch(name))
     if foreign:
-        raise SettingsError(f"{directory} is not empty and holds no {what} ({foreign[0]} is there); use another one")
+        raise SettingsError(f"{place} is not empty and holds no {what} ({foreign[0]} is there); use another one")
 
 
 def fsync_path(path: Path | str) -> None:

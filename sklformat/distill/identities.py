@@ -50,5 +50,12 @@ def config_fingerprint(model: torch.nn.Module) -> str:
     """
     config: Any = getattr(model, "config", None)
     values = {} if config is None else config.to_diff_dict()
-    kept = {name: value for name, value in values.items() if name not in _NOT_THE_MODEL}
-    return fingerprint(json.dumps(kept, sort_keys=True, separators=(",", ":"), default=str).encode("ascii"))
+    text = json.dumps(_of_the_model(values), sort_keys=True, separators=(",", ":"), default=str)
+    return fingerprint(text.encode("ascii"))
+
+
+def _of_the_model(value: Any) -> Any:
+    """A config without what does not change the logits, also in the configs inside of it."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _of_the_model(inner) for name, inner in value.items() if name not in _NOT_THE_MODEL}

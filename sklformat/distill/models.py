@@ -270,7 +270,8 @@ class _Given(torch.nn.Module):
         self._hidden_BTD = hidden_BTD
 
     def forward(self, *_args: object, **_named: object) -> object:
-        return transformers.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=self._hidden_BTD)
+        # Heads of mixtures of experts ask for the router's logits as well, and do without.
+        return transformers.modeling_outputs.MoeModelOutputWithPast(last_hidden_state=self._hidden_BTD)
 
 
 def head_logits(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:

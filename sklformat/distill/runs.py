@@ -138,7 +138,7 @@ def opened(directory: Path | str, settings: Mapping[str, Any], *, writes: bool =
         if path.exists():
             _compare_settings(directory, _read_json(path), json.loads(json.dumps(settings)))
         else:
-            refuse_foreign(directory, "run", _LOCK)
+            refuse_foreign(directory, (file.name for file in directory.iterdir()), "run", _LOCK)
             write_json(path, settings)
         yield Run(directory)
 

@@ -13,6 +13,7 @@ from mmap_ninja import RaggedMmap
 from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
 
 import sklformat as skl
+from sklformat import remote
 from sklformat.capture.estimates import EstimateConfig, estimate
 from sklformat.cli import main
 from sklformat.distill import drawing, models, teachers
@@ -230,6 +231,7 @@ def test_bad_input_is_one_line(cache, place, tmp_path):
         ({"batch_size": 0}, "batch_size must be >= 1"),
         ({"out": "s3://bucket/cache"}, "give work_dir"),
         ({"work_dir": "here"}, "work_dir belongs to an out that is a URL"),
+        ({"out": "s3://bucket/cache", "work_dir": "s3://bucket/work"}, "must be a directory here"),
         ({"tokens": "x", "text": "y"}, "give either text or tokens"),
     ],
 )
@@ -268,6 +270,34 @@ def test_a_url_from_the_command_line(cache, tmp_path):
     assert (0, 0, result["fingerprint"]) == (status, again["sequences_made"], again["fingerprint"])
 
 
+def test_a_manifest_that_did_not_arrive(cache, tmp_path, monkeypatch):
+    """Where only the manifest could not be uploaded, or a kill left it here, the same command publishes it."""
+    words = {"work_dir": tmp_path / "work"}
+    upload = remote.upload
+
+    def failing(local, url):
+        if local.name == "manifest.json":
+            raise skl.RemoteError(f"{url}: the store is full")
+        upload(local, url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "upload", failing)
+        assert "the store is full" in refusal(cache("--out", f"file://{tmp_path}/store", **words))
+    assert (tmp_path / "work" / "manifest.json").exists()
+    (tmp_path / "work" / ".manifest.json.tmp").touch()
+    status, result, err = cache("--out", f"file://{tmp_path}/store", **words)
+    assert (0, 0) == (status, result["sequences_made"]), err
+    assert [] == skl.verify(tmp_path / "store")
+
+
+def test_a_url_with_other_files_is_refused(cache, tmp_path):
+    """Files of somebody's own at the URL stay as they are."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "precious.txt").touch()
+    message = refusal(cache("--out", f"file://{tmp_path}/store", work_dir=tmp_path / "work"))
+    assert f"file://{tmp_path}/store is not empty and holds no cache (precious.txt is there)" in message
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_cleanly(place, tmp_path, number):
     """Ctrl-C and SIGTERM end in one line that says what is kept and how to go on, and status 130."""
@@ -287,7 +317,8 @@ sys.exit(main(sys.argv[1:]))
     words += ["--seq-len", SEQ_LEN, "--num-sequences", 8]
     command = [sys.executable, "-c", code, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    line = f"sklformat cache: stopped: 3 of 8 sequences are in {tmp_path / 'c'}; run the same command again to go on\n"
+    kept = f"3 of 8 sequences of {tmp_path / 'c'} are kept"
+    line = f"sklformat cache: stopped: {kept}; run the same command again to go on\n"
     assert (130, line) == (done.returncode, done.stderr)
 
 

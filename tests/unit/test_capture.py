@@ -201,6 +201,26 @@ def test_what_cannot_be_kept_is_told(tmp_path):
     assert expected == shard_bytes(tmp_path / "cache")
 
 
+def test_a_stop_does_not_hide_what_the_writer_says(tmp_path):
+    """What the writer process could not do is told, though the capture is stopped at the same time."""
+    with (
+        pytest.raises(skl.CaptureError, match=r"sequence 1: .*safe") as caught,
+        open_capture(tmp_path / "c") as capture,
+    ):
+        for sequence in range(3):
+            draws = draws_of(sequence)
+            capture.push_draws(sequence, tokens_of(sequence), draws if sequence != 1 else draws[:, ::-1])
+        raise KeyboardInterrupt
+    assert isinstance(caught.value.__context__, KeyboardInterrupt)
+    assert 1 == skl.recover(tmp_path / "c" / "shard-00000.skl").sequences
+
+
+def test_more_shards_than_a_manifest_lists(tmp_path):
+    """A capture whose manifest could not be read again is refused before it begins."""
+    with pytest.raises(ValueError, match="2097152 sequences in shards of 1 make more than 1048576 shards"):
+        open_capture(tmp_path / "c", num_sequences=1 << 21, sequences_per_shard=1)
+
+
 def test_leaving_early_writes_no_manifest(tmp_path):
     """A capture that is not complete ends without an error and without a manifest."""
     with open_capture(tmp_path / "cache") as capture:

@@ -7,6 +7,7 @@ import reference
 from strategies import make_cache
 
 import sklformat as skl
+from sklformat import layout
 from sklformat.manifest import read_manifest, write_manifest
 from sklformat.reader import scan_directory
 
@@ -41,6 +42,15 @@ def test_nothing_is_left_beside_it(directory):
     """Writing leaves no temporary file."""
     write_manifest(directory, scan_directory(directory))
     assert len(list(directory.iterdir())) == 4
+
+
+def test_what_could_not_be_read_is_not_written(directory, monkeypatch):
+    """A manifest beyond the format's limit is refused when it is written, and the old one stays."""
+    before = (directory / "manifest.json").read_bytes()
+    monkeypatch.setattr(layout, "MAX_MANIFEST_SIZE", len(before) - 1)
+    with pytest.raises(ValueError, match=f"3 shards make a manifest of {len(before)} bytes"):
+        write_manifest(directory, scan_directory(directory))
+    assert before == (directory / "manifest.json").read_bytes()
 
 
 def test_gaps_are_not_written(directory):

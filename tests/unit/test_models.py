@@ -1,6 +1,7 @@
 """Models and tokenizers: the door to transformers."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,6 +229,15 @@ def test_model_fingerprint_covers_the_config():
     moved = tiny()
     moved.config._name_or_path, moved.config.transformers_version = "/elsewhere", "9.9"
     assert config_fingerprint(model) == config_fingerprint(moved) == config_fingerprint(tiny().bfloat16())
+
+
+def test_config_fingerprint_looks_into_configs_inside():
+    """The type in memory is left out of a config's own parts too, what changes logits is not."""
+
+    def digest(**text):
+        return config_fingerprint(SimpleNamespace(config=SimpleNamespace(to_diff_dict=lambda: {"text_config": text})))
+
+    assert digest(dtype="float32", head_dim=8) == digest(dtype="bfloat16", head_dim=8) != digest(head_dim=16)
 
 
 def test_processes_share_a_machines_devices(monkeypatch):

@@ -121,6 +121,38 @@ def test_what_is_at_the_url_must_belong_there(tmp_path, url, stored):
         pass
 
 
+def test_a_half_uploaded_shard_is_uploaded_again(tmp_path, url, stored, expected):
+    """A store that shows what was killed half way hides neither the settings nor the shard that is still here."""
+    with pytest.raises(KeyboardInterrupt), open_capture(tmp_path / "work") as capture:
+        for sequence in range(4):
+            capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+        raise KeyboardInterrupt
+    stored.mkdir(parents=True)
+    (stored / "shard-00000.skl").write_bytes(expected["shard-00000.skl"][:5000])
+    assert HEADER == find_header(tmp_path / "work", url)
+    with open_capture(tmp_path / "work", url=url) as capture:
+        push_all(capture)
+    assert expected == shard_bytes(stored)
+    (stored / "shard-00001.skl").write_bytes(expected["shard-00001.skl"][:5000])
+    with (
+        pytest.raises(skl.TruncatedError, match=r"shard-00001\.skl: .*; remove it there, and run the capture again"),
+        open_capture(tmp_path / "new", url=url),
+    ):
+        pass
+
+
+def test_the_index_of_what_is_at_the_url_is_read(tmp_path, url, stored):
+    """A damaged index is found before the manifest lists its shard."""
+    with open_capture(tmp_path / "work", url=url) as capture:
+        push_all(capture)
+    shard = stored / "shard-00001.skl"
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(skl.CorruptError, match=r"shard-00001\.skl: index"), open_capture(tmp_path / "new", url=url):
+        pass
+
+
 def test_a_damaged_shard_is_not_uploaded(tmp_path, url, expected):
     """Every sequence is decoded before its shard leaves this machine."""
     shard = tmp_path / "shard-00000.skl"

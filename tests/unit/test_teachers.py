@@ -25,6 +25,7 @@ MODELS = {
     "one matrix": lambda: made("Llama", num_key_value_heads=2),
     "scaled": lambda: made("Cohere", logit_scale=0.25),
     "capped": lambda: made("Gemma2", num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.5),
+    "experts": lambda: made("GraniteMoe", num_key_value_heads=2, logits_scaling=4.0, num_local_experts=2),
     "with bias": lambda: made("Phi", partial_rotary_factor=0.5),
 }
 
