@@ -18,6 +18,11 @@ from sklformat.errors import CorruptError, FormatError, TruncatedError, Unsuppor
 from sklformat.header import Header
 from sklformat.records import Sequence, SparseTargets
 
+_MAX_SIZE = layout.block_size(layout.MAX_PAYLOAD_SIZE)
+_CHECKSUM_BEGIN, _CHECKSUM_END = next(
+    (field.offset, field.offset + field.size) for field in layout.BLOCK_FIELDS if field.name == "payload_checksum"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class BlockHeader:
@@ -147,6 +152,27 @@ def parse_block_header(data: bytes | memoryview, header: Header, key: int, numbe
         values["payload_checksum"],
         values["block_checksum"],
     )
+
+
+def is_sound(data: memoryview, expected: bytes, key: int) -> bool:
+    """
+    Whether a whole block has the expected header and both checksums are right; what is wrong is not named.
+
+    Args:
+        data: The block with its padding.
+        expected: Its header as the index implies it, but for the payload's checksum.
+        key: The shard's.
+    """
+    head = bytes(data[: layout.BLOCK_HEADER_SIZE])
+    begin, end = _CHECKSUM_BEGIN, _CHECKSUM_END
+    with data[layout.BLOCK_HEADER_SIZE :] as body:
+        return (
+            data.nbytes <= _MAX_SIZE
+            and head[:begin] == expected[:begin]
+            and head[end:] == expected[end:]
+            and checksum(head[:-8], key) == int.from_bytes(head[-8:], "little")
+            and checksum(body, key) == int.from_bytes(head[begin:end], "little")
+        )
 
 
 def check_payload(data: memoryview | bytes, block: BlockHeader, key: int) -> memoryview:

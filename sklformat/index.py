@@ -212,6 +212,35 @@ def parse_index(
     return index
 
 
+_NUMPY_TYPES = {"u8": "u1", "u32": "<u4", "u64": "<u8"}
+_BLOCK_HEADER = np.dtype(
+    {
+        "names": list(layout.BLOCK_FIELDS.names),
+        "formats": [_NUMPY_TYPES.get(field.type, f"S{field.size}") for field in layout.BLOCK_FIELDS],
+        "offsets": [field.offset for field in layout.BLOCK_FIELDS],
+        "itemsize": layout.BLOCK_HEADER_SIZE,
+    }
+)
+
+
+def expected_headers(index: SealedIndex, payload_sizes: NDArray[np.uint64], numbers: NDArray[np.int64]) -> list[bytes]:
+    """
+    The 64 bytes before each payload as the index implies them, but for the payload's checksum, which is 0 here.
+
+    Args:
+        index: Of the shard.
+        payload_sizes: Of every block, as ``payload_sizes`` gives them.
+        numbers: [k] blocks.
+    """
+    heads = np.zeros(numbers.size, _BLOCK_HEADER)
+    heads["magic"], heads["codec"] = layout.BLOCK_MAGIC, layout.CODECS["plain"]
+    heads["block_number"], heads["payload_size"] = numbers, payload_sizes[numbers]
+    for name in ("num_positions", "num_records", "alignment", "block_checksum"):
+        heads[name] = getattr(index, name)[numbers]
+    packed, size = heads.tobytes(), layout.BLOCK_HEADER_SIZE
+    return [packed[start : start + size] for start in range(0, len(packed), size)]
+
+
 def payload_sizes(header: Header, positions: NDArray[np.uint32], records: NDArray[np.uint32]) -> NDArray[np.uint64]:
     """Bytes of the payload of every block, without padding, from the plain codec's rule; SPEC section 5.1."""
     assert header.profile is not None

@@ -98,10 +98,11 @@ class Payloads:
     def _check_tokens(self, arrays: BatchArrays) -> None:
         """The stored tokens give the alignment checksums."""
         lengths, alignments = self.num_positions.tolist(), self.alignment.tolist()
+        tokens, width = arrays.tokens.astype("<u4", copy=False).data.cast("B"), 4 * arrays.tokens.shape[1]
         for row, (length, expected) in enumerate(zip(lengths, alignments, strict=True)):
             if length == 0:
                 continue
-            computed = checksum(arrays.tokens[row, : length + 1].astype("<u4", copy=False).data.cast("B"))
+            computed = checksum(tokens[width * row : width * row + 4 * (length + 1)])
             if computed != expected:
                 raise self._located(
                     row, CorruptError(f"alignment checksum {expected:#018x} stored, the tokens give {computed:#018x}")

@@ -171,15 +171,15 @@ class Cache:
         Raises:
             IndexError, FormatError: As ``cache[i]``.
         """
-        if numbers.size and not -1 <= numbers.min() <= numbers.max() < len(self):
-            raise IndexError(f"{self.path}: sequences {numbers.min()}..{numbers.max()} of {len(self)}")
+        listed = numbers.tolist()  # of few numbers Python's own min and max are quicker
+        if listed and not -1 <= min(listed) <= max(listed) < len(self):
+            raise IndexError(f"{self.path}: sequences {min(listed)}..{max(listed)} of {len(self)}")
         found = Payloads(numbers.size)
-        rows = np.flatnonzero(numbers >= 0)
-        places = np.searchsorted(self._starts, numbers[rows], side="right") - 1
-        distinct = dict.fromkeys(places.tolist())
+        places = np.searchsorted(self._starts, numbers, side="right") - 1  # of empty rows: -1
+        distinct = dict.fromkeys(place for place in places.tolist() if place >= 0)
         copied = len(self._entries) > MAX_OPEN_SHARDS and len(distinct) > MAX_OPEN_SHARDS // 8
         for place in distinct:
-            mine = rows[places == place]
+            mine = np.flatnonzero(places == place)
             found.fill(mine, self._shard(place), numbers[mine] - self._starts[place], copied=copied)
         return found
 

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat import layout, remote
-from sklformat.block import BlockHeader, check_payload, decode_body, locate, parse_block_header
-from sklformat.checksums import checksum, fingerprint
+from sklformat.block import BlockHeader, check_payload, decode_body, is_sound, locate, parse_block_header
+from sklformat.checksums import fingerprint
 from sklformat.copies import LocalCopies
 from sklformat.errors import CorruptError, FormatError, TruncatedError
 from sklformat.header import Header, parse_header
-from sklformat.index import SealedIndex, Trailer, parse_index, parse_trailer, payload_sizes
+from sklformat.index import SealedIndex, Trailer, expected_headers, parse_index, parse_trailer, payload_sizes
 from sklformat.manifest import Entry
 from sklformat.native import address_of
 from sklformat.records import Sequence
@@ -159,10 +159,11 @@ class Shard:
             if copied or file.address is None:
                 memory, places = self._read_blocks(file, numbers, begins, ends)
                 return places + skipped, ends - begins - skipped, memory
-            for number in numbers[~self._checked[numbers]].tolist():
+            new = numbers[~self._checked[numbers]]
+            for number, expected in zip(new.tolist(), self._expected(new), strict=True):
                 offset = self.index.offset.item(number)
                 with file.read(offset, self._ends.item(number) - offset) as whole:
-                    self._check(number, whole)
+                    self._check(number, whole, expected)
                 self._checked[number] = True
             return begins + skipped + np.uint64(file.address), ends - begins - skipped, file
         finally:
@@ -183,33 +184,21 @@ class Shard:
             with memory[int(starts[first]) : int(starts[last] + lengths[last])].data as out:
                 file.read_into(int(begins[first]), out)
         del file
-        for number, start, length in zip(numbers.tolist(), starts.tolist(), lengths.tolist(), strict=True):
+        places = zip(numbers.tolist(), starts.tolist(), lengths.tolist(), self._expected(numbers), strict=True)
+        for number, start, length, expected in places:
             with memory[start : start + length].data as whole:
-                self._check(number, whole)
+                self._check(number, whole, expected)
         return memory, starts + np.uint64(address_of(memory.data))
 
-    def _check(self, number: int, whole: memoryview) -> None:
+    def _expected(self, numbers: NDArray[np.int64]) -> list[bytes]:
+        return expected_headers(self.index, self._payload_sizes, numbers) if numbers.size else []
+
+    def _check(self, number: int, whole: memoryview, expected: bytes) -> None:
         """Check header and payload of a block against the index; what is wrong is then named by the full check."""
-        index = self.index
-        with whole[: layout.BLOCK_HEADER_SIZE] as head:
-            stored = index.block_checksum.item(number)
-            # The index proves the checksum, the checksum proves the header, and the header its payload.
-            if checksum(head[:-8], self.key) == stored:
-                values = layout.unpack(layout.BLOCK_FIELDS, head)
-                if (
-                    values["block_checksum"] == stored
-                    and values["magic"] == layout.BLOCK_MAGIC
-                    and values["codec"] == layout.CODECS["plain"]
-                    and values["block_number"] == number
-                    and values["num_records"] == index.num_records.item(number)
-                    and values["num_positions"] == index.num_positions.item(number)
-                    and values["alignment"] == index.alignment.item(number)
-                    and values["payload_size"] == self._payload_sizes.item(number) <= layout.MAX_PAYLOAD_SIZE
-                    and layout.first_nonzero_reserved(layout.BLOCK_FIELDS, values) is None
-                    and checksum(whole[layout.BLOCK_HEADER_SIZE :], self.key) == values["payload_checksum"]
-                ):
-                    return
-        offset = index.offset.item(number)
+        # The index proves the header, and the header its payload.
+        if is_sound(whole, expected, self.key):
+            return
+        offset = self.index.offset.item(number)
         try:
             check_payload(whole, self._header_of(number, whole), self.key).release()
             raise CorruptError("a fault that the full check does not find")

@@ -242,7 +242,8 @@ class SparseLogitDataset(IterableDataset[Batch]):
             yield batch
 
     def _batch(self, epoch: int, places: NDArray[np.int64], consumed: int) -> Batch:
-        numbers = np.where(places < 0, places, places + self.sequences.start)
+        first = self.sequences.start
+        numbers = np.where(places < 0, places, places + first) if first else places
         payloads = self.cache.payloads(numbers)
         given = None if self.tokens is None else self._given(numbers, payloads)
         arrays = payloads.decode(self.cache.header, given, IGNORED_LABEL)
