@@ -59,7 +59,7 @@ def main() -> None:
             path = Path(directory) / "shard-00000.skl"
             write_shard(path, 10_000_000 if args.quick else 80_000_000, settings)
             size = path.stat().st_size
-            source, target = np.zeros(size, np.uint8), np.ones(size, np.uint8)
+            source, target = np.full(size, 2, np.uint8), np.ones(size, np.uint8)
 
             def verify(path: Path = path) -> None:
                 assert skl.verify(path) == []

@@ -2,6 +2,8 @@
 #include "kernels.h"
 #include "records.h"
 
+#define ROW_AHEAD 8192
+
 /* The tokens of row b to inputs and labels; from src unless they are given. */
 static skl_status fill_tokens(const skl_shape *shape, const uint8_t *src, const skl_batch *batch, uint32_t b,
                               skl_fault *fault)
@@ -17,6 +19,13 @@ static skl_status fill_tokens(const skl_shape *shape, const uint8_t *src, const 
     while (tokens[bad] < shape->vocab_size)
         bad++;
     return skl_fail(batch->tokens_given ? SKL_ERR_ARG : SKL_ERR_CORRUPT, fault, SKL_REASON_TOKEN_RANGE, bad, tokens[bad]);
+}
+
+/* Ask for the beginning of a row while the one before is decoded, which asks for the rest itself. */
+static void prefetch_row(const uint8_t *src, uint64_t src_len)
+{
+    for (uint64_t i = 0; i < src_len && i < ROW_AHEAD; i += 64)
+        __builtin_prefetch(src + i);
 }
 
 static void pad_row(const skl_batch *batch, uint64_t first, uint32_t used)
@@ -44,6 +53,8 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
         of_row.num_records = num_records[b];
         if (of_row.num_positions > batch->row_positions || of_row.num_records > batch->num_records - total)
             return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, batch->row_positions);
+        if (b + 1 < batch->num_rows)
+            prefetch_row(sources[b + 1], source_lens[b + 1]);
         if (of_row.num_positions > 0) {
             skl_status status = skl_decode_records(&of_row, scale_log2, sources[b], source_lens[b], (int64_t)total,
                                                    batch->offsets + (uint64_t)b * batch->row_positions,

@@ -285,7 +285,7 @@ static size_t quantise_sorted(uint64_t *keys, size_t n, uint32_t scale_log2, uin
     uint32_t v = SKL_RATIO_ONE;
     float v_height = height((float)v) - one_height;
     size_t kept = 0, group = 0;
-    for (size_t i = 0; i <= n; i++) {
+    for (size_t i = 0;; i++) { /* up to n, where the last group is completed */
         uint32_t code = 128, step = 0;
         if (i < n) {
             if (i % MANY == 0)
@@ -356,17 +356,13 @@ skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const ui
     return SKL_OK;
 }
 
-static inline __attribute__((always_inline)) int expand(uint32_t num_positions, const int64_t *offsets,
-                                                        const uint8_t *codes, float unit, float *weights)
+static int reaches_zero(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes)
 {
     int zero = 0;
     for (uint32_t t = 0; t < num_positions; t++) {
         uint32_t v = SKL_RATIO_ONE;
-        for (int64_t i = offsets[t]; i < offsets[t + 1]; i++) {
+        for (int64_t i = offsets[t]; i < offsets[t + 1]; i++)
             v = skl_ratio_step(v, codes[i]);
-            if (weights != NULL)
-                weights[i] = (float)v * unit;
-        }
         zero |= v == 0; /* where it stays */
     }
     return zero;
@@ -375,9 +371,20 @@ static inline __attribute__((always_inline)) int expand(uint32_t num_positions, 
 int skl_expand_from(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
                     float *weights)
 {
+    if (weights == NULL)
+        return reaches_zero(num_positions, offsets, codes);
     const float unit = (float)(UINT64_C(1) << scale_log2) / (float)SKL_RATIO_ONE; /* exact: powers of two */
-    return weights == NULL ? expand(num_positions, offsets, codes, unit, NULL)
-                           : expand(num_positions, offsets, codes, unit, weights);
+    int zero = 0;
+    for (uint32_t t = 0; t < num_positions; t++) {
+        const int64_t end = offsets[t + 1]; /* by itself, since what is stored might change it */
+        uint32_t v = SKL_RATIO_ONE;
+        for (int64_t i = offsets[t]; i < end; i++) {
+            v = skl_ratio_step(v, codes[i]);
+            weights[i] = (float)v * unit;
+        }
+        zero |= v == 0;
+    }
+    return zero;
 }
 
 skl_status skl_expand(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
