@@ -100,7 +100,7 @@ class CacheConfig:
     """Type of the teacher's weights and logits; auto: bfloat16 on a GPU, float32 on the CPU."""
 
     device: str = "auto"
-    """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one. Each process takes a GPU of its own."""
+    """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one. Each process takes a GPU of its own, which draws counts itself."""  # noqa: E501
 
     device_map: Literal["one", "auto"] = "one"
     """auto: lay a teacher that is too large for one GPU over all those of the process (needs accelerate)."""
@@ -207,6 +207,7 @@ def make_header(
     teacher_fingerprint: str,
     teacher: Mapping[str, str],
     versions: Mapping[str, str],
+    on_device: bool = False,
 ) -> Header:
     """
     Everything the cache's bytes depend on.
@@ -218,6 +219,7 @@ def make_header(
         teacher_fingerprint: Of config and weights.
         teacher: What else is known of it.
         versions: Of the libraries that logits depend on.
+        on_device: Draws are made on the teacher's device, not by C; then the header says so.
 
     Raises:
         ValueError: Settings that contradict each other, or a vocabulary beyond every profile.
@@ -233,7 +235,12 @@ def make_header(
             "num_tokens": packed.facts.num_tokens,
         },
         "batch_size": config.batch_size,
-        "sampler": {"k": config.k, "p": config.p, "unbiased": config.unbiased_weights},
+        "sampler": {
+            "k": config.k,
+            "p": config.p,
+            "unbiased": config.unbiased_weights,
+            **({"draws": "device"} if on_device else {}),
+        },
         "versions": dict(versions),
     }
     return Header(

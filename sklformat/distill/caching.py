@@ -12,11 +12,11 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ from sklformat.capture import Capture, ShardWork, find_header
 from sklformat.capture.estimates import block_size
 from sklformat.capture.session import UNFINISHED_NAME
 from sklformat.disk import shared_directory
-from sklformat.distill import models
+from sklformat.distill import gpu_sampler, models
 from sklformat.distill.cache_settings import CacheConfig, agree_on_versions, make_header
 from sklformat.distill.devices import available_cores, find_device, own_devices
 from sklformat.distill.directories import refuse_foreign
 from sklformat.distill.drawing import Drawer
+from sklformat.distill.gpu_sampler import DeviceSampler, Draws
 from sklformat.distill.identities import config_fingerprint, model_fingerprint
 from sklformat.distill.packing import PackedSequences
 from sklformat.distill.ranks import Ranks, joined, stoppable
@@ -52,6 +53,7 @@ _BEFORE_SHARDS = re.compile(rf"\.lock|\.writer\.lock|{re.escape(UNFINISHED_NAME)
 _BEFORE_PUBLISHED = re.compile(rf"{_BEFORE_SHARDS.pattern}|(\.?){re.escape(MANIFEST_NAME)}(\.tmp)?")
 _PUBLISHED = re.compile(rf"{_SHARD.pattern}|{re.escape(MANIFEST_NAME)}")
 _DRAW_THREADS = 8  # at most; beside a GPU one core cannot keep up
+_Output: TypeAlias = tuple[int, NDArray[np.uint32], torch.Tensor]  # of one sequence: number, tokens, teacher's output
 _LOG_SECONDS = 60.0  # between two lines of progress where nobody watches a terminal
 
 
@@ -152,7 +154,7 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
             run=run,
         )
         part = _Part(config, ranks, capture, packed)
-        part.run(Teacher(model, vocab_size))
+        part.run(Teacher(model, vocab_size), on_device=_draws_on_device(config, device))
         ranks.wait()
         entries = ranks.first(lambda: capture.entries or capture.finish())
         if ranks.local_rank == 0:
@@ -177,9 +179,9 @@ class _Part:
         self._there: int | None = None  # sequences that an earlier run left; unknown until it has looked
         self._bytes = 0
 
-    def run(self, teacher: Teacher) -> None:
+    def run(self, teacher: Teacher, *, on_device: bool) -> None:
         """
-        Do all of it.
+        Do all of it, with draws on the teacher's device or on the host.
 
         Raises:
             KeyboardInterrupt: It was stopped; says what is kept.
@@ -194,7 +196,9 @@ class _Part:
                 cuts = [work.cut for work in works if work.cut is not None]
                 sys.stderr.writelines(f"{cut}; captured again from there\n" for cut in cuts)
                 self._there = self._total - sum(work.end - work.next_sequence for work in works)
-                self._push_all(teacher, works, begin)
+                outputs = _outputs(self._config, teacher, self._packed, works)
+                push = self._push_draws if on_device else self._push_records
+                self._follow(push(teacher, outputs), begin)
         except KeyboardInterrupt:
             who = f"rank {self._ranks.rank} " if self._ranks.world_size > 1 else ""
             kept = ""
@@ -203,21 +207,45 @@ class _Part:
             raise KeyboardInterrupt(f"{who}stopped{kept}; run the same command again to go on") from None
         self.waited, self.seconds = self._capture.wait_seconds, time.perf_counter() - begin
 
-    def _push_all(self, teacher: Teacher, works: Sequence[ShardWork], begin: float) -> None:
+    def _push_records(self, teacher: Teacher, outputs: Iterable[_Output]) -> Iterator[int]:
+        """Draw on the host and hand over sequence after sequence; the number of records of each."""
         config, threads = self._config, 1
         if teacher.device.type != "cpu":
             threads = max(1, min(_DRAW_THREADS, available_cores() // self._ranks.local_world_size))
         rounds = config.rounds if config.draws else 0
-        with (
-            Drawer(kind=config.kind, rounds=rounds, sampling=config.sampling, threads=threads) as drawer,
-            self._progress() as progress,
-        ):
-            for sequence, tokens, output in _outputs(config, teacher, self._packed, works):
-                targets = drawer.draw(sequence, teacher.logits(output))
+        with Drawer(kind=config.kind, rounds=rounds, sampling=config.sampling, threads=threads) as drawer:
+            for sequence, tokens, output in outputs:
+                slices = ((first, logits.cpu()) for first, logits in teacher.logits(output))
+                targets = drawer.draw(sequence, slices)
                 self._capture.push(sequence, tokens, targets)
+                yield targets.num_records
+
+    def _push_draws(self, teacher: Teacher, outputs: Iterable[_Output]) -> Iterator[int]:
+        """The same with draws on the device, which goes on to the next sequence before the host asks for the last."""
+        config = self._config
+        sampler = DeviceSampler(sampler=config.sampler, rounds=config.rounds, seed=config.seed)
+        queued: tuple[int, NDArray[np.uint32], Draws] | None = None
+        for sequence, tokens, output in outputs:
+            before = queued
+            queued = sequence, tokens, sampler.draw(sequence, len(output), teacher.logits(output))
+            if before is not None:
+                yield self._push_queued(*before)
+        if queued is not None:
+            yield self._push_queued(*queued)
+
+    def _push_queued(self, sequence: int, tokens: NDArray[np.uint32], queued: Draws) -> int:
+        draws = queued.result()
+        self._capture.push_draws(sequence, tokens, draws)
+        return len(draws) + int(np.count_nonzero(draws[:, 1:] != draws[:, :-1]))
+
+    def _follow(self, pushed: Iterable[int], begin: float) -> None:
+        """Count sequences, of so many records each, while they are handed over, and show how far it is."""
+        seq_len = self._config.seq_len
+        with self._progress() as progress:
+            for num_records in pushed:
                 self.made += 1
-                self._bytes += block_size(self._capture.header, targets.num_positions, targets.num_records)
-                seconds, positions = time.perf_counter() - begin, self.made * config.seq_len
+                self._bytes += block_size(self._capture.header, seq_len, num_records)
+                seconds, positions = time.perf_counter() - begin, self.made * seq_len
                 progress.set_postfix_str(
                     f"{positions / seconds:,.0f} positions/s, {self._bytes / positions:.1f} bytes a position, "
                     f"waited {self._capture.wait_seconds / seconds:.1%}",
@@ -240,7 +268,7 @@ class _Part:
 
 def _outputs(
     config: CacheConfig, teacher: Teacher, packed: PackedSequences, works: Sequence[ShardWork]
-) -> Iterator[tuple[int, NDArray[np.uint32], torch.Tensor]]:
+) -> Iterator[_Output]:
     """
     Run the teacher over what is missing: number, tokens and the teacher's output of each sequence.
 
@@ -277,6 +305,11 @@ def _devices(config: CacheConfig, ranks: Ranks) -> tuple[torch.device, list[int]
     if device.type == "cuda" and ranks.world_size > 1:
         device = find_device(f"cuda:{ranks.local_rank}")
     return device, []
+
+
+def _draws_on_device(config: CacheConfig, device: torch.device) -> bool:
+    """Whether the teacher's device draws; the same in every run with these settings, since bytes depend on it."""
+    return config.kind == "counts" and device.type in gpu_sampler.DEVICES
 
 
 def _dtype(config: CacheConfig, device: torch.device) -> models.Dtype:
@@ -322,6 +355,7 @@ def _header(
         teacher_fingerprint=model_fingerprint(model),
         teacher=teacher,
         versions={**models.versions(), "sklformat": sklformat.__version__},
+        on_device=_draws_on_device(config, device),
     )
 
 

@@ -1,5 +1,5 @@
 """
-Records of whole sequences from a teacher's logits, slice after slice, on as many threads as help.
+Records of whole sequences from a teacher's logits, slice after slice, on as many threads of the host as help.
 
 Holds no model. What a record is depends on neither slices nor threads: ``skl.draw`` is keyed by position.
 """

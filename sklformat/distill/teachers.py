@@ -50,21 +50,24 @@ class Teacher:
     @torch.inference_mode()
     def run(self, input_ids_BT: NDArray[np.uint32]) -> Tensor:
         """[B, T, D] hidden states; [B, T, V] logits of a model that must be run whole."""
-        ids_BT = torch.from_numpy(input_ids_BT.astype(np.int64)).to(self.device)
+        ids_BT = torch.from_numpy(input_ids_BT.astype(np.int64))
+        if self.device.type == "cuda":
+            ids_BT = ids_BT.pin_memory()  # so that the copy waits for nothing that the device still does
+        ids_BT = ids_BT.to(self.device, non_blocking=True)
         if self._head_alone:
             return models.hidden_states(self._model, ids_BT)
         return models.logits(self._model, ids_BT)[..., : self._vocab_size]
 
     @torch.inference_mode()
     def logits(self, output_T: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """One sequence of what ``run`` gave as (first position, logits [positions, V] on the CPU)."""
+        """One sequence of what ``run`` gave as (first position, logits [positions, V] where the head lies)."""
         for first in range(0, output_T.shape[0], self._positions):
             part = output_T[first : first + self._positions]
             if self._weight_VD is not None:
                 part = part.to(self._weight_VD.device) @ self._weight_VD.T
             elif self._head_alone:
                 part = models.head_logits(self._model, part[None])[0, :, : self._vocab_size]
-            yield first, part.cpu()
+            yield first, part
 
     @torch.inference_mode()
     def _can_call_head(self) -> bool:
