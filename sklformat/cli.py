@@ -259,6 +259,8 @@ def _run_verify(name: str, arguments: list[str]) -> int:
         sys.stdout.writelines(f"{problem}\n" for problem in problems)
         verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)} found" if problems else "sound"
         sys.stdout.write(f"{config.path}: {verdict}, {checked:,} bytes checked\n")
+        if problems:
+            sys.stdout.write("to mend: remove the damaged shards, then give the command that made the cache again\n")
     return DAMAGED if problems else 0
 
 

@@ -121,7 +121,8 @@ def test_verify(capfd, cache):
     data[4096 + 70] ^= 1
     path.write_bytes(data)
     status, out, _ = run(capfd, "verify", cache)
-    assert (3, 2) == (status, out.count("\n"))
+    assert (3, 3) == (status, out.count("\n"))
+    assert out.endswith("to mend: remove the damaged shards, then give the command that made the cache again\n")
     assert out.startswith(f"{path}: sequence 0: byte 4096: ")
     status, out, _ = run(capfd, "verify", path, "--json")
     found = json.loads(out)
