@@ -45,7 +45,7 @@ def collate(sequences: list[Arrays]) -> tuple[torch.Tensor, ...]:
     token_ids = np.concatenate([s["token_ids"] for s in sequences]).view(np.int32)
     probs = np.concatenate([s["counts"] for s in sequences]).astype(np.float32) / np.float32(ROUNDS)
     arrays = (torch.from_numpy(array) for array in (token_ids, probs, offsets))
-    return tokens[:, :-1], tokens[:, 1:], *arrays
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), *arrays
 
 
 def parquet(directory: Path, data: list[Arrays]) -> Read:

@@ -388,7 +388,7 @@ static rows make_rows(skl_shape shape)
         r.lengths[b] = r.num_positions[b] = r.num_records[b] = 0;
         if (b == 2)
             continue;
-        shape.num_positions = 30 + 7 * b;
+        shape.num_positions = 300 + 70 * b; /* more than is asked for ahead */
         payload *const made = &r.made[next++];
         *made = make_payload(shape, 20);
         r.sources[b] = made->bytes;
