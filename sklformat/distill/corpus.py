@@ -6,8 +6,11 @@ Knows no model and no torch; a tokenizer comes in as a function from texts to to
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
+import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -59,6 +62,7 @@ __all__ = [
 STORE_VERSION = 1
 _FACTS_NAME = "store.json"
 _TOKENS_NAME = "tokens"
+_INDEX_ROOM = 1 << 20  # for the index files of a batch, and the file system's own
 _DOCUMENTS_PER_BATCH = 256  # tokenised together, and written to the store in one go
 
 
@@ -290,6 +294,14 @@ def _encoded(documents: Iterable[Document], encode: Encode) -> Iterator[tuple[st
             yield document.name, text_fingerprint(document), ids
 
 
+def _check_room(directory: Path, size_bytes: int) -> None:
+    """RaggedMmap writes through a mapping: where the disk is full, that kills the process instead of failing."""
+    if shutil.disk_usage(directory).free < size_bytes:
+        raise OSError(
+            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}; the tokens need {size_bytes} bytes more", str(directory)
+        )
+
+
 def _write(
     directory: Path, documents: Iterable[tuple[str, str, ArrayLike]], vocab_size: int, tokenizer_fingerprint: str
 ) -> TokenStore:
@@ -310,8 +322,17 @@ def _write(
                 num_tokens += tokens.size
                 yield tokens.astype(dtype)
 
+    def with_room(partial: Path) -> Iterator[NDArray[np.unsignedinteger[Any]]]:
+        pending = 0  # bytes that RaggedMmap holds back until it has a batch
+        for number, tokens in enumerate(tokenised()):
+            pending = tokens.nbytes + (pending if number % _DOCUMENTS_PER_BATCH else 0)
+            _check_room(partial, pending + _INDEX_ROOM)
+            yield tokens
+
     with published(directory) as partial:
-        RaggedMmap.from_generator(partial / _TOKENS_NAME, tokenised(), batch_size=_DOCUMENTS_PER_BATCH, verbose=False)
+        RaggedMmap.from_generator(
+            partial / _TOKENS_NAME, with_room(partial), batch_size=_DOCUMENTS_PER_BATCH, verbose=False
+        )
         if not digests:
             raise ValueError("no text found: the documents hold no tokens")
         facts = StoreFacts(

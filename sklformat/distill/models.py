@@ -16,6 +16,7 @@ from typing import Literal
 import tokenizers
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -371,7 +372,7 @@ def _named(path: Path | str, what: str) -> Iterator[None]:
     """Say in one line what could not be loaded from where."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).split("\n", maxsplit=1)[0]
         hint = (
             "" if Path(path).exists() else "; it is no path here, and no such name is in the Hugging Face cache or hub"

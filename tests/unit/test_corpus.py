@@ -315,3 +315,15 @@ def test_directory_has_one_writer(tmp_path):
         with pytest.raises(InUseError, match="another process"), published(tmp_path / "d"):
             raise AssertionError
     assert ["a"] == os.listdir(tmp_path / "d")
+
+
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    """Where the tokens do not fit, OSError says how much they need and nothing is left; a mapping would just die."""
+    usage = type("Usage", (), {"free": (1 << 20) + 1500})
+    monkeypatch.setattr(corpus.shutil, "disk_usage", lambda _: usage)
+    make_store(tmp_path / "fits", ["x" * 500])
+    make_store(tmp_path / "batches", ["xx"] * 600)  # what a batch wrote is not asked for again
+    with pytest.raises(OSError, match="No space left on device; the tokens need 1050576 bytes more") as caught:
+        make_store(tmp_path / "full", ["x" * 250, "y" * 250, "z" * 500])
+    assert str(tmp_path / "full.partial") == caught.value.filename
+    assert {"fits", "batches"} == {path.name for path in tmp_path.iterdir()}

@@ -95,6 +95,16 @@ def test_missing_weights_are_refused(tokenizer, tmp_path):
         models.load_model(tmp_path / "m")
 
 
+@pytest.mark.parametrize("size", [0, 5, 1000])
+def test_weights_cut_short_are_named(tokenizer, tmp_path, size):
+    """A file of weights that was copied half way raises OSError, in one line with the path."""
+    models.save(tiny(), tokenizer, tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(OSError, match=rf"^{tmp_path}/m: cannot load a model \(.*\)$"):
+        models.load_model(tmp_path / "m")
+
+
 def test_what_is_no_model_is_named(tmp_path):
     """A path without model or tokenizer raises OSError, in one line with the path."""
     for load in (models.load_model, models.load_tokenizer):
