@@ -121,7 +121,8 @@ def _work(connection: Connection, job: Job) -> None:
         os._exit(130)
     except (SklError, ValueError, TypeError, OSError, RuntimeError, ArithmeticError, LookupError) as error:
         message = (False, (type(error), str(error)))
-    connection.send(message)
+    with contextlib.suppress(BrokenPipeError):  # the parent was stopped meanwhile: nobody asks any more
+        connection.send(message)
 
 
 def _end_with_parent() -> None:

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -84,6 +85,15 @@ def test_a_process_that_dies_is_an_error():
     """A job whose process was killed is reported with its exit code."""
     with pytest.raises(skl.SklError, match="exit code 3 and no result"):
         run_jobs([Job(os._exit, (3,))], processes=2, threads=1)
+
+
+def test_a_result_that_nobody_asks_for(monkeypatch):
+    """A job that ends just after its parent was stopped ends without a traceback."""
+    ours, theirs = multiprocessing.Pipe()
+    ours.close()
+    monkeypatch.setattr(processes, "_end_with_parent", lambda: None)
+    processes._work(theirs, Job(int, ()))
+    theirs.close()
 
 
 def test_jobs_end_with_a_killed_parent(tmp_path):
