@@ -93,7 +93,11 @@ def check_tokens(cache: Cache, source: TokenSource, progress: Progress | None = 
                     sequence_index=done,
                 )
             given = tokens[first + done]
-            if alignment(given) != stored:
+            try:
+                is_aligned = alignment(given) == stored
+            except ValueError as error:
+                raise ValueError(f"sequence {first + done} of the tokens: {error}") from None
+            if not is_aligned:
                 cache.check_alignment(done, given, lambda i: tokens[first + i])
             done += 1
             if progress is not None and (done % _EVERY == 0 or done == len(cache)):

@@ -44,11 +44,12 @@ class LocalCopies:
 
     def _forget(self) -> None:
         """Begin as a new process does, with a lock that no thread of another one holds."""
-        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._lock = threading.Lock()
         self._fetching = [threading.Lock() for _ in range(_IN_MEMORY)]
         self._memory: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._added: int | None = None  # bytes since the directory was looked at; None: never
         self._numbers = itertools.count()
+        self._pid = os.getpid()  # last: another thread that sees it uses the rest
 
     def __getstate__(self) -> tuple[Path, int]:
         return self.directory, self.max_bytes

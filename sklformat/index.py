@@ -197,6 +197,9 @@ def parse_index(
         raise corrupt(f"sequences have {positions.min()}..{positions.max()} positions")
     if header.seq_len and (positions != header.seq_len).any():
         raise corrupt(f"a sequence's length differs from seq_len {header.seq_len}")
+    assert header.record_count_size is not None
+    if (records > positions * np.uint64(256**header.record_count_size - 1)).any():
+        raise corrupt(f"a sequence has more records than its positions count in {header.record_count_size} bytes each")
     ends = np.append(index.offset[1:], np.uint64(trailer.index_offset))
     if count and (
         int(index.offset[0]) != layout.HEADER_SIZE

@@ -58,9 +58,10 @@ def likely_cause(
         if given is None or not 0 <= number < len(captured):
             return None
         try:
-            return np.asarray(given(number)).astype(np.int64)
+            ids = np.asarray(given(number)).astype(np.int64)
         except (LookupError, ValueError):
             return None
+        return ids if ((ids >= 0) & (ids < 1 << 32)).all() else None
 
     place = captured.find_alignment(alignment(tokens), i)
     if place is not None:

@@ -63,13 +63,12 @@ class Payloads:
             arena: As for ``native.decode_batch``.
 
         Returns:
-            Arrays of B rows and T positions, T = seq_len or the longest row.
+            Arrays of B rows and T positions, T as ``row_positions`` says.
 
         Raises:
             FormatError: A row is damaged; names file, block and byte.
             ValueError: A token given is not below vocab_size; names the row.
         """
-        row_positions = header.seq_len or int(self.num_positions.max(initial=0))
         try:
             arrays = decode_batch(
                 block_shape(header, 0, 0),
@@ -79,7 +78,7 @@ class Payloads:
                 self.num_positions,
                 self.num_records,
                 tokens,
-                row_positions,
+                self.row_positions(header),
                 ignored_label,
                 arena,
             )
@@ -93,7 +92,11 @@ class Payloads:
 
     def no_tokens(self, header: Header) -> NDArray[np.uint32]:
         """Tokens to decode with where the shards store none and only the records matter."""
-        return np.zeros((self.sources.size, (header.seq_len or int(self.num_positions.max(initial=0))) + 1), np.uint32)
+        return np.zeros((self.sources.size, self.row_positions(header) + 1), np.uint32)
+
+    def row_positions(self, header: Header) -> int:
+        """T of the batch: seq_len, or the longest row's; at least 1, also where every row is empty."""
+        return header.seq_len or int(self.num_positions.max(initial=1))
 
     def _check_tokens(self, arrays: BatchArrays) -> None:
         """The stored tokens give the alignment checksums."""

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklformat import layout, remote
 from sklformat.checksums import alignment
 from sklformat.copies import LocalCopies
-from sklformat.errors import AlignmentError, CorruptError, MissingShardError
+from sklformat.errors import AlignmentError, CorruptError, MissingShardError, SklError
 from sklformat.header import Header
 from sklformat.manifest import MANIFEST_NAME, Entry, cache_fingerprint, check_contiguous, place_in_cache, read_manifest
 from sklformat.misalignment import likely_cause
@@ -130,15 +130,22 @@ class Cache:
 
         Raises:
             AlignmentError: It was not; names the sequence, both checksums and the likely cause.
-            ValueError: The tokens are no 1-D integers in [0, 2**32).
+            ValueError: The tokens are no 1-D integers in [0, 2**32); names the sequence.
 
         Source: SPEC section 6.3.
         """
         shard, number = self.find(i)
-        stored, computed = int(shard.index.alignment[number]), alignment(tokens)
+        i, stored = i % len(self), int(shard.index.alignment[number])
+        try:
+            computed = alignment(tokens)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: sequence {i}: {error}") from None
         if stored != computed:
-            i, length = i % len(self), int(shard.index.num_positions[number]) + 1
-            cause = likely_cause(self, i, np.asarray(tokens).astype(np.int64), length, given)
+            length = int(shard.index.num_positions[number]) + 1
+            try:
+                cause = likely_cause(self, i, np.asarray(tokens).astype(np.int64), length, given)
+            except (SklError, OSError) as error:  # its neighbours cannot be read: no reason to hide what is known
+                cause = f"of a cause that could not be looked for: {error}"
             raise AlignmentError(
                 f"{self.path}: sequence {i}: alignment checksum {stored:#018x} stored, {computed:#018x} computed from "
                 f"the tokens given ({cause}); pack the tokens with the cache's tokenizer, corpus, seed and seq_len",

@@ -136,8 +136,11 @@ def scan(fd: int, path: Path) -> Prefix:
     while end < size:
         try:
             block = _read_block(fd, header, key, len(index), end)
-        except (CorruptError, TruncatedError) as error:
-            return Prefix(header, index, end, locate(error, section="block", sequence=len(index), offset=end))
+        except FormatError as error:
+            locate(error, section="block", sequence=len(index), offset=end)
+            if isinstance(error, CorruptError | TruncatedError):
+                return Prefix(header, index, end, error)
+            raise locate(error, path=path) from None  # of a newer kind, and no torn tail
         index.append(end, block)
         end += block.size
     return Prefix(header, index, end, None)

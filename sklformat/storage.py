@@ -137,7 +137,7 @@ def open_file(path: Path, io: Io) -> OpenFile:
     if io not in ("auto", "mmap", "pread"):
         raise ValueError(f"io must be auto, mmap or pread, got {io!r}")
     if io == "auto":
-        io = _io_of(path.parent)
+        io = _io_of(path.resolve().parent)  # of the file itself, which a link may have elsewhere
     return MappedFile(path) if io == "mmap" else ReadFile(path)
 
 

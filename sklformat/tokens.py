@@ -67,7 +67,8 @@ class Tokens:
 
     def _forget(self) -> None:
         """Begin with a lock of this process: after a fork, the other's may be held by a thread that is not here."""
-        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._lock = threading.Lock()
+        self._pid = os.getpid()  # last: another thread that sees it uses the lock
 
     @property
     def num_sequences(self) -> int | None:

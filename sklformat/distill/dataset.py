@@ -183,7 +183,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
         epoch, consumed = state["epoch"], state["consumed"]
         info = get_worker_info()
         end = self.schedule.num_sequences + (0 if info is None else info.num_workers * self.schedule.global_batch)
-        if not (isinstance(epoch, int) and isinstance(consumed, int) and epoch >= 0 and 0 <= consumed <= end):
+        if not (type(epoch) is int and type(consumed) is int and epoch >= 0 and 0 <= consumed <= end):
             raise ResumeError(f"epoch {epoch!r} and consumed {consumed!r} are no place in {end} sequences")
         if info is None:
             self._go_to(epoch, consumed)
@@ -264,7 +264,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
         assert self.tokens is not None
         first = self.cache.first_sequence
         lengths, alignments = payloads.num_positions.tolist(), payloads.alignment.tolist()
-        out = np.zeros((numbers.size, (self.cache.header.seq_len or max(lengths)) + 1), "<u4")
+        out = np.zeros((numbers.size, payloads.row_positions(self.cache.header) + 1), "<u4")
         data, row_bytes = out.data.cast("B"), out.strides[0]
         for row, number in enumerate(numbers.tolist()):
             if number < 0:

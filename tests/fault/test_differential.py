@@ -126,3 +126,23 @@ def test_a_payload_size_that_does_not_follow_is_named(tmp_path, base):
             cache[0]
         with pytest.raises(skl.CorruptError, match="payload_size"):
             cache.payloads(np.array([0]))
+
+
+@pytest.mark.parametrize(("record_count_size", "records"), [(1, 256), (1, 70_000), (2, 65_536)])
+def test_more_records_than_a_position_counts(tmp_path, record_count_size, records):
+    """A block of more records than its positions can have, all checksums right, is damage for every way of reading."""
+    of = small_settings(seq_len=1, token_size=0, record_count_size=record_count_size)
+    header = reference.encode_header(of)
+    key, size = reference.shard_key_of(header), record_count_size + 3 * records
+    body = bytes(reference.round_up(size + 64))
+    head = reference.BLOCK_MAGIC + struct.pack("<4xQIII4xQ", 0, 1, records, size, reference.alignment_of([0, 0]))
+    head += struct.pack("<Q8x", reference.xxh64(body, key))
+    head += struct.pack("<Q", reference.xxh64(head, key))
+    path = tmp_path / "shard-00000.skl"
+    path.write_bytes(reference.join_shard(header, [head + body]))
+    (problem,) = skl.verify(path)
+    assert ("CorruptError", path, 4096 + 64 + len(body)) == (problem.error, problem.path, problem.offset)
+    with pytest.raises(skl.CorruptError, match="more records than its positions count"):
+        skl.open(path)
+    with pytest.raises(reference.CorruptError):
+        reference.decode_shard(path.read_bytes())

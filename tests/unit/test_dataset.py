@@ -386,3 +386,23 @@ def test_batches_are_pinned(cache):
         torch.cuda.synchronize()
         assert rows([plain]) == rows([moved.to("cpu")])
         assert plain.state == moved.state
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_rank_without_any_sequence_has_a_position(tmp_path, own):
+    """Where a padded tail of ragged sequences leaves a rank nothing, its batch still has T >= 1, so a model can run."""
+    lengths = [POSITIONS] * SEQUENCES
+    data = write_cache(tmp_path / "cache", seq_len=0, lengths=lengths)
+    tokens = [sequence for sequence, _ in data] if own else None
+    settings = {"batch_size": 2, "rank": 3, "world_size": 4, "tail": "pad", "sequences": range(1), "prefetch": 0}
+    (batch,) = SparseLogitDataset(tmp_path / "cache", tokens=tokens, **settings)
+    assert (2, 1) == tuple(batch.input_ids.shape)
+    assert [[-100], [-100]] == batch.labels.tolist()
+    assert [0, 0, 0] == batch.targets.offsets.tolist()
+
+
+def test_a_state_holds_numbers(cache):
+    """True is no number of sequences."""
+    ds = SparseLogitDataset(cache[0], batch_size=2)
+    with pytest.raises(skl.ResumeError, match="consumed True"):
+        ds.load_state_dict(ds.state_dict() | {"consumed": True})

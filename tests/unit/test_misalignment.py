@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from loader_data import POSITIONS, ROUNDS, VOCAB, make_targets
+from loader_data import POSITIONS, ROUNDS, VOCAB, make_targets, write_cache
 from torch.utils.data import DataLoader
 
 import sklformat as skl
+from sklformat.check import check_tokens
 from sklformat.checksums import alignment
 from sklformat.distill import SparseLogitDataset
 
@@ -141,3 +142,21 @@ def test_a_shard_by_itself_asks_for_its_own_sequences(captured):
     assert tokens[20:30, :-1].tolist() == [batch.input_ids[0].tolist() for batch in ds]
     with pytest.raises(skl.AlignmentError, match="25 sequences of tokens given, the cache reaches to sequence 29"):
         SparseLogitDataset(directory / "2.skl", batch_size=1, tokens=tokens[:25])
+
+
+def test_nothing_hides_that_tokens_are_wrong(tmp_path):
+    """Neighbours that are no tokens, or lie in a shard that is gone, leave the cause open and the error as it is."""
+    data = write_cache(tmp_path / "cache", store_tokens=False)
+    wrong = np.array([tokens for tokens, _ in data])
+    wrong[5, 3], wrong[6] = (wrong[5, 3] + 1) % VOCAB, -1
+    with skl.open(tmp_path / "cache") as cache:
+        with pytest.raises(skl.AlignmentError, match="sequence 5: "):
+            cache.check_alignment(5, wrong[5], lambda i: wrong[i])
+        with pytest.raises(ValueError, match=r"cache: sequence 6: tokens must be in .*, got values from -1"):
+            cache.check_alignment(6, wrong[6])
+        with pytest.raises(ValueError, match=r"sequence 6 of the tokens: tokens must be in"):
+            check_tokens(cache, [*(tokens for tokens, _ in data[:6]), *wrong[6:]])
+    with skl.open(tmp_path / "cache") as cache:
+        (tmp_path / "cache" / "shard-00001.skl").unlink()
+        with pytest.raises(skl.AlignmentError, match=r"sequence 14: .*could not be looked for: .*shard-00001"):
+            cache.check_alignment(14, wrong[5])

@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import reference
 from strategies import make_cache, small_sequence, small_settings, small_shard
 
 import sklformat as skl
-from sklformat import report
+from sklformat import native, report
 from sklformat.manifest import write_manifest
 from sklformat.reader import scan_directory
 
@@ -154,3 +155,17 @@ def test_inspect_of_nothing(tmp_path):
     """An empty cache has no bytes a position, instead of a division by zero."""
     make_cache(tmp_path / "cache", (0,))
     assert report.inspect(tmp_path / "cache")["bytes_per_position"] is None
+
+
+def test_memory_follows_the_file_not_the_longest_sequence(tmp_path, monkeypatch):
+    """A long sequence behind many short ones does not make verify pad all of them to its length."""
+    path = tmp_path / "a.skl"
+    header = skl.Header(vocab_size=20, seq_len=0, kind="counts", rounds=5)
+    with skl.ShardWriter(path, header=header) as writer:
+        for length in [8] * 300 + [1 << 16]:
+            targets = skl.SparseTargets(token_ids=[], counts=[], offsets=np.zeros(length + 1, np.int64))
+            writer.append(np.zeros(length + 1, np.int64), targets)
+    asked, reset = [], native.Arena.reset
+    monkeypatch.setattr(native.Arena, "reset", lambda arena, size: (asked.append(size), reset(arena, size))[1])
+    assert [] == skl.verify(path)
+    assert max(asked, default=0) < 16 * path.stat().st_size

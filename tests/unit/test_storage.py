@@ -14,8 +14,10 @@ from strategies import make_cache, small_sequence, small_shard
 
 import sklformat as skl
 from sklformat import reader, storage
+from sklformat.copies import LocalCopies
 from sklformat.manifest import write_manifest
 from sklformat.shard import Shard
+from sklformat.tokens import Tokens
 
 MOUNTS = r"""
 22 27 0:21 / /proc rw,nosuid shared:12 - proc proc rw
@@ -253,3 +255,34 @@ def test_threads_and_a_forked_child_read_on(directory):
             thread.join()
         process.join(30)
         assert (0, []) == (process.exitcode, wrong)
+
+
+def test_a_link_is_read_as_the_file_it_names(tmp_path, monkeypatch):
+    """A shard that a local directory links to is read as where it lies: on a network file system, not mapped."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "a.skl").write_bytes(small_shard())
+    (tmp_path / "b.skl").symlink_to(tmp_path / "far" / "a.skl")
+    far = f"28 27 0:50 / {tmp_path}/far rw - nfs4 server:/x rw"
+    (tmp_path / "mounts").write_text(f"27 1 254:0 / / rw - ext4 /dev/vda rw\n{far}\n")
+    monkeypatch.setattr(storage, "_MOUNTS", tmp_path / "mounts")
+    storage._io_of.cache_clear()
+    try:
+        shard = Shard(tmp_path / "b.skl")
+        assert shard._file.address is None
+        shard.close()
+    finally:
+        storage._io_of.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [LocalCopies, Tokens])
+def test_a_forked_process_shows_its_locks_last(tmp_path, kind):
+    """Threads of a forked process that see its number find its own locks, never one that a lost thread holds."""
+    names = []
+
+    class Watched(kind):
+        def __setattr__(self, name, value):
+            names.append(name)
+            super().__setattr__(name, value)
+
+    Watched(tmp_path if kind is LocalCopies else [[1, 2]])._forget()
+    assert "_pid" == names[-1]
