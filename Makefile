@@ -41,10 +41,10 @@ ctest: $(READY)
 
 # The tests that give C the most to do, and the fuzzer of shards, with C under ASan and UBSan in a real Python.
 sanitized: $(SANITIZED)/ready
-	$(RUN_SANITIZED) -m pytest -m "not soak and not gpu" -p no:cacheprovider tests/unit/test_native.py \
-	  tests/unit/test_ring.py tests/property tests/golden tests/fault/test_differential.py tests/fuzz
+	$(RUN_SANITIZED) -m pytest -m "not soak and not gpu" -p no:cacheprovider tests/unit/native \
+	  tests/unit/capture/test_ring.py tests/property tests/golden tests/fault/test_differential.py tests/fuzz
 
-$(SANITIZED)/ready: $(READY) $(wildcard sklformat/*.py sklformat/*/*.py)
+$(SANITIZED)/ready: $(READY) $(shell find sklformat -name '*.py')
 	rm -rf $(SANITIZED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) . -C build-dir=build/c-sanitized \
 	  -C cmake.define.CMAKE_C_FLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all"

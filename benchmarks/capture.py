@@ -18,17 +18,17 @@ import torch
 from timing import processor
 
 from sklformat.capture import Capture
-from sklformat.distill import models
-from sklformat.distill.drawing import Drawer
-from sklformat.distill.teachers import Teacher
-from sklformat.header import Header
+from sklformat.distill.models import loading
+from sklformat.distill.teacher.drawing import Drawer
+from sklformat.distill.teacher.forward import Teacher
+from sklformat.format.header import Header
 
 VOCAB_SIZE, SEQ_LEN, ROUNDS, BATCH = 128_256, 1024, 50, 4
 SAMPLING = {"sampler": "multinomial", "seed": 0}
 
 
 def make_teacher():
-    model = models.new_llama(
+    model = loading.new_llama(
         vocab_size=VOCAB_SIZE, hidden_size=64, num_layers=2, num_heads=2, max_positions=SEQ_LEN, seed=0
     ).eval()
     with torch.no_grad():

@@ -28,7 +28,7 @@ from verify import ROUNDS, write_shard
 
 import sklformat as skl
 from sklformat.distill import SparseLogitDataset
-from sklformat.order import permute
+from sklformat.format.order import permute
 
 BATCH, SEED = 8, 0
 Arrays = dict[str, NDArray[np.generic]]

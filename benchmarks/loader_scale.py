@@ -25,12 +25,12 @@ from timing import measure, processor
 from verify import write_shard
 
 import sklformat as skl
-from sklformat import reader
+from sklformat.cache import reader
+from sklformat.cache.manifest import write_manifest
 from sklformat.checksums import checksum
-from sklformat.disk import Disk
 from sklformat.distill import SparseLogitDataset
-from sklformat.manifest import write_manifest
-from sklformat.order import Schedule
+from sklformat.files.disk import Disk
+from sklformat.format.order import Schedule
 
 
 class QuickDisk(Disk):

@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from sklformat.ring import Ring
+from sklformat.capture.ring import Ring
 
 SIZES = {"4 KiB": 4096, "64 KiB": 65536, "1 MiB": 1 << 20}
 SOURCE_BYTES = 64 << 20
@@ -27,7 +27,7 @@ SOURCE_BYTES = 64 << 20
 _CONSUME = """
 import sys
 from sklformat.errors import RingClosedError
-from sklformat.ring import Ring
+from sklformat.capture.ring import Ring
 with Ring.attach(*map(int, sys.argv[1:])) as ring:
     total = 0
     try:

@@ -30,8 +30,8 @@ from timing import measure, processor
 from torch import Tensor
 from torch.nn import functional
 
-from sklformat.distill.loss_rows import LossRows
-from sklformat.distill.losses import MAX_CHUNK_POSITIONS, linear_sparse_kl
+from sklformat.distill.losses.kl import MAX_CHUNK_POSITIONS, linear_sparse_kl
+from sklformat.distill.losses.rows import LossRows
 
 GOAL = 1.02
 SHAPES = [(256, 32_000, 2048), (1024, 32_000, 512), (512, 128_256, 256)]

@@ -4,8 +4,13 @@ sklformat: sparse teacher distributions on disk, for distilling language models 
 The names here need numpy, cffi and xxhash only; ``sklformat.distill`` holds what needs torch.
 """
 
+from sklformat.cache.reader import Cache
+from sklformat.cache.reader import open_cache as open  # noqa: A004  the frozen public name; read as skl.open
+from sklformat.cache.recovery import Recovered, recover
+from sklformat.cache.report import Problem, verify
+from sklformat.cache.shard import Shard
+from sklformat.cache.writer import ShardWriter
 from sklformat.capture import Capture
-from sklformat.copies import LocalCopies
 from sklformat.errors import (
     AlignmentError,
     CaptureError,
@@ -22,15 +27,10 @@ from sklformat.errors import (
     TruncatedError,
     UnsupportedError,
 )
-from sklformat.header import Header
-from sklformat.reader import Cache
-from sklformat.reader import open_cache as open  # noqa: A004  the frozen public name; read as skl.open
-from sklformat.records import Sequence, SparseTargets
-from sklformat.recovery import Recovered, recover
-from sklformat.report import Problem, verify
+from sklformat.files.copies import LocalCopies
+from sklformat.format.header import Header
+from sklformat.format.records import Sequence, SparseTargets
 from sklformat.sampler import draw
-from sklformat.shard import Shard
-from sklformat.writer import ShardWriter
 
 __version__ = "0.1.0"
 

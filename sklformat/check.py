@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from sklformat.cache.reader import Cache
+from sklformat.cache.tokens import Tokens, TokenSource
 from sklformat.checksums import alignment
 from sklformat.errors import AlignmentError, UnsupportedError
-from sklformat.header import Header
-from sklformat.reader import Cache
-from sklformat.tokens import Tokens, TokenSource
+from sklformat.format.header import Header
 
 Progress = Callable[[str, int, "int | None"], None]
 """Called with what is being done, the sequences done so far and in all."""
@@ -109,7 +109,7 @@ def _open_tokens(path: Path, header: Header) -> TokenSource:
         array: TokenSource = np.load(path, mmap_mode="r", allow_pickle=False)
         return array
     if path.is_dir():
-        from sklformat.distill import corpus, packing  # noqa: PLC0415  needs the extra of training
+        from sklformat.distill.text import corpus, packing  # noqa: PLC0415  needs the extra of training
 
         store: TokenSource | None = corpus.open_ninja(path)
         if store is not None:

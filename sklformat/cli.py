@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from sklformat import SklError, __version__, recover, verify
+from sklformat.cache.report import inspect
 from sklformat.capture.session import UNFINISHED_NAME
 from sklformat.flags import UsageError, parse
-from sklformat.layout import PARTIAL_SUFFIX
-from sklformat.report import inspect
+from sklformat.format.layout import PARTIAL_SUFFIX
 
 DAMAGED = 3
 STOPPED = 130
@@ -284,7 +284,7 @@ def _run_estimate(name: str, arguments: list[str]) -> int:
 
     config, as_json = parse(EstimateConfig, name, arguments)
     if config.teacher is not None:
-        from sklformat.distill.calibration import calibrate  # noqa: PLC0415
+        from sklformat.distill.teacher.calibration import calibrate  # noqa: PLC0415
 
         config = calibrate(config)
     _print_result(estimate(config), as_json=as_json)
@@ -327,10 +327,10 @@ def _long(module: str, config_name: str, function: str) -> Callable[[str, list[s
 
 
 _AGAIN = "nothing was changed"
-_CACHE = ("caching", "CacheConfig", "cache_teacher")
-_TRAIN = ("training", "TrainConfig", "train")
-_EVAL = ("evaluation", "EvalConfig", "evaluate")
-_DEMO = ("demo", "DemoConfig", "run_demo")
+_CACHE = ("teacher.caching", "CacheConfig", "cache_teacher")
+_TRAIN = ("student.training", "TrainConfig", "train")
+_EVAL = ("student.evaluation", "EvalConfig", "evaluate")
+_DEMO = ("demo.stages", "DemoConfig", "run_demo")
 _CHECK = ("check", "CheckConfig", "check")
 _CONVERT = ("interop", "ConvertConfig", "convert")
 _VERBS = {

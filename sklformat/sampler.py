@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat import native
-from sklformat.records import SparseTargets
+from sklformat.format.records import SparseTargets
 
 SAMPLERS = ("multinomial", "systematic", "topk", "topp")
 MAX_ROUNDS = 65535

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reference import COUNTS, R24, R24W, R32, RATIOS
 
 import sklformat as skl
-from sklformat.disk import Disk
+from sklformat.files.disk import Disk
 
 KINDS = {COUNTS: "counts", RATIOS: "ratios"}
 PROFILES = {R24: "R24", R24W: "R24W", R32: "R32"}

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from sklformat.cli import main
-from sklformat.distill import drawing, models
+from sklformat.distill.models import loading
+from sklformat.distill.teacher import drawing
 
 SEQ_LEN = 24
 WORDS = ["def", "return", "for", "x", "y", "(", ")", ":\n", "= 1\n", "import os\n", "naïve "]
@@ -25,7 +26,7 @@ def write_text(folder):
 
 
 def make_teacher(vocab_size=280):
-    model = models.new_llama(
+    model = loading.new_llama(
         vocab_size=vocab_size, hidden_size=32, num_layers=1, num_heads=2, max_positions=SEQ_LEN, seed=1
     )
     with torch.no_grad():
@@ -34,7 +35,7 @@ def make_teacher(vocab_size=280):
 
 
 def write_teacher(directory, texts):
-    models.save(make_teacher(), models.train_tokenizer(texts, 280), directory)
+    loading.save(make_teacher(), loading.train_tokenizer(texts, 280), directory)
 
 
 def die_at_sequence(victims, number):

@@ -10,7 +10,8 @@ import reference
 import strategies
 
 import sklformat as skl
-from sklformat import checksums, layout, native, order
+from sklformat import checksums, native
+from sklformat.format import layout, order
 
 TEXT = (Path(__file__).parents[1] / "SPEC.md").read_text()
 

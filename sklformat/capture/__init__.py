@@ -1,7 +1,13 @@
 """
-From a running teacher to sealed shards: ``session`` is the teacher's side, ``scribe`` the writer process.
+From a running teacher to sealed shards; the teacher hands sequences over, a second process writes them.
 
-``plan`` says which shards there are, ``frames`` what passes between the two.
+destinations  where sealed shards go: a directory, or a URL they are uploaded to
+estimates     what a capture will cost, before it runs
+frames        what the two processes say to each other
+plan          which shards are not sealed yet, and how far each one is
+ring          frames in shared memory, from one process to another
+scribe        the writer process
+session       the teacher's side
 """
 
 from sklformat.capture.frames import merge_draws

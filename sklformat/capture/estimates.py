@@ -1,7 +1,7 @@
 """
 What a capture will cost, before it runs: bytes, shards, disks, hours.
 
-Arithmetic on the format's own sizes; runs no teacher and reads no file.  ``sklformat.distill.calibration`` measures
+Arithmetic on the format's own sizes; runs no teacher and reads no file.  ``distill.teacher.calibration`` measures
 what must be measured.
 """
 
@@ -14,9 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from sklformat import layout
-from sklformat.header import Header
-from sklformat.index import payload_sizes
+from sklformat.format import layout
+from sklformat.format.header import Header
+from sklformat.format.index import payload_sizes
 from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_ROUNDS
 
 _HOUR = 3600.0

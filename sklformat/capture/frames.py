@@ -19,8 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from sklformat import native
 from sklformat.capture.plan import ShardWork
 from sklformat.checksums import tokens_array
-from sklformat.header import Header, parse_header
-from sklformat.records import SparseTargets
+from sklformat.format.header import Header, parse_header
+from sklformat.format.records import SparseTargets
 
 # Number of positions, number of pairs or of rounds, number of columns; arrays follow, the widest type first, so that
 # each lies on a multiple of its size.

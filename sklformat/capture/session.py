@@ -19,16 +19,16 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
+from sklformat.cache.manifest import MAX_SHARDS, Entry
+from sklformat.capture.destinations import Target
 from sklformat.capture.frames import Setup, merge_draws, pack_draws, pack_targets
 from sklformat.capture.plan import ShardWork, places_of, sealed_entries, survey
-from sklformat.capture.targets import Target
-from sklformat.disk import Disk, shared_directory
+from sklformat.capture.ring import Ring
 from sklformat.errors import CaptureError, InUseError, RingClosedError
-from sklformat.header import Header
-from sklformat.layout import PARTIAL_SUFFIX
-from sklformat.manifest import MAX_SHARDS, Entry
-from sklformat.records import SparseTargets
-from sklformat.ring import Ring
+from sklformat.files.disk import Disk, shared_directory
+from sklformat.format.header import Header
+from sklformat.format.layout import PARTIAL_SUFFIX
+from sklformat.format.records import SparseTargets
 
 __all__ = ["Capture", "ShardWork", "merge_draws"]
 

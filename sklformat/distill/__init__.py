@@ -1,9 +1,19 @@
-"""The learning side of sklformat: what turns a cache into a trained student; needs torch."""
+"""
+What turns a cache into a trained student; torch lives here, and these are its public names.
 
-from sklformat.distill.batches import Batch, Targets, collate
-from sklformat.distill.dataset import SparseLogitDataset
-from sklformat.distill.losses import DenseTargets, DenseTeacher, linear_sparse_kl, sparse_kl
-from sklformat.distill.metrics import acceptance_rate, calibration_error, lm_loss
+demo     the whole way on two cores
+loader   from a cache to batches
+losses   losses and metrics on tensors
+models   the door to transformers
+student  training and evaluation
+teacher  capture of a teacher
+text     documents, tokens, packing
+"""
+
+from sklformat.distill.loader.batches import Batch, Targets, collate
+from sklformat.distill.loader.dataset import SparseLogitDataset
+from sklformat.distill.losses.kl import DenseTargets, DenseTeacher, linear_sparse_kl, sparse_kl
+from sklformat.distill.losses.metrics import acceptance_rate, calibration_error, lm_loss
 
 __all__ = [
     "Batch",

@@ -1,9 +1,15 @@
 """
 Caches to and from other people's files: ``convert``.
 
-``columns`` says how plain columns look, ``npz``, ``parquet`` and ``jsonl`` know one kind of file each and ``files`` all
-of them; ``plain`` judges values, ``sources`` makes one stream of sequences of a cache or a file, ``transforms`` turns
-one kind of records into another, ``conversion`` puts it together.  Needs numpy; Parquet needs pyarrow.
+columns     plain columns: what they mean
+conversion  from a cache or a file to another of them
+files       files of plain columns of any kind
+jsonl       plain columns as JSONL
+npz         plain columns as npz
+parquet     plain columns as Parquet, the only door to pyarrow
+plain       the rules that values of plain columns must keep
+sources     what is read, as one stream of checked sequences
+transforms  one kind of records to another
 """
 
 from sklformat.interop.conversion import ConvertConfig, Converted, convert

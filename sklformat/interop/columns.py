@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat import layout
 from sklformat.errors import CorruptError
+from sklformat.format import layout
 
 NOTE = "sklformat"
 TYPES = {

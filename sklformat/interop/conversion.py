@@ -17,20 +17,20 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sklformat.cache.manifest import MANIFEST_NAME, write_manifest
+from sklformat.cache.reader import scan_directory
+from sklformat.cache.report import inspect
+from sklformat.cache.writer import ShardWriter
 from sklformat.capture.plan import shard_header, shard_path, survey
-from sklformat.disk import Disk, lock, locked_directory, write_atomically
 from sklformat.errors import CorruptError, SettingsError
-from sklformat.header import Header
+from sklformat.files.disk import Disk, lock, locked_directory, write_atomically
+from sklformat.format.header import Header
+from sklformat.format.layout import PARTIAL_SUFFIX
+from sklformat.format.records import SparseTargets
 from sklformat.interop.columns import Row
 from sklformat.interop.files import SUFFIXES, ColumnsWriter
 from sklformat.interop.sources import CacheSource, ColumnsSource, Progress, Source, check_agrees, make_note
 from sklformat.interop.transforms import RatioLoss, quantised, target_header, to_counts, to_ratios
-from sklformat.layout import PARTIAL_SUFFIX
-from sklformat.manifest import MANIFEST_NAME, write_manifest
-from sklformat.reader import scan_directory
-from sklformat.records import SparseTargets
-from sklformat.report import inspect
-from sklformat.writer import ShardWriter
 
 FileKind = Literal["auto", "skl", "npz", "parquet", "jsonl"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
-from sklformat.disk import Disk, write_atomically
+from sklformat.files.disk import Disk, write_atomically
 from sklformat.interop import jsonl
 from sklformat.interop.columns import Row
 

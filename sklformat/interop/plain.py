@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat.header import Header
+from sklformat.format.header import Header
+from sklformat.format.records import SparseTargets
 from sklformat.interop.columns import Row
-from sklformat.records import SparseTargets
 
 _SUM_SLACK = 0.05  # log-probs of bfloat16 sum to 1 no more exactly than this
 _ABOVE_ONE = 1e-3  # log-probs above 0 by no more than this are rounding

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat import layout
+from sklformat.cache.reader import Cache
 from sklformat.errors import CorruptError
-from sklformat.header import Header
+from sklformat.format import layout
+from sklformat.format.header import Header
 from sklformat.interop.columns import in_row
 from sklformat.interop.files import read_contents, read_rows
 from sklformat.interop.plain import Item, check_row, position_sums
-from sklformat.reader import Cache
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, sequences done, and sequences in all where that is known."""

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat import native
-from sklformat.header import Header
-from sklformat.records import SparseTargets
+from sklformat.format.header import Header
+from sklformat.format.records import SparseTargets
 
 _FROM_COUNTS = {"from_kind": "counts"}  # the provenance of ratios that were counts in a cache before
 

@@ -1,7 +1,10 @@
 """
 The only door to C: arrays in, arrays out, status to exception.
 
-``door`` hands arrays over, ``codec``, ``draws`` and ``rings`` are the functions of skl.h.
+codec  payloads of sequences to arrays and back: codec.c, ratios.c, batch.c
+door   hands arrays to C and turns its status into an exception
+draws  records from logits, and from sorted draws: sampler.c, merge.c
+rings  control words and frames of a shared-memory ring: ring.c
 """
 
 from sklformat.native.codec import (

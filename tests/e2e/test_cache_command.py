@@ -13,12 +13,13 @@ from mmap_ninja import RaggedMmap
 from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
 
 import sklformat as skl
-from sklformat import remote
 from sklformat.capture.estimates import EstimateConfig, estimate
 from sklformat.cli import main
-from sklformat.distill import drawing, models, teachers
-from sklformat.distill.calibration import calibrate
-from sklformat.distill.corpus import read_documents
+from sklformat.distill.models import loading
+from sklformat.distill.teacher import drawing, forward
+from sklformat.distill.teacher.calibration import calibrate
+from sklformat.distill.text.corpus import read_documents
+from sklformat.files import remote
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,11 +120,11 @@ def test_inspect_says_which_weights_are_biased(cache, tmp_path, capfd):
 def test_every_input_gives_the_same_cache(cache, place, tmp_path, monkeypatch):
     """Files, one .jsonl, a dataset, a token store and a bare RaggedMmap of the same documents give the same bytes."""
     documents = list(read_documents(place / "text"))
-    tokenizer = models.load_tokenizer(place / "teacher")
+    tokenizer = loading.load_tokenizer(place / "teacher")
     cache(out="text")
     expected = shard_bytes(tmp_path / "text")
     (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
-    ids = [np.array(part, np.int32) for part in models.encode(tokenizer, [d.text for d in documents])]
+    ids = [np.array(part, np.int32) for part in loading.encode(tokenizer, [d.text for d in documents])]
     RaggedMmap.from_lists(tmp_path / "ragged", ids)
     rows = [{"content": d.text, "id": i} for i, d in enumerate(documents)] + [{"content": "", "id": -1}]
     asked = []
@@ -162,7 +163,7 @@ def test_a_cache_of_other_versions_is_not_gone_on_with_silently(cache, tmp_path,
     monkeypatch.setattr(drawing.Drawer, "draw", stopping)
     assert cache()[0] == 130
     monkeypatch.setattr(drawing.Drawer, "draw", draw)
-    monkeypatch.setattr(models, "versions", lambda: {"torch": "99.0", "transformers": "1.0"})
+    monkeypatch.setattr(loading, "versions", lambda: {"torch": "99.0", "transformers": "1.0"})
     err = refusal(cache())
     assert f"capture.versions.torch: '{torch.__version__}' != '99.0'" in err
     assert "give keep_versions" in err
@@ -188,13 +189,13 @@ def test_another_config_is_another_teacher(cache, place, tmp_path):
 
 def test_bad_input_is_one_line(cache, place, tmp_path):
     """What cannot work is one line that names it, and status 1; nothing is left that would hinder the next run."""
-    tokenizer = models.load_tokenizer(place / "teacher")
-    models.save(make_teacher(270), tokenizer, tmp_path / "narrow")
+    tokenizer = loading.load_tokenizer(place / "teacher")
+    loading.save(make_teacher(270), tokenizer, tmp_path / "narrow")
     for name, value in (("nan", float("nan")), ("inf", float("inf"))):
         broken = make_teacher()
         with torch.no_grad():
             broken.lm_head.weight[7, 0] = value
-        models.save(broken, tokenizer, tmp_path / name)
+        loading.save(broken, tokenizer, tmp_path / name)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     RaggedMmap.from_lists(tmp_path / "wide", [np.array([1, 2, 280])])
@@ -304,7 +305,7 @@ def test_a_signal_ends_cleanly(place, tmp_path, number):
     code = f"""
 import os, signal, sys
 from sklformat.cli import main
-from sklformat.distill import drawing
+from sklformat.distill.teacher import drawing
 draw = drawing.Drawer.draw
 def stopped(drawer, sequence, slices):
     if sequence == 3:
@@ -325,7 +326,7 @@ sys.exit(main(sys.argv[1:]))
 def test_threads_draw_the_same(cache, tmp_path, monkeypatch):
     """How many threads draw is no setting, nor how many slices are ahead."""
     cache(out="one")
-    monkeypatch.setitem(teachers.LOGITS_AT_ONCE, "cpu", 280 * 4)
+    monkeypatch.setitem(forward.LOGITS_AT_ONCE, "cpu", 280 * 4)
     cache(out="slices")
     make = drawing.Drawer.__init__
     monkeypatch.setattr(drawing.Drawer, "__init__", lambda self, **named: make(self, **named | {"threads": 3}))

@@ -13,18 +13,13 @@ import torch
 import transformers
 
 import sklformat as skl
-from sklformat.distill import caching, drawing, models, teachers
-from sklformat.distill.caching import CacheConfig, cache_teacher
-from sklformat.distill.corpus import (
-    Document,
-    TokenStore,
-    read_documents,
-    tokenizer_fingerprint,
-    write_token_store,
-)
-from sklformat.distill.identities import config_fingerprint, model_fingerprint
-from sklformat.distill.packing import PackedSequences
-from sklformat.distill.ranks import Ranks
+from sklformat.distill.models import loading
+from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
+from sklformat.distill.teacher import caching, drawing, forward
+from sklformat.distill.teacher.caching import CacheConfig, cache_teacher
+from sklformat.distill.teacher.ranks import Ranks
+from sklformat.distill.text.corpus import Document, TokenStore, read_documents, tokenizer_fingerprint, write_token_store
+from sklformat.distill.text.packing import PackedSequences
 from sklformat.sampler import draw
 
 SEQ_LEN = 24
@@ -51,11 +46,11 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(text):
-    return models.train_tokenizer((document.text for document in read_documents(text)), 280)
+    return loading.train_tokenizer((document.text for document in read_documents(text)), 280)
 
 
 def make_teacher(vocab_size=280):
-    model = models.new_llama(
+    model = loading.new_llama(
         vocab_size=vocab_size, hidden_size=32, num_layers=1, num_heads=2, max_positions=SEQ_LEN, seed=1
     )
     with torch.no_grad():
@@ -66,7 +61,7 @@ def make_teacher(vocab_size=280):
 @pytest.fixture(scope="module")
 def teacher(tokenizer, tmp_path_factory):
     directory = tmp_path_factory.mktemp("models") / "teacher"
-    models.save(make_teacher(), tokenizer, directory)
+    loading.save(make_teacher(), tokenizer, directory)
     return directory
 
 
@@ -105,7 +100,7 @@ def test_cache_holds_what_the_teacher_says(config, teacher, tokenizer):
     assert ["shard-00000.skl", "shard-00001.skl", "shard-00002.skl"] == sorted(shard_bytes(config().out))
     assert [] == list(config().out.glob("*.partial"))
     packed = PackedSequences(config().out / "tokens", seq_len=SEQ_LEN, separator_id=0, seed=6, count=22)
-    model = models.load_model(teacher)
+    model = loading.load_model(teacher)
     unique = 0
     for i in range(22):
         assert packed[i].tolist() == cache[i].tokens.tolist()
@@ -115,8 +110,8 @@ def test_cache_holds_what_the_teacher_says(config, teacher, tokenizer):
         last = min(first + 4, i // 10 * 10 + 10, 22)
         ids = torch.from_numpy(np.stack([packed[j][:-1].astype(np.int64) for j in range(first, last)]))
         with torch.inference_mode():
-            hidden = models.hidden_states(model, ids)[i - first]
-            logits = hidden @ models.lm_head_weight(model).T
+            hidden = loading.hidden_states(model, ids)[i - first]
+            logits = hidden @ loading.lm_head_weight(model).T
         assert draw(logits, rounds=20, seed=5, sequence=i) == cache[i].targets
         unique += cache[i].targets.num_records
     assert unique / (22 * SEQ_LEN) == summary.unique_tokens
@@ -136,9 +131,9 @@ def test_header_says_how_the_cache_was_made(config, teacher, tokenizer):
     )
     assert (5, 6) == (header.sampling_seed, header.packing_seed)
     assert tokenizer_fingerprint(tokenizer) == header.tokenizer_fingerprint
-    assert model_fingerprint(models.load_model(teacher)) == header.teacher_fingerprint
+    assert model_fingerprint(loading.load_model(teacher)) == header.teacher_fingerprint
     assert TokenStore(config().out / "tokens").facts.corpus_fingerprint == header.corpus_fingerprint
-    config_digest = config_fingerprint(models.load_model(teacher))
+    config_digest = config_fingerprint(loading.load_model(teacher))
     assert {"dtype": "float32", "device": "cpu", "config": config_digest} == header.capture["teacher"]
     assert 0 == header.capture["packing"]["separator_id"]
     assert torch.__version__ == header.capture["versions"]["torch"]
@@ -148,7 +143,7 @@ def test_second_run_does_nothing(config, monkeypatch):
     """The same command again finds all there: the teacher does not run, no byte changes."""
     first = cache_teacher(config())
     before = shard_bytes(config().out)
-    monkeypatch.setattr(teachers.Teacher, "run", None)
+    monkeypatch.setattr(forward.Teacher, "run", None)
     second = cache_teacher(config())
     assert (0, 0.0, first.fingerprint) == (second.sequences_made, second.positions_per_second, second.fingerprint)
     assert before == shard_bytes(config().out)
@@ -159,13 +154,13 @@ def test_second_run_does_nothing(config, monkeypatch):
 def test_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, stop_at):
     """Ctrl-C loses nothing that was kept; the same command again ends with the bytes of an undisturbed run."""
     batches = []
-    run, draw_sequence = teachers.Teacher.run, drawing.Drawer.draw
+    run, draw_sequence = forward.Teacher.run, drawing.Drawer.draw
 
     def recorded(teacher, ids):
         batches.append(ids.tolist())
         return run(teacher, ids)
 
-    monkeypatch.setattr(teachers.Teacher, "run", recorded)
+    monkeypatch.setattr(forward.Teacher, "run", recorded)
     cache_teacher(config("whole"))
     whole = [*batches]
 
@@ -189,7 +184,7 @@ def test_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, stop_at):
 KILLED = """
 import os, pathlib, pickle, signal, sys
 import torch
-from sklformat.distill import caching, drawing
+from sklformat.distill.teacher import caching, drawing
 torch.set_num_threads(1)
 draw = drawing.Drawer.draw
 def killing(drawer, sequence, slices):
@@ -239,11 +234,11 @@ def test_other_text_and_other_tokenizer_are_refused(config, tokenizer, tmp_path)
     (tmp_path / "other.txt").write_text("other text " * 400)
     with pytest.raises(skl.SettingsError, match="text"):
         cache_teacher(config(text=(tmp_path / "other.txt",)))
-    foreign = models.train_tokenizer(["x y z"], 260)
+    foreign = loading.train_tokenizer(["x y z"], 260)
     write_token_store(
         tmp_path / "foreign",
         [Document("d", "x y z " * 999)],
-        lambda texts: models.encode(foreign, texts),
+        lambda texts: loading.encode(foreign, texts),
         vocab_size=260,
         tokenizer_fingerprint=tokenizer_fingerprint(foreign),
     )
@@ -264,7 +259,7 @@ def test_padded_head_gives_no_id_beyond_the_tokenizer(config, tokenizer, tmp_pat
     model = make_teacher(304)
     with torch.no_grad():
         model.lm_head.weight[280:] *= 50
-    models.save(model, tokenizer, tmp_path / "padded")
+    loading.save(model, tokenizer, tmp_path / "padded")
     cache_teacher(config(teacher=str(tmp_path / "padded")))
     cache = skl.open(config().out)
     assert 280 == cache.header.vocab_size
@@ -277,19 +272,19 @@ def test_head_that_is_no_single_matrix_works(config, tokenizer, tmp_path):
     settings = {"vocab_size": 280, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": SEQ_LEN}
     cohere = transformers.CohereConfig(num_hidden_layers=1, num_attention_heads=2, logit_scale=0.25, **settings)
     torch.manual_seed(0)
-    models.save(transformers.CohereForCausalLM(cohere), tokenizer, tmp_path / "cohere")
+    loading.save(transformers.CohereForCausalLM(cohere), tokenizer, tmp_path / "cohere")
     cache_teacher(config(teacher=str(tmp_path / "cohere"), num_sequences=2))
     cache = skl.open(config().out)
     ids = torch.from_numpy(np.stack([cache[i].tokens[:-1].astype(np.int64) for i in range(2)]))
     with torch.inference_mode():
-        logits = models.logits(models.load_model(tmp_path / "cohere"), ids)
+        logits = loading.logits(loading.load_model(tmp_path / "cohere"), ids)
     assert draw(logits[1], rounds=20, seed=5, sequence=1) == cache[1].targets
 
 
 def test_slices_of_positions_change_nothing(config, monkeypatch):
     """How many positions are drawn at a time is no setting: records are keyed by position."""
     cache_teacher(config("whole", num_sequences=4))
-    monkeypatch.setitem(teachers.LOGITS_AT_ONCE, "cpu", 280 * 7)
+    monkeypatch.setitem(forward.LOGITS_AT_ONCE, "cpu", 280 * 7)
     cache_teacher(config("sliced", num_sequences=4))
     whole, sliced = skl.open(config("whole").out), skl.open(config("sliced").out)
     same = [whole[i].targets == sliced[i].targets for i in range(4)]
@@ -302,7 +297,7 @@ def test_logits_that_are_not_finite_are_refused(config, tokenizer, tmp_path):
     model = make_teacher()
     with torch.no_grad():
         model.lm_head.weight[7, 0] = float("nan")
-    models.save(model, tokenizer, tmp_path / "bad")
+    loading.save(model, tokenizer, tmp_path / "bad")
     with pytest.raises(ValueError, match="sequence 0, position 0: the logits hold NaN"):
         cache_teacher(config(teacher=str(tmp_path / "bad")))
     assert {} == shard_bytes(config().out)
@@ -335,15 +330,15 @@ def test_moved_teacher_is_the_same_one(config, teacher, tmp_path):
 
 def test_directory_in_use_is_refused_before_any_work(config, monkeypatch):
     """A second run into one directory neither tokenises nor loads a teacher; the first holds it while it does."""
-    load_model = models.load_model
+    load_model = loading.load_model
 
     def second(*args, **kwargs):
-        monkeypatch.setattr(models, "load_model", None)
+        monkeypatch.setattr(loading, "load_model", None)
         with pytest.raises(skl.InUseError, match="another process is writing here"):
             cache_teacher(config(num_sequences=2))
         return load_model(*args, **kwargs)
 
-    monkeypatch.setattr(models, "load_model", second)
+    monkeypatch.setattr(loading, "load_model", second)
     assert 2 == cache_teacher(config(num_sequences=2)).sequences_made
 
 

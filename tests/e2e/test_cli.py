@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import sklformat as skl
-from sklformat.manifest import write_manifest
-from sklformat.reader import scan_directory
+from sklformat.cache.manifest import write_manifest
+from sklformat.cache.reader import scan_directory
 
 WITHOUT_TORCH = """
 import sys

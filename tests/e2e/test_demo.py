@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import sklformat as skl
-from sklformat.distill import demo
-from sklformat.distill.demo import DemoConfig, run_demo
+from sklformat.distill.demo import stages
+from sklformat.distill.demo.stages import DemoConfig, run_demo
 
 SCRIPT = """
 import sys
@@ -124,12 +124,12 @@ def test_a_stopped_demo_goes_on(finished, text, tmp_path, monkeypatch, stage):
             return train(config, report=lambda *_: None)
         return train(dataclasses.replace(config, save_every=7), report=lambda done, *_: stop() if done == 10 else None)
 
-    train = demo.train
+    train = stages.train
     with monkeypatch.context() as patch:
         if stage == "cache":
             patch.setattr("sklformat.capture.Capture.push", stop)
         else:
-            patch.setattr(demo, "train", stop_in_training)
+            patch.setattr(stages, "train", stop_in_training)
         with pytest.raises(KeyboardInterrupt):
             run_demo(config_of(tmp_path / "run", text))
     assert figures(finished) == figures(run_demo(config_of(tmp_path / "run", text)))

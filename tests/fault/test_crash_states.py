@@ -17,8 +17,8 @@ import strategies
 from strategies import FastDisk
 
 import sklformat as skl
-from sklformat import recovery
-from sklformat.disk import Disk
+from sklformat.cache import recovery
+from sklformat.files.disk import Disk
 
 SECTOR = 512
 SETTINGS = strategies.small_settings(seq_len=0)

@@ -16,7 +16,7 @@ import reference
 import strategies
 
 import sklformat as skl
-from sklformat.disk import Disk
+from sklformat.files.disk import Disk
 
 SETTINGS = strategies.small_settings()
 HEADER = strategies.header_of(SETTINGS)

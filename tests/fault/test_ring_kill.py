@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from sklformat.capture.ring import Ring
 from sklformat.errors import RingClosedError
-from sklformat.ring import Ring
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPACITY = 1 << 16

@@ -32,8 +32,8 @@ import reference
 from reference import COUNTS, R24, R24W, R32, RATIOS
 
 import sklformat as skl
-from sklformat import layout
-from sklformat.report import inspect
+from sklformat.cache.report import inspect
+from sklformat.format import layout
 
 MEMORY_FACTOR, MEMORY_CONSTANT = 16, 1 << 19
 """A decoded record takes 9 bytes for 3, a position 8 for 1, and verify sorts; no claim of a field goes beyond that."""

@@ -7,7 +7,7 @@ import pytest
 from fuzz import fuzz_shards
 from strategies import small_shard
 
-from sklformat import block
+from sklformat.format import block
 
 
 def test_no_law_breaks():

@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from sklformat.capture.ring import Ring
 from sklformat.errors import RingClosedError, RingTimeoutError
-from sklformat.ring import Ring
 
 CAPACITY = 4096
 

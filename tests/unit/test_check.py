@@ -11,7 +11,7 @@ from mmap_ninja import numpy as ninja_arrays
 import sklformat as skl
 from sklformat import cli
 from sklformat.check import check_tokens
-from sklformat.distill import corpus, packing
+from sklformat.distill.text import corpus, packing
 
 
 @pytest.fixture(scope="module")

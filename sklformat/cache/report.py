@@ -1,0 +1,249 @@
+"""
+What is in a cache and what is wrong with it, as plain data: inspect, verify.
+
+Prints and draws nothing.  SPEC.md section 13 lists what is checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sklformat import native
+from sklformat.cache.manifest import MANIFEST_NAME, Entry, check_contiguous, place_in_cache, read_manifest
+from sklformat.cache.payloads import Payloads
+from sklformat.cache.reader import Cache, find_unfinished
+from sklformat.cache.shard import Shard, describe
+from sklformat.errors import FormatError, MissingShardError, UnsupportedError
+from sklformat.files.remote import is_url
+from sklformat.files.storage import Place
+from sklformat.format.header import Header
+
+_MOST_PADDING = 4  # arrays are as wide as the longest sequence; beyond this, blocks are looked at one by one
+Progress = Callable[[int, int], None]
+"""Called with (bytes checked so far, bytes in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """
+    One damage that ``verify`` found.
+
+    Attributes:
+        path: The file.
+        error: Name of the error that a reader raises, such as "CorruptError".
+        message: What is wrong, with both values.
+        offset: Byte offset in the file, or None.
+        sequence: Index of the sequence in its shard, or None.
+    """
+
+    path: Place
+    error: str
+    message: str
+    offset: int | None = None
+    sequence: int | None = None
+
+    def __str__(self) -> str:
+        place = [str(self.path)]
+        place += [] if self.sequence is None else [f"sequence {self.sequence}"]
+        place += [] if self.offset is None else [f"byte {self.offset}"]
+        return ": ".join([*place, self.message])
+
+
+def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
+    """
+    Check every byte of a shard or cache: checksums, every record's rules, and that the shards belong together.
+
+    An unfinished shard beside sealed ones is a problem too, unless a manifest says which shards the cache has.
+
+    Args:
+        path: A ``.skl`` file or a cache directory.
+        progress: Told how far it is, in bytes.
+
+    Returns:
+        The problems found, each naming file, byte offset and sequence; empty: sound.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        MissingShardError: A directory without any shard.
+        UnsupportedError: Every file here is of another format or version; one among shards is a problem like any other.
+            Or a URL.
+
+    Source: SPEC section 13.
+    """
+    if isinstance(path, str) and is_url(path):
+        raise UnsupportedError(
+            "verify reads files of this machine; copy the cache here first (readers check whatever they read of a URL)",
+            path=path,
+        )
+    root = Path(path)
+    files = [root] if not root.is_dir() else sorted(p for p in root.iterdir() if p.suffix == ".skl")
+    unfinished = find_unfinished(root) if root.is_dir() and not (root / MANIFEST_NAME).exists() else []
+    if root.is_dir() and not files:
+        raise (
+            unfinished[0]
+            if unfinished
+            else MissingShardError("no .skl shards here: not a cache, or an empty one", path=root)
+        )
+    total, done = sum(p.stat().st_size for p in files), 0
+    problems = [_problem(error, root) for error in unfinished]
+    opened: list[tuple[Entry, Header]] = []
+    refused: list[FormatError] = []
+    for file in files:
+        try:
+            shard = Shard(file)
+        except FormatError as error:
+            refused.append(error)
+            problems.append(_problem(error, file))
+        else:
+            with closing(shard):
+                arena = native.Arena()
+                for numbers in _groups(shard):
+                    if not _are_sound(shard, numbers, arena):
+                        problems += _block_problems(shard, numbers)
+                    if progress is not None:
+                        progress(done + int(shard.index.offset[numbers[-1]]), total)
+                opened.append((describe(shard), shard.header))
+        done += file.stat().st_size
+        if progress is not None:
+            progress(done, total)
+    if not opened and all(isinstance(error, UnsupportedError) for error in refused):
+        raise refused[0]  # nothing here is a shard that this version reads, so nothing is damaged
+    if root.is_dir():
+        problems += _check_together(root, opened)
+    return problems
+
+
+def _groups(shard: Shard) -> Iterator[NDArray[np.int64]]:
+    """Sequences that follow each other, a quarter of a mebibyte at a time: their arrays stay in the caches."""
+    pieces = shard.index.offset >> np.uint64(18)
+    starts = np.flatnonzero(np.diff(pieces, prepend=np.uint64(0))) if len(shard) else np.zeros(0, np.int64)
+    return (piece for piece in np.split(np.arange(len(shard)), starts) if piece.size)
+
+
+def _are_sound(shard: Shard, numbers: NDArray[np.int64], arena: native.Arena) -> bool:
+    """The quick check of many blocks: everything that ``verify`` checks, without naming what is wrong."""
+    if shard.header.columns:
+        return False
+    lengths = shard.index.num_positions[numbers].astype(np.int64)
+    if numbers.size * int(lengths.max()) > _MOST_PADDING * int(lengths.sum()):
+        return False
+    payloads = Payloads(numbers.size)
+    try:
+        payloads.fill(np.arange(numbers.size), shard, numbers)
+        unstored = None if shard.header.token_size else payloads.no_tokens(shard.header)
+        arrays = payloads.decode(shard.header, unstored, arena=arena)
+        _check_distinct(shard.header, arrays.offsets, arrays.token_ids)
+    except FormatError:
+        return False
+    return True
+
+
+def _block_problems(shard: Shard, numbers: NDArray[np.int64]) -> list[Problem]:
+    problems = []
+    for number in numbers.tolist():
+        try:
+            targets = shard[number].targets
+            _check_distinct(shard.header, targets.offsets, targets.token_ids)
+        except FormatError as error:  # noqa: PERF203  each block is tried by itself
+            problems.append(_problem(error, shard.path, number, int(shard.index.offset[number])))
+    return problems
+
+
+def _check_distinct(header: Header, offsets: NDArray[np.int64], token_ids: NDArray[np.uint32]) -> None:
+    """The one rule that readers leave to a full verification.  SPEC section 13."""
+    if header.kind == "ratios":
+        native.check_distinct(offsets, token_ids)
+
+
+def _check_together(root: Path, opened: list[tuple[Entry, Header]]) -> list[Problem]:
+    entries = sorted((entry for entry, _ in opened), key=place_in_cache)
+    problems = [
+        Problem(
+            entry.path,
+            "CorruptError",
+            f"belongs to another cache than {opened[0][0].name}: {'; '.join(opened[0][1].differences(header))}",
+        )
+        for entry, header in opened
+        if header.cache_key != opened[0][1].cache_key
+    ]
+    try:
+        check_contiguous(entries, root)
+        if (root / MANIFEST_NAME).exists():
+            listed = read_manifest(root / MANIFEST_NAME)
+            problems += _check_listed(listed, entries)
+    except FormatError as error:
+        problems.append(_problem(error, root))
+    return problems
+
+
+def _check_listed(listed: list[Entry], found: list[Entry]) -> list[Problem]:
+    by_path = {entry.path: entry for entry in found}
+    problems = [
+        Problem(entry.path, "MissingShardError", "the manifest lists it, but no sound shard is there")
+        for entry in listed
+        if entry.path not in by_path
+    ]
+    problems += [
+        Problem(entry.path, "CorruptError", f"the manifest says {entry}, the file is {by_path[entry.path]}")
+        for entry in listed
+        if entry.path in by_path and by_path[entry.path] != entry
+    ]
+    names = {entry.path for entry in listed}
+    problems += [
+        Problem(entry.path, "CorruptError", "the manifest does not list this shard")
+        for entry in found
+        if entry.path not in names
+    ]
+    return problems
+
+
+def _problem(error: FormatError, path: Place, sequence: int | None = None, offset: int | None = None) -> Problem:
+    return Problem(
+        error.path or path,
+        type(error).__name__,
+        error.message if error.section is None else f"{error.section}: {error.message}",
+        error.offset if error.offset is not None else offset,
+        error.sequence if error.sequence is not None else sequence,
+    )
+
+
+def inspect(path: Path | str) -> dict[str, Any]:
+    """
+    What a cache holds, from its headers and indexes only.
+
+    Returns:
+        JSON-ready: settings, number of shards, sequences, positions and records, bytes, bytes a position, mean number
+        of unique tokens a position, fingerprint.
+
+    Raises:
+        FormatError, FileNotFoundError: As ``skl.open``.
+    """
+    with Cache(path) as cache:
+        positions = sum(int(shard.index.num_positions.sum(dtype=np.uint64)) for shard in cache.shards())
+        settings = {
+            f.name: getattr(cache.header, f.name)
+            for f in dataclasses.fields(cache.header)
+            if f.name not in ("shard_number", "first_sequence")
+        }
+        return {
+            "path": str(cache.path),
+            "fingerprint": cache.fingerprint,
+            "shards": len(cache.fingerprints),
+            "first_sequence": cache.first_sequence,
+            "sequences": len(cache),
+            "positions": positions,
+            "records": cache.num_records,
+            "bytes": cache.size_bytes,
+            "bytes_per_position": cache.size_bytes / positions if positions else None,
+            "unique_tokens_per_position": cache.num_records / positions if positions else None,
+            "biased": cache.header.biased,
+            "header": settings,
+        }

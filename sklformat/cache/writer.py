@@ -1,0 +1,212 @@
+"""
+Write one shard so that nothing acknowledged is lost: append, flush, seal; go on with what a crash left.
+
+Bytes of a sequence come from ``block``; this module owns the order of writes, syncs and renames.  SPEC.md section 10.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from numpy.typing import ArrayLike
+
+from sklformat.cache.recovery import Recovered, keep, scan
+from sklformat.errors import SettingsError
+from sklformat.files.disk import Disk, lock_named
+from sklformat.format import layout
+from sklformat.format.block import encode_block
+from sklformat.format.header import Header
+from sklformat.format.index import Index, pack_trailer
+from sklformat.format.records import SparseTargets
+
+
+class ShardWriter:
+    """
+    Append sequences to one shard; leaving the context seals it, an exception leaves ``<path>.partial``.
+
+    Args:
+        path: Name of the sealed shard, such as "shard-00000.skl"; must not exist.
+        header: Settings of the shard.
+        resume: Go on with an existing ``.partial`` (its torn tail is cut), or begin where there is none.
+        disk: The system calls; for tests.
+
+    Attributes:
+        recovered: What ``resume`` kept of a ``.partial``; None where the shard was begun anew.
+
+    Raises:
+        FileExistsError: The sealed shard exists, or a ``.partial`` does and resume is False.
+        InUseError: Another process is writing this shard.
+        SettingsError: The ``.partial`` was made with other settings; both values are shown.
+        CorruptError: The ``.partial`` is damaged in its header.
+        OSError: The system's own, such as no space, with the file's name; the writer takes nothing more and keeps the
+            ``.partial``.
+
+    Source: SPEC section 10.
+    """
+
+    def __init__(self, path: Path | str, *, header: Header, resume: bool = False, disk: Disk | None = None) -> None:
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + layout.PARTIAL_SUFFIX)
+        self.header = header
+        self._key = header.shard_key
+        self._disk = disk or Disk()
+        self._index = Index()
+        self.recovered: Recovered | None = None
+        self._failed = False
+        self._fd = -1
+        if self.path.exists():
+            raise FileExistsError(f"{self.path}: is sealed already; choose another name, or remove it first")
+        try:
+            with self._named_failure():
+                self._open(resume)
+        except BaseException:
+            self._close()
+            raise
+
+    def _open(self, resume: bool) -> None:
+        try:
+            self._fd = self._disk.create(self.partial)
+        except FileExistsError:
+            self._fd = self._disk.reopen(self.partial)
+            lock_named(self._fd, self.partial)
+            if not resume:
+                raise FileExistsError(
+                    f"{self.partial}: an unfinished shard is here; go on with resume=True, or remove it first"
+                ) from None
+            prefix = scan(self._fd, self.partial)
+            if (found := prefix.header) is not None:
+                if os.pread(self._fd, layout.HEADER_SIZE, 0) != self.header.pack():
+                    differing = "; ".join(found.differences(self.header)) or (
+                        "another place in the cache"
+                        if found != self.header
+                        else "its version_minor or compatible_flags; finish it with the sklformat that began it"
+                    )
+                    raise SettingsError(f"{self.partial}: made with other settings: {differing}") from None
+                self._index, self._end = prefix.index, prefix.end
+                self.recovered = keep(self._fd, self.partial, prefix, self._disk)
+                return
+            self._disk.truncate(self._fd, 0)
+        else:
+            lock_named(self._fd, self.partial)
+        # The header is durable before any block, so that a longer file always has one.
+        self._disk.write(self._fd, self.header.pack(), 0)
+        self._disk.sync(self._fd)
+        self._disk.sync_directory(self.partial.parent)
+        self._end = layout.HEADER_SIZE
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._fd < 0:
+            return
+        if kind is not None:
+            self.close()
+            return
+        try:
+            self.seal()
+        finally:  # a failed seal lets go of the lock too, so that the shard can be resumed
+            self._close()
+
+    def __len__(self) -> int:
+        """Number of sequences appended so far, those of a resumed ``.partial`` included."""
+        return len(self._index)
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._end
+
+    def append(self, tokens: ArrayLike, targets: SparseTargets, columns: Mapping[str, ArrayLike] | None = None) -> int:
+        """
+        Append one sequence; it is durable after the next ``flush``.
+
+        Args:
+            tokens: [T + 1] integer ids below vocab_size; they are kept where header.store_tokens says so, and the
+                alignment checksum always is.
+            targets: Records of T positions, of the header's kind.
+            columns: One [T] array for each of header.columns.
+
+        Returns:
+            The sequence's 0-based index in the shard.
+
+        Raises:
+            ValueError: The sequence breaks a rule of the format; the writer stays usable.
+            OSError: The system could not write; the writer is done and the ``.partial`` kept.
+        """
+        self._check_open()
+        number = len(self._index)
+        if number >= layout.MAX_SEQUENCES - 1:
+            raise ValueError(f"a shard holds fewer than {layout.MAX_SEQUENCES} sequences")
+        try:
+            data, block = encode_block(self.header, self._key, number, tokens, targets, columns)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: sequence {number}: {error}") from error
+        self._write(data)
+        self._index.append(self._end - len(data), block)
+        return number
+
+    def flush(self) -> None:
+        """Make every appended sequence durable."""
+        self._check_open()
+        with self._named_failure():
+            self._disk.sync(self._fd)
+
+    def seal(self) -> None:
+        """Write index and trailer, make them durable, and give the shard its name."""
+        self._check_open()
+        index = self._index.pack()
+        trailer = pack_trailer(self.header, self._key, self._end, self._index, index)
+        self._write(index)
+        self._write(trailer)
+        with self._named_failure():
+            self._disk.truncate(self._fd, self._end)
+            self._disk.sync(self._fd)
+            self._disk.rename(self.partial, self.path)
+        self._close()
+
+    def close(self) -> None:
+        """Let go without sealing; what was appended is made durable and the ``.partial`` stays."""
+        if self._fd >= 0 and not self._failed:
+            try:
+                with self._named_failure():
+                    self._disk.sync(self._fd)
+            finally:
+                self._close()
+        self._close()
+
+    def _write(self, data: bytes | memoryview) -> None:
+        with self._named_failure():
+            self._disk.write(self._fd, data, self._end)
+        self._end += len(data)
+
+    @contextmanager
+    def _named_failure(self) -> Iterator[None]:
+        """A system call that fails ends the writing; its error says of which file it is and what became of that."""
+        try:
+            yield
+        except OSError as error:
+            self._failed = True
+            if error.errno is None or error.filename is not None:
+                raise
+            file, message = self.path if self.path.exists() else self.partial, error.strerror
+            if file.exists():
+                message = f"{message}; what was flushed is kept there: mend the cause, then go on (resume=True)"
+            raise OSError(error.errno, message, str(file)) from error
+
+    def _check_open(self) -> None:
+        if self._fd < 0:
+            raise ValueError(f"{self.path}: the writer is closed")
+        if self._failed:
+            raise ValueError(f"{self.path}: a write failed earlier; open it again with resume=True")
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

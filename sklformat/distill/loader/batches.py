@@ -1,0 +1,116 @@
+"""
+What training gets: the tensors of a batch and where its stream stands after it, and one batch of many sequences.
+
+Knows no cache and no order.
+
+Shape letters: B sequences, T positions, nnz records of a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from sklformat.distill.losses.kl import IGNORED_LABEL
+
+
+@dataclass(frozen=True)
+class Targets:
+    """
+    Sparse teacher distributions of a batch, ragged over its B·T positions in row order.
+
+    Attributes:
+        token_ids: [nnz] int32 (int64 from other makers), in [0, V).
+        probs: [nnz] float32, > 0.
+        offsets: [B*T + 1] int64; the records of position p are offsets[p] to offsets[p + 1].
+    """
+
+    token_ids: Tensor
+    probs: Tensor
+    offsets: Tensor
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
+        """Copy to a device; with ``non_blocking`` and pinned memory the copy runs beside the computation."""
+        return Targets(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in dataclasses.fields(self)))
+
+    def pin_memory(self) -> Targets:
+        """Copy to page-locked memory."""
+        return Targets(*(getattr(self, f.name).pin_memory() for f in dataclasses.fields(self)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """
+    One batch of one rank, or one sequence of it where the batches are made elsewhere: then without the dimension B.
+
+    Attributes:
+        input_ids: [B, T] int64, the tokens but the last of each sequence; 0 where padded.
+        labels: [B, T] int64, the tokens but the first; -100 where there is none.
+        targets: The teacher's distributions of the labels.
+        state: Where the stream stands after this batch, for ``SparseLogitDataset.load_state_dict``.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    targets: Targets
+    state: dict[str, Any]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Copy the tensors to a device; see ``Targets.to``."""
+        return Batch(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.labels.to(device, non_blocking=non_blocking),
+            self.targets.to(device, non_blocking=non_blocking),
+            self.state,
+        )
+
+    def pin_memory(self) -> Batch:
+        """Copy the tensors to page-locked memory."""
+        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(), self.targets.pin_memory(), self.state)
+
+
+def collate(sequences: Sequence[Batch]) -> Batch:
+    """
+    One batch of single sequences, as ``SparseLogitDataset(..., batch_size=None)`` gives them.
+
+    For trainers that batch by themselves: ``DataLoader(ds, batch_size=8, collate_fn=collate)``.  Shorter sequences are
+    padded on the right with input 0, label -100 and no records.
+
+    Args:
+        sequences: At least one; input_ids and labels [T], each with a T of its own.
+
+    Returns:
+        A batch of B = len(sequences) rows with the state of the last.  In one of several worker processes the state is
+        empty, and ``load_state_dict`` refuses it: each of them batches its own share of the stream there, so that no
+        single place says what was seen.  ``DataLoader(ds, batch_size=None)`` gives single sequences in the stream's
+        order for any number of workers; collated after that, their states stay exact.
+
+    Raises:
+        ValueError: No sequence, or batches among them.
+    """
+    if not sequences or any(sequence.input_ids.ndim != 1 for sequence in sequences):
+        shapes = [tuple(sequence.input_ids.shape) for sequence in sequences]
+        raise ValueError(f"collate takes single sequences, at least one, of input_ids [T]; got the shapes {shapes}")
+    rows, width = len(sequences), max(sequence.input_ids.numel() for sequence in sequences)
+    input_ids = torch.zeros((rows, width), dtype=torch.int64)
+    labels = torch.full((rows, width), IGNORED_LABEL, dtype=torch.int64)
+    counts = torch.zeros((rows, width), dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        length = sequence.input_ids.numel()
+        input_ids[row, :length], labels[row, :length] = sequence.input_ids, sequence.labels
+        counts[row, :length] = torch.diff(sequence.targets.offsets)
+    offsets = torch.zeros(rows * width + 1, dtype=torch.int64)
+    torch.cumsum(counts.flatten(), 0, out=offsets[1:])
+    targets = Targets(
+        token_ids=torch.cat([sequence.targets.token_ids for sequence in sequences]),
+        probs=torch.cat([sequence.targets.probs for sequence in sequences]),
+        offsets=offsets,
+    )
+    info = get_worker_info()
+    return Batch(input_ids, labels, targets, sequences[-1].state if info is None or info.num_workers == 1 else {})

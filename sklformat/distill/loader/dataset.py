@@ -1,0 +1,294 @@
+"""
+The batches of a cache for training: decoded, checked and proven to belong to the tokens trained on.
+
+Knows no model and no loss; the order is ``format.order``'s.  SPEC.md sections 12 and 13.
+
+Shape letters: B sequences, T positions, nnz records of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from sklformat.cache.payloads import Payloads
+from sklformat.cache.reader import Cache
+from sklformat.cache.tokens import Tokens, TokenSource
+from sklformat.checksums import checksum
+from sklformat.distill.loader.batches import Batch, Targets
+from sklformat.distill.loader.prefetch import made_ahead
+from sklformat.distill.losses.kl import IGNORED_LABEL
+from sklformat.errors import AlignmentError, ResumeError
+from sklformat.format.order import Schedule
+
+STATE_VERSION = 2
+_MAX_WORKERS = 128
+
+
+class SparseLogitDataset(IterableDataset[Batch]):
+    """
+    The batches of one epoch of a cache; use as ``DataLoader(ds, batch_size=None, num_workers=k)`` or iterate it.
+
+    The stream is a pure function of (cache, seed, epoch): the same for any number of workers, and for any world size
+    that makes the same global batch.  Each block's checksum is verified when it is first touched, each sequence's
+    alignment checksum against the tokens that are handed out, so that records of other tokens stop training before the
+    first step.
+
+    Protocol of use: ``ds.set_epoch(e)`` before each epoch (as for torch's DistributedSampler; without it every
+    iteration repeats the same epoch).  To resume, ``ds.load_state_dict(batch.state)`` of the last batch trained on: the
+    next iteration goes on right after it, later ones begin at the start of their epoch again.  The state counts
+    batches that were handed out, so that none that were made ahead are lost; a ``DataLoader`` must hand them out in
+    order for that, as it does unless told otherwise (``in_order``).
+
+    Args:
+        path: A cache directory, one shard, or the URL of either; or a cache that ``skl.open`` opened with settings of
+            its own, such as how its files are read.
+        batch_size: Sequences a batch, on each rank; None: single sequences, for trainers that make the batches
+            themselves, with ``collate``.
+        seed: Seed of the order.
+        shuffle: False: the order of the cache.
+        rank, world_size: None: torch.distributed's, where it is initialised, else 0 of 1.
+        tokens: The training program's own tokens, each seq_len + 1 ids by the global sequence number, from anything
+            that ``cache.tokens.Tokens`` takes; they are compared with the cache and handed out.  None: the tokens
+            stored in the cache.
+        tail: What becomes of the last sequences that fill no global batch: "drop", "pad" (label -100, no records) or
+            "wrap".
+        window: None: shuffle all sequences; else blocks of so many sequences that follow each other, as a whole and
+            inside of each: reads then stay together, which disks and networks need.  A window of several global
+            batches mixes well enough.
+        sequences: The part of the cache that this dataset sees, as in ``cache[i]``; None: all.  It reaches nothing
+            else, so that a held-out part is safe: ``range(0, n - 500)`` to train on, ``range(n - 500, n)`` to measure.
+        prefetch: Batches made ahead by as many threads (four at most) where it is iterated without worker processes;
+            0: none.
+
+    Raises:
+        ValueError: The cache stores no tokens and none are given, or the arguments contradict each other.
+        FormatError, FileNotFoundError: As ``skl.open``; damage met later is raised by the iteration.
+        AlignmentError: By the iteration: the records are not about these tokens.
+    """
+
+    def __init__(
+        self,
+        path: Path | str | Cache,
+        batch_size: int | None = 8,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int | None = None,
+        world_size: int | None = None,
+        tokens: TokenSource | None = None,
+        tail: Literal["drop", "pad", "wrap"] = "drop",
+        *,
+        window: int | None = None,
+        sequences: range | None = None,
+        prefetch: int = 2,
+    ) -> None:
+        if (rank is None) != (world_size is None):
+            raise ValueError(f"give both rank and world_size or neither, got rank {rank}, world_size {world_size}")
+        if rank is None or world_size is None:
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank = torch.distributed.get_rank() if distributed else 0
+            world_size = torch.distributed.get_world_size() if distributed else 1
+        if prefetch < 0:
+            raise ValueError(f"prefetch must be >= 0, got {prefetch}")
+        self.cache = path if isinstance(path, Cache) else Cache(path)
+        self.sequences = _checked_range(sequences, len(self.cache))
+        self.schedule = Schedule(
+            num_sequences=len(self.sequences),
+            batch_size=1 if batch_size is None else batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            shuffle=shuffle,
+            window=window,
+            tail=tail,
+        )
+        self.prefetch = prefetch
+        self._single = batch_size is None
+        self.tokens = None if tokens is None else Tokens(tokens)
+        self._check_tokens()
+        # In shared memory, so that set_epoch and load_state_dict reach persistent workers too: epoch, consumed and
+        # version; then, for this process and for each (num_workers, worker), the version whose consumed it has used.
+        self._shared: Tensor = torch.zeros(4 + _MAX_WORKERS * (_MAX_WORKERS + 1) // 2, dtype=torch.int64)
+        self._shared.share_memory_()  # type: ignore[no-untyped-call]
+        self._position = (0, 0)
+        self._own_start: tuple[int, int] | None = None
+
+    def _check_tokens(self) -> None:
+        cache = self.cache
+        if self.tokens is None:
+            if not cache.header.store_tokens:
+                raise ValueError(
+                    f"{cache.path}: the cache stores no tokens; pass tokens= with the sequences it was made from"
+                )
+            return
+        needed = cache.first_sequence + self.sequences.stop
+        available = self.tokens.num_sequences
+        if available is not None and available < needed:
+            raise AlignmentError(
+                f"{cache.path}: {available} sequences of tokens given, the cache reaches to sequence {needed - 1}; "
+                "pack the tokens with the cache's tokenizer, corpus, seed and seq_len",
+                sequence_index=available,
+            )
+
+    def __len__(self) -> int:
+        """Batches of one epoch on this rank; the same on all ranks."""
+        return self.schedule.num_batches(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """
+        Name the epoch of the next iteration.
+
+        It begins at the start, except that after ``load_state_dict`` its own epoch goes on where the state stands.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch must be >= 0, got {epoch}")
+        if epoch != int(self._shared[0]):
+            self._go_to(epoch, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        Where the stream stands, when it is iterated in this process; with workers take ``batch.state``.
+
+        In a worker process it is that worker's share of the stream, as torchdata's ``StatefulDataLoader`` keeps it.
+        """
+        return self._state(*self._position)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        Go on right after the batch that carried this state, on any number of workers and ranks.
+
+        Raises:
+            ResumeError: The state belongs to another cache, seed or order; says which values differ.
+        """
+        ours = self._state(0, 0)
+        if set(state) != set(ours):
+            raise ResumeError(f"a loader state has the fields {sorted(ours)}, got {sorted(state)}")
+        differing = [
+            f"{name}: {state[name]!r} in the state, {ours[name]!r} here"
+            for name in ours
+            if name not in ("epoch", "consumed") and state[name] != ours[name]
+        ]
+        if differing:
+            raise ResumeError(
+                f"{self.cache.path}: the state belongs to another stream ({'; '.join(differing)}); "
+                "open the cache and settings it was made with, or start anew"
+            )
+        epoch, consumed = state["epoch"], state["consumed"]
+        info = get_worker_info()
+        end = self.schedule.num_sequences + (0 if info is None else info.num_workers * self.schedule.global_batch)
+        if not (type(epoch) is int and type(consumed) is int and epoch >= 0 and 0 <= consumed <= end):
+            raise ResumeError(f"epoch {epoch!r} and consumed {consumed!r} are no place in {end} sequences")
+        if info is None:
+            self._go_to(epoch, consumed)
+        else:  # of this worker alone, so the others must not see it
+            self._own_start = self._position = (epoch, consumed)
+
+    def _go_to(self, epoch: int, consumed: int) -> None:
+        if self.schedule.num_batches(consumed) == 0:
+            epoch, consumed = epoch + 1, 0
+        self._shared[0], self._shared[1] = epoch, consumed
+        self._shared[2] += 1
+        self._position = (epoch, consumed)
+
+    def _state(self, epoch: int, consumed: int) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "fingerprint": self.cache.fingerprint,
+            "sequences": [self.sequences.start, self.sequences.stop],
+            "order": self.schedule.algorithm,
+            "window": self.schedule.window,
+            "seed": self.schedule.seed,
+            "tail": self.schedule.tail,
+            "epoch": epoch,
+            "consumed": consumed,
+        }
+
+    def _begin(self, worker: int, num_workers: int) -> tuple[int, int]:
+        """Where this iteration starts: a loaded position counts once, for each number of workers on its own."""
+        if num_workers > _MAX_WORKERS:
+            raise ValueError(f"at most {_MAX_WORKERS} workers, got {num_workers}")
+        if self._own_start is not None:
+            own, self._own_start = self._own_start, None
+            return own
+        place = 4 + num_workers * (num_workers - 1) // 2 + worker if num_workers else 3
+        epoch, consumed, version = (int(value) for value in self._shared[:3])
+        if int(self._shared[place]) == version:
+            consumed = 0
+        self._shared[place] = version
+        return epoch, consumed
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        worker, num_workers = (0, 0) if info is None else (info.id, info.num_workers)
+        epoch, start = self._begin(worker, num_workers)
+        if num_workers == 0:
+            steps = self.schedule.batches(epoch, start)
+            for batch in made_ahead(steps, lambda step: self._batch(epoch, *step), self.prefetch):
+                self._position = (batch.state["epoch"], batch.state["consumed"])
+                yield batch
+            return
+        self._position = (epoch, start)
+        for places, consumed in self.schedule.batches(epoch, start, worker, num_workers):
+            batch = self._batch(epoch, places, consumed)
+            # From here on, this worker's next step would be its first: one of every num_workers, the worker-th of them.
+            self._position = (epoch, consumed + (num_workers - worker) * self.schedule.global_batch)
+            yield batch
+
+    def _batch(self, epoch: int, places: NDArray[np.int64], consumed: int) -> Batch:
+        first = self.sequences.start
+        numbers = np.where(places < 0, places, places + first) if first else places
+        payloads = self.cache.payloads(numbers)
+        given = None if self.tokens is None else self._given(numbers, payloads)
+        arrays = payloads.decode(self.cache.header, given, IGNORED_LABEL)
+        input_ids, labels = torch.from_numpy(arrays.input_ids), torch.from_numpy(arrays.labels)
+        return Batch(
+            input_ids=input_ids[0] if self._single else input_ids,
+            labels=labels[0] if self._single else labels,
+            targets=Targets(
+                token_ids=torch.from_numpy(arrays.token_ids.view(np.int32)),
+                probs=torch.from_numpy(arrays.probs),
+                offsets=torch.from_numpy(arrays.offsets),
+            ),
+            state=self._state(*self.schedule.after(epoch, consumed)),
+        )
+
+    def _given(self, numbers: NDArray[np.int64], payloads: Payloads) -> NDArray[np.uint32]:
+        """The training program's own tokens of a batch, proven to be those of the records."""
+        assert self.tokens is not None
+        first = self.cache.first_sequence
+        lengths, alignments = payloads.num_positions.tolist(), payloads.alignment.tolist()
+        out = np.zeros((numbers.size, payloads.row_positions(self.cache.header) + 1), "<u4")
+        data, row_bytes = out.data.cast("B"), out.strides[0]
+        for row, number in enumerate(numbers.tolist()):
+            if number < 0:
+                continue
+            tokens, length = self.tokens[first + number], lengths[row] + 1
+            if tokens.size == length:
+                # Values that do not fit are cut here, but what is handed out is what was proven.
+                out[row, :length] = tokens
+                if checksum(data[row * row_bytes : row * row_bytes + 4 * length]) == alignments[row]:
+                    continue
+            self.cache.check_alignment(number, tokens, lambda i: self._neighbour(first + i))
+        return out
+
+    def _neighbour(self, number: int) -> NDArray[np.integer[Any]]:
+        """Other tokens of the source, to look for the cause of a misalignment."""
+        assert self.tokens is not None
+        return self.tokens[number]
+
+
+def _checked_range(sequences: range | None, available: int) -> range:
+    if sequences is None:
+        return range(available)
+    if not isinstance(sequences, range):
+        raise TypeError(f"sequences must be a range, got {sequences!r}")
+    if sequences.step != 1 or not 0 <= sequences.start < sequences.stop <= available:
+        raise ValueError(f"sequences must be a range of step 1 inside of 0..{available}, not empty, got {sequences}")
+    return sequences

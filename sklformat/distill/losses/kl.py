@@ -1,0 +1,281 @@
+"""
+Distillation losses of the student, with the gradient computed in the forward pass.
+
+Knows tensors only: no files, no models, no training loop.
+Source: Anshumann et al. 2025 (arXiv 2503.16870), sections 2, 3 and 5.3, appendix A.
+
+Shape letters: P positions (sequences times positions each), V vocabulary, D hidden size, C positions of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sklformat.distill.losses.methods import METHODS
+from sklformat.distill.losses.rows import (
+    IGNORED_LABEL,
+    AnyTargets,
+    DenseTargets,
+    DenseTeacher,
+    LossRows,
+    RaggedTargets,
+    matmul_dtype,
+)
+
+__all__ = [
+    "IGNORED_LABEL",
+    "METHODS",
+    "AnyTargets",
+    "DenseTargets",
+    "DenseTeacher",
+    "RaggedTargets",
+    "linear_sparse_kl",
+    "sparse_kl",
+]
+
+# A chunk's logits stay within both; below MIN_CHUNK_POSITIONS reading and writing the weight's gradient would cost more
+# than the matrix products.
+MAX_CHUNK_POSITIONS = 2048
+MIN_CHUNK_POSITIONS = 256
+MAX_CHUNK_BYTES = 1 << 30
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, grad: Tensor, _anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(_ctx: Any, _upstream: Tensor) -> Any:
+        raise RuntimeError(
+            "sparse_kl and linear_sparse_kl cannot be differentiated twice: they compute their gradient "
+            "together with the value; use dense logits and torch.nn.functional.kl_div for second derivatives"
+        )
+
+
+def _without_second_derivative(grad: Tensor | None) -> Tensor | None:
+    """The gradient as it is, but under create_graph one that raises when differentiated, not one that is constant."""
+    if grad is None or not torch.is_grad_enabled():
+        return grad
+    anchor = torch.ones((), device=grad.device, requires_grad=True)
+    sealed: Tensor = _NoSecondDerivative.apply(grad, anchor)  # type: ignore[no-untyped-call]
+    return sealed
+
+
+class _SparseKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_PV: Tensor, rows: LossRows, want_grad: bool) -> Tensor:
+        grad_PV = torch.empty_like(logits_PV, memory_format=torch.contiguous_format) if want_grad else None
+        loss = torch.zeros((), dtype=rows.dtype, device=rows.device)
+        with torch.autocast(rows.device.type, enabled=False):
+            for _, blocks in rows.chunks(rows.num_positions):
+                rows.run_chunk(blocks, logits_PV, grad_PV, loss)
+        ctx.save_for_backward(grad_PV, rows.total)
+        return loss / rows.total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        grad_PV, total = ctx.saved_tensors
+        with torch.no_grad():
+            grad_PV = grad_PV * (upstream / total)
+        return _without_second_derivative(grad_PV), None, None
+
+
+class _LinearSparseKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_PD: Tensor,
+        weight_VD: Tensor,
+        rows: LossRows,
+        chunk_positions: int,
+        compute: torch.dtype,
+        want_grads: tuple[bool, bool],
+    ) -> Tensor:
+        ctx.weight_dtype = weight_VD.dtype
+        grad_hidden_PD = torch.empty_like(hidden_PD) if want_grads[0] else None
+        # The accumulation type, whatever the weight's: a sum over many chunks in half precision would stall.
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=rows.dtype) if want_grads[1] else None
+        loss = torch.zeros((), dtype=rows.dtype, device=rows.device)
+        weight_VD = weight_VD.to(compute)
+        buffer_CV = torch.empty(chunk_positions, rows.vocab_size, dtype=compute, device=rows.device)
+        with torch.autocast(rows.device.type, enabled=False):
+            for span, blocks in rows.chunks(chunk_positions):
+                hidden_CD = hidden_PD[span].to(compute)
+                x_CV = buffer_CV[: len(hidden_CD)]
+                torch.mm(hidden_CD, weight_VD.t(), out=x_CV)
+                rows.run_chunk(blocks, x_CV, x_CV if any(want_grads) else None, loss)
+                if grad_hidden_PD is not None:
+                    grad_hidden_PD[span] = torch.mm(x_CV, weight_VD)
+                if grad_weight_VD is not None:
+                    _add_product(grad_weight_VD, x_CV, hidden_CD)
+        ctx.save_for_backward(grad_hidden_PD, grad_weight_VD, rows.total)
+        return loss / rows.total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        grad_hidden_PD, grad_weight_VD, total = ctx.saved_tensors
+        with torch.no_grad():
+            scale = upstream / total
+            if grad_hidden_PD is not None:
+                grad_hidden_PD = grad_hidden_PD * scale
+            if grad_weight_VD is not None:
+                out_VD = torch.empty_like(grad_weight_VD, dtype=ctx.weight_dtype)
+                grad_weight_VD = torch.mul(grad_weight_VD, scale, out=out_VD)
+        grads = _without_second_derivative(grad_hidden_PD), _without_second_derivative(grad_weight_VD)
+        return *grads, None, None, None, None
+
+
+def _add_product(sum_VD: Tensor, x_CV: Tensor, hidden_CD: Tensor) -> None:
+    """sum_VD += x_CV^T hidden_CD, accumulated in the type of sum_VD."""
+    if x_CV.dtype == sum_VD.dtype:
+        sum_VD.addmm_(x_CV.t(), hidden_CD)
+    elif x_CV.device.type == "cuda":
+        torch.addmm(sum_VD, x_CV.t(), hidden_CD, out_dtype=sum_VD.dtype, out=sum_VD)
+    else:
+        # No mixed product here: a chunk's product is rounded once to half precision, the sum over chunks is not.
+        for start in range(0, len(sum_VD), MAX_CHUNK_POSITIONS):
+            span = slice(start, start + MAX_CHUNK_POSITIONS)
+            sum_VD[span] += torch.mm(x_CV[:, span].t(), hidden_CD)
+
+
+def sparse_kl(
+    logits_PV: Tensor,
+    targets: AnyTargets,
+    *,
+    method: str = "random_sampling",
+    labels_P: Tensor | None = None,
+    ce_weight: float = 0.0,
+    position_weights_P: Tensor | None = None,
+) -> Tensor:
+    """
+    KL(target || student) in nats, the mean over the positions that count.
+
+    Methods, with t the stored probabilities on the ids K of a position, S their sum, p the student:
+
+    * "random_sampling": sum of t log(t / p) over K (3.4).
+      Value up to a constant and gradient are linear in t: with targets sampled without bias, the gradient is full
+      distillation's in expectation (A.6).  The value itself is not an unbiased one: t log t is not linear.
+    * "topk": the same sum; S < 1, t not normalised (2, Eq. 5).  Biased: the optimum is t / S on K, 0 elsewhere (A.4).
+    * "topk_normalised": t / S for t.  Biased likewise; linear in t only where S is always the same.
+    * "label_smoothing": 1 - S spread over all V ids equally (3.1).  Linear in t, so that sampled targets keep their
+      mean while S <= 1; for Top-K targets the tail is flattened.
+    * "ghost_token": one more token with 1 - S against the student's 1 - P_K (3.2, A.5).  Biased under sampled targets:
+      K is random, and the student's mass outside K joins the gradient.  Where S = 1 the ghost's target is 0.
+    * "naive_fix": 1 - S added to the label (3.3).  Linear in t while S <= 1; biased towards the label for Top-K.
+    * "full": a dense teacher, given as DenseTargets or DenseTeacher.  The exact loss and gradient.
+
+    The divergence is forward KL.  CE mixing and position weights keep what the method keeps, as long as the weights do
+    not depend on the same draws.
+
+    A position counts if it has records (dense: always) and, where labels are used (ce_weight > 0 or "naive_fix"), a
+    label.  All others give neither value nor gradient, with CE mixing too.
+
+    Args:
+        logits_PV: Student's raw logits, [P, V], float16, bfloat16, float32 or float64; left as they are.
+            Computed in float32, float64 for float64.
+        targets: See RaggedTargets; DenseTargets or DenseTeacher for "full".  On the device of the logits.
+        method: One of METHODS.
+        labels_P: Token that follows each position, [P] integer in [0, V) or -100 for none; read only where used.
+        ce_weight: Weight alpha in [0, 1] of cross-entropy to the label: alpha CE + (1 - alpha) KL (5.3).
+        position_weights_P: Weight w of each position, [P], >= 0; the result is then sum(w L) / sum(w) over the
+            positions that count.  None: 1 everywhere.
+
+    Returns:
+        Scalar, float32 (float64 for float64), nats a position.  The gradient is computed here, together with the
+        value, and held in the type of the logits; there is no second derivative (RuntimeError if asked).
+
+    Raises:
+        ValueError: Shapes, types or devices disagree, the method is unknown, labels are missing, no position counts,
+            or (checked on the CPU alone, since reading them would stall an accelerator) ids or labels are outside
+            the vocabulary, ids repeat within a position, probabilities or weights are negative or not finite.
+            On an accelerator a batch in which no position counts gives NaN.
+
+    Source: Anshumann et al. 2025, sections 2, 3, 5.3, A.1 to A.6.
+    """
+    if logits_PV.dim() != 2:
+        raise ValueError(f"logits_PV has shape {list(logits_PV.shape)}; need [positions, V]: flatten the sequences")
+    rows = LossRows(
+        targets,
+        method,
+        labels_P,
+        ce_weight,
+        position_weights_P,
+        num_positions=logits_PV.shape[0],
+        vocab_size=logits_PV.shape[1],
+        like=logits_PV,
+    )
+    want_grad = torch.is_grad_enabled() and logits_PV.requires_grad
+    loss: Tensor = _SparseKL.apply(logits_PV, rows, want_grad)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def linear_sparse_kl(
+    hidden_PD: Tensor,
+    lm_head_weight_VD: Tensor,
+    targets: AnyTargets,
+    *,
+    method: str = "random_sampling",
+    labels_P: Tensor | None = None,
+    ce_weight: float = 0.0,
+    position_weights_P: Tensor | None = None,
+    chunk_positions: int | None = None,
+) -> Tensor:
+    """
+    ``sparse_kl(hidden_PD @ lm_head_weight_VD.T, ...)`` in chunks of positions; the logits never exist whole.
+
+    Three matrix products a chunk: logits, gradient of the hidden states, gradient of the weight.  Beyond the results
+    it holds one chunk's logits and, until the backward pass ends, the weight's gradient in float32.
+    Under autocast the products take autocast's type.  The weight may be tied to the embedding.
+
+    Args:
+        hidden_PD: Student's last hidden states, [P, D], float16, bfloat16, float32 or float64.
+        lm_head_weight_VD: Weight of the output layer, [V, D], of the same type unless autocast is on.
+        targets: As in ``sparse_kl``.
+        method: As in ``sparse_kl``.
+        labels_P: As in ``sparse_kl``.
+        ce_weight: As in ``sparse_kl``.
+        position_weights_P: As in ``sparse_kl``.
+        chunk_positions: Positions a chunk, >= 1.  None: equal chunks of at most 2048 positions and about 1 GiB of
+            logits, not below 256 positions.
+
+    Returns:
+        Scalar as ``sparse_kl`` returns.  The weight's gradient is summed over chunks in float32 (float64 for float64);
+        for half precision on a CPU each chunk's product is rounded to that precision first.
+
+    Raises:
+        ValueError: As ``sparse_kl``, or hidden states and weight do not fit each other.
+
+    Source: As ``sparse_kl``; the paper's section D.2 asks for a manual forward and backward pass.
+    """
+    compute = matmul_dtype("hidden_PD", hidden_PD, lm_head_weight_VD)
+    if lm_head_weight_VD.device != hidden_PD.device:
+        raise ValueError(f"lm_head_weight_VD is on {lm_head_weight_VD.device}, hidden_PD on {hidden_PD.device}")
+    num_positions, vocab_size = hidden_PD.shape[0], lm_head_weight_VD.shape[0]
+    rows = LossRows(
+        targets,
+        method,
+        labels_P,
+        ce_weight,
+        position_weights_P,
+        num_positions=num_positions,
+        vocab_size=vocab_size,
+        like=hidden_PD,
+    )
+    if chunk_positions is None:
+        fitting = MAX_CHUNK_BYTES // (vocab_size * compute.itemsize)
+        most = min(MAX_CHUNK_POSITIONS, max(MIN_CHUNK_POSITIONS, fitting))
+        chunk_positions = math.ceil(num_positions / math.ceil(num_positions / most))
+    elif chunk_positions < 1:
+        raise ValueError(f"chunk_positions is {chunk_positions}; need at least 1")
+    chunk_positions = min(chunk_positions, num_positions)
+    enabled = torch.is_grad_enabled()
+    want_grads = (enabled and hidden_PD.requires_grad, enabled and lm_head_weight_VD.requires_grad)
+    loss: Tensor = _LinearSparseKL.apply(  # type: ignore[no-untyped-call]
+        hidden_PD, lm_head_weight_VD, rows, chunk_positions, compute, want_grads
+    )
+    return loss

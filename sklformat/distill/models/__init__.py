@@ -1,0 +1,8 @@
+"""
+Language models and tokenizers; the only door to transformers.
+
+devices     the devices that torch can use here, and the cores
+heads       what kind of output head a model has
+identities  fingerprints of a model's weights and config
+loading     models and tokenizers, loaded, created, run and saved
+"""

@@ -1,0 +1,380 @@
+"""
+The only door to transformers and tokenizers: causal language models and tokenizers, loaded, made, asked and saved.
+
+Knows no cache, no loss and no training loop. Everything works offline; nothing is printed.
+Shape letters: B sequences, T positions, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import tokenizers
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sklformat.files.directories import published
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+END_OF_TEXT = "<|endoftext|>"
+_NUM_BYTES = 256
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """
+    Load a tokenizer.
+
+    Args:
+        path: A directory that ``save_pretrained`` wrote, or a name that the Hugging Face cache (or hub) knows.
+        revision: Of a name on the hub: branch, tag or commit.
+
+    Raises:
+        OSError: No tokenizer there.
+    """
+    with _quiet(), _named(path, "tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(str(path), revision=revision or "main")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """
+    Train a byte-level BPE tokenizer; every text can be encoded and comes back unchanged.
+
+    Args:
+        texts: Text to learn the merges from.
+        vocab_size: Number of ids at most, >= 257: all bytes and the end-of-text token, which has id 0 and separates
+            documents. Little text gives fewer.
+
+    Returns:
+        A tokenizer that ``save_pretrained`` writes and ``load_tokenizer`` reads.
+
+    Raises:
+        ValueError: ``vocab_size`` is too small.
+    """
+    if vocab_size <= _NUM_BYTES:
+        raise ValueError(f"vocab_size must be >= {_NUM_BYTES + 1} (bytes and end of text), got {vocab_size}")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """
+    Token ids of texts, no special tokens added; the name of a special token inside a text is text like any other.
+
+    Args:
+        tokenizer: Any tokenizer.
+        texts: Texts.
+
+    Returns:
+        Ids of each text.
+    """
+    encoding = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    ids: list[list[int]] = encoding["input_ids"]
+    return ids
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    Id of the token that separates documents: the tokenizer's end-of-text token.
+
+    Raises:
+        ValueError: It has none.
+    """
+    token_id = tokenizer.eos_token_id
+    if token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token to separate documents with; set its eos_token")
+    return int(token_id)
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the greatest id of a tokenizer."""
+    return 1 + int(max(tokenizer.get_vocab().values()))
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    path: Path | str,
+    *,
+    dtype: Dtype = "float32",
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    over: Sequence[int] = (),
+) -> PreTrainedModel:
+    """
+    Load a causal language model, ready for inference.
+
+    Args:
+        path: A directory that ``save_pretrained`` wrote, or a name that the Hugging Face cache (or hub) knows.
+        dtype: Type of its weights in memory.
+        device: "cpu", "cuda", "cuda:1", …
+        revision: Of a name on the hub: branch, tag or commit.
+        over: Numbers of GPUs to lay its layers over, instead of ``device``; needs accelerate.
+
+    Returns:
+        The model in eval mode (no dropout).
+
+    Raises:
+        OSError: No model there.
+        ValueError: The files lack some of the model's weights, or hold some of another shape; it does not fit ``over``.
+        ModuleNotFoundError: ``over`` is given and accelerate is not installed.
+    """
+    spread: dict[str, object] = {}
+    if over:
+        if importlib.util.find_spec("accelerate") is None:  # transformers would say so in several lines
+            raise ModuleNotFoundError("laying a model over several GPUs needs accelerate", name="accelerate")
+        memory = {number: torch.cuda.mem_get_info(number)[0] * 9 // 10 for number in over}
+        spread = {"device_map": "auto", "max_memory": memory}
+    with _quiet(), _named(path, "model"):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=getattr(torch, dtype), output_loading_info=True, revision=revision or "main", **spread
+        )
+    for what in ("missing_keys", "mismatched_keys"):
+        if info[what]:  # transformers would go on with random weights
+            names = ", ".join(sorted(map(str, info[what]))[:3])
+            raise ValueError(f"{path}: not all weights of a {type(model).__name__} are there ({what}: {names})")
+    elsewhere = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values() if place not in over})
+    if over and elsewhere:
+        raise ValueError(
+            f"{path}: does not fit the CUDA devices {', '.join(map(str, over))}, a part would lie on "
+            f"{', '.join(elsewhere)}; give it more devices, or a smaller dtype"
+        )
+    return (model if over else model.to(device)).eval()
+
+
+def new_llama(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    max_positions: int,
+    seed: int,
+    tie: bool = False,
+    separator_id: int | None = None,
+) -> PreTrainedModel:
+    """
+    Make a small Llama with random weights: RMSNorm, rotary positions, SwiGLU of 8/3 the hidden size, no dropout.
+
+    Args:
+        vocab_size: V.
+        hidden_size: D, a multiple of twice ``num_heads``.
+        num_layers: Number of layers.
+        num_heads: Attention heads of a layer.
+        max_positions: Longest sequence, positions.
+        seed: Seed of the weights: equal seeds give equal weights. The global generator is left as it is.
+        tie: Whether input and output share one embedding.
+        separator_id: Token that begins and ends texts, for ``generate``.
+
+    Returns:
+        A float32 model on the CPU, in train mode.
+
+    Raises:
+        ValueError: ``hidden_size`` does not divide.
+    """
+    if hidden_size % (2 * num_heads):
+        raise ValueError(f"hidden_size must be a multiple of twice num_heads, got {hidden_size} and {num_heads}")
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=-(-8 * hidden_size // 96) * 32,  # 8/3, up to a multiple of 32
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=tie,
+        bos_token_id=separator_id,
+        eos_token_id=separator_id,
+    )
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.LlamaForCausalLM(config).train()
+
+
+def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
+    """
+    Run a model without its head; with ``lm_head_weight`` this is all that ``linear_sparse_kl`` needs.
+
+    Attention is causal over the whole sequence, not masked at separators (paper, Appendix D).
+
+    Args:
+        model: A causal language model.
+        input_ids_BT: [B, T] int64.
+
+    Returns:
+        hidden_BTD: The head's input, in the model's type.
+    """
+    hidden_BTD: Tensor = model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+    return hidden_BTD
+
+
+def lm_head_weight(model: PreTrainedModel) -> Tensor:
+    """
+    Weight of the head, [V, D]: the parameter itself, so that gradients reach it.
+
+    Raises:
+        ValueError: The model has no head that is one matrix without bias; ``has_linear_head`` looks closer.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        raise ValueError(f"the head of {type(model).__name__} is not one matrix without bias; use its logits instead")
+    return head.weight
+
+
+def logits(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
+    """
+    Next-token logits.
+
+    Args:
+        model: A causal language model.
+        input_ids_BT: [B, T] int64.
+
+    Returns:
+        logits_BTV: In the model's type; V may be greater than the tokenizer (``check_fit``).
+    """
+    logits_BTV: Tensor = model(input_ids=input_ids_BT, use_cache=False).logits
+    return logits_BTV
+
+
+class _Given(torch.nn.Module):
+    """Stands where a model's body was, and gives hidden states that were made before."""
+
+    def __init__(self, hidden_BTD: Tensor) -> None:
+        super().__init__()
+        self._hidden_BTD = hidden_BTD
+
+    def forward(self, *_args: object, **_named: object) -> object:
+        # Heads of mixtures of experts ask for the router's logits as well, and do without.
+        return transformers.modeling_outputs.MoeModelOutputWithPast(last_hidden_state=self._hidden_BTD)
+
+
+def head_logits(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
+    """
+    What a model makes of its own hidden states after its body: head, bias, scale and cap, whatever it has.
+
+    Args:
+        model: A causal language model whose head reads nothing but the last hidden state.
+        hidden_BTD: ``hidden_states`` of it, or some positions of them.
+
+    Returns:
+        logits_BTV of these positions.
+    """
+    name, body = model.base_model_prefix, model.base_model
+    setattr(model, name, _Given(hidden_BTD))
+    try:
+        return logits(model, torch.zeros(hidden_BTD.shape[:2], dtype=torch.int64, device=hidden_BTD.device))
+    finally:
+        setattr(model, name, body)
+
+
+def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, seq_len: int | None = None) -> int:
+    """
+    Make sure that a model can read a tokenizer's ids, and sequences of a length.
+
+    Many models pad their head to a round number; ids at and above the returned number mean nothing, so leave their
+    logits out: ``logits[..., :check_fit(tokenizer, model)]``.
+
+    Args:
+        tokenizer: The tokenizer.
+        model: The model.
+        seq_len: Positions the model has to take at once; None: not checked.
+
+    Returns:
+        Number of ids that mean something, at most the width of the head.
+
+    Raises:
+        ValueError: The model has fewer ids than the tokenizer, or takes fewer positions than ``seq_len``.
+    """
+    wanted, width = num_ids(tokenizer), int(model.config.get_text_config().vocab_size)
+    if width < wanted:
+        raise ValueError(f"the tokenizer has {wanted} ids, the model only {width}; they do not belong together")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if seq_len is not None and limit is not None and seq_len > limit:
+        raise ValueError(f"seq_len {seq_len} is beyond the {limit} positions that the model takes; use a smaller one")
+    return wanted
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that a model's logits depend on."""
+    return {"torch": str(torch.__version__), "transformers": str(transformers.__version__)}
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path | str, *, replace: bool = False
+) -> None:
+    """
+    Save model and tokenizer for transformers; the directory appears whole or not at all.
+
+    Args:
+        model: The model.
+        tokenizer: The tokenizer of its ids.
+        directory: Where to.
+        replace: Whether an existing directory may be replaced.
+
+    Raises:
+        FileExistsError, InUseError, OSError: As ``published``.
+    """
+    with published(directory, replace=replace) as partial:
+        write(model, tokenizer, partial)
+
+
+def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write the files of model and tokenizer into a directory that someone else publishes."""
+    with _quiet():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' log lines and progress bars out of ours; what matters in them is checked here instead."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _named(path: Path | str, what: str) -> Iterator[None]:
+    """Say in one line what could not be loaded from where."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        hint = (
+            "" if Path(path).exists() else "; it is no path here, and no such name is in the Hugging Face cache or hub"
+        )
+        raise OSError(f"{path}: cannot load a {what}{hint} ({reason})") from error

@@ -1,0 +1,8 @@
+"""
+Training and evaluation of a student.
+
+evaluation  sklformat eval: how good a student is, and how close to its teacher
+runs        the directory of a training run: lock, settings, checkpoint, log
+streams     batches without end, from a cache or from packed text
+training    sklformat train: the training loop
+"""

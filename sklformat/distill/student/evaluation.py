@@ -1,0 +1,278 @@
+"""
+evaluate(): how good a student is on held-out text, and how close to its teacher.
+
+Trains nothing and draws nothing; the metrics themselves are in metrics.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sklformat.distill.losses import metrics
+from sklformat.distill.models import loading
+from sklformat.distill.models.devices import find_device
+from sklformat.distill.text.corpus import StoreFacts, TokenStore, write_token_store
+from sklformat.distill.text.documents import read_documents
+from sklformat.distill.text.fingerprints import tokenizer_fingerprint
+from sklformat.distill.text.packing import PackedSequences
+from sklformat.errors import SettingsError
+from sklformat.files.disk import write_atomically
+from sklformat.format import order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Measure a student on held-out text: LM loss, calibration and, with a teacher, how far the two agree."""
+
+    student: str
+    """Model to measure, path or name of a transformers model with its tokenizer."""
+
+    seq_len: int
+    """Positions a sequence; take what the student was trained with."""
+
+    text: tuple[Path, ...] = ()
+    """Held-out text: files (UTF-8, or .jsonl with a field "text") and directories of them."""
+
+    tokens: Path | None = None
+    """Token store of the held-out text, instead of the text."""
+
+    packing_seed: int = 0
+    """Seed of the order in which documents are packed, and of the choice of sequences."""
+
+    num_sequences: int = 0
+    """Sequences to measure on, spread over the text; 0: all."""
+
+    teacher: str | None = None
+    """Teacher to compare with, path or name of a transformers model of the same tokenizer."""
+
+    ce_loss: float | None = None
+    """LM loss of the student trained with cross-entropy, nats a token; with --full-loss for "% CE to FullKD"."""
+
+    full_loss: float | None = None
+    """LM loss of the student trained on the teacher's whole distributions, nats a token."""
+
+    bins: int = 15
+    """Confidence bins of the calibration error, of equal width."""
+
+    batch_size: int = 4
+    """Sequences at once; their logits are held in memory."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the models' weights in memory; the metrics are computed in float32."""
+
+    device: str = "auto"
+    """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one."""
+
+    out: Path | None = None
+    """JSON file for the result; none: not written."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("seq_len", 1), ("num_sequences", 0), ("bins", 1), ("batch_size", 1), ("packing_seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if bool(self.text) == (self.tokens is not None):
+            raise ValueError("give either text or tokens (a token store)")
+        if (self.ce_loss is None) != (self.full_loss is None):
+            raise ValueError("ce_loss and full_loss belong together: give both or none")
+
+
+class ReliabilityBin(TypedDict):
+    """One confidence bin: mean confidence, share of right predictions, share of all predictions; fractions."""
+
+    confidence: float
+    accuracy: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """
+    What ``evaluate`` found.
+
+    Attributes:
+        num_sequences, num_tokens: Measured on.
+        lm_loss: Nats a token.
+        accuracy: Share of positions whose most likely token came next.
+        calibration_error: Expected calibration error (ECE), a fraction.
+        confidence_gap: Mean confidence less accuracy, a fraction; positive: over-confident.
+        reliability: Bins that hold predictions, in rising confidence: their mean confidence, accuracy and share.
+        top1_agreement: Share of positions where student and teacher prefer the same token; None without a teacher.
+        acceptance_rate: Mean of sum_v min(student, teacher), a fraction; None without a teacher.
+        percent_ce_to_full: Share of the gap between CE and FullKD that is closed, percent; None without the two losses.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    lm_loss: float
+    accuracy: float
+    calibration_error: float
+    confidence_gap: float
+    reliability: list[ReliabilityBin]
+    top1_agreement: float | None
+    acceptance_rate: float | None
+    percent_ce_to_full: float | None
+
+    def __str__(self) -> str:
+        lines = [
+            f"LM loss: {self.lm_loss:.4f} nats a token, on {self.num_sequences} sequences ({self.num_tokens:,} tokens)",
+            (
+                f"calibration error (ECE): {self.calibration_error:.2%}; mean confidence less accuracy "
+                f"({self.accuracy:.2%}): {100 * self.confidence_gap:+.2f} points"
+            ),
+        ]
+        if self.top1_agreement is not None:
+            lines.append(f"top-1 agreement with the teacher: {self.top1_agreement:.2%}")
+        if self.acceptance_rate is not None:
+            lines.append(f"sum of min(student, teacher): {self.acceptance_rate:.2%}")
+        if self.percent_ce_to_full is not None:
+            lines.append(f"share of the gap between CE and FullKD that is closed: {self.percent_ce_to_full:.0f} %")
+        return "\n".join(lines)
+
+
+def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
+    """
+    Measure a student, on every position of the chosen sequences.
+
+    Args:
+        config: What to measure on what.
+        progress: Whether to draw a progress bar on stderr.
+
+    Returns:
+        The figures; also written to ``config.out`` as JSON.
+
+    Raises:
+        SettingsError: The student's or the teacher's tokenizer, or vocabulary, is not that of the text.
+        ValueError: A wrong argument, no such device, or a text too short for the sequences asked.
+        OSError: A model or the text cannot be read.
+
+    Source: Anshumann et al. 2025 (arXiv 2503.16870), section 4 and Table 5.
+    """
+    device = find_device(config.device)
+    with _token_store(config) as store:
+        return _evaluate(config, store, device, progress=progress)
+
+
+@contextmanager
+def _token_store(config: EvalConfig) -> Iterator[Path]:
+    """The held-out tokens: those that are there, or the student's own of the text, for as long as they are needed."""
+    if config.tokens is not None:
+        yield config.tokens
+        return
+    tokenizer = loading.load_tokenizer(config.student)
+    with tempfile.TemporaryDirectory(prefix="sklformat-eval-") as directory:
+        store = Path(directory) / "tokens"
+        write_token_store(
+            store,
+            read_documents(config.text),
+            lambda texts: loading.encode(tokenizer, texts),
+            vocab_size=loading.num_ids(tokenizer),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        )
+        yield store
+
+
+def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress: bool) -> Evaluation:
+    facts = TokenStore(store).facts
+    tokenizer = _checked_tokenizer(config, facts, config.student)
+    student = _load(config, config.student, tokenizer, facts, device)
+    teacher = None
+    if config.teacher is not None:
+        teachers = _checked_tokenizer(config, facts, config.teacher)
+        teacher = _load(config, config.teacher, teachers, facts, device)
+    sequences = PackedSequences(
+        store, seq_len=config.seq_len, separator_id=loading.separator_id(tokenizer), seed=config.packing_seed
+    )
+    count = config.num_sequences or len(sequences)
+    if count > len(sequences):
+        raise ValueError(
+            f"the held-out text gives {len(sequences)} sequences of {config.seq_len} positions, asked for are {count}; "
+            "give fewer, or more text"
+        )
+    # Neighbouring sequences are often of one document: take them from all over the text.
+    chosen = np.sort(order.permute(np.arange(count), len(sequences), seed=config.packing_seed))
+    sums = metrics.EvaluationSums(config.bins)
+    with torch.inference_mode(), tqdm(total=count, desc="eval", unit="seq", disable=None if progress else True) as bar:
+        for start in range(0, count, config.batch_size):
+            indices = chosen[start : start + config.batch_size]
+            tokens = torch.from_numpy(np.stack([sequences[int(index)] for index in indices]).astype(np.int64))
+            tokens = tokens.to(device)
+            logits = _logits(student, tokens, facts.vocab_size)
+            reference = None if teacher is None else _logits(teacher, tokens, facts.vocab_size)
+            sums.update(logits, tokens[:, 1:].flatten(), reference)
+            bar.update(len(indices))
+    evaluation = _result(config, sums, count)
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(evaluation), indent=1)
+        write_atomically(config.out, (text + "\n").encode())
+    return evaluation
+
+
+def _checked_tokenizer(config: EvalConfig, facts: StoreFacts, model: str) -> Any:
+    tokenizer = loading.load_tokenizer(model)
+    made_by, own = facts.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
+    if made_by != own and config.tokens is None:  # the student's own tokens, so this is the teacher
+        raise SettingsError(
+            f"the teacher {model} has another tokenizer than the student {config.student}: fingerprint {own}, the "
+            f"student's is {made_by}; they can be compared only over the same ids, so give a teacher of the same "
+            "tokenizer"
+        )
+    if made_by != own:
+        raise SettingsError(
+            f"{config.tokens} was made by another tokenizer than that of {model}: fingerprint {made_by}, the model's "
+            f"is {own}; make the token store with the model's tokenizer"
+        )
+    return tokenizer
+
+
+def _load(config: EvalConfig, path: str, tokenizer: Any, facts: StoreFacts, device: torch.device) -> Any:
+    model = loading.load_model(path, dtype=config.dtype, device=device)
+    width = int(model.config.get_text_config().vocab_size)
+    if width < facts.vocab_size:
+        raise SettingsError(f"{path} has a vocabulary of {width}, the held-out text one of {facts.vocab_size}")
+    try:
+        loading.check_fit(tokenizer, model, seq_len=config.seq_len)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return model
+
+
+def _logits(model: Any, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    # A head may be padded beyond the ids that mean something.
+    return loading.logits(model, tokens[:, :-1]).flatten(0, 1)[:, :vocab_size]
+
+
+def _result(config: EvalConfig, sums: metrics.EvaluationSums, count: int) -> Evaluation:
+    table = sums.reliability
+    bins: list[ReliabilityBin] = [
+        {"confidence": confidence, "accuracy": accuracy, "share": share}
+        for confidence, accuracy, share in zip(table.confidence, table.accuracy, table.share, strict=True)
+        if share > 0
+    ]
+    percent = None
+    if config.ce_loss is not None and config.full_loss is not None:
+        percent = metrics.percent_ce_to_full(config.ce_loss, config.full_loss, sums.lm_loss)
+    with_teacher = config.teacher is not None
+    return Evaluation(
+        num_sequences=count,
+        num_tokens=sums.num_positions,
+        lm_loss=sums.lm_loss,
+        accuracy=sums.accuracy,
+        calibration_error=table.calibration_error,
+        confidence_gap=sum(entry["share"] * (entry["confidence"] - entry["accuracy"]) for entry in bins),
+        reliability=bins,
+        top1_agreement=sums.top1_agreement if with_teacher else None,
+        acceptance_rate=sums.acceptance_rate if with_teacher else None,
+        percent_ce_to_full=percent,
+    )

@@ -1,0 +1,241 @@
+"""
+Batches without end for training: from a cache, or from packed text for methods that need no records.
+
+Knows no model and no loss; checks that tokenizer and data belong together.
+Shape letters: B sequences, T positions, P = B·T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from sklformat.cache.reader import open_cache as open_shards
+from sklformat.distill.loader.batches import Batch, Targets
+from sklformat.distill.loader.dataset import SparseLogitDataset
+from sklformat.distill.losses.kl import IGNORED_LABEL
+from sklformat.distill.models import loading
+from sklformat.distill.text.corpus import TokenStore
+from sklformat.distill.text.fingerprints import tokenizer_fingerprint
+from sklformat.distill.text.packing import PackedSequences
+from sklformat.errors import SettingsError
+from sklformat.format.order import Schedule
+
+_UNKNOWN = "0" * 32
+
+
+class PackedBatches(IterableDataset[Batch]):
+    """
+    Batches of packed text; order and state work as in SparseLogitDataset, the targets are the labels themselves.
+
+    Args:
+        sequences: Packed sequences.
+        batch_size: Sequences a batch, on each process.
+        seed: Seed of the order.
+        rank, world_size: Which process of how many this is.
+    """
+
+    def __init__(self, sequences: PackedSequences, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self.sequences = sequences
+        self.schedule = Schedule(
+            num_sequences=len(sequences), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
+        )
+        self._epoch = self._consumed = 0
+
+    def __len__(self) -> int:
+        """Batches of one epoch on one process."""
+        return self.schedule.num_batches(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start the next iteration at the beginning of this epoch."""
+        self._epoch, self._consumed = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next iteration starts."""
+        return {"epoch": self._epoch, "consumed": self._consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on right after the batch that carried this state."""
+        self._epoch, self._consumed = state["epoch"], state["consumed"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for chosen, consumed in self.schedule.batches(self._epoch, self._consumed, worker_id, num_workers):
+            tokens = torch.from_numpy(np.stack([self.sequences[int(index)] for index in chosen]).astype(np.int64))
+            labels = tokens[:, 1:].contiguous()
+            epoch, after = self.schedule.after(self._epoch, consumed)
+            yield Batch(tokens[:, :-1].contiguous(), labels, one_hot(labels), {"epoch": epoch, "consumed": after})
+
+
+def one_hot(labels_BT: Tensor) -> Targets:
+    """
+    Cross-entropy as targets: all of the probability on the label, no record where the label is -100.
+
+    Args:
+        labels_BT: [B, T] int64, on the CPU.
+    """
+    labels_P = labels_BT.flatten()
+    has_label_P = labels_P != IGNORED_LABEL
+    offsets = torch.zeros(labels_P.numel() + 1, dtype=torch.int64)
+    torch.cumsum(has_label_P, 0, out=offsets[1:])
+    token_ids = labels_P[has_label_P]
+    return Targets(token_ids=token_ids, probs=torch.ones(token_ids.numel()), offsets=offsets)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """
+    Where a run's sequences come from.
+
+    Attributes:
+        source: The cache or the token store.
+        dataset: One epoch of it.
+        tokenizer: Whose ids these are.
+        vocab_size: V of the data.
+        seq_len: Positions of every sequence; 0: ragged.
+        sampler: Of the cache's records; "none" for packed text.
+        identity: Fingerprints of the data, for the run's settings.
+    """
+
+    source: Path | str
+    dataset: SparseLogitDataset | PackedBatches
+    tokenizer: Any
+    vocab_size: int
+    seq_len: int
+    sampler: str
+    identity: dict[str, Any]
+
+    def batches(self, num_workers: int, state: dict[str, Any] | None) -> Iterator[Batch]:
+        """
+        Batches without end, epoch after epoch.
+
+        Args:
+            num_workers: Processes that read ahead; the stream is the same for any number.
+            state: Of the batch to go on after; None: from the beginning.
+        """
+        if state is not None:
+            self.dataset.load_state_dict(state)
+        epoch = int(self.dataset.state_dict()["epoch"])
+        while True:
+            yield from DataLoader(self.dataset, batch_size=None, num_workers=num_workers)
+            epoch += 1
+            self.dataset.set_epoch(epoch)
+
+
+def open_cache(
+    path: Path | str,
+    *,
+    tokenizer: str | None,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    window: int | None = None,
+    hold_out: int = 0,
+) -> Stream:
+    """
+    Stream the sequences and records of a cache.
+
+    Args:
+        path: The cache, a directory or a URL.
+        tokenizer: The student's, path or name.
+        batch_size: Sequences a batch, on each process.
+        seed: Seed of the order of the sequences.
+        rank: Number of this process.
+        world_size: Number of processes.
+        window: As for ``SparseLogitDataset``.
+        hold_out: Sequences at the end that the stream never reaches.
+
+    Raises:
+        SettingsError: The cache was made by another tokenizer.
+        ValueError: It has too few sequences for a batch, or none that are not held out, or no tokenizer was given.
+        FormatError: The cache is damaged.
+    """
+    cache = open_shards(path)
+    if hold_out >= len(cache):
+        raise ValueError(f"{path}: has {len(cache)} sequences, hold_out {hold_out} leaves none to train on")
+    dataset = SparseLogitDataset(
+        cache,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        window=window,
+        sequences=range(len(cache) - hold_out),
+    )
+    header = cache.header
+    loaded = _tokenizer(path, tokenizer, header.tokenizer_fingerprint)
+    return Stream(
+        source=path,
+        dataset=dataset,
+        tokenizer=loaded,
+        vocab_size=header.vocab_size,
+        seq_len=header.seq_len,
+        sampler=str(header.sampler),
+        identity={"cache": cache.fingerprint},
+    )
+
+
+def open_tokens(
+    path: Path,
+    *,
+    tokenizer: str | None,
+    seq_len: int,
+    packing_seed: int,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+) -> Stream:
+    """
+    Stream packed sequences of a token store.
+
+    Args:
+        path: The token store.
+        tokenizer: The student's, path or name.
+        seq_len: Positions of a sequence.
+        packing_seed: Seed of the packing.
+        batch_size: Sequences a batch, on each process.
+        seed: Seed of the order of the sequences.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Raises:
+        SettingsError: The store was made by another tokenizer.
+        ValueError: It has too few sequences for a batch.
+        FileNotFoundError, FormatError: It cannot be read.
+    """
+    facts = TokenStore(path).facts
+    loaded = _tokenizer(path, tokenizer, facts.tokenizer_fingerprint)
+    sequences = PackedSequences(path, seq_len=seq_len, separator_id=loading.separator_id(loaded), seed=packing_seed)
+    dataset = PackedBatches(sequences, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+    return Stream(
+        source=path,
+        dataset=dataset,
+        tokenizer=loaded,
+        vocab_size=facts.vocab_size,
+        seq_len=seq_len,
+        sampler="none",
+        identity={"corpus": facts.corpus_fingerprint, "vocabulary": facts.tokenizer_fingerprint},
+    )
+
+
+def _tokenizer(source: Path | str, name: str | None, made_by: str) -> Any:
+    if name is None:
+        raise ValueError("a new student needs a tokenizer: give tokenizer, the path or name of one")
+    loaded = loading.load_tokenizer(name)
+    if made_by not in (_UNKNOWN, tokenizer_fingerprint(loaded)):
+        raise SettingsError(
+            f"{source} was made by another tokenizer than {name}: its fingerprint is {made_by}, this one's "
+            f"{tokenizer_fingerprint(loaded)}; ids mean other tokens here, so make it again with this tokenizer, or "
+            "give the student the one that made it"
+        )
+    return loaded

@@ -1,0 +1,394 @@
+"""
+``cache_teacher``: run a teacher over packed text once and leave its sparse distributions on disk.
+
+Puts together what the others know: tokens, teacher, draws, capture, ranks. Holds no bytes of the format.
+Source: Anshumann et al. 2025 (arXiv 2503.16870), section 3.2 and Appendix D.
+Shape letters: B sequences, T positions, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+import sklformat
+from sklformat.cache.manifest import MANIFEST_NAME, Entry, cache_fingerprint
+from sklformat.capture import Capture, ShardWork, find_header
+from sklformat.capture.estimates import block_size
+from sklformat.capture.session import UNFINISHED_NAME
+from sklformat.distill.models import loading
+from sklformat.distill.models.devices import available_cores, find_device, own_devices
+from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
+from sklformat.distill.teacher import gpu_sampler
+from sklformat.distill.teacher.drawing import Drawer
+from sklformat.distill.teacher.forward import Teacher
+from sklformat.distill.teacher.gpu_sampler import DeviceSampler, Draws
+from sklformat.distill.teacher.provenance import CacheConfig, agree_on_versions, make_header
+from sklformat.distill.teacher.ranks import Ranks, joined, stoppable
+from sklformat.distill.teacher.token_sources import TOKENS_NAME, TokenSource
+from sklformat.distill.text.packing import PackedSequences
+from sklformat.errors import SettingsError
+from sklformat.files import remote
+from sklformat.files.directories import refuse_foreign
+from sklformat.files.disk import shared_directory
+from sklformat.format.header import Header
+
+__all__ = ["TOKENS_NAME", "CacheConfig", "Cached", "cache_teacher"]
+
+_SHARD = re.compile(r"shard-\d{5,}\.skl(\.partial)?")
+# What a run leaves that stopped early.
+_BEFORE_SHARDS = re.compile(rf"\.lock|\.writer\.lock|{re.escape(UNFINISHED_NAME)}|{TOKENS_NAME}(\.partial)?")
+# With a URL the shards go, and the manifest goes last.
+_BEFORE_PUBLISHED = re.compile(rf"{_BEFORE_SHARDS.pattern}|(\.?){re.escape(MANIFEST_NAME)}(\.tmp)?")
+_PUBLISHED = re.compile(rf"{_SHARD.pattern}|{re.escape(MANIFEST_NAME)}")
+_DRAW_THREADS = 8  # at most; beside a GPU one core cannot keep up
+_Output: TypeAlias = tuple[int, NDArray[np.uint32], torch.Tensor]  # of one sequence: number, tokens, teacher's output
+_LOG_SECONDS = 60.0  # between two lines of progress where nobody watches a terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cached:
+    """
+    What ``cache_teacher`` did.
+
+    Attributes:
+        directory: The cache, or its URL.
+        fingerprint: Identity of its content.
+        sequences: Sequences in it.
+        sequences_made: Sequences that this run added; the others were there.
+        positions: Positions in it.
+        unique_tokens: Records a position, mean.
+        bytes_per_position: Bytes on disk a position, tokens and checksums included.
+        seconds: Time this run took, teacher's loading not included; of several ranks, the longest.
+        positions_per_second: Positions that this run added, a second, all ranks together; 0 where there were none.
+        waited_share: Share of the time in which the teachers waited for their writers.
+    """
+
+    directory: Path | str
+    fingerprint: str
+    sequences: int
+    sequences_made: int
+    positions: int
+    unique_tokens: float
+    bytes_per_position: float
+    seconds: float
+    positions_per_second: float
+    waited_share: float
+
+    def __str__(self) -> str:
+        made = (
+            f"{self.sequences_made} made now at {self.positions_per_second:,.0f} positions/s, "
+            f"{self.waited_share:.1%} of the time waited for the writer"
+            if self.sequences_made
+            else "all there already"
+        )
+        return (
+            f"{self.directory}: {self.sequences} sequences, {self.positions:,} positions "
+            f"({made}); {self.unique_tokens:.2f} unique tokens and {self.bytes_per_position:.1f} bytes a position"
+        )
+
+
+def cache_teacher(config: CacheConfig) -> Cached:
+    """
+    Capture a teacher's sparse distributions over packed text into a cache directory.
+
+    Whatever stops it, run it again with the same settings: sealed shards are kept, an unfinished one is gone on with,
+    and the finished cache has the bytes of an undisturbed run, on any number of ranks. Under torchrun each process has
+    a teacher of its own and every world_size-th shard.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        What was done, the same on all ranks, for the user and for tests.
+
+    Raises:
+        OSError: Text, teacher or disk; as the operating system reports it.
+        ValueError: No such device, no text, text too short, a teacher that does not fit its tokenizer or ``seq_len``,
+            logits that are not finite.
+        SettingsError: ``out`` holds a cache made with other settings, or files that are no cache; ``tokens`` were made
+            by another tokenizer; the ranks have different teachers.
+        InUseError: Another run writes into ``out``.
+        CaptureError: The writer process failed, or another rank has ended.
+        RemoteError: The store behind the URL failed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says what is kept.
+    """
+    with joined() as ranks, stoppable():
+        return _cache(config, ranks)
+
+
+def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
+    device, over = _devices(config, ranks)
+    tokenizer = loading.load_tokenizer(config.teacher_name, revision=config.revision)
+    source = TokenSource(config, tokenizer)
+    run = ranks.first(lambda: _name_run(config))
+    # Held from here on, so that a second run is refused before it works.
+    with shared_directory(config.directory, run):
+        dtype = _dtype(config, device)
+        model = loading.load_model(config.teacher_name, dtype=dtype, device=device, revision=config.revision, over=over)
+        vocab_size = loading.check_fit(tokenizer, model, seq_len=config.seq_len)
+        packed = ranks.in_turn(lambda check: source.pack(check=check))
+        header = _header(config, packed, vocab_size, model, dtype, device)
+        _check_same(ranks, header)
+        header = ranks.first(lambda: _begun(config, header))
+        capture = Capture(
+            config.directory,
+            header=header,
+            num_sequences=len(packed),
+            sequences_per_shard=config.sequences_per_shard,
+            ring_bytes=config.ring_mib << 20,
+            url=config.url,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            run=run,
+        )
+        part = _Part(config, ranks, capture, packed)
+        part.run(Teacher(model, vocab_size), on_device=_draws_on_device(config, device))
+        ranks.wait()
+        entries = ranks.first(lambda: capture.entries or capture.finish())
+        if ranks.local_rank == 0:
+            capture.unmark()  # with a URL, each machine may have a directory of its own
+    return _cached(config, entries, ranks.gather((part.made, part.seconds, part.waited)))
+
+
+class _Part:
+    """
+    What one rank does: it runs its teacher over the sequences that its shards still want.
+
+    Attributes:
+        made: Sequences that it handed over.
+        seconds: Time that it took.
+        waited: Seconds of these in which it waited for its writer.
+    """
+
+    def __init__(self, config: CacheConfig, ranks: Ranks, capture: Capture, packed: PackedSequences) -> None:
+        self._config, self._ranks, self._capture, self._packed = config, ranks, capture, packed
+        self.made, self.seconds, self.waited = 0, 0.0, 0.0
+        self._total = len(packed)
+        self._there: int | None = None  # sequences that an earlier run left; unknown until it has looked
+        self._bytes = 0
+
+    def run(self, teacher: Teacher, *, on_device: bool) -> None:
+        """
+        Do all of it, with draws on the teacher's device or on the host.
+
+        Raises:
+            KeyboardInterrupt: It was stopped; says what is kept.
+        """
+        begin = time.perf_counter()
+        try:
+            with ExitStack() as stack:
+                # The first looks at what is there before another writes.
+                self._ranks.in_turn(lambda _: stack.enter_context(self._capture))
+                works = list(self._capture.shards())
+                self._total = self._capture.num_own_sequences
+                cuts = [work.cut for work in works if work.cut is not None]
+                sys.stderr.writelines(f"{cut}; captured again from there\n" for cut in cuts)
+                self._there = self._total - sum(work.end - work.next_sequence for work in works)
+                outputs = _outputs(self._config, teacher, self._packed, works)
+                push = self._push_draws if on_device else self._push_records
+                self._follow(push(teacher, outputs), begin)
+        except KeyboardInterrupt:
+            who = f"rank {self._ranks.rank} " if self._ranks.world_size > 1 else ""
+            kept = ""
+            if self._there is not None:
+                kept = f": {self._there + self.made} of {self._total} sequences of {self._config.out} are kept"
+            raise KeyboardInterrupt(f"{who}stopped{kept}; run the same command again to go on") from None
+        self.waited, self.seconds = self._capture.wait_seconds, time.perf_counter() - begin
+
+    def _push_records(self, teacher: Teacher, outputs: Iterable[_Output]) -> Iterator[int]:
+        """Draw on the host and hand over sequence after sequence; the number of records of each."""
+        config, threads = self._config, 1
+        if teacher.device.type != "cpu":
+            threads = max(1, min(_DRAW_THREADS, available_cores() // self._ranks.local_world_size))
+        rounds = config.rounds if config.draws else 0
+        with Drawer(kind=config.kind, rounds=rounds, sampling=config.sampling, threads=threads) as drawer:
+            for sequence, tokens, output in outputs:
+                slices = ((first, logits.cpu()) for first, logits in teacher.logits(output))
+                targets = drawer.draw(sequence, slices)
+                self._capture.push(sequence, tokens, targets)
+                yield targets.num_records
+
+    def _push_draws(self, teacher: Teacher, outputs: Iterable[_Output]) -> Iterator[int]:
+        """The same with draws on the device, which goes on to the next sequence before the host asks for the last."""
+        config = self._config
+        sampler = DeviceSampler(sampler=config.sampler, rounds=config.rounds, seed=config.seed)
+        queued: tuple[int, NDArray[np.uint32], Draws] | None = None
+        for sequence, tokens, output in outputs:
+            before = queued
+            queued = sequence, tokens, sampler.draw(sequence, len(output), teacher.logits(output))
+            if before is not None:
+                yield self._push_queued(*before)
+        if queued is not None:
+            yield self._push_queued(*queued)
+
+    def _push_queued(self, sequence: int, tokens: NDArray[np.uint32], queued: Draws) -> int:
+        draws = queued.result()
+        self._capture.push_draws(sequence, tokens, draws)
+        return len(draws) + int(np.count_nonzero(draws[:, 1:] != draws[:, :-1]))
+
+    def _follow(self, pushed: Iterable[int], begin: float) -> None:
+        """Count sequences, of so many records each, while they are handed over, and show how far it is."""
+        seq_len = self._config.seq_len
+        with self._progress() as progress:
+            for num_records in pushed:
+                self.made += 1
+                self._bytes += block_size(self._capture.header, seq_len, num_records)
+                seconds, positions = time.perf_counter() - begin, self.made * seq_len
+                progress.set_postfix_str(
+                    f"{positions / seconds:,.0f} positions/s, {self._bytes / positions:.1f} bytes a position, "
+                    f"waited {self._capture.wait_seconds / seconds:.1%}",
+                    refresh=False,
+                )
+                progress.update()
+
+    def _progress(self) -> Any:
+        """A bar on a terminal; elsewhere a line a minute, so that the log of a long run says where it is."""
+        seen = sys.stderr.isatty()
+        return tqdm(
+            total=self._total,
+            initial=self._there or 0,
+            desc="cache" if self._ranks.world_size == 1 else f"cache, rank {self._ranks.rank}",
+            unit="seq",
+            disable=seen and self._ranks.local_rank > 0,
+            **({} if seen else {"delay": _LOG_SECONDS, "mininterval": _LOG_SECONDS, "ascii": True}),
+        )
+
+
+def _outputs(
+    config: CacheConfig, teacher: Teacher, packed: PackedSequences, works: Sequence[ShardWork]
+) -> Iterator[_Output]:
+    """
+    Run the teacher over what is missing: number, tokens and the teacher's output of each sequence.
+
+    Logits depend in their last bits on the shape of a batch, so batches are a fixed grid within the shard: a shard
+    that is gone on with computes the batch of its next sequence again and skips what it has.
+    """
+    for work in works:
+        for first in range(work.first_sequence, work.end, config.batch_size):
+            last = min(first + config.batch_size, work.end)
+            if last <= work.next_sequence:
+                continue
+            tokens_BL = np.stack([packed[sequence] for sequence in range(first, last)])
+            outputs = teacher.run(tokens_BL[:, :-1])
+            for sequence in range(max(first, work.next_sequence), last):
+                yield sequence, tokens_BL[sequence - first], outputs[sequence - first]
+
+
+def _devices(config: CacheConfig, ranks: Ranks) -> tuple[torch.device, list[int]]:
+    """This rank's device, and the devices that its teacher lies over, if it does."""
+    device = find_device(config.device)
+    if config.device_map == "auto":
+        if device.type != "cuda" or device.index is not None:
+            raise ValueError(
+                f"device_map auto lays the teacher over several CUDA devices, device is {config.device} "
+                f"({device.type} here); leave both out"
+            )
+        over = own_devices(ranks.local_rank, ranks.local_world_size)
+        return torch.device("cuda", over[0]), over
+    if device.type == "cuda" and device.index is not None and ranks.local_world_size > 1:
+        raise ValueError(
+            f"device {config.device} is one GPU, this machine runs {ranks.local_world_size} processes; "
+            "give device cuda, so that each takes one of its own"
+        )
+    if device.type == "cuda" and ranks.world_size > 1:
+        device = find_device(f"cuda:{ranks.local_rank}")
+    return device, []
+
+
+def _draws_on_device(config: CacheConfig, device: torch.device) -> bool:
+    """Whether the teacher's device draws; the same in every run with these settings, since bytes depend on it."""
+    return config.kind == "counts" and device.type in gpu_sampler.DEVICES
+
+
+def _dtype(config: CacheConfig, device: torch.device) -> loading.Dtype:
+    if config.dtype == "auto":
+        return "float32" if device.type == "cpu" else "bfloat16"
+    return config.dtype
+
+
+def _name_run(config: CacheConfig) -> str:
+    """A cache is begun where nothing is; where shards are, finished or not, the capture compares their settings."""
+    directory = config.directory
+    if directory.exists() and not directory.is_dir():
+        raise SettingsError(f"{directory}: is a file; a cache is a directory, choose another place")
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    if not any(_SHARD.fullmatch(name) for name in names):
+        refuse_foreign(directory, names, "cache", _BEFORE_SHARDS if config.url is None else _BEFORE_PUBLISHED)
+    if config.url is not None:
+        refuse_foreign(config.url, remote.list_names(config.url), "cache", _PUBLISHED)
+    return secrets.token_hex(8)
+
+
+def _header(
+    config: CacheConfig,
+    packed: PackedSequences,
+    vocab_size: int,
+    model: Any,
+    dtype: str,
+    device: torch.device,
+) -> Header:
+    """
+    The cache's settings.
+
+    A teacher is known by its fingerprint; a name from the hub is told as well, a path is not: it may move.
+    """
+    teacher = {"dtype": dtype, "device": device.type, "config": config_fingerprint(model)}
+    if not Path(config.teacher_name).exists():
+        teacher["name"] = config.teacher_name
+        teacher["revision"] = getattr(model.config, "_commit_hash", None) or config.revision or "main"
+    return make_header(
+        config,
+        packed,
+        vocab_size,
+        teacher_fingerprint=model_fingerprint(model),
+        teacher=teacher,
+        versions={**loading.versions(), "sklformat": sklformat.__version__},
+        on_device=_draws_on_device(config, device),
+    )
+
+
+def _check_same(ranks: Ranks, header: Header) -> None:
+    """Ranks whose teachers or texts differ would make shards that do not belong together."""
+    for rank, other in enumerate(ranks.gather(header)):
+        if other != header:
+            raise SettingsError(
+                f"rank {ranks.rank} and rank {rank} have other settings: {'; '.join(header.differences(other))}; "
+                "give every rank the same teacher, text and libraries"
+            )
+
+
+def _begun(config: CacheConfig, header: Header) -> Header:
+    """The header to write, seen what is there already."""
+    found = find_header(config.directory, config.url)
+    return agree_on_versions(header, found, keep=config.keep_versions, place=str(config.out))
+
+
+def _cached(config: CacheConfig, entries: Sequence[Entry], parts: Sequence[tuple[int, float, float]]) -> Cached:
+    sequences = sum(entry.num_sequences for entry in entries)
+    positions = sequences * config.seq_len
+    made, seconds = sum(part[0] for part in parts), max(part[1] for part in parts)
+    return Cached(
+        directory=config.out,
+        fingerprint=cache_fingerprint(entry.fingerprint for entry in entries),
+        sequences=sequences,
+        sequences_made=made,
+        positions=positions,
+        unique_tokens=sum(entry.num_records for entry in entries) / positions,
+        bytes_per_position=sum(entry.size_bytes for entry in entries) / positions,
+        seconds=seconds,
+        positions_per_second=made * config.seq_len / seconds,
+        waited_share=sum(part[2] for part in parts) / sum(part[1] for part in parts) if made else 0.0,
+    )

@@ -1,0 +1,54 @@
+"""A short capture that is thrown away, to know what a long one will cost: its speed here, its records a position."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from sklformat.cache.reader import open_cache
+from sklformat.capture.estimates import EstimateConfig
+from sklformat.distill.teacher.caching import cache_teacher
+from sklformat.distill.teacher.provenance import CacheConfig
+
+
+def calibrate(config: EstimateConfig) -> EstimateConfig:
+    """
+    Run the teacher over some sequences, twice: the first run warms the device up.
+
+    Args:
+        config: With teacher and text.
+
+    Returns:
+        The same with vocab_size, unique_tokens and positions_per_second as measured; what was given stays.
+
+    Raises:
+        ValueError, OSError, SklError: As ``cache_teacher``.
+    """
+    assert config.teacher is not None
+    with tempfile.TemporaryDirectory(prefix="sklformat-") as place:
+        for name in ("warm-up", "measured"):
+            out = Path(place) / name
+            cached = cache_teacher(
+                CacheConfig(
+                    teacher=config.teacher,
+                    out=out,
+                    text=config.text,
+                    seq_len=config.seq_len,
+                    num_sequences=config.calibration_sequences,
+                    rounds=config.rounds,
+                    proposal_temperature=config.proposal_temperature,
+                    batch_size=config.batch_size,
+                    store_tokens=config.store_tokens,
+                    dtype=config.dtype,
+                    device=config.device,
+                )
+            )
+        with open_cache(out) as cache:
+            vocab_size = cache.header.vocab_size
+    return dataclasses.replace(
+        config,
+        vocab_size=config.vocab_size or vocab_size,
+        unique_tokens=config.unique_tokens or cached.unique_tokens,
+        positions_per_second=config.positions_per_second or cached.positions_per_second,
+    )

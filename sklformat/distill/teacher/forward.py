@@ -1,0 +1,81 @@
+"""
+A teacher as capture sees it: hidden states for a batch of sequences, then logits a slice of positions at a time.
+
+Logits of a whole batch, [B, T, V], never exist: at V = 128 256 they would take 525 MB a sequence of 1024 positions.
+Shape letters: B sequences, T positions, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sklformat.distill.models import heads, loading
+
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 24}
+"""At most so many logits are there at once, by kind of device. On a CPU 16 MiB of float32 are memory that is used again
+and not given back to the system; a GPU wants more rows in one product."""
+
+_PROBE_TOKENS = 8
+
+
+class Teacher:
+    """
+    Runs a model without its head, and the head over slices of what came out.
+
+    A head that is one matrix is multiplied by the rows that mean something; any other is called as the model has it
+    (with bias, scale and cap). A model whose head cannot be called by itself is run whole.
+
+    Args:
+        model: A causal language model in eval mode.
+        vocab_size: Logits beyond it are padding and left out.
+
+    Attributes:
+        device: Where input ids go.
+    """
+
+    def __init__(self, model: Any, vocab_size: int) -> None:
+        self._model = model
+        self._vocab_size = vocab_size
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self._positions = max(1, LOGITS_AT_ONCE[self.device.type] // vocab_size)
+        self._weight_VD = loading.lm_head_weight(model)[:vocab_size] if heads.has_linear_head(model) else None
+        self._head_alone = self._weight_VD is not None or self._can_call_head()
+
+    @torch.inference_mode()
+    def run(self, input_ids_BT: NDArray[np.uint32]) -> Tensor:
+        """[B, T, D] hidden states; [B, T, V] logits of a model that must be run whole."""
+        ids_BT = torch.from_numpy(input_ids_BT.astype(np.int64))
+        if self.device.type == "cuda":
+            ids_BT = ids_BT.pin_memory()  # so that the copy waits for nothing that the device still does
+        ids_BT = ids_BT.to(self.device, non_blocking=True)
+        if self._head_alone:
+            return loading.hidden_states(self._model, ids_BT)
+        return loading.logits(self._model, ids_BT)[..., : self._vocab_size]
+
+    @torch.inference_mode()
+    def logits(self, output_T: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """One sequence of what ``run`` gave as (first position, logits [positions, V] where the head lies)."""
+        for first in range(0, output_T.shape[0], self._positions):
+            part = output_T[first : first + self._positions]
+            if self._weight_VD is not None:
+                part = part.to(self._weight_VD.device) @ self._weight_VD.T
+            elif self._head_alone:
+                part = loading.head_logits(self._model, part[None])[0, :, : self._vocab_size]
+            yield first, part
+
+    @torch.inference_mode()
+    def _can_call_head(self) -> bool:
+        """Whether the head by itself gives the model's logits, tried on a few tokens."""
+        ids_BT = torch.arange(_PROBE_TOKENS, device=self.device)[None] % self._vocab_size
+        expected = loading.logits(self._model, ids_BT)
+        try:
+            found = loading.head_logits(self._model, loading.hidden_states(self._model, ids_BT))
+        except (AttributeError, TypeError, ValueError, RuntimeError):  # it wants more from its body than hidden states
+            return False
+        return torch.equal(expected, found)

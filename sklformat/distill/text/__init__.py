@@ -1,0 +1,8 @@
+"""
+From text to the packed sequences that teacher and student read.
+
+corpus        tokenised documents on disk
+documents     text files, datasets and the standard library's source as documents
+fingerprints  what proves that two runs have the same tokenizer, tokens or text
+packing       sequences of equal length, packed from tokenised documents
+"""

@@ -1,0 +1,393 @@
+"""
+Tokenised documents on disk: written once, checked, read by many.
+
+Knows no model and no torch; a tokenizer comes in as a function from texts to token ids.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmap_ninja import RaggedMmap
+from mmap_ninja import numpy as ninja_arrays
+from numpy.typing import ArrayLike, NDArray
+
+from sklformat.distill.text.documents import (
+    Document,
+    cut_documents,
+    is_held_out,
+    read_documents,
+    split_documents,
+    standard_library_documents,
+)
+from sklformat.distill.text.fingerprints import (
+    corpus_fingerprint,
+    document_fingerprint,
+    joined,
+    text_fingerprint,
+    tokenizer_fingerprint,
+)
+from sklformat.errors import CorruptError, SettingsError, UnsupportedError
+from sklformat.files.directories import published
+
+__all__ = [
+    "Document",
+    "Encode",
+    "StoreFacts",
+    "TokenStore",
+    "copy_ragged",
+    "corpus_fingerprint",
+    "cut_documents",
+    "is_held_out",
+    "is_token_store",
+    "open_ninja",
+    "open_ragged",
+    "read_documents",
+    "split_documents",
+    "standard_library_documents",
+    "tokenizer_fingerprint",
+    "write_token_store",
+]
+
+STORE_VERSION = 1
+_FACTS_NAME = "store.json"
+_TOKENS_NAME = "tokens"
+_INDEX_ROOM = 1 << 20  # for the index files of a batch, and the file system's own
+_DOCUMENTS_PER_BATCH = 256  # tokenised together, and written to the store in one go
+
+
+Encode = Callable[[list[str]], Sequence[ArrayLike]]
+"""Texts to their token ids, without special tokens."""
+
+
+# --- token store ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreFacts:
+    """
+    What a token store says of itself in ``store.json``.
+
+    Attributes:
+        version: Version of the store's layout.
+        vocab_size: Every token id is below it.
+        num_documents: Documents with at least one token.
+        num_tokens: Tokens of all documents, separators not among them.
+        dtype: "uint16" when ``vocab_size`` allows, else "uint32".
+        corpus_fingerprint: ``corpus_fingerprint`` of the documents' tokens.
+        tokenizer_fingerprint: ``tokenizer_fingerprint`` of what made them.
+        text_fingerprint: XXH3-128 of the documents' names and texts.
+    """
+
+    version: int
+    vocab_size: int
+    num_documents: int
+    num_tokens: int
+    dtype: str
+    corpus_fingerprint: str
+    tokenizer_fingerprint: str
+    text_fingerprint: str
+
+
+class TokenStore:
+    """
+    Tokenised documents on disk, memory-mapped and read-only; ``store[d]`` is document d's tokens.
+
+    Args:
+        directory: What ``write_token_store`` wrote.
+
+    Raises:
+        FileNotFoundError: No store there.
+        CorruptError: Its files contradict each other; ``verify`` looks at every token as well.
+        UnsupportedError: A newer layout.
+
+    Attributes:
+        directory: Where it is.
+        facts: What it says of itself.
+        lengths: [num_documents] int64, tokens of each document.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.facts = _read_facts(self.directory)
+        # RaggedMmap makes a directory that is not there and believes its index, hence the checks around it.
+        if not (self.directory / _TOKENS_NAME).is_dir():
+            raise CorruptError("the tokens are missing; delete the store and make it again", path=self.directory)
+        try:
+            ragged = RaggedMmap(self.directory / _TOKENS_NAME, mode="r")
+            index = [np.asarray(part) for part in (ragged.starts, ragged.ends, ragged.flattened_shapes)]
+            shapes = np.asarray(ragged.shapes)
+            tokens = np.asarray(ragged.memmap)
+        except (FileNotFoundError, ValueError, TypeError, AttributeError, struct.error) as error:
+            raise _damaged(self.directory, f"cannot be opened: {error}") from error
+        starts, ends, lengths = index
+        facts = self.facts
+        if shapes.shape != (facts.num_documents, 1) or any(part.shape != shapes.shape[:1] for part in index):
+            raise _damaged(self.directory, f"the index is not one of {facts.num_documents} documents")
+        if tokens.dtype != facts.dtype or tokens.shape != (facts.num_tokens,):
+            found = f"{tokens.shape} of {tokens.dtype}"
+            raise _damaged(self.directory, f"holds {found} tokens, should be ({facts.num_tokens},) of {facts.dtype}")
+        if (lengths < 1).any() or (ends - starts != lengths).any() or (np.cumsum(lengths) != ends).any():
+            raise _damaged(self.directory, "the index does not cover the tokens one document after the other")
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self._ends = np.array(ends, dtype=np.int64)
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return self.facts.num_documents
+
+    def __getitem__(self, document: int) -> NDArray[np.unsignedinteger[Any]]:
+        """Tokens of one document, a read-only view of type ``facts.dtype``."""
+        end = self._ends[document]
+        return self._tokens[end - self.lengths[document] : end]
+
+    def verify(self) -> None:
+        """
+        Read every token and hold it against the store's fingerprint.
+
+        Raises:
+            CorruptError: They differ.
+        """
+        digits = corpus_fingerprint(self[document] for document in range(len(self)))
+        if digits != self.facts.corpus_fingerprint:
+            raise _damaged(self.directory, f"its tokens give {digits}, stored is {self.facts.corpus_fingerprint}")
+
+
+def is_token_store(directory: Path | str) -> bool:
+    """Whether a directory says that it is a token store, sound or not."""
+    return (Path(directory) / _FACTS_NAME).exists()
+
+
+def write_token_store(
+    directory: Path | str,
+    documents: Iterable[Document],
+    encode: Encode,
+    *,
+    vocab_size: int,
+    tokenizer_fingerprint: str,
+) -> TokenStore:
+    """
+    Tokenise documents once and keep them on disk; the store appears complete or not at all.
+
+    A store that is already there is used again if it was made of the same documents by the same tokenizer.
+    Documents without any token are left out.
+
+    Args:
+        directory: Where the store goes.
+        documents: Read once, in order.
+        encode: Texts to token ids.
+        vocab_size: Bound of the ids, in [1, 2^32].
+        tokenizer_fingerprint: ``tokenizer_fingerprint`` of what ``encode`` uses.
+
+    Returns:
+        The store, opened.
+
+    Raises:
+        ValueError: No tokens at all, or an id outside [0, vocab_size).
+        SettingsError: A store is there that was made of other documents or by another tokenizer.
+        InUseError: Another process writes it.
+        CorruptError, UnsupportedError: The store that is there cannot be read.
+        OSError: As the operating system reports it.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        return _found_again(directory, vocab_size, tokenizer_fingerprint, lambda: map(text_fingerprint, documents))
+    return _write(directory, _encoded(documents, encode), vocab_size, tokenizer_fingerprint)
+
+
+def copy_ragged(
+    directory: Path | str, source: Path | str, *, vocab_size: int, tokenizer_fingerprint: str
+) -> TokenStore:
+    """
+    Make a token store of a directory that ``mmap_ninja.RaggedMmap`` wrote: one array of token ids a document.
+
+    Such a directory knows neither its tokenizer nor a checksum, so every id is looked at, once.
+
+    Args:
+        directory: Where the store goes; one that was made of the same arrays is used again.
+        source: The RaggedMmap's directory.
+        vocab_size: Bound of the ids, in [1, 2^32].
+        tokenizer_fingerprint: Of the tokenizer that the caller says made them.
+
+    Returns:
+        The store, opened.
+
+    Raises:
+        FileNotFoundError: No RaggedMmap there.
+        CorruptError: Its files contradict each other.
+        ValueError, SettingsError, InUseError, OSError: As ``write_token_store``.
+    """
+    directory, source = Path(directory), Path(source)
+    documents = open_ragged(source)
+    if directory.exists():
+        return _found_again(
+            directory,
+            vocab_size,
+            tokenizer_fingerprint,
+            lambda: (document_fingerprint(ids) for ids in documents if ids.size),
+        )
+    numbered = ((f"{source}: document {i}", document_fingerprint(ids), ids) for i, ids in enumerate(documents))
+    return _write(directory, (part for part in numbered if part[2].size), vocab_size, tokenizer_fingerprint)
+
+
+def open_ragged(source: Path) -> Iterator[NDArray[np.integer[Any]]]:
+    """
+    The arrays of a RaggedMmap, views into it; checked at the call.
+
+    Raises:
+        FileNotFoundError: No RaggedMmap there.
+        CorruptError: Its files contradict each other, or hold no integers.
+    """
+    # RaggedMmap makes a directory that is not there and believes its index, hence the checks around it.
+    kind = source / "type.ninja"
+    if not kind.is_file() or kind.read_text() != "ragged":
+        raise FileNotFoundError(
+            f"{source} is no token store and no RaggedMmap of mmap_ninja: "
+            f"it has no {_FACTS_NAME}, and no type.ninja of a ragged one"
+        )
+    try:
+        ragged = RaggedMmap(source, mode="r")
+        starts, ends = (np.array(part, np.int64) for part in (ragged.starts, ragged.ends))
+        tokens = np.asarray(ragged.memmap)
+    except (FileNotFoundError, ValueError, TypeError, AttributeError, struct.error) as error:
+        raise CorruptError(f"cannot be opened as a RaggedMmap: {error}; make it again", path=source) from error
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise CorruptError(f"holds {tokens.dtype} of shape {tokens.shape}, must be token ids", path=source)
+    inside = starts.shape == ends.shape and (starts >= 0).all() and (starts <= ends).all()
+    if not inside or (ends.size and ends.max() > tokens.size):
+        raise CorruptError("its index points outside of its tokens; make it again", path=source)
+    return (tokens[start:end] for start, end in zip(starts, ends, strict=True))
+
+
+def _found_again(
+    directory: Path, vocab_size: int, tokenizer_fingerprint: str, texts: Callable[[], Iterable[str]]
+) -> TokenStore:
+    """The store that is there, if it is the one that would be made."""
+    store = TokenStore(directory)
+    for what, there, wanted in (
+        ("by another tokenizer", store.facts.tokenizer_fingerprint, tokenizer_fingerprint),
+        ("for another vocab_size", store.facts.vocab_size, vocab_size),
+        ("of other text", store.facts.text_fingerprint, joined(texts())),
+    ):
+        if there != wanted:
+            raise SettingsError(
+                f"{directory}: the tokens there were made {what} than is given now ({there}, now {wanted}); "
+                f"give what they were made with, use another directory, or delete this one"
+            )
+    return store
+
+
+def _encoded(documents: Iterable[Document], encode: Encode) -> Iterator[tuple[str, str, ArrayLike]]:
+    """Name, digest and token ids of each document."""
+    for batch in _batched(documents, _DOCUMENTS_PER_BATCH):
+        for document, ids in zip(batch, encode([document.text for document in batch]), strict=True):
+            yield document.name, text_fingerprint(document), ids
+
+
+def _check_room(directory: Path, size_bytes: int) -> None:
+    """RaggedMmap writes through a mapping: where the disk is full, that kills the process instead of failing."""
+    if shutil.disk_usage(directory).free < size_bytes:
+        raise OSError(
+            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}; the tokens need {size_bytes} bytes more", str(directory)
+        )
+
+
+def _write(
+    directory: Path, documents: Iterable[tuple[str, str, ArrayLike]], vocab_size: int, tokenizer_fingerprint: str
+) -> TokenStore:
+    if not 1 <= vocab_size <= 1 << 32:
+        raise ValueError(f"vocab_size must be in [1, 2^32], got {vocab_size}")
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    texts: list[str] = []
+    digests: list[str] = []
+    num_tokens = 0
+
+    def tokenised() -> Iterator[NDArray[np.unsignedinteger[Any]]]:
+        nonlocal num_tokens
+        for name, text, ids in documents:
+            texts.append(text)
+            tokens = _checked_ids(ids, vocab_size, name)
+            if tokens.size:
+                digests.append(document_fingerprint(tokens))
+                num_tokens += tokens.size
+                yield tokens.astype(dtype)
+
+    def with_room(partial: Path) -> Iterator[NDArray[np.unsignedinteger[Any]]]:
+        pending = 0  # bytes that RaggedMmap holds back until it has a batch
+        for number, tokens in enumerate(tokenised()):
+            pending = tokens.nbytes + (pending if number % _DOCUMENTS_PER_BATCH else 0)
+            _check_room(partial, pending + _INDEX_ROOM)
+            yield tokens
+
+    with published(directory) as partial:
+        RaggedMmap.from_generator(
+            partial / _TOKENS_NAME, with_room(partial), batch_size=_DOCUMENTS_PER_BATCH, verbose=False
+        )
+        if not digests:
+            raise ValueError("no text found: the documents hold no tokens")
+        facts = StoreFacts(
+            version=STORE_VERSION,
+            vocab_size=vocab_size,
+            num_documents=len(digests),
+            num_tokens=num_tokens,
+            dtype=dtype,
+            corpus_fingerprint=joined(digests),
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            text_fingerprint=joined(texts),
+        )
+        (partial / _FACTS_NAME).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
+        TokenStore(partial).verify()  # what was written is what was meant
+    return TokenStore(directory)
+
+
+def open_ninja(path: Path) -> Any:
+    """An mmap-ninja store, ragged or one array, read-only, whose [i] is its i-th array; None: this is no such store."""
+    if (path / "shapes_are_flat.ninja").is_file():
+        return RaggedMmap(path, mode="r")
+    return ninja_arrays.open_existing(path, mode="r") if (path / "data.ninja").is_file() else None
+
+
+def _read_facts(directory: Path) -> StoreFacts:
+    path = directory / _FACTS_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{directory} is no token store: it has no {_FACTS_NAME}") from None
+    except ValueError as error:
+        raise CorruptError(f"not JSON: {error}", path=path) from None
+    if isinstance(values, dict) and isinstance(values.get("version"), int) and values["version"] > STORE_VERSION:
+        raise UnsupportedError(f"store version {values['version']}, this package reads {STORE_VERSION}", path=path)
+    types = {name: int if annotation == "int" else str for name, annotation in StoreFacts.__annotations__.items()}
+    if not isinstance(values, dict) or {name: type(value) for name, value in values.items()} != types:
+        raise CorruptError(f"must hold exactly the fields {', '.join(types)}", path=path)
+    return StoreFacts(**values)
+
+
+def _damaged(directory: Path, what: str) -> CorruptError:
+    return CorruptError(f"token store is damaged: {what}; delete it and make it again", path=directory)
+
+
+def _checked_ids(ids: ArrayLike, vocab_size: int, name: str) -> NDArray[np.int64]:
+    tokens = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        raise ValueError(
+            f"{name}: token ids from {tokens.min()} to {tokens.max()} are not all in [0, {vocab_size}); "
+            f"vocab_size belongs to another tokenizer"
+        )
+    return tokens
+
+
+def _batched(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
+    iterator = iter(documents)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch

@@ -1,0 +1,9 @@
+"""
+Files wherever they lie, on disks, in memory or behind URLs; knows nothing of the format.
+
+copies       local copies of what was read behind URLs, bounded in bytes
+directories  directories that appear whole or not at all
+disk         append, sync, rename and lock, so that a crash loses nothing
+remote       the only door to fsspec: files behind URLs
+storage      the bytes of a sealed file: mapped, read piece by piece, or behind a URL
+"""

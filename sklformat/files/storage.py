@@ -1,0 +1,201 @@
+"""
+The bytes of a sealed file, wherever it lies: mapped into memory, read piece by piece, or behind a URL.
+
+Knows nothing of the format.  A mapping is the fastest way on a local disk.  Elsewhere a page that cannot be read kills
+the process, where a read fails with an error; so there, and where nobody knows, files are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import re
+import weakref
+from pathlib import Path
+from typing import Literal, Protocol
+
+from sklformat.errors import TruncatedError
+from sklformat.files import remote
+from sklformat.files.copies import LocalCopies
+from sklformat.native import address_of
+
+Place = Path | str
+"""A path of this machine, or a URL as a string."""
+Io = Literal["auto", "mmap", "pread"]
+
+_MOUNTS = Path("/proc/self/mountinfo")
+_LOCAL = {
+    *("apfs", "bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "hfsplus", "iso9660", "jfs"),
+    *("ntfs3", "overlay", "ramfs", "reiserfs", "squashfs", "tmpfs", "vfat", "xfs", "zfs"),
+}
+
+
+class OpenFile(Protocol):
+    """
+    A file open for reading; it is closed, or unmapped, when nobody refers to it any more, and so never while in use.
+
+    Attributes:
+        size: Bytes when it was opened.
+        address: Of its first byte in memory, where it is mapped; None: it is read.
+    """
+
+    size: int
+    address: int | None
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Some bytes, to be released by the caller; of a mapped file a view into the mapping, cut at its end."""
+        ...
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``offset`` on."""
+        ...
+
+
+class MappedFile:
+    """A file mapped read-only; damage of the medium, or a file cut short by another process, kills the process."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb", buffering=0) as file:
+            self.size = os.fstat(file.fileno()).st_size
+            if self.size == 0:
+                raise TruncatedError("the file is empty", path=path)
+            self._view = memoryview(mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ))
+        self.address: int | None = address_of(self._view)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        return self._view[offset : offset + length]
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        out[:] = self._view[offset : offset + len(out)]
+
+
+class ReadFile:
+    """A file that is read piece by piece; whatever happens to it is an error of the read that meets it."""
+
+    address: int | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        close = weakref.finalize(self, os.close, self._fd)
+        self.size = os.fstat(self._fd).st_size
+        if self.size == 0:
+            close()  # now: the error's traceback refers to this object
+            raise TruncatedError("the file is empty", path=path)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        data = memoryview(bytearray(length))
+        self.read_into(offset, data)
+        return data
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        done = 0
+        while done < len(out):
+            try:
+                count = os.preadv(self._fd, [out[done:]], offset + done)
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror} at byte {offset + done}", str(self.path)) from error
+            if count == 0:
+                raise TruncatedError(
+                    f"ends at byte {offset + done}, had {self.size} bytes when it was opened; it was cut short or "
+                    "written over: put it back, or capture it again",
+                    path=self.path,
+                    offset=offset + done,
+                )
+            done += count
+
+
+class RemoteFile:
+    """A file behind a URL, read by ranges through local copies."""
+
+    address: int | None = None
+
+    def __init__(self, url: str, size: int, identity: str, copies: LocalCopies) -> None:
+        self.url, self.size, self.identity, self.copies = url, size, identity, copies
+
+    def read(self, offset: int, length: int) -> memoryview:
+        return memoryview(self.copies.read(self.url, self.identity, self.size, offset, length))
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        out[:] = self.read(offset, len(out))
+
+
+def open_file(path: Path, io: Io) -> OpenFile:
+    """
+    Open a file of this machine.
+
+    Args:
+        path: The file.
+        io: "mmap" or "pread"; "auto": mmap on local file systems, pread on network and unknown ones.
+
+    Raises:
+        TruncatedError: It is empty.
+        OSError: As the operating system reports it.
+        ValueError: There is no such ``io``.
+    """
+    if io not in ("auto", "mmap", "pread"):
+        raise ValueError(f"io must be auto, mmap or pread, got {io!r}")
+    if io == "auto":
+        io = _io_of(path.resolve().parent)  # of the file itself, which a link may have elsewhere
+    return MappedFile(path) if io == "mmap" else ReadFile(path)
+
+
+@functools.lru_cache(maxsize=64)
+def _io_of(directory: Path) -> Io:
+    """How files of a directory are read."""
+    if not hasattr(os, "preadv"):
+        return "mmap"
+    mounts = _MOUNTS.read_text(errors="replace") if _MOUNTS.exists() else ""
+    return "mmap" if file_system(directory.resolve(), mounts) in _LOCAL else "pread"
+
+
+def file_system(path: Path, mounts: str) -> str:
+    """
+    Type of the file system that a path lies on, such as "ext4" or "nfs4"; "unknown" where no line says it.
+
+    Args:
+        path: Absolute, without links.
+        mounts: Text of /proc/self/mountinfo.
+    """
+    found, length = "unknown", -1
+    for line in mounts.splitlines():
+        fields, _, rest = line.partition(" - ")
+        words = fields.split()
+        if len(words) < 5 or not rest:
+            continue
+        point = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), words[4]))
+        # Of those that hold the path the innermost counts, and of those at one place the last: it covers the others.
+        if path.is_relative_to(point) and len(point.parts) >= length:
+            found, length = rest.split()[0], len(point.parts)
+    return found
+
+
+def join(directory: Place, name: str) -> Place:
+    """The file ``name`` of a directory."""
+    return directory / name if isinstance(directory, Path) else remote.join(directory, name)
+
+
+def beside(place: Place, name: str) -> Place:
+    """The file ``name`` in the directory of another."""
+    return place.with_name(name) if isinstance(place, Path) else remote.join(place.rpartition("/")[0], name)
+
+
+def name_of(place: Place) -> str:
+    """Name of a file in its directory."""
+    return place.name if isinstance(place, Path) else place.rpartition("/")[2]
+
+
+def exists(place: Place) -> bool:
+    """Say whether a file is there."""
+    return place.exists() if isinstance(place, Path) else remote.exists(place)
+
+
+def size_of(place: Place) -> int:
+    """Bytes of a file."""
+    return place.stat().st_size if isinstance(place, Path) else remote.size(place)
+
+
+def read_whole(place: Place) -> bytes:
+    """All bytes of a small file."""
+    return place.read_bytes() if isinstance(place, Path) else remote.read(place)

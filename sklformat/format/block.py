@@ -1,0 +1,300 @@
+"""
+One sequence as one block of a shard: header, payload, padding and their checksums.
+
+C lays out the payload, this module the 64 bytes before it; neither knows of files.  SPEC.md section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sklformat import native
+from sklformat.checksums import alignment, checksum, tokens_array
+from sklformat.errors import CorruptError, FormatError, TruncatedError, UnsupportedError
+from sklformat.format import layout
+from sklformat.format.header import Header
+from sklformat.format.records import Sequence, SparseTargets
+
+_MAX_SIZE = layout.block_size(layout.MAX_PAYLOAD_SIZE)
+_CHECKSUM_BEGIN, _CHECKSUM_END = next(
+    (field.offset, field.offset + field.size) for field in layout.BLOCK_FIELDS if field.name == "payload_checksum"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockHeader:
+    """The 64 bytes before a payload, checked."""
+
+    number: int
+    num_positions: int
+    num_records: int
+    payload_size: int
+    alignment: int
+    payload_checksum: int
+    block_checksum: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole block."""
+        return layout.block_size(self.payload_size)
+
+
+def encode_block(
+    header: Header,
+    key: int,
+    number: int,
+    tokens: ArrayLike,
+    targets: SparseTargets,
+    columns: Mapping[str, ArrayLike] | None = None,
+) -> tuple[memoryview, BlockHeader]:
+    """
+    Encode one sequence as block ``number`` of a shard.
+
+    Args:
+        header: Settings of the shard.
+        key: ``header.shard_key``, computed once by the caller.
+        number: 0-based place in the shard.
+        tokens: [T + 1] integer ids below vocab_size, T = targets.num_positions.
+        targets: Records; counts or weights as header.kind asks.
+        columns: One [T] array of finite values for each of header.columns.
+
+    Returns:
+        The block's bytes, and what its header says.
+
+    Raises:
+        ValueError: Anything a reader could not trust; the message names what, where and the values.
+
+    Source: SPEC section 5.
+    """
+    ids = tokens_array(tokens)
+    positions = targets.num_positions
+    _check_sizes(header, ids, positions)
+    if ids.max(initial=0) >= header.vocab_size:
+        place = int(np.argmax(ids >= header.vocab_size))
+        raise ValueError(f"token number {place} is {ids[place]}, vocab_size is {header.vocab_size}")
+    offsets, token_ids, codes = _codes(header, targets)
+    shape = block_shape(header, positions, int(token_ids.size))
+    payload_size = native.payload_size(shape)
+    if payload_size > layout.MAX_PAYLOAD_SIZE:
+        raise ValueError(f"payload of {payload_size} bytes, the format's limit is {layout.MAX_PAYLOAD_SIZE}")
+    data = np.zeros(layout.block_size(payload_size), np.uint8)
+    body = data[layout.BLOCK_HEADER_SIZE :]
+    stored = ids if header.token_size else None
+    try:
+        native.encode(shape, offsets, token_ids, codes, stored, _column_bits(header, columns, offsets), body)
+    except ValueError as error:
+        raise ValueError(f"{error} (vocab_size {header.vocab_size}, rounds {header.rounds})") from error
+    aligned, payload_checksum = alignment(ids), checksum(body.data, key)
+    packed = layout.pack(
+        layout.BLOCK_FIELDS,
+        {
+            "magic": layout.BLOCK_MAGIC,
+            "codec": layout.CODECS["plain"],
+            "block_number": number,
+            "num_positions": positions,
+            "num_records": shape.num_records,
+            "payload_size": payload_size,
+            "alignment": aligned,
+            "payload_checksum": payload_checksum,
+            "block_checksum": 0,
+        },
+    )
+    block_checksum = checksum(packed[:-8], key)
+    packed[-8:] = block_checksum.to_bytes(8, "little")
+    data[: layout.BLOCK_HEADER_SIZE] = np.frombuffer(packed, np.uint8)
+    return data.data, BlockHeader(
+        number, positions, shape.num_records, payload_size, aligned, payload_checksum, block_checksum
+    )
+
+
+def parse_block_header(data: bytes | memoryview, header: Header, key: int, number: int) -> BlockHeader:
+    """
+    Read and check the 64 bytes before a payload.
+
+    Raises:
+        TruncatedError: Fewer than 64 bytes.
+        UnsupportedError: A codec this version does not know.
+        CorruptError: Anything else that contradicts SPEC section 5.2.
+    """
+    if len(data) < layout.BLOCK_HEADER_SIZE:
+        raise TruncatedError(f"{len(data)} bytes, a block header has {layout.BLOCK_HEADER_SIZE}")
+    data = bytes(data[: layout.BLOCK_HEADER_SIZE])  # a copy: an error's traceback would keep the file mapped
+    values = layout.unpack(layout.BLOCK_FIELDS, data)
+    if values["magic"] != layout.BLOCK_MAGIC:
+        raise CorruptError(f"block magic is {values['magic'].hex(' ')}, must be {layout.BLOCK_MAGIC.hex(' ')}")
+    computed = checksum(data[:-8], key)
+    if computed != values["block_checksum"]:
+        raise CorruptError(f"block header checksum {values['block_checksum']:#018x} stored, {computed:#018x} computed")
+    if values["codec"] not in layout.CODECS.values():
+        raise UnsupportedError(f"codec {values['codec']} is not known to this version; install a newer sklformat")
+    if reserved := layout.first_nonzero_reserved(layout.BLOCK_FIELDS, values):
+        raise CorruptError(f"{reserved.name} of the block header is not zero")
+    if values["block_number"] != number:
+        raise CorruptError(f"block number {values['block_number']} stands where block {number} belongs")
+    positions = values["num_positions"]
+    if not 1 <= positions <= layout.MAX_POSITIONS or (header.seq_len and positions != header.seq_len):
+        raise CorruptError(f"block of {positions} positions, seq_len is {header.seq_len}")
+    try:
+        expected = native.payload_size(block_shape(header, positions, values["num_records"]))
+    except ValueError as error:
+        raise CorruptError(f"{values['num_records']} records in {positions} positions") from error
+    if values["payload_size"] != expected or expected > layout.MAX_PAYLOAD_SIZE:
+        raise CorruptError(f"payload_size {values['payload_size']} stored, {expected} follows from the counts")
+    return BlockHeader(
+        number,
+        positions,
+        values["num_records"],
+        values["payload_size"],
+        values["alignment"],
+        values["payload_checksum"],
+        values["block_checksum"],
+    )
+
+
+def is_sound(data: memoryview, expected: bytes, key: int) -> bool:
+    """
+    Whether a whole block has the expected header and both checksums are right; what is wrong is not named.
+
+    Args:
+        data: The block with its padding.
+        expected: Its header as the index implies it, but for the payload's checksum.
+        key: The shard's.
+    """
+    head = bytes(data[: layout.BLOCK_HEADER_SIZE])
+    begin, end = _CHECKSUM_BEGIN, _CHECKSUM_END
+    with data[layout.BLOCK_HEADER_SIZE :] as body:
+        return (
+            data.nbytes <= _MAX_SIZE
+            and head[:begin] == expected[:begin]
+            and head[end:] == expected[end:]
+            and checksum(head[:-8], key) == int.from_bytes(head[-8:], "little")
+            and checksum(body, key) == int.from_bytes(head[begin:end], "little")
+        )
+
+
+def check_payload(data: memoryview | bytes, block: BlockHeader, key: int) -> memoryview:
+    """
+    Checksum a whole block's payload and padding and return them.
+
+    Raises:
+        TruncatedError: The block ends early.
+        CorruptError: The checksum differs.
+    """
+    if len(data) < block.size:
+        raise TruncatedError(f"block of {block.size} bytes ends after {len(data)}")
+    body = memoryview(data)[layout.BLOCK_HEADER_SIZE : block.size]
+    computed = checksum(body, key)
+    if computed != block.payload_checksum:
+        body.release()  # the error's traceback would keep the file mapped
+        raise CorruptError(f"payload checksum {block.payload_checksum:#018x} stored, {computed:#018x} computed")
+    return body
+
+
+def decode_body(
+    header: Header, block: BlockHeader, body: memoryview, *, tokens: bool = True, columns: bool = True
+) -> Sequence:
+    """
+    Decode a checked payload; the result shares no memory with ``body``.
+
+    Raises:
+        CorruptError: Records, tokens or columns contradict SPEC sections 4 and 5.
+    """
+    shape = block_shape(header, block.num_positions, block.num_records)
+    offsets, token_ids, codes, ids, bits = native.decode(shape, body, tokens=tokens, columns=columns)
+    if header.kind == "counts":
+        targets = SparseTargets.trusted(token_ids, codes, None, offsets)
+    else:
+        weights = native.expand(offsets, codes, header.scale_log2)
+        targets = SparseTargets.trusted(token_ids, None, weights, offsets)
+    if ids is not None and alignment(ids) != block.alignment:
+        raise CorruptError(f"alignment checksum {block.alignment:#018x} stored, the tokens give {alignment(ids):#018x}")
+    values: dict[str, NDArray[np.float16]] = {}
+    if bits is not None:
+        values = dict(zip(header.columns, bits.view(np.float16), strict=True))
+        for name, column in values.items():
+            if fault := _column_fault(column, offsets):
+                raise CorruptError(f"column {name} holds {fault}")
+    return Sequence(ids, targets, values, block.alignment)
+
+
+def locate(error: FormatError, **place: object) -> FormatError:
+    """Say where a fault is: fill path, offset, section or sequence where they are not known yet."""
+    for name, value in place.items():
+        if getattr(error, name) is None:
+            setattr(error, name, value)
+    return error
+
+
+def _check_sizes(header: Header, ids: NDArray[np.uint32], positions: int) -> None:
+    if ids.size != positions + 1:
+        raise ValueError(
+            f"{ids.size} tokens and {positions} positions of records; a sequence of L tokens has exactly L - 1 records"
+        )
+    if header.seq_len and positions != header.seq_len:
+        raise ValueError(f"sequence of {positions} positions, the header's seq_len is {header.seq_len}")
+    if not 1 <= positions <= layout.MAX_POSITIONS:
+        raise ValueError(f"a sequence has 1..{layout.MAX_POSITIONS} positions, got {positions}")
+
+
+def _codes(header: Header, targets: SparseTargets) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint8]]:
+    """Counts as they are, weights as ratio codes."""
+    if header.kind == "counts":
+        if targets.counts is None:
+            raise ValueError("the header's kind is 'counts', the targets hold weights")
+        return targets.offsets, targets.token_ids, targets.counts
+    if targets.weights is None:
+        raise ValueError("the header's kind is 'ratios', the targets hold counts")
+    return native.quantise(targets.offsets, targets.token_ids, targets.weights, header.scale_log2)
+
+
+def block_shape(header: Header, num_positions: int, num_records: int) -> native.Shape:
+    """What fixes where the bytes of a payload lie."""
+    assert header.profile is not None
+    assert header.record_count_size is not None
+    assert header.token_size is not None
+    return native.Shape(
+        layout.KINDS[header.kind],
+        layout.PROFILES[header.profile],
+        header.record_count_size,
+        header.token_size,
+        len(header.columns),
+        header.vocab_size,
+        header.rounds,
+        num_positions,
+        num_records,
+    )
+
+
+def _column_bits(
+    header: Header, columns: Mapping[str, ArrayLike] | None, offsets: NDArray[np.int64]
+) -> NDArray[np.uint16] | None:
+    given = dict(columns or {})
+    if set(given) != set(header.columns):
+        raise ValueError(f"columns {sorted(given)} given, the header names {sorted(header.columns)}")
+    if not given:
+        return None
+    rows, num_positions = [], offsets.size - 1
+    for name in header.columns:
+        with np.errstate(over="ignore"):
+            values = np.asarray(given[name], np.float64).astype(np.float16)
+        if values.shape != (num_positions,):
+            raise ValueError(f"column {name} has shape {values.shape}, must be ({num_positions},)")
+        if fault := _column_fault(values, offsets):
+            raise ValueError(f"column {name} holds {fault}")
+        rows.append(values)
+    return np.ascontiguousarray(np.stack(rows)).view(np.uint16)
+
+
+def _column_fault(column: NDArray[np.float16], offsets: NDArray[np.int64]) -> str | None:
+    """What SPEC section 5.1 forbids in an optional column, or None."""
+    bad = np.flatnonzero(~np.isfinite(column))
+    if bad.size:
+        return f"a value at position {bad[0]} that is not finite in float16"
+    stray = np.flatnonzero((column != 0) & (offsets[1:] == offsets[:-1]))
+    if stray.size:
+        return f"{column[stray[0]]} at position {stray[0]}, which has no record; it must be 0"
+    return None

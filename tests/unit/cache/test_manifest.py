@@ -1,0 +1,174 @@
+"""The manifest: written in order and whole, read with distrust."""
+
+import json
+
+import pytest
+import reference
+from strategies import make_cache
+
+import sklformat as skl
+from sklformat.cache.manifest import read_manifest, write_manifest
+from sklformat.cache.reader import scan_directory
+from sklformat.format import layout
+
+
+@pytest.fixture
+def directory(tmp_path):
+    make_cache(tmp_path / "cache")
+    write_manifest(tmp_path / "cache", scan_directory(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def change(directory, how, *, digest=True):
+    """Change the manifest's object, and fit its digest."""
+    path = directory / "manifest.json"
+    body = json.loads(path.read_text())
+    how(body)
+    if digest:
+        body.pop("digest")
+        body["digest"] = f"{reference.xxh128(reference.canonical_json(body)):032x}"
+    path.write_text(json.dumps(body))
+
+
+def test_content_is_the_references(directory):
+    """The manifest says what section 11 says, and reads back as what the shards say of themselves."""
+    named = [(reference.decode_shard(p.read_bytes()), p.name) for p in sorted(directory.glob("*.skl"))]
+    assert reference.expected_manifest(named) == json.loads((directory / "manifest.json").read_text())
+    assert scan_directory(directory) == read_manifest(directory / "manifest.json")
+    assert len(reference.decode_cache(directory)) == 3
+
+
+def test_nothing_is_left_beside_it(directory):
+    """Writing leaves no temporary file."""
+    write_manifest(directory, scan_directory(directory))
+    assert len(list(directory.iterdir())) == 4
+
+
+def test_what_could_not_be_read_is_not_written(directory, monkeypatch):
+    """A manifest beyond the format's limit is refused when it is written, and the old one stays."""
+    before = (directory / "manifest.json").read_bytes()
+    monkeypatch.setattr(layout, "MAX_MANIFEST_SIZE", len(before) - 1)
+    with pytest.raises(ValueError, match=f"3 shards make a manifest of {len(before)} bytes"):
+        write_manifest(directory, scan_directory(directory))
+    assert before == (directory / "manifest.json").read_bytes()
+
+
+def test_gaps_are_not_written(directory):
+    """A manifest of shards with a gap is refused, and the old one stays."""
+    before = (directory / "manifest.json").read_bytes()
+    entries = scan_directory(directory)
+    with pytest.raises(skl.MissingShardError, match=r"sequences 3\.\.4 are missing"):
+        write_manifest(directory, [entries[0], entries[2]])
+    assert before == (directory / "manifest.json").read_bytes()
+
+
+def shard(place, **changes):
+    return lambda body: body["shards"][place].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        (lambda body: body.update(format="other"), skl.UnsupportedError, "not a manifest of a sklformat cache"),
+        (
+            lambda body: body.update(version=2),
+            skl.UnsupportedError,
+            "manifest version 2, this library reads 1; install",
+        ),
+        (lambda body: body.update(shards=[]), skl.CorruptError, "lists no shards"),
+        (lambda body: body.update(shards=[1]), skl.CorruptError, "lists no shards"),
+        (lambda body: body.update(fingerprint="0" * 32), skl.CorruptError, "fingerprint does not follow"),
+        (shard(0, more=1), skl.CorruptError, "a shard has fields"),
+        (shard(0, name="../a.skl"), skl.CorruptError, "'../a.skl' is not a plain file name"),
+        (shard(0, name=".."), skl.CorruptError, "is not a plain file name"),
+        (shard(0, name=""), skl.CorruptError, "is not a plain file name"),
+        (shard(0, name=7), skl.CorruptError, "shard name 7"),
+        (shard(0, num_sequences=-1), skl.CorruptError, r"a number of shard-00000.skl is not in 0\.\.2\*\*64 - 1"),
+        (shard(0, num_sequences=True), skl.CorruptError, "a number of"),
+        (shard(0, num_sequences=3.0), skl.CorruptError, "a number of"),
+        (shard(0, fingerprint="X"), skl.CorruptError, "fingerprint 'X' of shard-00000.skl is not 32"),
+        (lambda body: body.update(more=1), skl.CorruptError, r"has keys \['fingerprint', 'format', 'more', "),
+        (lambda body: body.pop("fingerprint"), skl.CorruptError, "has keys"),
+        (lambda body: body.update(version=True), skl.UnsupportedError, "manifest version True"),
+        (shard(2, num_sequences=2**63), skl.CorruptError, "has 9223372036854775808 sequences, the limit is 4294967295"),
+        (shard(1, first_sequence=2), skl.CorruptError, "begins at sequence 2, which an earlier shard holds"),
+        (shard(1, first_sequence=4), skl.MissingShardError, r"sequences 3\.\.3 are missing"),
+        (shard(1, shard_number=2), skl.CorruptError, "has shard_number 2, but it is number 1"),
+    ],
+)
+def test_lies_are_refused_on_opening(directory, how, error, message):
+    """A manifest that fits its digest and contradicts itself is refused, by name."""
+    change(directory, how)
+    with pytest.raises(error, match=message):
+        skl.open(directory)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        shard(2, num_sequences=5),
+        shard(2, num_records=1),
+        shard(2, size_bytes=1),
+        shard(2, name="shard-00000.skl"),
+        lambda body: [shard(1, num_sequences=3)(body), shard(2, first_sequence=6)(body)],
+    ],
+)
+def test_lies_about_a_shard_are_found_when_it_is_touched(directory, how):
+    """A manifest that says of a shard what the shard does not say is a CorruptError, never a wrong sequence."""
+    change(directory, how)
+    with skl.open(directory) as cache, pytest.raises(skl.CorruptError, match=r"is .*, .* expected"):
+        list(cache)
+
+
+@pytest.mark.parametrize("name", ["gone.skl", "a\0b.skl", "\udcff.skl", "x" * 300])
+def test_names_that_nothing_has(directory, name):
+    """A listed name that no file has, or can have, is a missing shard."""
+    change(directory, shard(2, name=name))
+    with skl.open(directory) as cache, pytest.raises((skl.MissingShardError, OSError)):
+        list(cache)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"format":' * 5_000, b'{"a":' + b"9" * 5000 + b"}"]
+)
+def test_garbage(directory, text):
+    """Anything that is no JSON is corrupt."""
+    (directory / "manifest.json").write_bytes(text)
+    with pytest.raises(skl.CorruptError, match=r"manifest\.json: manifest: not JSON"):
+        skl.open(directory)
+
+
+def test_nested_too_deep(directory):
+    """Nesting that can be read and not written again is corrupt like any other."""
+    for depth in range(100, 1100, 50):
+        text = '{"digest": 1, "format": "sklformat cache", "version": 1, "x": ' + "[" * depth + "]" * depth + "}"
+        (directory / "manifest.json").write_text(text)
+        with pytest.raises(skl.CorruptError):
+            skl.open(directory)
+
+
+@pytest.mark.parametrize("text", [b"[]", b"5", b"{}"])
+def test_other_json(directory, text):
+    """JSON that is no manifest is of an unsupported format."""
+    (directory / "manifest.json").write_bytes(text)
+    with pytest.raises(skl.UnsupportedError, match="not a manifest"):
+        skl.open(directory)
+
+
+def test_a_changed_manifest(directory):
+    """Without a fitting digest the manifest is refused; the message says how to go on without it."""
+    change(directory, shard(0, num_records=1), digest=False)
+    with pytest.raises(
+        skl.CorruptError, match=r"digest .* stored, .* computed; remove it to open the shards without it"
+    ):
+        skl.open(directory)
+    with pytest.raises(reference.CorruptError):
+        reference.decode_cache(directory)
+
+
+def test_a_huge_manifest(directory):
+    """A manifest beyond its limit is not read."""
+    with (directory / "manifest.json").open("r+b") as file:
+        file.truncate(2**28 + 1)
+    with pytest.raises(skl.CorruptError, match="larger than 268435456 bytes"):
+        skl.open(directory)

@@ -1,0 +1,156 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sklformat.distill.models import loading
+from sklformat.distill.student.evaluation import EvalConfig, evaluate
+from sklformat.distill.text.corpus import write_token_store
+from sklformat.distill.text.documents import Document
+from sklformat.distill.text.fingerprints import tokenizer_fingerprint
+from sklformat.distill.text.packing import PackedSequences
+from sklformat.errors import SettingsError
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
+
+
+def make_documents(count=12, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Document(f"d{i}.txt", " ".join(rng.choice(WORDS, 120))) for i in range(count)]
+
+
+def make_store(directory, tokenizer, documents):
+    return write_token_store(
+        directory,
+        documents,
+        lambda texts: loading.encode(tokenizer, texts),
+        vocab_size=loading.num_ids(tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+
+
+def make_model(directory, tokenizer, seed, **sizes):
+    sizes = {"vocab_size": loading.num_ids(tokenizer), "hidden_size": 16, "num_layers": 1, "num_heads": 2} | sizes
+    model = loading.new_llama(**sizes, max_positions=64, seed=seed, separator_id=loading.separator_id(tokenizer))
+    loading.save(model, tokenizer, directory)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluation")
+    documents = make_documents()
+    tokenizer = loading.train_tokenizer([d.text for d in documents], 300)
+    make_store(root / "tokens", tokenizer, documents)
+    make_model(root / "student", tokenizer, 0)
+    make_model(root / "teacher", tokenizer, 1)
+    return root
+
+
+def run(place, **changes):
+    values = {"student": str(place / "student"), "tokens": place / "tokens", "seq_len": 16} | changes
+    return evaluate(EvalConfig(**values), progress=False)
+
+
+def test_figures_are_those_of_the_logits(place):
+    """LM loss, agreement and overlap equal a float64 computation over all positions of all sequences."""
+    found = run(place, teacher=str(place / "teacher"), batch_size=3)
+    tokenizer = loading.load_tokenizer(place / "student")
+    packed = PackedSequences(place / "tokens", seq_len=16, separator_id=loading.separator_id(tokenizer), seed=0)
+    tokens = torch.from_numpy(np.stack([packed[i] for i in range(len(packed))]).astype(np.int64))
+    with torch.no_grad():
+        log_p, log_q = (
+            loading.load_model(place / name)(tokens[:, :-1]).logits.double().log_softmax(-1)
+            for name in ("student", "teacher")
+        )
+    assert len(packed) == found.num_sequences
+    assert len(packed) * 16 == found.num_tokens
+    loss = -log_p.gather(2, tokens[:, 1:, None]).mean()
+    assert float(loss) == pytest.approx(found.lm_loss, abs=1e-6)
+    overlap = torch.minimum(log_p.exp(), log_q.exp()).sum(-1).mean()
+    assert float(overlap) == pytest.approx(found.acceptance_rate, abs=1e-6)
+    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean()
+    assert float(agreement) == pytest.approx(found.top1_agreement, abs=1e-9)
+    gap = (log_p.max(-1).values.exp() - (log_p.argmax(-1) == tokens[:, 1:]).double()).mean()
+    assert float(gap) == pytest.approx(found.confidence_gap, abs=1e-6)
+
+
+def test_a_model_agrees_with_itself(place):
+    """Against itself as the teacher a model has top-1 agreement 1 and overlap 1."""
+    found = run(place, teacher=str(place / "student"), num_sequences=4)
+    assert found.top1_agreement == 1
+    assert found.acceptance_rate == pytest.approx(1, abs=1e-6)
+
+
+def test_result_is_the_json_file_and_any_batch_size_gives_it(place, tmp_path):
+    """The JSON file holds the returned figures; batching changes them by rounding alone."""
+    path = tmp_path / "deep" / "result.json"
+    found = run(place, num_sequences=5, out=path, ce_loss=6.0, full_loss=5.0)
+    stored = json.loads(path.read_text())
+    assert found.lm_loss == stored["lm_loss"]
+    assert found.reliability == stored["reliability"]
+    assert stored["top1_agreement"] is None
+    assert 100 * (6.0 - found.lm_loss) == pytest.approx(stored["percent_ce_to_full"])
+    assert found.lm_loss == pytest.approx(run(place, num_sequences=5, batch_size=2).lm_loss, abs=1e-6)
+    assert sum(entry["share"] for entry in found.reliability) == pytest.approx(1)
+
+
+def test_ids_beyond_the_vocabulary_do_not_count(place, tmp_path):
+    """A head padded to a round number is cut to the ids of the text before the softmax."""
+    tokenizer = loading.load_tokenizer(place / "student")
+    vocab_size = loading.num_ids(tokenizer)
+    padded = make_model(tmp_path / "padded", tokenizer, 0, vocab_size=vocab_size + 20)
+    with torch.no_grad():
+        padded.lm_head.weight[vocab_size:] = 100.0
+    loading.save(padded, tokenizer, tmp_path / "padded", replace=True)
+    assert run(place, student=str(tmp_path / "padded")).lm_loss < 10
+
+
+def test_another_tokenizer_is_refused(place, tmp_path):
+    """Text tokenised by another tokenizer than the model's stops before any figure; the message has both."""
+    other = loading.train_tokenizer(["completely different words " * 20], 290)
+    make_model(tmp_path / "other", other, 0)
+    for changes in ({"student": str(tmp_path / "other")}, {"teacher": str(tmp_path / "other")}):
+        with pytest.raises(SettingsError, match="another tokenizer") as caught:
+            run(place, **changes)
+        assert tokenizer_fingerprint(other) in str(caught.value)
+
+
+def test_a_teacher_of_another_tokenizer_is_named_beside_the_student(place, tmp_path):
+    """With a text instead of tokens the message speaks of the two models that differ, of no temporary directory."""
+    other = loading.train_tokenizer(["completely different words " * 20], 290)
+    make_model(tmp_path / "other", other, 0)
+    (tmp_path / "held-out.txt").write_text("alpha beta gamma " * 40)
+    with pytest.raises(SettingsError, match="another tokenizer") as caught:
+        run(place, tokens=None, text=(tmp_path / "held-out.txt",), teacher=str(tmp_path / "other"))
+    message = str(caught.value)
+    assert f"the teacher {tmp_path / 'other'} has another tokenizer than the student {place / 'student'}" in message
+    assert "sklformat-eval-" not in message
+
+
+def test_sequences_beyond_the_positions_of_a_model_are_refused(place, tmp_path):
+    """A length that student or teacher was not made for is refused by name, not measured."""
+    tokenizer = loading.load_tokenizer(place / "student")
+    model = loading.new_llama(
+        vocab_size=loading.num_ids(tokenizer), hidden_size=16, num_layers=1, num_heads=2, max_positions=8, seed=0
+    )
+    loading.save(model, tokenizer, tmp_path / "short")
+    for role in ("student", "teacher"):
+        with pytest.raises(ValueError, match="short: seq_len 16 is beyond the 8 positions"):
+            run(place, **{role: str(tmp_path / "short")})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_sequences": 10_000}, "asked for are 10000"),
+        ({"seq_len": 0}, "seq_len must be >= 1"),
+        ({"batch_size": 0}, "batch_size must be >= 1"),
+        ({"ce_loss": 1.0}, "belong together"),
+    ],
+)
+def test_wrong_arguments_are_refused(place, changes, words):
+    """A wrong argument is named with its value."""
+    with pytest.raises(ValueError, match=words):
+        run(place, **changes)

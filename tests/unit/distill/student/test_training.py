@@ -1,0 +1,390 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sklformat as skl
+from sklformat.distill.models import loading
+from sklformat.distill.student.training import train
+from sklformat.distill.text.corpus import write_token_store
+from sklformat.distill.text.documents import Document
+from sklformat.distill.text.fingerprints import tokenizer_fingerprint
+from sklformat.distill.text.packing import PackedSequences
+from sklformat.files.disk import locked_directory
+from sklformat.format.order import permute
+from sklformat.settings.train import TrainConfig, learning_rate_at
+
+SEQ_LEN = 16
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
+
+
+def write_cache(directory, packed, vocab_size, fingerprint, sampler, count):
+    """A cache whose records put 3/4 on the label and 1/4 on the next id, drawn or as Top-K."""
+    counts = sampler == "multinomial"
+    header = skl.Header(
+        vocab_size=vocab_size,
+        seq_len=SEQ_LEN,
+        kind="counts" if counts else "ratios",
+        rounds=8 if counts else 0,
+        sampler=sampler,
+        tokenizer_fingerprint=fingerprint,
+    )
+    directory.mkdir()
+    with skl.ShardWriter(directory / "shard-00000.skl", header=header) as writer:
+        for i in range(count):
+            tokens = packed[i]
+            ids = np.sort(np.stack([tokens[1:], (tokens[1:] + 1) % vocab_size], 1), axis=1)
+            on_label = ids == tokens[1:, None]
+            offsets = np.arange(SEQ_LEN + 1) * 2
+            if counts:
+                values = {"counts": np.where(on_label, 6, 2).ravel(), "token_ids": ids.ravel()}
+            else:
+                ids = np.stack([tokens[1:], (tokens[1:] + 1) % vocab_size], 1)
+                values = {"weights": np.tile([0.6, 0.2], SEQ_LEN), "token_ids": ids.ravel()}
+            writer.append(tokens, skl.SparseTargets(offsets=offsets, **values))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small only lose by a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("training")
+    rng = np.random.default_rng(0)
+    documents = [Document(f"d{i}.txt", " ".join(rng.choice(WORDS, 80))) for i in range(10)]
+    tokenizer = loading.train_tokenizer([d.text for d in documents], 290)
+    tokenizer.save_pretrained(root / "tokenizer")
+    vocab_size, fingerprint = loading.num_ids(tokenizer), tokenizer_fingerprint(tokenizer)
+    write_token_store(
+        root / "tokens",
+        documents,
+        lambda texts: loading.encode(tokenizer, texts),
+        vocab_size=vocab_size,
+        tokenizer_fingerprint=fingerprint,
+    )
+    packed = PackedSequences(
+        root / "tokens", seq_len=SEQ_LEN, separator_id=loading.separator_id(tokenizer), seed=0, count=20
+    )
+    write_cache(root / "random", packed, vocab_size, fingerprint, "multinomial", 20)
+    write_cache(root / "topk", packed, vocab_size, fingerprint, "topk", 20)
+    teacher = loading.new_llama(
+        vocab_size=vocab_size, hidden_size=24, num_layers=1, num_heads=2, max_positions=SEQ_LEN, seed=9
+    )
+    loading.save(teacher, tokenizer, root / "teacher")
+    return root
+
+
+def config_of(place, out, **changes):
+    values = {
+        "out": out,
+        "cache": place / "random",
+        "tokenizer": str(place / "tokenizer"),
+        "hidden_size": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "batch_size": 4,
+        "steps": 12,
+        "learning_rate": 1e-2,
+        "log_every": 1,
+        "save_every": 5,
+        "device": "cpu",
+    }
+    return TrainConfig(**(values | changes))
+
+
+def silent(*_):
+    pass
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(out):
+    return [(row["step"], row["loss"], row["gradient_norm"]) for row in log_of(out)]
+
+
+def stop_at(step):
+    def report(done, *_):
+        if done == step:
+            raise KeyboardInterrupt
+
+    return report
+
+
+METHODS = {
+    "ce": {},
+    "random_sampling": {},
+    "full": {},
+    "topk": {"cache": "topk"},
+    "topk_normalised": {"cache": "topk"},
+    "label_smoothing": {"cache": "topk"},
+    "ghost_token": {"cache": "topk"},
+    "naive_fix": {"cache": "topk"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_a_model_that_transformers_loads(place, tmp_path, method):
+    """Every method lowers its loss and leaves a model with its tokenizer in transformers' layout."""
+    changes = {"cache": place / METHODS[method].get("cache", "random")}
+    if method == "full":
+        changes["teacher"] = str(place / "teacher")
+    summary = train(config_of(place, tmp_path / "run", method=method, **changes), report=silent)
+    rows = log_of(tmp_path / "run")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["loss"] == summary.loss
+    assert summary.sequences == 48
+    model = AutoModelForCausalLM.from_pretrained(summary.model)
+    assert sum(p.numel() for p in model.parameters()) == summary.parameters
+    assert AutoTokenizer.from_pretrained(summary.model).eos_token == loading.END_OF_TEXT
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def first_batch(place):
+    tokenizer = loading.load_tokenizer(place / "tokenizer")
+    student = loading.new_llama(
+        vocab_size=loading.num_ids(tokenizer),
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        max_positions=SEQ_LEN,
+        seed=0,
+        separator_id=loading.separator_id(tokenizer),
+    )
+    dataset = skl.open(place / "random")
+    places = permute(range(4), 20, seed=0)
+    tokens = torch.from_numpy(np.stack([dataset[int(i)].tokens for i in places]).astype(np.int64))
+    return student.requires_grad_(False), tokens
+
+
+def test_first_loss_of_ce_is_cross_entropy(place, tmp_path):
+    """Method ce is torch's cross-entropy over the same sequences, in the order of SPEC section 12."""
+    train(config_of(place, tmp_path / "run", method="ce", steps=1), report=silent)
+    student, tokens = first_batch(place)
+    expected = cross_entropy(student(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert float(expected) == pytest.approx(log_of(tmp_path / "run")[0]["loss"], abs=1e-5)
+
+
+def test_first_loss_of_full_is_the_divergence_from_the_teacher(place, tmp_path):
+    """Method full is KL(teacher || student) with the teacher's own logits; ce_weight mixes cross-entropy in."""
+    student, tokens = first_batch(place)
+    teacher = loading.load_model(place / "teacher").requires_grad_(False)
+    log_p = student(tokens[:, :-1]).logits.log_softmax(-1)
+    log_t = teacher(tokens[:, :-1]).logits.log_softmax(-1)
+    divergence = float((log_t.exp() * (log_t - log_p)).sum(-1).mean())
+    ce = float(cross_entropy(log_p.flatten(0, 1), tokens[:, 1:].flatten()))
+    for weight in (0.0, 0.25):
+        out = tmp_path / f"run{weight}"
+        train(
+            config_of(place, out, method="full", teacher=str(place / "teacher"), steps=1, ce_weight=weight),
+            report=silent,
+        )
+        expected = (1 - weight) * divergence + weight * ce
+        assert expected == pytest.approx(log_of(out)[0]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("source", "stop"), [("cache", 3), ("cache", 7), ("tokens", 11)])
+def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, source, stop):
+    """A run stopped anywhere, also between checkpoints and across epochs, ends with the same losses and weights."""
+    changes = {"save_every": 4}
+    if source == "tokens":
+        changes |= {"cache": None, "tokens": place / "tokens", "seq_len": 64, "method": "ce"}
+    train(config_of(place, tmp_path / "whole", **changes), report=silent)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(place, tmp_path / "cut", **changes), report=stop_at(stop))
+    train(config_of(place, tmp_path / "cut", **changes), report=silent)
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "cut")
+    whole, cut = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_log_means_survive_a_stop(place, tmp_path):
+    """A line of the log is the mean since the line before, also when a stop came between the two."""
+    changes = {"log_every": 4, "save_every": 3}
+    train(config_of(place, tmp_path / "whole", **changes), report=silent)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(place, tmp_path / "cut", **changes), report=stop_at(8))
+    train(config_of(place, tmp_path / "cut", **changes), report=silent)
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "cut")
+    assert [4, 8, 12] == [row["step"] for row in log_of(tmp_path / "cut")]
+
+
+def test_workers_do_not_change_the_run(place, tmp_path):
+    """Reading ahead in other processes gives the same losses, bit for bit."""
+    train(config_of(place, tmp_path / "here"), report=silent)
+    train(config_of(place, tmp_path / "workers", num_workers=2), report=silent)
+    assert losses_of(tmp_path / "here") == losses_of(tmp_path / "workers")
+
+
+def test_accumulation_is_a_larger_batch(place, tmp_path):
+    """Two micro-batches of 2 make the step of one batch of 4."""
+    train(config_of(place, tmp_path / "whole", steps=4), report=silent)
+    train(config_of(place, tmp_path / "parts", steps=4, batch_size=2, accumulation=2), report=silent)
+    for whole, parts in zip(losses_of(tmp_path / "whole"), losses_of(tmp_path / "parts"), strict=True):
+        assert whole == pytest.approx(parts, abs=1e-4)
+
+
+def test_a_finished_run_is_not_trained_again(place, tmp_path):
+    """The same command on a finished run returns its summary and changes no byte."""
+    first = train(config_of(place, tmp_path / "run"), report=silent)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert first == train(config_of(place, tmp_path / "run"), report=stop_at(1))
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_other_settings_are_refused_with_both_values(place, tmp_path):
+    """A directory made with other settings is left alone; what does not change the model may differ."""
+    train(config_of(place, tmp_path / "run", steps=2), report=silent)
+    with pytest.raises(skl.SettingsError, match=r"learning_rate was 0\.01, asked for is 0\.5"):
+        train(config_of(place, tmp_path / "run", steps=2, learning_rate=0.5), report=silent)
+    with pytest.raises(skl.SettingsError, match="cache was"):
+        train(config_of(place, tmp_path / "run", steps=2, cache=place / "topk", method="ce"), report=silent)
+    train(config_of(place, tmp_path / "run", steps=2, save_every=1, log_every=2), report=silent)
+
+
+def test_a_run_knows_its_models_by_their_weights(place, tmp_path, monkeypatch):
+    """Other words for the same paths, or a copy, are the same run; a teacher or student made anew there is another."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("teacher", "student"):
+        shutil.copytree(place / "teacher", tmp_path / name)
+    given = {"method": "full", "teacher": "teacher", "student": "student", "tokenizer": "teacher", "steps": 1}
+    train(config_of(place, tmp_path / "run", **given), report=silent)
+    moved = {"teacher": "./teacher", "student": str(place / "teacher"), "tokenizer": str(place / "tokenizer")}
+    train(config_of(place, tmp_path / "run", **given | moved), report=silent)
+    model = loading.load_model(place / "teacher")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    for name in ("teacher", "student"):
+        shutil.copytree(place / "teacher", tmp_path / "as-it-was")
+        loading.save(model, loading.load_tokenizer(place / "teacher"), tmp_path / name, replace=True)
+        with pytest.raises(
+            skl.SettingsError, match=rf"settings: {name}_fingerprint was '\w+', asked for is '\w+'; use"
+        ):
+            train(config_of(place, tmp_path / "run", **given), report=silent)
+        shutil.rmtree(tmp_path / name)
+        (tmp_path / "as-it-was").rename(tmp_path / name)
+
+
+def test_a_directory_with_other_files_is_refused(place, tmp_path):
+    """A run never mixes with files that are not its own."""
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(skl.SettingsError, match=r"not empty and holds no run \(thesis\.tex is there\)"):
+        train(config_of(place, tmp_path), report=silent)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_directory_in_use_is_refused(place, tmp_path):
+    """Two processes never train into one directory."""
+    with locked_directory(tmp_path / "run"), pytest.raises(skl.InUseError, match="another process"):
+        train(config_of(place, tmp_path / "run"), report=silent)
+
+
+def test_another_tokenizer_is_refused(place, tmp_path):
+    """A student whose ids mean other tokens than the cache's stops before the first step."""
+    other = loading.train_tokenizer(["quite other words " * 30], 290)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(skl.SettingsError, match="another tokenizer") as caught:
+        train(config_of(place, tmp_path / "run", tokenizer=str(tmp_path / "other")), report=silent)
+    assert tokenizer_fingerprint(other) in str(caught.value)
+
+
+def test_a_narrow_student_is_refused(place, tmp_path):
+    """A student with fewer ids than the cache cannot learn from it; the message has both numbers."""
+    tokenizer = loading.load_tokenizer(place / "tokenizer")
+    narrow = loading.new_llama(vocab_size=100, hidden_size=16, num_layers=1, num_heads=2, max_positions=SEQ_LEN, seed=0)
+    loading.save(narrow, tokenizer, tmp_path / "narrow")
+    with pytest.raises(skl.SettingsError, match=r"vocabulary of 100, .* one of 2\d\d"):
+        train(config_of(place, tmp_path / "run", tokenizer=None, student=str(tmp_path / "narrow")), report=silent)
+
+
+def test_records_of_the_wrong_kind_are_refused(place, tmp_path):
+    """Top-K records are no random samples, and the other way round."""
+    with pytest.raises(skl.SettingsError, match="sampler topk, which method random_sampling does not fit"):
+        train(config_of(place, tmp_path / "a", cache=place / "topk"), report=silent)
+    with pytest.raises(skl.SettingsError, match="sampler multinomial, which method topk does not fit"):
+        train(config_of(place, tmp_path / "b", method="topk"), report=silent)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(place, tmp_path):
+    """A diverging run stops with the step and never overwrites its last checkpoint with NaN."""
+    with pytest.raises(ValueError, match=r"no longer finite at step \d+"):
+        train(config_of(place, tmp_path / "run", learning_rate=1e30, warmup=0.0, steps=40), report=silent)
+
+
+def test_a_damaged_checkpoint_is_named(place, tmp_path):
+    """A checkpoint that cannot be read is an error with its path, not a new start."""
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(place, tmp_path / "run"), report=stop_at(7))
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(skl.CorruptError, match=r"checkpoint\.pt"):
+        train(config_of(place, tmp_path / "run"), report=silent)
+
+
+def test_a_student_can_be_continued(place, tmp_path):
+    """--student goes on from a saved model: its first loss is where the other one ended, or below its start."""
+    first = train(config_of(place, tmp_path / "first"), report=silent)
+    train(
+        config_of(place, tmp_path / "second", student=str(first.model), tokenizer=None, steps=2, seed=1), report=silent
+    )
+    assert log_of(tmp_path / "second")[0]["loss"] < log_of(tmp_path / "first")[0]["loss"] - 0.5
+
+
+def test_bfloat16_stays_near_float32(place, tmp_path):
+    """Autocast to bfloat16 changes the losses by its rounding only; the weights stay float32."""
+    train(config_of(place, tmp_path / "f32", steps=3), report=silent)
+    summary = train(config_of(place, tmp_path / "bf16", steps=3, dtype="bfloat16"), report=silent)
+    for exact, rounded in zip(losses_of(tmp_path / "f32"), losses_of(tmp_path / "bf16"), strict=True):
+        assert exact[1] == pytest.approx(rounded[1], abs=0.05)
+    assert torch.float32 == loading.load_model(summary.model).lm_head.weight.dtype
+
+
+def test_learning_rate_rises_then_falls_to_a_tenth(place, tmp_path):
+    """A linear rise over the warm-up, the peak once, then a cosine down to a tenth."""
+    config = config_of(place, tmp_path, steps=100, warmup=0.1, learning_rate=1.0)
+    rates = [learning_rate_at(step, config) for step in range(100)]
+    assert [0.1, 0.2, 1.0, 1.0] == pytest.approx([rates[0], rates[1], rates[9], rates[10]])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.55, abs=1e-6)
+    assert rates[99] == pytest.approx(0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cache": None}, "exactly one of cache and tokens"),
+        ({"cache": None, "tokens": "t", "seq_len": 8}, "needs a cache"),
+        ({"seq_len": 8}, "seq_len belongs to tokens"),
+        ({"method": "full"}, "teacher belongs to method full"),
+        ({"method": "ce", "ce_weight": 0.5}, "method ce is all of it"),
+        ({"cache": None, "tokens": "t", "seq_len": 8, "method": "ce", "window": 2}, "belong to a cache, got 2 and 0"),
+        ({"hold_out": -1}, "hold_out must be >= 0, got -1"),
+        ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"num_heads": 3}, "does not divide"),
+        ({"warmup": 2.0}, r"warmup must be in \[0, 1\]"),
+        ({"learning_rate": 0.0}, "learning_rate must be > 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(place, tmp_path, changes, words):
+    """A wrong setting is named before anything is read or written."""
+    with pytest.raises(ValueError, match=words):
+        config_of(place, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_sequences_are_refused(place, tmp_path):
+    """A batch larger than the cache is an error with both numbers, not an endless wait."""
+    with pytest.raises(ValueError, match="20 sequences do not fill one batch of 64"):
+        train(config_of(place, tmp_path / "run", batch_size=64), report=silent)

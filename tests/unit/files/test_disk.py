@@ -1,0 +1,183 @@
+"""System calls of a writer: locks, short writes, atomic replacement."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from strategies import small_shard
+
+from sklformat.errors import InUseError
+from sklformat.files import disk
+
+
+def test_create_refuses_what_exists(tmp_path):
+    """create never opens a file that is there."""
+    os.close(disk.Disk().create(tmp_path / "a"))
+    with pytest.raises(FileExistsError):
+        disk.Disk().create(tmp_path / "a")
+
+
+def test_short_writes_go_on(tmp_path, monkeypatch):
+    """A write that the system cuts short goes on where it ended."""
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, memoryview(data)[:3], offset))
+    fd = disk.Disk().create(tmp_path / "a")
+    disk.Disk().write(fd, b"0123456789", 2)
+    os.close(fd)
+    assert (tmp_path / "a").read_bytes() == b"\0\x000123456789"
+
+
+def test_lock_is_exclusive(tmp_path):
+    """A second descriptor of a locked file is refused until the first is closed, and the message names the file."""
+    first = disk.Disk().create(tmp_path / "a")
+    disk.lock_named(first, tmp_path / "a")
+    second = disk.Disk().reopen(tmp_path / "a")
+    with pytest.raises(InUseError, match="a: another process is writing here; wait for it, or choose another place"):
+        disk.lock_named(second, tmp_path / "a")
+    os.close(first)
+    disk.lock_named(second, tmp_path / "a")
+    os.close(second)
+
+
+@pytest.mark.parametrize("successor", [False, True])
+def test_lock_of_a_file_that_was_renamed(tmp_path, successor):
+    """A file that lost its name between opening and locking is not taken, whether the name is free or used again."""
+    fd = disk.Disk().create(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    if successor:
+        (tmp_path / "a").touch()
+    with pytest.raises(InUseError, match="finished it just now; look again"):
+        disk.lock_named(fd, tmp_path / "a")
+    os.close(fd)
+
+
+def test_locked_directory(tmp_path):
+    """A directory is made, held against a second holder, and free again afterwards."""
+    path = tmp_path / "new" / "cache"
+    with (
+        disk.locked_directory(path),
+        pytest.raises(InUseError, match="cache: another process"),
+        disk.locked_directory(path),
+    ):
+        pass
+    with disk.locked_directory(path):
+        assert path.is_dir()
+
+
+def test_shared_directory(tmp_path):
+    """The processes of one run share a directory; another run, or one process that wants it alone, is refused."""
+    with disk.shared_directory(tmp_path / "c", "a"):
+        with disk.shared_directory(tmp_path / "c", "a"):
+            for other in (disk.shared_directory(tmp_path / "c", "b"), disk.locked_directory(tmp_path / "c")):
+                with pytest.raises(InUseError, match="c: another process is writing here"), other:
+                    pass
+        with pytest.raises(InUseError), disk.shared_directory(tmp_path / "c", "a longer name"):
+            pass
+    with (
+        disk.shared_directory(tmp_path / "c", "b"),
+        pytest.raises(InUseError),
+        disk.shared_directory(tmp_path / "c", "a"),
+    ):
+        pass
+
+
+def test_a_run_waits_for_the_one_before(tmp_path):
+    """With patience, another run's end is waited for; what inherits the descriptor holds the directory on."""
+    with disk.shared_directory(tmp_path, "a") as held:
+        inherited = os.dup(held)
+    thread = threading.Timer(0.1, os.close, [inherited])
+    with pytest.raises(InUseError), disk.shared_directory(tmp_path, "b"):
+        pass
+    thread.start()
+    with disk.shared_directory(tmp_path, "b", patience=30):
+        thread.join()
+
+
+def test_processes_of_a_run_come_at_once(tmp_path):
+    """However many processes of one run come at the same moment, all get in."""
+    code = "import sys; from pathlib import Path; from sklformat.files.disk import shared_directory as s\n"
+    code += "sys.stdin.read()\nwith s(Path(sys.argv[1]), 'run'): print('in', flush=True)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    start, hold = os.pipe()
+    processes = [subprocess.Popen(command, stdin=start, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    os.close(start)
+    os.close(hold)  # the end of all their inputs
+    assert ["in\n"] * 4 == [process.communicate()[0] for process in processes]
+
+
+def test_write_atomically(tmp_path, monkeypatch):
+    """The file is the old one or the new one; a failure leaves the old one and nothing beside it."""
+    path = tmp_path / "a"
+    disk.write_atomically(path, b"old")
+    disk.write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+
+    def fail(fd):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        disk.write_atomically(path, b"newer")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_replacement_leaves_nothing(tmp_path):
+    """What a writer left that was killed before the rename is taken over, whichever process comes next."""
+    code = """
+import os, signal, sys
+from pathlib import Path
+from sklformat.files import disk
+disk.Disk.rename = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+disk.write_atomically(Path(sys.argv[1]), b"long enough to show if it were not cut")
+"""
+    path = tmp_path / "a"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert -signal.SIGKILL == done.returncode
+    assert not path.exists()
+    disk.write_atomically(path, b"short")
+    assert b"short" == path.read_bytes()
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_two_replacements_at_once_are_refused(tmp_path):
+    """The temporary file is one writer's at a time."""
+    path = tmp_path / "a"
+    with (tmp_path / ".a.tmp").open("wb") as held:
+        disk.lock(held.fileno(), path)
+        with pytest.raises(InUseError, match="another process"):
+            disk.write_atomically(path, b"new")
+
+
+def test_sync_without_fdatasync(tmp_path, monkeypatch):
+    """Where the system has no fdatasync, as on macOS, fsync takes its place."""
+    synced = []
+    monkeypatch.delattr(os, "fdatasync")
+    monkeypatch.setattr(os, "fsync", synced.append)
+    disk.Disk().sync(7)
+    assert [7] == synced
+
+
+def test_reading_needs_no_locks(tmp_path):
+    """Where the system has no fcntl, shards are read; writing is refused with a typed error."""
+    (tmp_path / "a.skl").write_bytes(small_shard(2))
+    code = f"""
+import sys
+sys.modules["fcntl"] = None
+import sklformat as skl
+from pathlib import Path
+with skl.open(Path({str(tmp_path / "a.skl")!r})) as cache:
+    assert 2 == len([sequence.targets for sequence in cache])
+    header = cache.header
+try:
+    skl.ShardWriter(Path({str(tmp_path / "b.skl")!r}), header=header)
+except skl.UnsupportedError as error:
+    assert "b.skl.partial: writing needs file locks" in str(error), error
+else:
+    raise AssertionError("written without a lock")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (0, "") == (done.returncode, done.stderr)

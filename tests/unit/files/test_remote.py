@@ -1,0 +1,155 @@
+"""remote: URLs are told from paths, ranges are exact, an upload is believed only when it comes back."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sklformat as skl
+from sklformat.files import remote
+
+fsspec = pytest.importorskip("fsspec")
+
+DATA = bytes(range(256)) * 400
+
+
+@pytest.fixture
+def store():
+    """A directory in memory that no other test sees."""
+    fs = fsspec.filesystem("memory")
+    yield "memory://remote-test/cache"
+    if fs.exists("/remote-test"):
+        fs.rm("/remote-test", recursive=True)
+
+
+@pytest.fixture
+def local(tmp_path):
+    path = tmp_path / "shard-00000.skl"
+    path.write_bytes(DATA)
+    return path
+
+
+def test_urls_are_told_from_paths():
+    """What has a scheme and two slashes is a URL; a Path made from one is refused, since it lost a slash."""
+    for url in ("s3://b/c", "memory://x", "hf://datasets/a/b", "simplecache::s3://b/c", "file:///tmp/x"):
+        assert remote.is_url(url)
+    for path in ("cache", "/tmp/a", "./s3/b", "C:/cache", "a:b", Path("cache"), Path("/tmp/a:b"), Path("C:/cache")):
+        assert not remote.is_url(path)
+    with pytest.raises(ValueError, match="s3:/b/c: a URL must be given as a string"):
+        remote.is_url(Path("s3://b/c"))
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_what_is_uploaded_is_there(store, local, tmp_path, kind):
+    """Size, digest, ranges, listing and download show the local file; directories are made where a store has them."""
+    where = store if kind == "memory" else f"file://{tmp_path}/new/cache"
+    url = remote.join(where + "/", local.name)
+    assert not remote.exists(url)
+    assert [] == remote.list_names(where)
+    remote.upload(local, url)
+    assert remote.exists(url)
+    assert len(DATA) == remote.size(url)
+    assert DATA[1000:1300] == remote.read_range(url, 1000, 300)
+    assert b"" == remote.read_range(url, 5, 0)
+    assert DATA == remote.read(url)
+    assert [local.name] == remote.list_names(where)
+    file = io.BytesIO()
+    assert len(DATA) == remote.download(url, file)
+    assert DATA == file.getvalue()
+    local.write_bytes(b"other")
+    remote.upload(local, url)
+    assert b"other" == remote.read(url)
+    assert b"other" == local.read_bytes()
+
+
+def test_what_is_not_there_is_named(store):
+    """A missing file is FileNotFoundError with its URL, whatever is asked of it."""
+    url = remote.join(store, "none")
+    for ask in (remote.size, remote.read, remote.digest, lambda url: remote.read_range(url, 0, 4)):
+        with pytest.raises(FileNotFoundError, match=url):
+            ask(url)
+
+
+def test_a_range_beyond_the_end_is_refused(store, local):
+    """Fewer bytes than asked for are never given for all of them."""
+    url = remote.join(store, "x")
+    remote.upload(local, url)
+    with pytest.raises(skl.RemoteError, match=rf"{url}: asked for 10 bytes from byte {len(DATA) - 4} on, got 4"):
+        remote.read_range(url, len(DATA) - 4, 10)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (lambda data: data[:-1], rf"bytes {len(DATA) - 1} there, {len(DATA)} here"),
+        (lambda data: b"\1" + data[1:], "XXH3-128 .* there, .* here"),
+        (lambda data: None, "bytes nothing there"),
+    ],
+)
+def test_an_upload_that_does_not_come_back_is_an_error(store, local, monkeypatch, kept, message):
+    """A store that keeps less, other bytes or nothing without a word is found out, and the local file stays."""
+    memory = type(fsspec.filesystem("memory"))
+
+    def put_file(self, source, path, **kwargs):
+        data = kept(Path(source).read_bytes())
+        if data is not None:
+            self.pipe_file(path, data)
+
+    monkeypatch.setattr(memory, "put_file", put_file)
+    with pytest.raises(skl.RemoteError, match=message) as raised:
+        remote.upload(local, remote.join(store, "x"))
+    assert f"{local} is kept" in str(raised.value)
+    assert DATA == local.read_bytes()
+
+
+def test_a_store_that_fails_is_one_error(store, local, monkeypatch):
+    """Whatever a store's library raises becomes a RemoteError that names URL, cause and next action."""
+
+    class OddError(Exception):
+        pass
+
+    def fail(self, *args, **kwargs):
+        raise OddError("403\nForbidden")
+
+    for name, ask in (
+        ("put_file", lambda url: remote.upload(local, url)),
+        ("info", remote.exists),
+        ("ls", remote.list_names),
+        ("cat_file", lambda url: remote.read_range(url, 0, 1)),
+        ("_open", remote.digest),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(fsspec.filesystem("memory")), name, fail)
+            with pytest.raises(skl.RemoteError, match=rf"^{store}/x: cannot be .* \(403 Forbidden\); .*mend the cause"):
+                ask(f"{store}/x")
+
+
+def test_unknown_and_uninstalled_stores_are_named():
+    """A scheme that fsspec does not know, and one whose package is not installed, say so."""
+    with pytest.raises(skl.RemoteError, match=r"nostore://x: cannot be looked at \(Protocol not known: nostore"):
+        remote.exists("nostore://x")
+    code = """
+import sys
+sys.modules["s3fs"] = None
+from sklformat.files import remote
+remote.exists("s3://bucket/x")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "RemoteError: s3://bucket/x: cannot be looked at (Install s3fs" in done.stderr
+
+
+def test_without_fsspec():
+    """Without the extra, a URL is answered with the missing module's name, which the command line turns into advice."""
+    code = """
+import sys
+sys.modules["fsspec"] = None
+from sklformat.files import remote
+assert not remote.is_url("cache")
+remote.exists("s3://bucket/x")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ModuleNotFoundError" in done.stderr
+    assert "fsspec" in done.stderr
