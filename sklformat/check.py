@@ -7,7 +7,7 @@ Reads the indexes of the shards and the tokens, no records.  SPEC.md section 6.3
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +17,12 @@ from sklformat.cache.tokens import Tokens, TokenSource
 from sklformat.checksums import alignment
 from sklformat.errors import AlignmentError, UnsupportedError
 from sklformat.format.header import Header
+from sklformat.settings.inspection import CheckConfig
 
 Progress = Callable[[str, int, "int | None"], None]
 """Called with what is being done, the sequences done so far and in all."""
 
 _EVERY = 1024  # sequences between two words of progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckConfig:
-    """Prove that a cache was captured on exactly the tokens to be trained on: every sequence, before the first step."""
-
-    path: str
-    """Cache directory, or one .skl shard, or the URL of either."""
-
-    tokens: Path = field(metadata={"flag": "tokens"})
-    """The tokens: a .npy array [sequences, seq_len + 1], an mmap-ninja store of such sequences, or the token store that
-    sklformat cache wrote, which is packed again as the cache says."""
 
 
 @dataclass(frozen=True, kw_only=True)

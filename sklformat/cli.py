@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sklformat import SklError, __version__, recover, verify
@@ -23,6 +22,13 @@ from sklformat.cache.report import inspect
 from sklformat.capture.session import UNFINISHED_NAME
 from sklformat.flags import UsageError, parse
 from sklformat.format.layout import PARTIAL_SUFFIX
+from sklformat.settings.cache import CacheConfig
+from sklformat.settings.convert import ConvertConfig
+from sklformat.settings.demo import DemoConfig
+from sklformat.settings.estimate import EstimateConfig
+from sklformat.settings.eval import EvalConfig
+from sklformat.settings.inspection import CheckConfig, InspectConfig, RecoverConfig, VerifyConfig
+from sklformat.settings.train import TrainConfig
 
 DAMAGED = 3
 STOPPED = 130
@@ -42,30 +48,6 @@ _EXTRAS = {
     "datasets": "datasets",
     "accelerate": "large",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectConfig:
-    """Say what a cache holds: settings, sizes, where it comes from, whether it is biased. Reads headers only."""
-
-    path: str
-    """Cache directory, or one .skl shard, or the URL of either."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
-    """Check every byte of a cache. Damage is listed, one line each, and the exit status is then 3."""
-
-    path: str
-    """Cache directory, or one .skl shard."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoverConfig:
-    """Keep the whole sequences of an unfinished shard and cut its torn tail. Sealed shards are never changed."""
-
-    path: Path
-    """.skl.partial file, or a directory: every unfinished shard in it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -280,7 +262,7 @@ def _run_recover(name: str, arguments: list[str]) -> int:
 
 
 def _run_estimate(name: str, arguments: list[str]) -> int:
-    from sklformat.capture.estimates import EstimateConfig, estimate  # noqa: PLC0415
+    from sklformat.capture.estimates import estimate  # noqa: PLC0415
 
     config, as_json = parse(EstimateConfig, name, arguments)
     if config.teacher is not None:
@@ -298,13 +280,12 @@ class _Verb:
     after_stop: str = "run the same command again to go on"
 
 
-def _learning(module: str, config_name: str, function: str) -> Callable[[str, list[str]], int]:
-    """A verb of the learning side: its config, its function, its result."""
+def _learning(config_type: type[Any], module: str, function: str) -> Callable[[str, list[str]], int]:
+    """A verb of the learning side: its config, and the function that it calls; torch is loaded once the flags hold."""
 
     def run(name: str, arguments: list[str]) -> int:
-        loaded = importlib.import_module(f"sklformat.distill.{module}")
-        config, as_json = parse(getattr(loaded, config_name), name, arguments)
-        result = getattr(loaded, function)(config)
+        config, as_json = parse(config_type, name, arguments)
+        result = getattr(importlib.import_module(f"sklformat.distill.{module}"), function)(config)
         if os.environ.get("RANK", "0") == "0":  # torchrun's; every process has the same result
             _print_result(result, as_json=as_json)
         return 0
@@ -312,14 +293,13 @@ def _learning(module: str, config_name: str, function: str) -> Callable[[str, li
     return run
 
 
-def _long(module: str, config_name: str, function: str) -> Callable[[str, list[str]], int]:
-    """A verb that tells how many sequences it has done: its config, its function, its result."""
+def _long(config_type: type[Any], module: str, function: str) -> Callable[[str, list[str]], int]:
+    """A verb that tells how many sequences it has done: its config, and the function that it calls."""
 
     def run(name: str, arguments: list[str]) -> int:
-        loaded = importlib.import_module(f"sklformat.{module}")
-        config, as_json = parse(getattr(loaded, config_name), name, arguments, positional=True)
+        config, as_json = parse(config_type, name, arguments, positional=True)
         with _progress("seq") as tell:
-            result = getattr(loaded, function)(config, tell)
+            result = getattr(importlib.import_module(f"sklformat.{module}"), function)(config, tell)
         _print_result(result, as_json=as_json)
         return 0
 
@@ -327,21 +307,21 @@ def _long(module: str, config_name: str, function: str) -> Callable[[str, list[s
 
 
 _AGAIN = "nothing was changed"
-_CACHE = ("teacher.caching", "CacheConfig", "cache_teacher")
-_TRAIN = ("student.training", "TrainConfig", "train")
-_EVAL = ("student.evaluation", "EvalConfig", "evaluate")
-_DEMO = ("demo.stages", "DemoConfig", "run_demo")
-_CHECK = ("check", "CheckConfig", "check")
-_CONVERT = ("interop", "ConvertConfig", "convert")
+_CACHE = _learning(CacheConfig, "teacher.caching", "cache_teacher")
+_TRAIN = _learning(TrainConfig, "student.training", "train")
+_EVAL = _learning(EvalConfig, "student.evaluation", "evaluate")
+_DEMO = _learning(DemoConfig, "demo.stages", "run_demo")
+_CHECK = _long(CheckConfig, "check", "check")
+_CONVERT = _long(ConvertConfig, "interop", "convert")
 _VERBS = {
-    "cache": _Verb("run a teacher over text and keep its distributions", _learning(*_CACHE)),
+    "cache": _Verb("run a teacher over text and keep its distributions", _CACHE),
     "estimate": _Verb("say what a capture will cost", _run_estimate, _AGAIN),
-    "train": _Verb("train a student from a cache, from text or from a teacher", _learning(*_TRAIN)),
-    "eval": _Verb("measure a student on held-out text", _learning(*_EVAL), _AGAIN),
-    "demo": _Verb("the whole way once, to the paper's table", _learning(*_DEMO)),
+    "train": _Verb("train a student from a cache, from text or from a teacher", _TRAIN),
+    "eval": _Verb("measure a student on held-out text", _EVAL, _AGAIN),
+    "demo": _Verb("the whole way once, to the paper's table", _DEMO),
     "inspect": _Verb("say what a cache holds", _run_inspect, _AGAIN),
     "verify": _Verb("check every byte of a cache", _run_verify, _AGAIN),
     "recover": _Verb("keep the whole sequences of an unfinished shard", _run_recover),
-    "check": _Verb("prove that a cache and tokens belong together", _long(*_CHECK), _AGAIN),
-    "convert": _Verb("between caches and plain columns (npz, Parquet, JSONL)", _long(*_CONVERT)),
+    "check": _Verb("prove that a cache and tokens belong together", _CHECK, _AGAIN),
+    "convert": _Verb("between caches and plain columns (npz, Parquet, JSONL)", _CONVERT),
 }

@@ -12,6 +12,6 @@ sources     what is read, as one stream of checked sequences
 transforms  one kind of records to another
 """
 
-from sklformat.interop.conversion import ConvertConfig, Converted, convert
+from sklformat.interop.conversion import Converted, convert
 
-__all__ = ["ConvertConfig", "Converted", "convert"]
+__all__ = ["Converted", "convert"]

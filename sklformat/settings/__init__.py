@@ -1,5 +1,11 @@
 """
 The settings of every verb as dataclasses, one field a flag; imports no torch and runs nothing.
 
-train  sklformat train
+cache       sklformat cache
+convert     sklformat convert
+demo        sklformat demo
+estimate    sklformat estimate
+eval        sklformat eval
+inspection  sklformat inspect, verify, recover and check
+train       sklformat train
 """

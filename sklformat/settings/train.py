@@ -1,12 +1,7 @@
-"""
-What ``sklformat train`` can be told, and the learning rate that follows from it.
-
-Runs nothing.
-"""
+"""The settings of ``sklformat train``."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +9,6 @@ from typing import Literal
 Method = Literal[
     "ce", "random_sampling", "topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix", "full"
 ]
-FINAL_LEARNING_RATE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,13 +123,3 @@ class TrainConfig:
         for name in ("num_workers", "seed", "window", "hold_out"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-
-
-def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Learning rate of step ``step`` (0 is the first): a linear rise, then a cosine to a tenth of the peak."""
-    warmup_steps = math.ceil(config.warmup * config.steps)
-    if step < warmup_steps:
-        return config.learning_rate * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, config.steps - warmup_steps)
-    share = FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate * share

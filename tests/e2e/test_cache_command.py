@@ -13,13 +13,14 @@ from mmap_ninja import RaggedMmap
 from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
 
 import sklformat as skl
-from sklformat.capture.estimates import EstimateConfig, estimate
+from sklformat.capture.estimates import estimate
 from sklformat.cli import main
 from sklformat.distill.models import loading
 from sklformat.distill.teacher import drawing, forward
 from sklformat.distill.teacher.calibration import calibrate
 from sklformat.distill.text.corpus import read_documents
 from sklformat.files import remote
+from sklformat.settings.estimate import EstimateConfig
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,11 +16,12 @@ import sklformat as skl
 from sklformat.distill.models import loading
 from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
 from sklformat.distill.teacher import caching, drawing, forward
-from sklformat.distill.teacher.caching import CacheConfig, cache_teacher
+from sklformat.distill.teacher.caching import cache_teacher
 from sklformat.distill.teacher.ranks import Ranks
 from sklformat.distill.text.corpus import Document, TokenStore, read_documents, tokenizer_fingerprint, write_token_store
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.sampler import draw
+from sklformat.settings.cache import CacheConfig
 
 SEQ_LEN = 24
 

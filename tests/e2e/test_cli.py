@@ -136,9 +136,10 @@ def test_a_torn_shard_is_recovered(cache, tmp_path):
 
 
 def test_without_torch(cache):
-    """The format's verbs work where torch is missing; a verb that needs it says how to install it."""
+    """The format's verbs and all help work where torch is missing; a verb that needs it says how to install it."""
     assert 0 == sklformat("verify", cache, start=("-c", WITHOUT_TORCH))[0]
-    status, out, err = sklformat("train", "--help", start=("-c", WITHOUT_TORCH))
+    assert 0 == sklformat("train", "--help", start=("-c", WITHOUT_TORCH))[0]
+    status, out, err = sklformat("train", "--cache", cache, "--out", cache, start=("-c", WITHOUT_TORCH))
     assert (1, "") == (status, out)
     assert "sklformat train: this needs torch; install it: pip install 'sklformat[train]'\n" == err
 

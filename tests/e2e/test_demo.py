@@ -13,12 +13,14 @@ import torch
 
 import sklformat as skl
 from sklformat.distill.demo import stages
-from sklformat.distill.demo.stages import DemoConfig, run_demo
+from sklformat.distill.demo.stages import run_demo
+from sklformat.settings.demo import DemoConfig
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from sklformat.distill.demo import DemoConfig, run_demo
+from sklformat.distill.demo.stages import run_demo
+from sklformat.settings.demo import DemoConfig
 
 if __name__ == "__main__":
     try:

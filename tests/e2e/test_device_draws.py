@@ -10,7 +10,8 @@ from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
 import sklformat as skl
 from sklformat.distill.models import loading
 from sklformat.distill.teacher import caching, gpu_sampler
-from sklformat.distill.teacher.caching import CacheConfig, cache_teacher
+from sklformat.distill.teacher.caching import cache_teacher
+from sklformat.settings.cache import CacheConfig
 
 COUNT, ROUNDS = 14, 20
 

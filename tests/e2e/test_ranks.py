@@ -13,7 +13,8 @@ import torch
 from teacher_data import SEQ_LEN, write_teacher, write_text
 
 import sklformat as skl
-from sklformat.distill.teacher.caching import CacheConfig, cache_teacher
+from sklformat.distill.teacher.caching import cache_teacher
+from sklformat.settings.cache import CacheConfig
 
 TESTS = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")

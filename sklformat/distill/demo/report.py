@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sklformat.distill.student.evaluation import EvalConfig, Evaluation
-from sklformat.distill.teacher.caching import CacheConfig
+from sklformat.distill.student.evaluation import Evaluation
+from sklformat.settings.cache import CacheConfig
+from sklformat.settings.eval import EvalConfig
 from sklformat.settings.train import TrainConfig
 
 

@@ -24,7 +24,6 @@ from sklformat.cache.report import inspect, verify
 from sklformat.distill.demo.plan import (
     SIZES,
     TOPK,
-    DemoConfig,
     Size,
     Student,
     cache_configs,
@@ -37,9 +36,9 @@ from sklformat.distill.losses.metrics import percent_ce_to_full
 from sklformat.distill.models import loading
 from sklformat.distill.models.devices import available_cores
 from sklformat.distill.student import runs
-from sklformat.distill.student.evaluation import EvalConfig, Evaluation, evaluate
+from sklformat.distill.student.evaluation import Evaluation, evaluate
 from sklformat.distill.student.training import train
-from sklformat.distill.teacher.caching import CacheConfig, cache_teacher
+from sklformat.distill.teacher.caching import cache_teacher
 from sklformat.distill.text.corpus import write_token_store
 from sklformat.distill.text.documents import (
     Document,
@@ -54,6 +53,9 @@ from sklformat.errors import CorruptError
 from sklformat.files.directories import published
 from sklformat.files.disk import write_atomically
 from sklformat.plot import plot_comparison
+from sklformat.settings.cache import CacheConfig
+from sklformat.settings.demo import DemoConfig
+from sklformat.settings.eval import EvalConfig
 from sklformat.settings.train import TrainConfig
 
 _UNIQUE_TOKENS = 12.0

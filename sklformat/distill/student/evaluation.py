@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -29,62 +29,7 @@ from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.files.disk import write_atomically
 from sklformat.format import order
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    """Measure a student on held-out text: LM loss, calibration and, with a teacher, how far the two agree."""
-
-    student: str
-    """Model to measure, path or name of a transformers model with its tokenizer."""
-
-    seq_len: int
-    """Positions a sequence; take what the student was trained with."""
-
-    text: tuple[Path, ...] = ()
-    """Held-out text: files (UTF-8, or .jsonl with a field "text") and directories of them."""
-
-    tokens: Path | None = None
-    """Token store of the held-out text, instead of the text."""
-
-    packing_seed: int = 0
-    """Seed of the order in which documents are packed, and of the choice of sequences."""
-
-    num_sequences: int = 0
-    """Sequences to measure on, spread over the text; 0: all."""
-
-    teacher: str | None = None
-    """Teacher to compare with, path or name of a transformers model of the same tokenizer."""
-
-    ce_loss: float | None = None
-    """LM loss of the student trained with cross-entropy, nats a token; with --full-loss for "% CE to FullKD"."""
-
-    full_loss: float | None = None
-    """LM loss of the student trained on the teacher's whole distributions, nats a token."""
-
-    bins: int = 15
-    """Confidence bins of the calibration error, of equal width."""
-
-    batch_size: int = 4
-    """Sequences at once; their logits are held in memory."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the models' weights in memory; the metrics are computed in float32."""
-
-    device: str = "auto"
-    """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one."""
-
-    out: Path | None = None
-    """JSON file for the result; none: not written."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("seq_len", 1), ("num_sequences", 0), ("bins", 1), ("batch_size", 1), ("packing_seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if bool(self.text) == (self.tokens is not None):
-            raise ValueError("give either text or tokens (a token store)")
-        if (self.ce_loss is None) != (self.full_loss is None):
-            raise ValueError("ce_loss and full_loss belong together: give both or none")
+from sklformat.settings.eval import EvalConfig
 
 
 class ReliabilityBin(TypedDict):

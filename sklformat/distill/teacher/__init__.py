@@ -6,7 +6,7 @@ calibration    a short capture, to know what a long one will cost
 drawing        records of whole sequences, drawn by C on the host
 forward        hidden states of a batch, then logits a slice of positions at a time
 gpu_sampler    counted draws on the device that holds the logits
-provenance     what a capture can be told, and what of it a header says
+provenance     what a shard's header says of its capture
 ranks          the processes that capture one cache together
 token_sources  text, a dataset or a token store as packed sequences
 """

@@ -35,7 +35,7 @@ from sklformat.distill.teacher import gpu_sampler
 from sklformat.distill.teacher.drawing import Drawer
 from sklformat.distill.teacher.forward import Teacher
 from sklformat.distill.teacher.gpu_sampler import DeviceSampler, Draws
-from sklformat.distill.teacher.provenance import CacheConfig, agree_on_versions, make_header
+from sklformat.distill.teacher.provenance import agree_on_versions, make_header
 from sklformat.distill.teacher.ranks import Ranks, joined, stoppable
 from sklformat.distill.teacher.token_sources import TOKENS_NAME, TokenSource
 from sklformat.distill.text.packing import PackedSequences
@@ -44,6 +44,7 @@ from sklformat.files import remote
 from sklformat.files.directories import refuse_foreign
 from sklformat.files.disk import shared_directory
 from sklformat.format.header import Header
+from sklformat.settings.cache import CacheConfig
 
 __all__ = ["TOKENS_NAME", "CacheConfig", "Cached", "cache_teacher"]
 

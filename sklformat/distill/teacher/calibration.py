@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 from sklformat.cache.reader import open_cache
-from sklformat.capture.estimates import EstimateConfig
 from sklformat.distill.teacher.caching import cache_teacher
-from sklformat.distill.teacher.provenance import CacheConfig
+from sklformat.settings.cache import CacheConfig
+from sklformat.settings.estimate import EstimateConfig
 
 
 def calibrate(config: EstimateConfig) -> EstimateConfig:

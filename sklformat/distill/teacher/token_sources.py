@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from sklformat.distill.models import loading
-from sklformat.distill.teacher.provenance import CacheConfig
 from sklformat.distill.text.corpus import (
     Document,
     TokenStore,
@@ -26,6 +25,7 @@ from sklformat.distill.text.corpus import (
 from sklformat.distill.text.documents import read_dataset
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
+from sklformat.settings.cache import CacheConfig
 
 TOKENS_NAME = "tokens"
 """Directory of the token store inside a cache that was made from text."""

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import sklformat as skl
-from sklformat.capture.estimates import EstimateConfig, block_size, estimate
+from sklformat.capture.estimates import block_size, estimate
+from sklformat.settings.estimate import EstimateConfig
 
 
 def test_size_is_that_of_a_real_cache(tmp_path):

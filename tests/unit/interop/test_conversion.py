@@ -12,9 +12,10 @@ import sklformat as skl
 from sklformat.cache.manifest import write_manifest
 from sklformat.cache.reader import scan_directory
 from sklformat.files.disk import locked_directory
-from sklformat.interop import ConvertConfig, convert
+from sklformat.interop import convert
 from sklformat.interop.columns import Row
 from sklformat.interop.plain import check_row
+from sklformat.settings.convert import ConvertConfig
 
 FILES = ("c.npz", "c.parquet", "c.jsonl")
 SEQ_LEN = 7

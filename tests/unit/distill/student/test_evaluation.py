@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from sklformat.distill.models import loading
-from sklformat.distill.student.evaluation import EvalConfig, evaluate
+from sklformat.distill.student.evaluation import evaluate
 from sklformat.distill.text.corpus import write_token_store
 from sklformat.distill.text.documents import Document
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
+from sklformat.settings.eval import EvalConfig
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sklformat as skl
 from sklformat.distill.models import loading
+from sklformat.distill.student.schedule import learning_rate_at
 from sklformat.distill.student.training import train
 from sklformat.distill.text.corpus import write_token_store
 from sklformat.distill.text.documents import Document
@@ -16,7 +17,7 @@ from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.files.disk import locked_directory
 from sklformat.format.order import permute
-from sklformat.settings.train import TrainConfig, learning_rate_at
+from sklformat.settings.train import TrainConfig
 
 SEQ_LEN = 16
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]

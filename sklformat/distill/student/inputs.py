@@ -1,0 +1,119 @@
+"""
+What a training run starts from: its batches, its student and teacher, and the settings that the result depends on.
+
+Trains nothing; refuses what does not belong together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sklformat.distill.models import heads, loading
+from sklformat.distill.models.identities import model_fingerprint
+from sklformat.distill.student import streams
+from sklformat.distill.text.fingerprints import tokenizer_fingerprint
+from sklformat.errors import SettingsError
+from sklformat.settings.train import TrainConfig
+
+_RAGGED_POSITIONS = 4096  # of a new Llama that learns from sequences of any length
+_TOPK_METHODS = ("topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix")
+# What the finished model does not depend on; a run may go on with other values of these.
+_FREE_FIELDS = ("out", "device", "num_workers", "save_every", "log_every", "batch_size", "accumulation")
+# Paths and names, which say nothing of what is there; its fingerprints stand for them.
+_FINGERPRINTED_FIELDS = ("cache", "tokens", "student", "teacher", "tokenizer")
+
+
+def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stream:
+    """
+    The batches of a run, from its cache or its token store.
+
+    Raises:
+        SettingsError: The records do not fit the method; or as ``streams.open_cache`` and ``streams.open_tokens``.
+    """
+    tokenizer = config.tokenizer or config.student or config.teacher
+    share = {"batch_size": config.batch_size, "seed": config.seed, "rank": rank, "world_size": world_size}
+    if config.tokens is not None:
+        return streams.open_tokens(
+            config.tokens, tokenizer=tokenizer, seq_len=config.seq_len, packing_seed=config.packing_seed, **share
+        )
+    assert config.cache is not None
+    stream = streams.open_cache(
+        config.cache, tokenizer=tokenizer, window=config.window or None, hold_out=config.hold_out, **share
+    )
+    if config.method not in ("ce", "full") and stream.sampler != "unknown":
+        fitting = _TOPK_METHODS if stream.sampler in ("topk", "topp") else ("random_sampling",)
+        if config.method not in fitting:
+            raise SettingsError(
+                f"{config.cache} holds records of sampler {stream.sampler}, which method {config.method} does not fit; "
+                f"use method {', '.join((*fitting, 'ce'))} or full, or another cache"
+            )
+    return stream
+
+
+def load_student(config: TrainConfig, stream: streams.Stream) -> Any:
+    """
+    The student that a run starts from: loaded, or a new Llama.
+
+    Raises:
+        SettingsError: Its vocabulary, head or length does not fit the stream.
+    """
+    if config.student is None:
+        return loading.new_llama(
+            vocab_size=stream.vocab_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            max_positions=stream.seq_len or _RAGGED_POSITIONS,
+            seed=config.seed,
+            separator_id=loading.separator_id(stream.tokenizer),
+        )
+    student = loading.load_model(config.student)
+    width = loading.lm_head_weight(student).shape[0]
+    if width < stream.vocab_size:
+        raise SettingsError(
+            f"the student {config.student} has a vocabulary of {width}, {stream.source} one of {stream.vocab_size}; "
+            "widen the student's embedding, or take a cache of its own tokenizer"
+        )
+    loading.check_fit(stream.tokenizer, student, seq_len=stream.seq_len or None)
+    heads.check_linear_head(student)
+    return student.train()
+
+
+def load_teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> Any:
+    """
+    The teacher of method full.
+
+    Raises:
+        SettingsError: Its vocabulary, head or length does not fit the stream and the student.
+    """
+    assert config.teacher is not None
+    teacher = loading.load_model(config.teacher)
+    widths = [loading.lm_head_weight(model).shape[0] for model in (teacher, student)]
+    if widths[0] < stream.vocab_size or widths[1] != stream.vocab_size:
+        raise SettingsError(
+            f"method full compares teacher and student entry by entry over the {stream.vocab_size} ids of "
+            f"{stream.source}: the teacher {config.teacher} has {widths[0]} (needs at least as many), the student "
+            f"{widths[1]} (needs just as many)"
+        )
+    loading.check_fit(stream.tokenizer, teacher, seq_len=stream.seq_len or None)
+    heads.check_linear_head(teacher)
+    return teacher
+
+
+def settings_of(
+    config: TrainConfig, stream: streams.Stream, world_size: int, student: Any, teacher: Any
+) -> dict[str, Any]:
+    """
+    What the finished model depends on.
+
+    Data, models and tokenizer by fingerprint: moved, they are the same; made anew at the same place, they are not.
+    """
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_FIELDS}
+    values = {name: value for name, value in values.items() if name not in _FINGERPRINTED_FIELDS} | stream.identity
+    given = {
+        "student_fingerprint": None if config.student is None else model_fingerprint(student),
+        "teacher_fingerprint": None if teacher is None else model_fingerprint(teacher),
+        "tokenizer_fingerprint": tokenizer_fingerprint(stream.tokenizer),
+    }
+    return values | given | {"sequences_per_step": config.batch_size * config.accumulation * world_size}

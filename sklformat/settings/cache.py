@@ -1,0 +1,186 @@
+"""The settings of ``sklformat cache``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sklformat.files import remote
+from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, MAX_ROUNDS
+
+ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """
+    Run a teacher over text and keep sparse records of its predictions; given again, it goes on where it stopped.
+
+    Many GPUs: torchrun --nproc-per-node 8 -m sklformat cache …, on one machine or many.
+    """
+
+    teacher: str
+    """Teacher: a directory saved by transformers' save_pretrained, or a Hugging Face name, or name@revision. Its tokenizer is used."""  # noqa: E501
+
+    out: str | Path
+    """Cache: a directory, or a URL (s3://, gs://, hf://, …). One that a stopped run left is gone on with."""
+
+    work_dir: Path | None = None
+    """With a URL: directory here for the shards that are not uploaded yet."""
+
+    text: tuple[Path, ...] = ()
+    """Text to run over: files (UTF-8, or .jsonl with a field "text") and directories of them."""
+
+    dataset: tuple[str, ...] = ()
+    """Hugging Face dataset to run over instead: name and, where it has several, configuration; or its directory."""
+
+    dataset_split: str = "train"
+    """Part of the dataset."""
+
+    dataset_field: str = "text"
+    """Column of the dataset that holds the text."""
+
+    tokens: Path | None = None
+    """Tokens to run over instead, made earlier with the teacher's tokenizer: a token store, or a RaggedMmap of mmap_ninja."""  # noqa: E501
+
+    seq_len: int = 1024
+    """Positions in a sequence; the student must train on the same."""
+
+    num_sequences: int | None = None
+    """How many sequences to cache. None: all that the text gives."""
+
+    first_sequence: int = 0
+    """Number of the packed sequence that becomes sequence 0 of the cache."""
+
+    sampler: Literal["multinomial", "systematic", "topk", "topp"] = "multinomial"
+    """How records are taken from the teacher's distribution. The first two are unbiased, the others are not."""
+
+    rounds: int = 50
+    """Draws a position, for multinomial and systematic."""
+
+    k: int | None = None
+    """Tokens kept a position, for topk; bound of the tokens kept, for topp."""
+
+    p: float | None = None
+    """Share of the probability kept, in (0, 1], for topp."""
+
+    proposal_temperature: float = 1.0
+    """Exponent t of the proposal q ∝ p^t that tokens are drawn from; 1: the teacher's distribution, kept as counts."""
+
+    unbiased_weights: bool = False
+    """With a proposal: weights p / q / rounds as they are, unbiased; else divided by their sum, as in the paper."""
+
+    seed: int = 0
+    """Seed of the draws."""
+
+    packing_seed: int = 0
+    """Seed of the order in which documents are packed; the student must pack by the same."""
+
+    sequences_per_shard: int = 1024
+    """Sequences in one file."""
+
+    batch_size: int = 8
+    """Sequences in one forward pass of the teacher. Logits depend on it in their last bits."""
+
+    dtype: ModelDtype = "auto"
+    """Type of the teacher's weights and logits; auto: bfloat16 on a GPU, float32 on the CPU."""
+
+    device: str = "auto"
+    """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one. Each process takes a GPU of its own, which draws counts itself."""  # noqa: E501
+
+    device_map: Literal["one", "auto"] = "one"
+    """auto: lay a teacher that is too large for one GPU over all those of the process (needs accelerate)."""
+
+    store_tokens: bool = True
+    """Whether the cache holds the tokens as well (2 or 3 bytes a position), so that training needs no text."""
+
+    ring_mib: int = 64
+    """Shared memory between the teacher and the writer process, MiB."""
+
+    keep_versions: bool = False
+    """Go on with a cache that other versions of torch, transformers or sklformat began: sound, but not to be repeated bit for bit."""  # noqa: E501
+
+    def __post_init__(self) -> None:
+        if sum((bool(self.text), bool(self.dataset), self.tokens is not None)) != 1:
+            raise ValueError("give either text or tokens (a token store), or a dataset")
+        for name in ("seq_len", "sequences_per_shard", "batch_size", "ring_mib"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.num_sequences is not None and self.num_sequences < 1:
+            raise ValueError(f"num_sequences must be >= 1, got {self.num_sequences}")
+        if remote.is_url(self.out) != (self.work_dir is not None):
+            raise ValueError(
+                f"out {self.out} is a URL: give work_dir, a directory here for shards that are not uploaded yet"
+                if self.work_dir is None
+                else f"work_dir belongs to an out that is a URL, got {self.out}"
+            )
+        if self.work_dir is not None and ":/" in str(self.work_dir):
+            raise ValueError(f"work_dir {self.work_dir} is a URL, must be a directory here")
+        self._check_sampler()
+
+    def _check_sampler(self) -> None:
+        if self.draws and not 1 <= self.rounds <= MAX_ROUNDS:
+            raise ValueError(f"rounds must be >= 1 and <= {MAX_ROUNDS} for sampler {self.sampler}, got {self.rounds}")
+        if self.sampler == "topk" and (self.k is None or not 1 <= self.k <= MAX_K):
+            raise ValueError(f"sampler topk needs k in 1..{MAX_K}, got {self.k}")
+        if self.sampler == "topp" and (self.p is None or not 0 < self.p <= 1):
+            raise ValueError(f"sampler topp needs p in (0, 1], got {self.p}")
+        if self.draws and (self.k is not None or self.p is not None):
+            raise ValueError(f"k and p belong to topk and topp, not to sampler {self.sampler}")
+        if not self.draws and self.proposal_temperature != 1:
+            raise ValueError(f"sampler {self.sampler} draws nothing, so proposal_temperature must be 1")
+        if not 0.001 <= self.proposal_temperature <= 100:  # false for NaN
+            raise ValueError(f"proposal_temperature must be in 0.001..100, got {self.proposal_temperature}")
+        if self.unbiased_weights and self.proposal_temperature == 1:
+            raise ValueError(
+                "unbiased_weights belongs to a proposal_temperature other than 1; at 1 nothing is weighted"
+            )
+
+    @property
+    def draws(self) -> bool:
+        """Whether records are drawn, in ``rounds`` rounds, rather than chosen."""
+        return self.sampler in ("multinomial", "systematic")
+
+    @property
+    def kind(self) -> str:
+        """Kind of the records: "counts" where these say it all, else "ratios"."""
+        counted = self.draws and self.proposal_temperature == 1 and self.rounds <= MAX_COUNT_ROUNDS
+        return "counts" if counted else "ratios"
+
+    @property
+    def directory(self) -> Path:
+        """Where shards are written here."""
+        return Path(self.out) if self.work_dir is None else self.work_dir
+
+    @property
+    def url(self) -> str | None:
+        """Where they are uploaded to, if they are."""
+        return None if self.work_dir is None else str(self.out)
+
+    @property
+    def teacher_name(self) -> str:
+        """Path or name of the teacher, without its revision."""
+        return self._teacher[0]
+
+    @property
+    def revision(self) -> str | None:
+        """Revision of a teacher on the hub; None: its newest."""
+        return self._teacher[1]
+
+    @property
+    def _teacher(self) -> tuple[str, str | None]:
+        name, _, revision = self.teacher.partition("@")
+        return (self.teacher, None) if not revision or Path(self.teacher).exists() else (name, revision)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of ``skl.draw`` that say how; rounds, sequence and position are not among them."""
+        return {
+            "sampler": self.sampler,
+            "proposal_temperature": self.proposal_temperature,
+            "k": self.k,
+            "p": self.p,
+            "seed": self.seed,
+            "self_normalise": not self.unbiased_weights,
+        }

@@ -1,0 +1,31 @@
+"""The settings of ``sklformat demo``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    """Text, teacher, caches, students and the paper's table in one go; given again, it goes on where it stopped."""
+
+    out: Path = Path("demo-run")
+    """Directory for everything that the demo makes."""
+
+    text: Path | None = None
+    """Text file or directory of text files to learn from; none: the source of this Python's standard library."""
+
+    seed: int = 0
+    """Seed of everything random: packing, weights, order, draws."""
+
+    size: Literal["standard", "tiny"] = "standard"
+    """standard: shows the paper's order in minutes on 2 cores; tiny: seconds, shows only that everything runs."""
+
+    processes: int = 0
+    """Processes that work at once, each on one core; 0: one for each core, at most 4."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0 or self.processes < 0:
+            raise ValueError(f"seed and processes must be >= 0, got {self.seed} and {self.processes}")

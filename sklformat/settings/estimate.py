@@ -1,0 +1,95 @@
+"""The settings of ``sklformat estimate``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from sklformat.sampler import MAX_ROUNDS
+from sklformat.settings.cache import ModelDtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig:
+    """
+    Say what a capture will cost: size, shards, disks, GPU hours, money.
+
+    From numbers that you give, or from a short calibration run of a teacher over some of the text.
+    """
+
+    positions: float
+    """Positions to capture, such as 1e12."""
+
+    rounds: int = 50
+    """Draws a position; 0: none are drawn (topk, topp)."""
+
+    seq_len: int = 1024
+    """Positions in a sequence."""
+
+    vocab_size: int | None = None
+    """Token ids; a calibration run knows it."""
+
+    unique_tokens: float | None = None
+    """Records a position, mean; a calibration run measures it. The paper has about 12 at 50 rounds."""
+
+    positions_per_second: float | None = None
+    """Positions a second on one GPU; a calibration run measures it, here."""
+
+    proposal_temperature: float = 1.0
+    """Exponent of the proposal; other than 1 the records hold ratios."""
+
+    store_tokens: bool = True
+    """Whether the cache holds the tokens as well."""
+
+    sequences_per_shard: int = 1024
+    """Sequences in one file."""
+
+    gpus: int = 1
+    """GPUs, each with a teacher of its own."""
+
+    gpu_price: float | None = None
+    """Price of a GPU hour, in any currency."""
+
+    disk_tb: float = 20.0
+    """Size of one disk, 10^12 bytes."""
+
+    teacher: str | None = None
+    """Teacher of the calibration run: a directory, or a Hugging Face name."""
+
+    text: tuple[Path, ...] = ()
+    """Text of the calibration run: files and directories."""
+
+    calibration_sequences: int = 16
+    """Sequences of the calibration run."""
+
+    batch_size: int = 8
+    """Sequences in one forward pass of the calibration run."""
+
+    device: str = "auto"
+    """Device of the calibration run."""
+
+    dtype: ModelDtype = "auto"
+    """Type of the teacher's weights in the calibration run."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "sequences_per_shard", "gpus", "calibration_sequences", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("positions", "disk_tb"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("unique_tokens", "positions_per_second"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        if not 0 <= self.rounds <= MAX_ROUNDS:
+            raise ValueError(f"rounds must be in 0..{MAX_ROUNDS}, got {self.rounds}")
+        if self.rounds and self.unique_tokens is not None and self.unique_tokens > self.rounds:
+            raise ValueError(
+                f"unique_tokens {self.unique_tokens:g} is more than the {self.rounds} rounds that draw them"
+            )
+        if self.rounds == 0 and self.teacher is not None:
+            raise ValueError("a calibration run draws: rounds must be >= 1 with a teacher, got 0")
+        if (self.teacher is None) != (not self.text):
+            raise ValueError("a calibration run needs both teacher and text")
