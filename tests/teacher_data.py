@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sklformat.cli import main
-from sklformat.distill.models import loading
+from sklformat.distill.models import loading, tokenization
 from sklformat.distill.teacher import drawing
 
 SEQ_LEN = 24
@@ -35,7 +35,7 @@ def make_teacher(vocab_size=280):
 
 
 def write_teacher(directory, texts):
-    loading.save(make_teacher(), loading.train_tokenizer(texts, 280), directory)
+    loading.save(make_teacher(), tokenization.train_tokenizer(texts, 280), directory)
 
 
 def die_at_sequence(victims, number):

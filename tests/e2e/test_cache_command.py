@@ -15,7 +15,7 @@ from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
 import sklformat as skl
 from sklformat.capture.estimates import estimate
 from sklformat.cli import main
-from sklformat.distill.models import loading
+from sklformat.distill.models import loading, tokenization
 from sklformat.distill.teacher import drawing, forward
 from sklformat.distill.teacher.calibration import calibrate
 from sklformat.distill.text.corpus import read_documents
@@ -125,7 +125,7 @@ def test_every_input_gives_the_same_cache(cache, place, tmp_path, monkeypatch):
     cache(out="text")
     expected = shard_bytes(tmp_path / "text")
     (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
-    ids = [np.array(part, np.int32) for part in loading.encode(tokenizer, [d.text for d in documents])]
+    ids = [np.array(part, np.int32) for part in tokenization.encode(tokenizer, [d.text for d in documents])]
     RaggedMmap.from_lists(tmp_path / "ragged", ids)
     rows = [{"content": d.text, "id": i} for i, d in enumerate(documents)] + [{"content": "", "id": -1}]
     asked = []

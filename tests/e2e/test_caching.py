@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import sklformat as skl
-from sklformat.distill.models import loading
+from sklformat.distill.models import loading, outputs, tokenization
 from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
 from sklformat.distill.teacher import caching, drawing, forward
 from sklformat.distill.teacher.caching import cache_teacher
@@ -47,7 +47,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(text):
-    return loading.train_tokenizer((document.text for document in read_documents(text)), 280)
+    return tokenization.train_tokenizer((document.text for document in read_documents(text)), 280)
 
 
 def make_teacher(vocab_size=280):
@@ -111,8 +111,8 @@ def test_cache_holds_what_the_teacher_says(config, teacher, tokenizer):
         last = min(first + 4, i // 10 * 10 + 10, 22)
         ids = torch.from_numpy(np.stack([packed[j][:-1].astype(np.int64) for j in range(first, last)]))
         with torch.inference_mode():
-            hidden = loading.hidden_states(model, ids)[i - first]
-            logits = hidden @ loading.lm_head_weight(model).T
+            hidden = outputs.hidden_states(model, ids)[i - first]
+            logits = hidden @ outputs.lm_head_weight(model).T
         assert draw(logits, rounds=20, seed=5, sequence=i) == cache[i].targets
         unique += cache[i].targets.num_records
     assert unique / (22 * SEQ_LEN) == summary.unique_tokens
@@ -235,11 +235,11 @@ def test_other_text_and_other_tokenizer_are_refused(config, tokenizer, tmp_path)
     (tmp_path / "other.txt").write_text("other text " * 400)
     with pytest.raises(skl.SettingsError, match="text"):
         cache_teacher(config(text=(tmp_path / "other.txt",)))
-    foreign = loading.train_tokenizer(["x y z"], 260)
+    foreign = tokenization.train_tokenizer(["x y z"], 260)
     write_token_store(
         tmp_path / "foreign",
         [Document("d", "x y z " * 999)],
-        lambda texts: loading.encode(foreign, texts),
+        lambda texts: tokenization.encode(foreign, texts),
         vocab_size=260,
         tokenizer_fingerprint=tokenizer_fingerprint(foreign),
     )
@@ -278,7 +278,7 @@ def test_head_that_is_no_single_matrix_works(config, tokenizer, tmp_path):
     cache = skl.open(config().out)
     ids = torch.from_numpy(np.stack([cache[i].tokens[:-1].astype(np.int64) for i in range(2)]))
     with torch.inference_mode():
-        logits = loading.logits(loading.load_model(tmp_path / "cohere"), ids)
+        logits = outputs.logits(loading.load_model(tmp_path / "cohere"), ids)
     assert draw(logits[1], rounds=20, seed=5, sequence=1) == cache[1].targets
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sklformat as skl
-from sklformat.distill.models import loading
+from sklformat.distill.models import loading, tokenization
 
 README = Path(__file__).parents[2] / "README.md"
 WORDS = ["def", "class", "return", "import", "value", "name", "list", "index", "error", "token", "teacher", "cache"]
@@ -39,9 +39,9 @@ def place(tmp_path):
         for number, document in enumerate(part):
             (tmp_path / name / f"{number}.txt").write_text(document)
     torch.manual_seed(0)
-    tokenizer = loading.train_tokenizer(text, 300)
+    tokenizer = tokenization.train_tokenizer(text, 300)
     teacher = loading.new_llama(
-        vocab_size=loading.num_ids(tokenizer), hidden_size=32, num_layers=1, num_heads=2, max_positions=64, seed=0
+        vocab_size=tokenization.num_ids(tokenizer), hidden_size=32, num_layers=1, num_heads=2, max_positions=64, seed=0
     )
     loading.save(teacher, tokenizer, tmp_path / "my-teacher")
     return tmp_path

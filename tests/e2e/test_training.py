@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sklformat as skl
-from sklformat.distill.models import loading
+from sklformat.distill.models import tokenization
 from sklformat.distill.text.corpus import write_token_store
 from sklformat.distill.text.documents import Document
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
@@ -43,13 +43,13 @@ def place(tmp_path_factory):
     rng = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
     documents = [Document(f"d{i}.txt", " ".join(rng.choice(words, 80))) for i in range(10)]
-    tokenizer = loading.train_tokenizer([d.text for d in documents], 290)
+    tokenizer = tokenization.train_tokenizer([d.text for d in documents], 290)
     tokenizer.save_pretrained(root / "tokenizer")
     write_token_store(
         root / "tokens",
         documents,
-        lambda texts: loading.encode(tokenizer, texts),
-        vocab_size=loading.num_ids(tokenizer),
+        lambda texts: tokenization.encode(tokenizer, texts),
+        vocab_size=tokenization.num_ids(tokenizer),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
     (root / "run.py").write_text(SCRIPT)

@@ -33,7 +33,7 @@ from sklformat.distill.demo.plan import (
 from sklformat.distill.demo.processes import Job, run_jobs
 from sklformat.distill.demo.report import Check, Row, check_order, commands, report
 from sklformat.distill.losses.metrics import percent_ce_to_full
-from sklformat.distill.models import loading
+from sklformat.distill.models import loading, outputs, tokenization
 from sklformat.distill.models.devices import available_cores
 from sklformat.distill.student import runs
 from sklformat.distill.student.evaluation import Evaluation, evaluate
@@ -160,7 +160,7 @@ def _prepare_text(config: DemoConfig, size: Size) -> int:
     training, held_out = split_documents(documents)
     path = config.out / "tokenizer"
     if not path.exists():
-        tokenizer = loading.train_tokenizer((document.text for document in training), size.vocab_size)
+        tokenizer = tokenization.train_tokenizer((document.text for document in training), size.vocab_size)
         with published(path) as partial:
             tokenizer.save_pretrained(partial)
     tokenizer = loading.load_tokenizer(path)
@@ -168,8 +168,8 @@ def _prepare_text(config: DemoConfig, size: Size) -> int:
         store = write_token_store(
             config.out / name,
             part,
-            lambda texts: loading.encode(tokenizer, texts),
-            vocab_size=loading.num_ids(tokenizer),
+            lambda texts: tokenization.encode(tokenizer, texts),
+            vocab_size=tokenization.num_ids(tokenizer),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         )
         sys.stderr.write(f"    {name}: {store.facts.num_documents} documents, {store.facts.num_tokens:,} tokens\n")
@@ -190,7 +190,7 @@ def _num_packed(config: DemoConfig, size: Size, name: str) -> int:
 
 
 def _packed(store: Path, tokenizer: Any, size: Size, seed: int) -> PackedSequences:
-    return PackedSequences(store, seq_len=size.seq_len, separator_id=loading.separator_id(tokenizer), seed=seed)
+    return PackedSequences(store, seq_len=size.seq_len, separator_id=tokenization.separator_id(tokenizer), seed=seed)
 
 
 # --- teacher ---------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def _choose_rounds(training: TrainConfig, size: Size) -> int:
     # From all over the text that is cached: neighbouring sequences are of one document.
     for index in np.linspace(0, min(size.cached_sequences, len(sequences)) - 1, 32).astype(int):
         tokens = torch.from_numpy(sequences[int(index)][None, :-1].astype(np.int64))
-        log_missed_PV = torch.log1p(-loading.logits(model, tokens)[0].softmax(-1).clamp(max=1 - 1e-7))
+        log_missed_PV = torch.log1p(-outputs.logits(model, tokens)[0].softmax(-1).clamp(max=1 - 1e-7))
         unique += [float(-torch.expm1(int(n) * log_missed_PV).sum(1).mean()) / 32 for n in rounds]
     every = np.arange(1, _MAX_ROUNDS + 1)
     return int(every[np.abs(np.interp(every, rounds, unique) - _UNIQUE_TOKENS).argmin()])

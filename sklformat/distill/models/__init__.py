@@ -1,8 +1,10 @@
 """
 Language models and tokenizers; the only door to transformers.
 
-devices     the devices that torch can use here, and the cores
-heads       what kind of output head a model has
-identities  fingerprints of a model's weights and config
-loading     models and tokenizers, loaded, created, run and saved
+devices       the devices that torch can use here, and the cores
+heads         what kind of output head a model has
+identities    fingerprints of a model's weights and config
+loading       models and tokenizers, loaded, created and saved
+outputs       hidden states, logits, and the head by itself
+tokenization  tokenizers trained and run over text
 """

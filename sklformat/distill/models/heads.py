@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sklformat.distill.models import loading
+from sklformat.distill.models import outputs
 
 _PROBE_TOKENS = 8
 # What the configs of transformers' models call a cap on the logits, or a factor or divisor of them.
@@ -28,7 +28,7 @@ def has_linear_head(model: Any) -> bool:
     on a few tokens, since not every model says so there.
     """
     try:
-        weight_VD = loading.lm_head_weight(model)
+        weight_VD = outputs.lm_head_weight(model)
     except ValueError:
         return False
     config = model.config.get_text_config()
@@ -39,8 +39,8 @@ def has_linear_head(model: Any) -> bool:
     ids_BT = torch.arange(_PROBE_TOKENS, device=weight_VD.device)[None] % weight_VD.shape[0]
     training = model.training
     model.eval()
-    expected_BTV = loading.logits(model, ids_BT).float()
-    hidden_BTD = loading.hidden_states(model, ids_BT).to(weight_VD.device)  # a model may lie over several
+    expected_BTV = outputs.logits(model, ids_BT).float()
+    hidden_BTD = outputs.hidden_states(model, ids_BT).to(weight_VD.device)  # a model may lie over several
     actual_BTV = (hidden_BTD @ weight_VD.T).float().to(expected_BTV.device)
     model.train(training)
     tolerance = 1e-4 if weight_VD.dtype == torch.float32 else 0.02  # bfloat16 has 8 bits

@@ -1,34 +1,26 @@
 """
-The only door to transformers and tokenizers: causal language models and tokenizers, loaded, made, asked and saved.
+Causal language models and tokenizers: loaded, created, compared and saved through transformers.
 
 Knows no cache, no loss and no training loop. Everything works offline; nothing is printed.
-Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import tokenizers
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sklformat.distill.models import tokenization
 from sklformat.files.directories import published
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-END_OF_TEXT = "<|endoftext|>"
-_NUM_BYTES = 256
-
-
-# --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -44,80 +36,6 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrain
     """
     with _quiet(), _named(path, "tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(str(path), revision=revision or "main")
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """
-    Train a byte-level BPE tokenizer; every text can be encoded and comes back unchanged.
-
-    Args:
-        texts: Text to learn the merges from.
-        vocab_size: Number of ids at most, >= 257: all bytes and the end-of-text token, which has id 0 and separates
-            documents. Little text gives fewer.
-
-    Returns:
-        A tokenizer that ``save_pretrained`` writes and ``load_tokenizer`` reads.
-
-    Raises:
-        ValueError: ``vocab_size`` is too small.
-    """
-    if vocab_size <= _NUM_BYTES:
-        raise ValueError(f"vocab_size must be >= {_NUM_BYTES + 1} (bytes and end of text), got {vocab_size}")
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """
-    Token ids of texts, no special tokens added; the name of a special token inside a text is text like any other.
-
-    Args:
-        tokenizer: Any tokenizer.
-        texts: Texts.
-
-    Returns:
-        Ids of each text.
-    """
-    encoding = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    ids: list[list[int]] = encoding["input_ids"]
-    return ids
-
-
-def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """
-    Id of the token that separates documents: the tokenizer's end-of-text token.
-
-    Raises:
-        ValueError: It has none.
-    """
-    token_id = tokenizer.eos_token_id
-    if token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token to separate documents with; set its eos_token")
-    return int(token_id)
-
-
-def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the greatest id of a tokenizer."""
-    return 1 + int(max(tokenizer.get_vocab().values()))
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
 
 
 def load_model(
@@ -218,82 +136,6 @@ def new_llama(
         return transformers.LlamaForCausalLM(config).train()
 
 
-def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
-    """
-    Run a model without its head; with ``lm_head_weight`` this is all that ``linear_sparse_kl`` needs.
-
-    Attention is causal over the whole sequence, not masked at separators (paper, Appendix D).
-
-    Args:
-        model: A causal language model.
-        input_ids_BT: [B, T] int64.
-
-    Returns:
-        hidden_BTD: The head's input, in the model's type.
-    """
-    hidden_BTD: Tensor = model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-    return hidden_BTD
-
-
-def lm_head_weight(model: PreTrainedModel) -> Tensor:
-    """
-    Weight of the head, [V, D]: the parameter itself, so that gradients reach it.
-
-    Raises:
-        ValueError: The model has no head that is one matrix without bias; ``has_linear_head`` looks closer.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
-        raise ValueError(f"the head of {type(model).__name__} is not one matrix without bias; use its logits instead")
-    return head.weight
-
-
-def logits(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
-    """
-    Next-token logits.
-
-    Args:
-        model: A causal language model.
-        input_ids_BT: [B, T] int64.
-
-    Returns:
-        logits_BTV: In the model's type; V may be greater than the tokenizer (``check_fit``).
-    """
-    logits_BTV: Tensor = model(input_ids=input_ids_BT, use_cache=False).logits
-    return logits_BTV
-
-
-class _Given(torch.nn.Module):
-    """Stands where a model's body was, and gives hidden states that were made before."""
-
-    def __init__(self, hidden_BTD: Tensor) -> None:
-        super().__init__()
-        self._hidden_BTD = hidden_BTD
-
-    def forward(self, *_args: object, **_named: object) -> object:
-        # Heads of mixtures of experts ask for the router's logits as well, and do without.
-        return transformers.modeling_outputs.MoeModelOutputWithPast(last_hidden_state=self._hidden_BTD)
-
-
-def head_logits(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
-    """
-    What a model makes of its own hidden states after its body: head, bias, scale and cap, whatever it has.
-
-    Args:
-        model: A causal language model whose head reads nothing but the last hidden state.
-        hidden_BTD: ``hidden_states`` of it, or some positions of them.
-
-    Returns:
-        logits_BTV of these positions.
-    """
-    name, body = model.base_model_prefix, model.base_model
-    setattr(model, name, _Given(hidden_BTD))
-    try:
-        return logits(model, torch.zeros(hidden_BTD.shape[:2], dtype=torch.int64, device=hidden_BTD.device))
-    finally:
-        setattr(model, name, body)
-
-
 def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, seq_len: int | None = None) -> int:
     """
     Make sure that a model can read a tokenizer's ids, and sequences of a length.
@@ -312,7 +154,7 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, seq
     Raises:
         ValueError: The model has fewer ids than the tokenizer, or takes fewer positions than ``seq_len``.
     """
-    wanted, width = num_ids(tokenizer), int(model.config.get_text_config().vocab_size)
+    wanted, width = tokenization.num_ids(tokenizer), int(model.config.get_text_config().vocab_size)
     if width < wanted:
         raise ValueError(f"the tokenizer has {wanted} ids, the model only {width}; they do not belong together")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

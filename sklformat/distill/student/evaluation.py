@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from sklformat.distill.losses import metrics
-from sklformat.distill.models import loading
+from sklformat.distill.models import loading, outputs, tokenization
 from sklformat.distill.models.devices import find_device
 from sklformat.distill.text.corpus import StoreFacts, TokenStore, write_token_store
 from sklformat.distill.text.documents import read_documents
@@ -120,8 +120,8 @@ def _token_store(config: EvalConfig) -> Iterator[Path]:
         write_token_store(
             store,
             read_documents(config.text),
-            lambda texts: loading.encode(tokenizer, texts),
-            vocab_size=loading.num_ids(tokenizer),
+            lambda texts: tokenization.encode(tokenizer, texts),
+            vocab_size=tokenization.num_ids(tokenizer),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         )
         yield store
@@ -136,7 +136,7 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
         teachers = _checked_tokenizer(config, facts, config.teacher)
         teacher = _load(config, config.teacher, teachers, facts, device)
     sequences = PackedSequences(
-        store, seq_len=config.seq_len, separator_id=loading.separator_id(tokenizer), seed=config.packing_seed
+        store, seq_len=config.seq_len, separator_id=tokenization.separator_id(tokenizer), seed=config.packing_seed
     )
     count = config.num_sequences or len(sequences)
     if count > len(sequences):
@@ -195,7 +195,7 @@ def _load(config: EvalConfig, path: str, tokenizer: Any, facts: StoreFacts, devi
 
 def _logits(model: Any, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
     # A head may be padded beyond the ids that mean something.
-    return loading.logits(model, tokens[:, :-1]).flatten(0, 1)[:, :vocab_size]
+    return outputs.logits(model, tokens[:, :-1]).flatten(0, 1)[:, :vocab_size]
 
 
 def _result(config: EvalConfig, sums: metrics.EvaluationSums, count: int) -> Evaluation:

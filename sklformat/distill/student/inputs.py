@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sklformat.distill.models import heads, loading
+from sklformat.distill.models import heads, loading, outputs, tokenization
 from sklformat.distill.models.identities import model_fingerprint
 from sklformat.distill.student import streams
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
@@ -66,10 +66,10 @@ def load_student(config: TrainConfig, stream: streams.Stream) -> Any:
             num_heads=config.num_heads,
             max_positions=stream.seq_len or _RAGGED_POSITIONS,
             seed=config.seed,
-            separator_id=loading.separator_id(stream.tokenizer),
+            separator_id=tokenization.separator_id(stream.tokenizer),
         )
     student = loading.load_model(config.student)
-    width = loading.lm_head_weight(student).shape[0]
+    width = outputs.lm_head_weight(student).shape[0]
     if width < stream.vocab_size:
         raise SettingsError(
             f"the student {config.student} has a vocabulary of {width}, {stream.source} one of {stream.vocab_size}; "
@@ -89,7 +89,7 @@ def load_teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> A
     """
     assert config.teacher is not None
     teacher = loading.load_model(config.teacher)
-    widths = [loading.lm_head_weight(model).shape[0] for model in (teacher, student)]
+    widths = [outputs.lm_head_weight(model).shape[0] for model in (teacher, student)]
     if widths[0] < stream.vocab_size or widths[1] != stream.vocab_size:
         raise SettingsError(
             f"method full compares teacher and student entry by entry over the {stream.vocab_size} ids of "

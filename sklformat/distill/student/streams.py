@@ -21,7 +21,7 @@ from sklformat.cache.reader import open_cache as open_shards
 from sklformat.distill.loader.batches import Batch, Targets
 from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.losses.kl import IGNORED_LABEL
-from sklformat.distill.models import loading
+from sklformat.distill.models import loading, tokenization
 from sklformat.distill.text.corpus import TokenStore
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.distill.text.packing import PackedSequences
@@ -215,7 +215,9 @@ def open_tokens(
     """
     facts = TokenStore(path).facts
     loaded = _tokenizer(path, tokenizer, facts.tokenizer_fingerprint)
-    sequences = PackedSequences(path, seq_len=seq_len, separator_id=loading.separator_id(loaded), seed=packing_seed)
+    sequences = PackedSequences(
+        path, seq_len=seq_len, separator_id=tokenization.separator_id(loaded), seed=packing_seed
+    )
     dataset = PackedBatches(sequences, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
     return Stream(
         source=path,

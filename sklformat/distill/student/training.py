@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sklformat.distill.loader.batches import Batch
 from sklformat.distill.losses.kl import IGNORED_LABEL, DenseTeacher, linear_sparse_kl
-from sklformat.distill.models import loading
+from sklformat.distill.models import loading, outputs
 from sklformat.distill.models.devices import find_device
 from sklformat.distill.student import runs, streams
 from sklformat.distill.student.inputs import load_student, load_teacher, open_stream, settings_of
@@ -235,13 +235,13 @@ class _Training:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
             if self.teacher is not None:
                 with torch.no_grad():
-                    hidden_PD = loading.hidden_states(self.teacher, batch.input_ids).flatten(0, 1)
+                    hidden_PD = outputs.hidden_states(self.teacher, batch.input_ids).flatten(0, 1)
                 # A head may be padded beyond the ids that mean something.
-                head_VD = loading.lm_head_weight(self.teacher).detach()[: self.stream.vocab_size]
+                head_VD = outputs.lm_head_weight(self.teacher).detach()[: self.stream.vocab_size]
                 targets = DenseTeacher(hidden_PD, head_VD)
             return linear_sparse_kl(
-                loading.hidden_states(self.model, batch.input_ids).flatten(0, 1),
-                loading.lm_head_weight(self.model),
+                outputs.hidden_states(self.model, batch.input_ids).flatten(0, 1),
+                outputs.lm_head_weight(self.model),
                 targets,
                 # The divergence from all of the probability on the label is cross-entropy.
                 method="random_sampling" if config.method == "ce" else config.method,

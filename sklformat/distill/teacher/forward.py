@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sklformat.distill.models import heads, loading
+from sklformat.distill.models import heads, outputs
 
 LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 24}
 """At most so many logits are there at once, by kind of device. On a CPU 16 MiB of float32 are memory that is used again
@@ -44,7 +44,7 @@ class Teacher:
         self._vocab_size = vocab_size
         self.device: torch.device = model.get_input_embeddings().weight.device
         self._positions = max(1, LOGITS_AT_ONCE[self.device.type] // vocab_size)
-        self._weight_VD = loading.lm_head_weight(model)[:vocab_size] if heads.has_linear_head(model) else None
+        self._weight_VD = outputs.lm_head_weight(model)[:vocab_size] if heads.has_linear_head(model) else None
         self._head_alone = self._weight_VD is not None or self._can_call_head()
 
     @torch.inference_mode()
@@ -55,8 +55,8 @@ class Teacher:
             ids_BT = ids_BT.pin_memory()  # so that the copy waits for nothing that the device still does
         ids_BT = ids_BT.to(self.device, non_blocking=True)
         if self._head_alone:
-            return loading.hidden_states(self._model, ids_BT)
-        return loading.logits(self._model, ids_BT)[..., : self._vocab_size]
+            return outputs.hidden_states(self._model, ids_BT)
+        return outputs.logits(self._model, ids_BT)[..., : self._vocab_size]
 
     @torch.inference_mode()
     def logits(self, output_T: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -66,16 +66,16 @@ class Teacher:
             if self._weight_VD is not None:
                 part = part.to(self._weight_VD.device) @ self._weight_VD.T
             elif self._head_alone:
-                part = loading.head_logits(self._model, part[None])[0, :, : self._vocab_size]
+                part = outputs.head_logits(self._model, part[None])[0, :, : self._vocab_size]
             yield first, part
 
     @torch.inference_mode()
     def _can_call_head(self) -> bool:
         """Whether the head by itself gives the model's logits, tried on a few tokens."""
         ids_BT = torch.arange(_PROBE_TOKENS, device=self.device)[None] % self._vocab_size
-        expected = loading.logits(self._model, ids_BT)
+        expected = outputs.logits(self._model, ids_BT)
         try:
-            found = loading.head_logits(self._model, loading.hidden_states(self._model, ids_BT))
+            found = outputs.head_logits(self._model, outputs.hidden_states(self._model, ids_BT))
         except (AttributeError, TypeError, ValueError, RuntimeError):  # it wants more from its body than hidden states
             return False
         return torch.equal(expected, found)

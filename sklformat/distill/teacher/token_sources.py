@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sklformat.distill.models import loading
+from sklformat.distill.models import tokenization
 from sklformat.distill.text.corpus import (
     Document,
     TokenStore,
@@ -80,7 +80,7 @@ class TokenSource:
             return PackedSequences(
                 path,
                 seq_len=self._config.seq_len,
-                separator_id=loading.separator_id(self._tokenizer),
+                separator_id=tokenization.separator_id(self._tokenizer),
                 seed=self._config.packing_seed,
                 first=self._config.first_sequence,
                 count=self._config.num_sequences,
@@ -92,7 +92,7 @@ class TokenSource:
 
     def _make(self, path: Path) -> TokenStore:
         facts: dict[str, Any] = {
-            "vocab_size": loading.num_ids(self._tokenizer),
+            "vocab_size": tokenization.num_ids(self._tokenizer),
             "tokenizer_fingerprint": self._fingerprint,
         }
         if self._is_store():
@@ -100,7 +100,9 @@ class TokenSource:
         if self._is_ragged():
             return copy_ragged(path, self._given(), **facts)
         assert self._documents is not None
-        return write_token_store(path, self._documents, lambda texts: loading.encode(self._tokenizer, texts), **facts)
+        return write_token_store(
+            path, self._documents, lambda texts: tokenization.encode(self._tokenizer, texts), **facts
+        )
 
     def _is_store(self) -> bool:
         return self._config.tokens is not None and is_token_store(self._config.tokens)

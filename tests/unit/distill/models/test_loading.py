@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from sklformat.distill.models import heads, loading
+from sklformat.distill.models import heads, loading, outputs, tokenization
 from sklformat.distill.models.devices import find_device, own_devices
 from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
 from sklformat.distill.text.corpus import tokenizer_fingerprint
@@ -18,7 +18,7 @@ TEXTS = ["def f(x):\n    return x + 1\n", "naïve café — 東京\t\x00\n", "fo
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return loading.train_tokenizer(TEXTS, 300)
+    return tokenization.train_tokenizer(TEXTS, 300)
 
 
 def tiny(**changes):
@@ -29,24 +29,24 @@ def tiny(**changes):
 def test_tokenizer_gives_every_text_back(tokenizer):
     """Byte-level BPE loses nothing: texts with bytes never seen in training come back unchanged."""
     texts = [*TEXTS, "🜁 \r\n  x", "".join(map(chr, range(0x250)))]
-    assert texts == [tokenizer.decode(ids) for ids in loading.encode(tokenizer, texts)]
-    assert 300 == loading.num_ids(tokenizer) == len(tokenizer)
-    assert 0 == loading.separator_id(tokenizer)
+    assert texts == [tokenizer.decode(ids) for ids in tokenization.encode(tokenizer, texts)]
+    assert 300 == tokenization.num_ids(tokenizer) == len(tokenizer)
+    assert 0 == tokenization.separator_id(tokenizer)
 
 
 def test_tokenizer_training_repeats():
     """The same text gives the same tokenizer, so that caches made on two machines agree."""
-    first, second = loading.train_tokenizer(TEXTS, 290), loading.train_tokenizer(iter(TEXTS), 290)
+    first, second = tokenization.train_tokenizer(TEXTS, 290), tokenization.train_tokenizer(iter(TEXTS), 290)
     assert tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
-    assert tokenizer_fingerprint(first) != tokenizer_fingerprint(loading.train_tokenizer(TEXTS, 291))
+    assert tokenizer_fingerprint(first) != tokenizer_fingerprint(tokenization.train_tokenizer(TEXTS, 291))
     with pytest.raises(ValueError, match="must be >= 257"):
-        loading.train_tokenizer(TEXTS, 256)
+        tokenization.train_tokenizer(TEXTS, 256)
 
 
 def test_special_tokens_in_a_text_are_text(tokenizer):
     """A text that spells the separator cannot put a document boundary into the corpus."""
-    ids = loading.encode(tokenizer, ["a<|endoftext|>b"])[0]
-    assert loading.separator_id(tokenizer) not in ids
+    ids = tokenization.encode(tokenizer, ["a<|endoftext|>b"])[0]
+    assert tokenization.separator_id(tokenizer) not in ids
     assert "a<|endoftext|>b" == tokenizer.decode(ids)
 
 
@@ -58,9 +58,9 @@ def test_saved_model_loads_in_transformers(tokenizer, tmp_path):
     loaded = loading.load_model(tmp_path / "m")
     ids = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
-        expected = loading.logits(model, ids)
+        expected = outputs.logits(model, ids)
         assert torch.equal(expected, plain(ids).logits)
-        assert torch.equal(expected, loading.logits(loaded, ids))
+        assert torch.equal(expected, outputs.logits(loaded, ids))
     assert model_fingerprint(model) == model_fingerprint(loaded)
     assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(loading.load_tokenizer(tmp_path / "m"))
     assert not loaded.training
@@ -77,7 +77,7 @@ def test_loading_prints_nothing(tokenizer, tmp_path, capfd):
         loading.save(tiny(), tokenizer, tmp_path / "m")
         loading.load_model(tmp_path / "m")
         loading.load_tokenizer(tmp_path / "m")
-        loading.encode(tokenizer, ["x " * 5000])
+        tokenization.encode(tokenizer, ["x " * 5000])
         assert transformers.logging.INFO == transformers.utils.logging.get_verbosity()
     finally:
         transformers.utils.logging.set_verbosity_warning()
@@ -144,7 +144,7 @@ def test_new_model_is_a_function_of_its_seed():
     assert 631104 == sum(parameter.numel() for parameter in model.parameters())
     assert 192 == model.config.intermediate_size
     tied = tiny(tie=True)
-    assert tied.get_input_embeddings().weight is loading.lm_head_weight(tied)
+    assert tied.get_input_embeddings().weight is outputs.lm_head_weight(tied)
     with pytest.raises(ValueError, match="multiple of twice num_heads"):
         tiny(hidden_size=34)
 
@@ -153,9 +153,9 @@ def test_hidden_states_times_head_are_the_logits():
     """hidden @ weight.T equals the model's logits, and gradients through both reach every parameter."""
     model = tiny()
     ids = torch.arange(12).reshape(2, 6)
-    hidden, weight = loading.hidden_states(model, ids), loading.lm_head_weight(model)
+    hidden, weight = outputs.hidden_states(model, ids), outputs.lm_head_weight(model)
     assert (2, 6, 32) == tuple(hidden.shape)
-    np.testing.assert_allclose(loading.logits(model, ids).detach(), (hidden @ weight.T).detach(), atol=1e-6)
+    np.testing.assert_allclose(outputs.logits(model, ids).detach(), (hidden @ weight.T).detach(), atol=1e-6)
     heads.check_linear_head(model)
     assert heads.has_linear_head(tiny().bfloat16())
     (hidden @ weight.T).square().sum().backward()
@@ -169,7 +169,7 @@ def test_heads_that_are_not_one_matrix_are_known():
     biased = transformers.GPTJForCausalLM(config)
     assert not heads.has_linear_head(biased)
     with pytest.raises(ValueError, match="without bias"):
-        loading.lm_head_weight(biased)
+        outputs.lm_head_weight(biased)
     config = transformers.CohereConfig(
         vocab_size=64,
         hidden_size=16,
@@ -203,9 +203,9 @@ def test_caps_and_scales_are_known_where_they_hardly_show(dtype):
 def test_a_scale_that_no_config_tells_is_found_in_float32(monkeypatch):
     """In float32 a tenth of a percent between head and logits is no rounding."""
     model = tiny()
-    logits = loading.logits
+    logits = outputs.logits
     assert heads.has_linear_head(model)
-    monkeypatch.setattr(loading, "logits", lambda model, ids: 1.001 * logits(model, ids))
+    monkeypatch.setattr(outputs, "logits", lambda model, ids: 1.001 * logits(model, ids))
     assert not heads.has_linear_head(model)
 
 

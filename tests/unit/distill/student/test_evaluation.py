@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sklformat.distill.models import loading
+from sklformat.distill.models import loading, tokenization
 from sklformat.distill.student.evaluation import evaluate
 from sklformat.distill.text.corpus import write_token_store
 from sklformat.distill.text.documents import Document
@@ -25,15 +25,15 @@ def make_store(directory, tokenizer, documents):
     return write_token_store(
         directory,
         documents,
-        lambda texts: loading.encode(tokenizer, texts),
-        vocab_size=loading.num_ids(tokenizer),
+        lambda texts: tokenization.encode(tokenizer, texts),
+        vocab_size=tokenization.num_ids(tokenizer),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
 
 
 def make_model(directory, tokenizer, seed, **sizes):
-    sizes = {"vocab_size": loading.num_ids(tokenizer), "hidden_size": 16, "num_layers": 1, "num_heads": 2} | sizes
-    model = loading.new_llama(**sizes, max_positions=64, seed=seed, separator_id=loading.separator_id(tokenizer))
+    sizes = {"vocab_size": tokenization.num_ids(tokenizer), "hidden_size": 16, "num_layers": 1, "num_heads": 2} | sizes
+    model = loading.new_llama(**sizes, max_positions=64, seed=seed, separator_id=tokenization.separator_id(tokenizer))
     loading.save(model, tokenizer, directory)
     return model.eval()
 
@@ -42,7 +42,7 @@ def make_model(directory, tokenizer, seed, **sizes):
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluation")
     documents = make_documents()
-    tokenizer = loading.train_tokenizer([d.text for d in documents], 300)
+    tokenizer = tokenization.train_tokenizer([d.text for d in documents], 300)
     make_store(root / "tokens", tokenizer, documents)
     make_model(root / "student", tokenizer, 0)
     make_model(root / "teacher", tokenizer, 1)
@@ -58,7 +58,7 @@ def test_figures_are_those_of_the_logits(place):
     """LM loss, agreement and overlap equal a float64 computation over all positions of all sequences."""
     found = run(place, teacher=str(place / "teacher"), batch_size=3)
     tokenizer = loading.load_tokenizer(place / "student")
-    packed = PackedSequences(place / "tokens", seq_len=16, separator_id=loading.separator_id(tokenizer), seed=0)
+    packed = PackedSequences(place / "tokens", seq_len=16, separator_id=tokenization.separator_id(tokenizer), seed=0)
     tokens = torch.from_numpy(np.stack([packed[i] for i in range(len(packed))]).astype(np.int64))
     with torch.no_grad():
         log_p, log_q = (
@@ -100,7 +100,7 @@ def test_result_is_the_json_file_and_any_batch_size_gives_it(place, tmp_path):
 def test_ids_beyond_the_vocabulary_do_not_count(place, tmp_path):
     """A head padded to a round number is cut to the ids of the text before the softmax."""
     tokenizer = loading.load_tokenizer(place / "student")
-    vocab_size = loading.num_ids(tokenizer)
+    vocab_size = tokenization.num_ids(tokenizer)
     padded = make_model(tmp_path / "padded", tokenizer, 0, vocab_size=vocab_size + 20)
     with torch.no_grad():
         padded.lm_head.weight[vocab_size:] = 100.0
@@ -110,7 +110,7 @@ def test_ids_beyond_the_vocabulary_do_not_count(place, tmp_path):
 
 def test_another_tokenizer_is_refused(place, tmp_path):
     """Text tokenised by another tokenizer than the model's stops before any figure; the message has both."""
-    other = loading.train_tokenizer(["completely different words " * 20], 290)
+    other = tokenization.train_tokenizer(["completely different words " * 20], 290)
     make_model(tmp_path / "other", other, 0)
     for changes in ({"student": str(tmp_path / "other")}, {"teacher": str(tmp_path / "other")}):
         with pytest.raises(SettingsError, match="another tokenizer") as caught:
@@ -120,7 +120,7 @@ def test_another_tokenizer_is_refused(place, tmp_path):
 
 def test_a_teacher_of_another_tokenizer_is_named_beside_the_student(place, tmp_path):
     """With a text instead of tokens the message speaks of the two models that differ, of no temporary directory."""
-    other = loading.train_tokenizer(["completely different words " * 20], 290)
+    other = tokenization.train_tokenizer(["completely different words " * 20], 290)
     make_model(tmp_path / "other", other, 0)
     (tmp_path / "held-out.txt").write_text("alpha beta gamma " * 40)
     with pytest.raises(SettingsError, match="another tokenizer") as caught:
@@ -134,7 +134,7 @@ def test_sequences_beyond_the_positions_of_a_model_are_refused(place, tmp_path):
     """A length that student or teacher was not made for is refused by name, not measured."""
     tokenizer = loading.load_tokenizer(place / "student")
     model = loading.new_llama(
-        vocab_size=loading.num_ids(tokenizer), hidden_size=16, num_layers=1, num_heads=2, max_positions=8, seed=0
+        vocab_size=tokenization.num_ids(tokenizer), hidden_size=16, num_layers=1, num_heads=2, max_positions=8, seed=0
     )
     loading.save(model, tokenizer, tmp_path / "short")
     for role in ("student", "teacher"):

@@ -8,7 +8,7 @@ from strategies import make_cache
 import sklformat as skl
 from sklformat.cache.manifest import write_manifest
 from sklformat.cache.reader import scan_directory
-from sklformat.distill.models import loading
+from sklformat.distill.models import tokenization
 from sklformat.distill.student import streams
 from sklformat.distill.text.corpus import write_token_store
 from sklformat.distill.text.documents import Document
@@ -23,13 +23,13 @@ from sklformat.format.order import permute
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("streams")
     text = "one two three four five six seven eight nine ten " * 30
-    tokenizer = loading.train_tokenizer([text], 300)
+    tokenizer = tokenization.train_tokenizer([text], 300)
     tokenizer.save_pretrained(root / "tokenizer")
     write_token_store(
         root / "tokens",
         [Document("a", text)],
-        lambda texts: loading.encode(tokenizer, texts),
-        vocab_size=loading.num_ids(tokenizer),
+        lambda texts: tokenization.encode(tokenizer, texts),
+        vocab_size=tokenization.num_ids(tokenizer),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
     return root
@@ -91,7 +91,7 @@ def test_a_tokenizer_is_needed_and_must_be_the_right_one(place, tmp_path):
     """Without a tokenizer, or with another one, nothing is streamed."""
     with pytest.raises(ValueError, match="needs a tokenizer"):
         stream_of(place, tokenizer=None)
-    loading.train_tokenizer(["other text entirely " * 20], 280).save_pretrained(tmp_path / "other")
+    tokenization.train_tokenizer(["other text entirely " * 20], 280).save_pretrained(tmp_path / "other")
     with pytest.raises(SettingsError, match="another tokenizer"):
         stream_of(place, tokenizer=str(tmp_path / "other"))
 

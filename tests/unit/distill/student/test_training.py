@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sklformat as skl
-from sklformat.distill.models import loading
+from sklformat.distill.models import loading, tokenization
 from sklformat.distill.student.schedule import learning_rate_at
 from sklformat.distill.student.training import train
 from sklformat.distill.text.corpus import write_token_store
@@ -63,18 +63,18 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("training")
     rng = np.random.default_rng(0)
     documents = [Document(f"d{i}.txt", " ".join(rng.choice(WORDS, 80))) for i in range(10)]
-    tokenizer = loading.train_tokenizer([d.text for d in documents], 290)
+    tokenizer = tokenization.train_tokenizer([d.text for d in documents], 290)
     tokenizer.save_pretrained(root / "tokenizer")
-    vocab_size, fingerprint = loading.num_ids(tokenizer), tokenizer_fingerprint(tokenizer)
+    vocab_size, fingerprint = tokenization.num_ids(tokenizer), tokenizer_fingerprint(tokenizer)
     write_token_store(
         root / "tokens",
         documents,
-        lambda texts: loading.encode(tokenizer, texts),
+        lambda texts: tokenization.encode(tokenizer, texts),
         vocab_size=vocab_size,
         tokenizer_fingerprint=fingerprint,
     )
     packed = PackedSequences(
-        root / "tokens", seq_len=SEQ_LEN, separator_id=loading.separator_id(tokenizer), seed=0, count=20
+        root / "tokens", seq_len=SEQ_LEN, separator_id=tokenization.separator_id(tokenizer), seed=0, count=20
     )
     write_cache(root / "random", packed, vocab_size, fingerprint, "multinomial", 20)
     write_cache(root / "topk", packed, vocab_size, fingerprint, "topk", 20)
@@ -148,20 +148,20 @@ def test_each_method_trains_a_model_that_transformers_loads(place, tmp_path, met
     assert summary.sequences == 48
     model = AutoModelForCausalLM.from_pretrained(summary.model)
     assert sum(p.numel() for p in model.parameters()) == summary.parameters
-    assert AutoTokenizer.from_pretrained(summary.model).eos_token == loading.END_OF_TEXT
+    assert AutoTokenizer.from_pretrained(summary.model).eos_token == tokenization.END_OF_TEXT
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def first_batch(place):
     tokenizer = loading.load_tokenizer(place / "tokenizer")
     student = loading.new_llama(
-        vocab_size=loading.num_ids(tokenizer),
+        vocab_size=tokenization.num_ids(tokenizer),
         hidden_size=16,
         num_layers=1,
         num_heads=2,
         max_positions=SEQ_LEN,
         seed=0,
-        separator_id=loading.separator_id(tokenizer),
+        separator_id=tokenization.separator_id(tokenizer),
     )
     dataset = skl.open(place / "random")
     places = permute(range(4), 20, seed=0)
@@ -294,7 +294,7 @@ def test_a_directory_in_use_is_refused(place, tmp_path):
 
 def test_another_tokenizer_is_refused(place, tmp_path):
     """A student whose ids mean other tokens than the cache's stops before the first step."""
-    other = loading.train_tokenizer(["quite other words " * 30], 290)
+    other = tokenization.train_tokenizer(["quite other words " * 30], 290)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(skl.SettingsError, match="another tokenizer") as caught:
         train(config_of(place, tmp_path / "run", tokenizer=str(tmp_path / "other")), report=silent)

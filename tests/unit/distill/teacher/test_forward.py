@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from sklformat.distill.models import heads, loading
+from sklformat.distill.models import heads, loading, outputs
 from sklformat.distill.teacher import forward
 from sklformat.distill.teacher.forward import Teacher
 
@@ -39,15 +39,15 @@ def test_slices_are_the_models_logits(name, monkeypatch):
         torch.nn.init.normal_(model.lm_head.bias)
     ids = torch.arange(2 * POSITIONS).reshape(2, POSITIONS)
     with torch.inference_mode():
-        expected = loading.logits(model, ids)[..., : VOCAB - 3]
+        expected = outputs.logits(model, ids)[..., : VOCAB - 3]
     teacher = Teacher(model, VOCAB - 3)
     assert (name == "one matrix") == heads.has_linear_head(model)
     monkeypatch.setitem(forward.LOGITS_AT_ONCE, "cpu", 5 * (VOCAB - 3))
     teacher = Teacher(model, VOCAB - 3)
-    outputs = teacher.run(ids.numpy().astype("uint32"))
-    assert (2, POSITIONS, SIZES["hidden_size"]) == outputs.shape  # hidden states: [B, T, V] is never made
+    hidden = teacher.run(ids.numpy().astype("uint32"))
+    assert (2, POSITIONS, SIZES["hidden_size"]) == hidden.shape  # hidden states: [B, T, V] is never made
     for sequence in range(2):
-        slices = list(teacher.logits(outputs[sequence]))
+        slices = list(teacher.logits(hidden[sequence]))
         assert [0, 5, 10] == [first for first, _ in slices]
         assert [5, 5, 2] == [len(part) for _, part in slices]
         found = torch.cat([part for _, part in slices])
@@ -59,13 +59,13 @@ def test_a_head_that_needs_more_is_run_with_its_model(monkeypatch):
     model = made("Cohere", logit_scale=0.25)
     ids = torch.arange(POSITIONS)[None]
     with torch.inference_mode():
-        expected = loading.logits(model, ids)
+        expected = outputs.logits(model, ids)
     for broken in (lambda model, hidden: hidden, lambda model, hidden: hidden.no_such_thing):
-        monkeypatch.setattr(loading, "head_logits", broken)
+        monkeypatch.setattr(outputs, "head_logits", broken)
         teacher = Teacher(model, VOCAB)
-        outputs = teacher.run(ids.numpy().astype("uint32"))
-        assert torch.equal(expected, outputs)
-        assert torch.equal(expected[0], torch.cat([part for _, part in teacher.logits(outputs[0])]))
+        hidden = teacher.run(ids.numpy().astype("uint32"))
+        assert torch.equal(expected, hidden)
+        assert torch.equal(expected[0], torch.cat([part for _, part in teacher.logits(hidden[0])]))
 
 
 def test_the_body_is_put_back():
@@ -73,9 +73,9 @@ def test_the_body_is_put_back():
     model = made("Cohere")
     body = model.model
     with torch.inference_mode():
-        loading.head_logits(model, torch.zeros(1, 2, 32))
+        outputs.head_logits(model, torch.zeros(1, 2, 32))
         with pytest.raises((RuntimeError, TypeError)):
-            loading.head_logits(model, torch.zeros(1, 2, 5))
+            outputs.head_logits(model, torch.zeros(1, 2, 5))
     assert model.model is body
 
 
