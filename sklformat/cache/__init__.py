@@ -1,7 +1,7 @@
 """
 Shards and caches on disk: written so that nothing acknowledged is lost, checked before they are believed.
 
-manifest      which shards a cache has
+manifest      which shards a cache has, as a file beside them
 misalignment  why tokens are not those that records were captured on
 payloads      many sequences at once, as the arrays of a training step
 reader        a cache: one shard, or a directory of them

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sklformat.cache.shard import Shard
 from sklformat.checksums import checksum
 from sklformat.errors import CorruptError, FormatError
-from sklformat.files.storage import Place
+from sklformat.files.places import Place
 from sklformat.format.block import block_shape, locate
 from sklformat.format.header import Header
 from sklformat.native import Arena, BatchArrays, RowError, decode_batch

@@ -19,24 +19,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sklformat.cache.manifest import (
-    MANIFEST_NAME,
-    Entry,
-    cache_fingerprint,
-    check_contiguous,
-    place_in_cache,
-    read_manifest,
-)
+from sklformat.cache.manifest import MANIFEST_NAME, read_manifest
 from sklformat.cache.misalignment import likely_cause
 from sklformat.cache.payloads import Payloads
 from sklformat.cache.shard import Shard, describe
 from sklformat.checksums import alignment
 from sklformat.errors import AlignmentError, CorruptError, MissingShardError, SklError
-from sklformat.files import remote
 from sklformat.files.copies import LocalCopies
-from sklformat.files.storage import Io, Place, join
+from sklformat.files.places import Place, is_url, join
+from sklformat.files.storage import Io
 from sklformat.format import layout
 from sklformat.format.header import Header
+from sklformat.format.listing import Entry, cache_fingerprint, check_contiguous, place_in_cache
 from sklformat.format.records import Sequence
 
 MAX_OPEN_SHARDS = 64
@@ -56,7 +50,7 @@ class Cache:
 
     def __init__(self, path: Place, io: Io = "auto", copies: LocalCopies | None = None) -> None:
         self.path: Place
-        if isinstance(path, str) and remote.is_url(path):
+        if isinstance(path, str) and is_url(path):
             self.path = path.rstrip("/")
             self._directory = not self.path.endswith(_SUFFIX)
         else:

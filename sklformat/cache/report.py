@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat import native
-from sklformat.cache.manifest import MANIFEST_NAME, Entry, check_contiguous, place_in_cache, read_manifest
+from sklformat.cache.manifest import MANIFEST_NAME, read_manifest
 from sklformat.cache.payloads import Payloads
 from sklformat.cache.reader import Cache, find_unfinished
 from sklformat.cache.shard import Shard, describe
 from sklformat.errors import FormatError, MissingShardError, UnsupportedError
-from sklformat.files.remote import is_url
-from sklformat.files.storage import Place
+from sklformat.files.places import Place, is_url
 from sklformat.format.header import Header
+from sklformat.format.listing import Entry, check_contiguous, place_in_cache
 
 _MOST_PADDING = 4  # arrays are as wide as the longest sequence; beyond this, blocks are looked at one by one
 Progress = Callable[[int, int], None]

@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat.cache.manifest import Entry
 from sklformat.checksums import fingerprint
 from sklformat.errors import CorruptError, FormatError, TruncatedError
 from sklformat.files import remote
 from sklformat.files.copies import LocalCopies
-from sklformat.files.storage import Io, OpenFile, Place, RemoteFile, open_file
+from sklformat.files.places import Place, is_url
+from sklformat.files.storage import Io, OpenFile, RemoteFile, open_file
 from sklformat.format import layout
 from sklformat.format.block import BlockHeader, check_payload, decode_body, is_sound, locate, parse_block_header
 from sklformat.format.header import Header, parse_header
 from sklformat.format.index import SealedIndex, Trailer, expected_headers, parse_index, parse_trailer, payload_sizes
+from sklformat.format.listing import Entry
 from sklformat.format.records import Sequence
 from sklformat.native import address_of
 
@@ -56,7 +57,7 @@ class Shard:
     ) -> None:
         self.path: Place
         self._file: OpenFile | None
-        if isinstance(path, str) and remote.is_url(path):
+        if isinstance(path, str) and is_url(path):
             self.path, self._file = path, _open_remote(path, io, copies or LocalCopies(), entry)
         else:
             self.path = Path(path)

@@ -11,14 +11,16 @@ import threading
 from contextlib import closing
 from pathlib import Path
 
-from sklformat.cache.manifest import MANIFEST_NAME, Entry, write_manifest
+from sklformat.cache.manifest import MANIFEST_NAME, write_manifest
 from sklformat.cache.shard import Shard, describe
 from sklformat.errors import FormatError
 from sklformat.files import remote
+from sklformat.files.places import url_of
 from sklformat.format import layout
 from sklformat.format.block import locate
 from sklformat.format.header import Header, parse_header
 from sklformat.format.index import parse_index, parse_trailer
+from sklformat.format.listing import Entry
 
 _WAITING_SHARDS = 2  # sealed and not uploaded; more would fill the disk without a word
 
@@ -47,7 +49,7 @@ class Target:
         if self._url is not None:
             if self._uploaded is None:
                 self._uploaded = set(remote.list_names(self._url))
-            return _describe_remote(remote.join(self._url, name)) if name in self._uploaded else None
+            return _describe_remote(url_of(self._url, name)) if name in self._uploaded else None
         path = self._directory / name
         if not path.exists():
             return None
@@ -62,7 +64,7 @@ class Target:
 
     def place(self, name: str) -> str:
         """Where a shard lies, for messages."""
-        return str(self._directory / name) if self._url is None else remote.join(self._url, name)
+        return str(self._directory / name) if self._url is None else url_of(self._url, name)
 
     def publish(self, entries: list[Entry]) -> None:
         """
@@ -74,7 +76,7 @@ class Target:
         write_manifest(self._directory, entries)
         if self._url is not None:
             manifest = self._directory / MANIFEST_NAME
-            remote.upload(manifest, remote.join(self._url, MANIFEST_NAME))
+            remote.upload(manifest, url_of(self._url, MANIFEST_NAME))
             for name in (*(entry.name for entry in entries), MANIFEST_NAME):
                 (self._directory / name).unlink(missing_ok=True)
 
@@ -153,7 +155,7 @@ class Uploader:
             if self._error is None:
                 try:
                     _check_all(shard)
-                    remote.upload(shard, remote.join(self._url, shard.name))
+                    remote.upload(shard, url_of(self._url, shard.name))
                     shard.unlink()
                 except Exception as error:  # noqa: BLE001  it is raised where the shards come from
                     self._error = error

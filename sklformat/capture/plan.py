@@ -12,12 +12,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sklformat.cache.manifest import Entry
 from sklformat.cache.recovery import recover
 from sklformat.capture.destinations import Target
 from sklformat.errors import FormatError, MissingShardError, SettingsError
 from sklformat.format import layout
 from sklformat.format.header import Header, parse_header
+from sklformat.format.listing import Entry
 
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.skl(\.partial)?")
 

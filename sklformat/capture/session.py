@@ -19,7 +19,6 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from sklformat.cache.manifest import MAX_SHARDS, Entry
 from sklformat.capture.destinations import Target
 from sklformat.capture.frames import Setup, merge_draws, pack_draws, pack_targets
 from sklformat.capture.plan import ShardWork, places_of, sealed_entries, survey
@@ -28,6 +27,7 @@ from sklformat.errors import CaptureError, InUseError, RingClosedError
 from sklformat.files.disk import Disk, shared_directory
 from sklformat.format.header import Header
 from sklformat.format.layout import PARTIAL_SUFFIX
+from sklformat.format.listing import MAX_SHARDS, Entry
 from sklformat.format.records import SparseTargets
 
 __all__ = ["Capture", "ShardWork", "merge_draws"]

@@ -9,7 +9,6 @@ reads.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,28 +17,7 @@ from typing import Any, BinaryIO
 from sklformat.checksums import fingerprint_of
 from sklformat.errors import RemoteError
 
-_URL = re.compile(r"([A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://")
-_PATH_OF_URL = re.compile(r"[A-Za-z][\w+.-]+:/")  # two letters at least: "C:/" is a drive
 _CHUNK = 8 << 20
-
-
-def is_url(path: Path | str) -> bool:
-    """
-    Say whether ``path`` is a URL, to be given to the functions here, rather than a path of this machine.
-
-    Raises:
-        ValueError: It is a ``Path`` made from a URL, which lost one of its slashes.
-    """
-    if isinstance(path, Path):
-        if _PATH_OF_URL.match(str(path)):
-            raise ValueError(f"{path}: a URL must be given as a string; a Path loses one of its slashes")
-        return False
-    return _URL.match(path) is not None
-
-
-def join(url: str, name: str) -> str:
-    """URL of the file ``name`` in the directory ``url``."""
-    return f"{url.rstrip('/')}/{name}"
 
 
 def size(url: str) -> int:

@@ -18,10 +18,9 @@ from typing import Literal, Protocol
 from sklformat.errors import TruncatedError
 from sklformat.files import remote
 from sklformat.files.copies import LocalCopies
+from sklformat.files.places import Place
 from sklformat.native import address_of
 
-Place = Path | str
-"""A path of this machine, or a URL as a string."""
 Io = Literal["auto", "mmap", "pread"]
 
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -169,21 +168,6 @@ def file_system(path: Path, mounts: str) -> str:
         if path.is_relative_to(point) and len(point.parts) >= length:
             found, length = rest.split()[0], len(point.parts)
     return found
-
-
-def join(directory: Place, name: str) -> Place:
-    """The file ``name`` of a directory."""
-    return directory / name if isinstance(directory, Path) else remote.join(directory, name)
-
-
-def beside(place: Place, name: str) -> Place:
-    """The file ``name`` in the directory of another."""
-    return place.with_name(name) if isinstance(place, Path) else remote.join(place.rpartition("/")[0], name)
-
-
-def name_of(place: Place) -> str:
-    """Name of a file in its directory."""
-    return place.name if isinstance(place, Path) else place.rpartition("/")[2]
 
 
 def exists(place: Place) -> bool:

@@ -49,7 +49,7 @@ ID_BITS = {"R24": 17, "R24W": 18, "R32": 24}
 CODE_BITS = {"R24": 7, "R24W": 6, "R32": 7}
 RECORD_SIZE = {"R24": 3, "R24W": 3, "R32": 4}
 
-_FORMATS = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "f64": "d"}
+_FORMATS = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "u128": "16s", "f64": "d"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,101 +86,94 @@ class Table(tuple[Field, ...]):  # noqa: SLOT001  cached properties need a __dic
         return tuple((field.name, bytes(field.size)) for field in self if field.type == "zero")
 
 
-HEADER_FIELDS = Table(
-    (
-        Field(0, 8, "bytes", "magic"),
-        Field(8, 2, "u16", "version_major"),
-        Field(10, 2, "u16", "version_minor"),
-        Field(12, 4, "u32", "header_size"),
-        Field(16, 8, "u64", "incompatible_flags"),
-        Field(24, 8, "u64", "compatible_flags"),
-        Field(32, 1, "u8", "kind"),
-        Field(33, 1, "u8", "profile"),
-        Field(34, 1, "u8", "row_convention"),
-        Field(35, 1, "u8", "record_count_size"),
-        Field(36, 1, "u8", "token_size"),
-        Field(37, 1, "u8", "scale_log2"),
-        Field(38, 2, "u16", "columns"),
-        Field(40, 4, "u32", "vocab_size"),
-        Field(44, 4, "u32", "seq_len"),
-        Field(48, 4, "u32", "rounds"),
-        Field(52, 4, "u32", "shard_number"),
-        Field(56, 8, "u64", "first_sequence"),
-        Field(64, 1, "u8", "sampler"),
-        Field(65, 1, "zero", "reserved_0"),
-        Field(66, 2, "u16", "order_algorithm"),
-        Field(68, 2, "u16", "order_version"),
-        Field(70, 2, "zero", "reserved_1"),
-        Field(72, 8, "f64", "proposal_temperature"),
-        Field(80, 8, "u64", "sampling_seed"),
-        Field(88, 8, "u64", "packing_seed"),
-        Field(96, 16, "u128", "tokenizer_fingerprint"),
-        Field(112, 16, "u128", "corpus_fingerprint"),
-        Field(128, 16, "u128", "teacher_fingerprint"),
-        Field(144, 4, "u32", "capture_size"),
-        Field(148, 108, "zero", "reserved_2"),
-        Field(256, 3832, "bytes", "capture"),
-        Field(4088, 8, "u64", "header_checksum"),
-    )
+def _table(*rows: tuple[str, str] | tuple[str, str, int]) -> Table:
+    """A table from the (name, type) of its fields, or (name, type, size) of raw and reserved ones, in order."""
+    fields: list[Field] = []
+    for name, kind, *sizes in rows:
+        offset = fields[-1].offset + fields[-1].size if fields else 0
+        size = sizes[0] if sizes else struct.calcsize("<" + _FORMATS[kind])
+        fields.append(Field(offset, size, kind, name))
+    return Table(fields)
+
+
+HEADER_FIELDS = _table(
+    ("magic", "bytes", 8),
+    ("version_major", "u16"),
+    ("version_minor", "u16"),
+    ("header_size", "u32"),
+    ("incompatible_flags", "u64"),
+    ("compatible_flags", "u64"),
+    ("kind", "u8"),
+    ("profile", "u8"),
+    ("row_convention", "u8"),
+    ("record_count_size", "u8"),
+    ("token_size", "u8"),
+    ("scale_log2", "u8"),
+    ("columns", "u16"),
+    ("vocab_size", "u32"),
+    ("seq_len", "u32"),
+    ("rounds", "u32"),
+    ("shard_number", "u32"),
+    ("first_sequence", "u64"),
+    ("sampler", "u8"),
+    ("reserved_0", "zero", 1),
+    ("order_algorithm", "u16"),
+    ("order_version", "u16"),
+    ("reserved_1", "zero", 2),
+    ("proposal_temperature", "f64"),
+    ("sampling_seed", "u64"),
+    ("packing_seed", "u64"),
+    ("tokenizer_fingerprint", "u128"),
+    ("corpus_fingerprint", "u128"),
+    ("teacher_fingerprint", "u128"),
+    ("capture_size", "u32"),
+    ("reserved_2", "zero", 108),
+    ("capture", "bytes", 3832),
+    ("header_checksum", "u64"),
 )
 
-BLOCK_FIELDS = Table(
-    (
-        Field(0, 4, "bytes", "magic"),
-        Field(4, 1, "u8", "codec"),
-        Field(5, 3, "zero", "reserved_0"),
-        Field(8, 8, "u64", "block_number"),
-        Field(16, 4, "u32", "num_positions"),
-        Field(20, 4, "u32", "num_records"),
-        Field(24, 4, "u32", "payload_size"),
-        Field(28, 4, "zero", "reserved_1"),
-        Field(32, 8, "u64", "alignment"),
-        Field(40, 8, "u64", "payload_checksum"),
-        Field(48, 8, "zero", "reserved_2"),
-        Field(56, 8, "u64", "block_checksum"),
-    )
+BLOCK_FIELDS = _table(
+    ("magic", "bytes", 4),
+    ("codec", "u8"),
+    ("reserved_0", "zero", 3),
+    ("block_number", "u64"),
+    ("num_positions", "u32"),
+    ("num_records", "u32"),
+    ("payload_size", "u32"),
+    ("reserved_1", "zero", 4),
+    ("alignment", "u64"),
+    ("payload_checksum", "u64"),
+    ("reserved_2", "zero", 8),
+    ("block_checksum", "u64"),
 )
 
-TRAILER_FIELDS = Table(
-    (
-        Field(0, 8, "bytes", "magic"),
-        Field(8, 8, "u64", "index_offset"),
-        Field(16, 8, "u64", "num_sequences"),
-        Field(24, 8, "u64", "num_records"),
-        Field(32, 16, "u128", "root"),
-        Field(48, 8, "u64", "index_checksum"),
-        Field(56, 8, "u64", "trailer_checksum"),
-    )
+TRAILER_FIELDS = _table(
+    ("magic", "bytes", 8),
+    ("index_offset", "u64"),
+    ("num_sequences", "u64"),
+    ("num_records", "u64"),
+    ("root", "u128"),
+    ("index_checksum", "u64"),
+    ("trailer_checksum", "u64"),
 )
 
-INDEX_COLUMNS = Table(
-    (
-        Field(0, 8, "u64", "offset"),
-        Field(8, 8, "u64", "alignment"),
-        Field(16, 8, "u64", "block_checksum"),
-        Field(24, 4, "u32", "num_positions"),
-        Field(28, 4, "u32", "num_records"),
-    )
+INDEX_COLUMNS = _table(
+    ("offset", "u64"),
+    ("alignment", "u64"),
+    ("block_checksum", "u64"),
+    ("num_positions", "u32"),
+    ("num_records", "u32"),
 )
 """Each column is stored whole, one after the other; ``offset`` here is the place in a row of 32 bytes a sequence."""
 
 
 def pack(fields: Table, values: Mapping[str, Any]) -> bytearray:
-    """Lay values out as a table says; reserved fields become zero."""
-    data = bytearray(fields[-1].offset + fields[-1].size)
-    for field in fields:
-        if field.type == "zero":
-            continue
-        value = values[field.name]
-        if field.type == "bytes":
-            raw = bytes(value)
-        elif field.type == "u128":
-            raw = int(value, 16).to_bytes(16, "little")
-        else:
-            raw = struct.pack("<" + _FORMATS[field.type], value)
-        assert len(raw) <= field.size
-        data[field.offset : field.offset + len(raw)] = raw
-    return data
+    """Lay values out as a table says; reserved fields become zero, raw ones are filled up with zeros."""
+    stored = dict(values) | dict(fields.reserved)
+    for name in fields.wide:
+        stored[name] = int(values[name], 16).to_bytes(16, "little")
+    assert all(len(stored[field.name]) <= field.size for field in fields if field.type == "bytes")  # struct would cut
+    return bytearray(fields.whole.pack(*(stored[name] for name in fields.names)))
 
 
 def unpack(fields: Table, data: bytes | memoryview) -> dict[str, Any]:

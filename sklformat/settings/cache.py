@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sklformat.files import remote
+from sklformat.files.places import is_url
 from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, MAX_ROUNDS
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -109,7 +109,7 @@ class CacheConfig:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.num_sequences is not None and self.num_sequences < 1:
             raise ValueError(f"num_sequences must be >= 1, got {self.num_sequences}")
-        if remote.is_url(self.out) != (self.work_dir is not None):
+        if is_url(self.out) != (self.work_dir is not None):
             raise ValueError(
                 f"out {self.out} is a URL: give work_dir, a directory here for shards that are not uploaded yet"
                 if self.work_dir is None

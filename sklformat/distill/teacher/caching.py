@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import sklformat
-from sklformat.cache.manifest import MANIFEST_NAME, Entry, cache_fingerprint
+from sklformat.cache.manifest import MANIFEST_NAME
 from sklformat.capture import Capture, ShardWork, find_header
 from sklformat.capture.estimates import block_size
 from sklformat.capture.session import UNFINISHED_NAME
@@ -44,6 +44,7 @@ from sklformat.files import remote
 from sklformat.files.directories import refuse_foreign
 from sklformat.files.disk import shared_directory
 from sklformat.format.header import Header
+from sklformat.format.listing import Entry, cache_fingerprint
 from sklformat.settings.cache import CacheConfig
 
 __all__ = ["TOKENS_NAME", "CacheConfig", "Cached", "cache_teacher"]

@@ -19,6 +19,7 @@ from sklformat.capture import destinations
 from sklformat.capture.destinations import Target, Uploader
 from sklformat.capture.plan import find_header
 from sklformat.files import remote
+from sklformat.files.places import url_of
 
 pytest.importorskip("fsspec")
 
@@ -164,7 +165,7 @@ def test_a_damaged_shard_is_not_uploaded(tmp_path, url, expected):
     with pytest.raises(skl.CorruptError, match=r"shard-00000\.skl: block"):
         uploader.finish()
     assert shard.exists()
-    assert not remote.exists(remote.join(url, shard.name))
+    assert not remote.exists(url_of(url, shard.name))
     with pytest.raises(skl.CorruptError):
         uploader.put(shard)
 

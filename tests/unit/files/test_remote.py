@@ -9,6 +9,7 @@ import pytest
 
 import sklformat as skl
 from sklformat.files import remote
+from sklformat.files.places import is_url, url_of
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -34,18 +35,18 @@ def local(tmp_path):
 def test_urls_are_told_from_paths():
     """What has a scheme and two slashes is a URL; a Path made from one is refused, since it lost a slash."""
     for url in ("s3://b/c", "memory://x", "hf://datasets/a/b", "simplecache::s3://b/c", "file:///tmp/x"):
-        assert remote.is_url(url)
+        assert is_url(url)
     for path in ("cache", "/tmp/a", "./s3/b", "C:/cache", "a:b", Path("cache"), Path("/tmp/a:b"), Path("C:/cache")):
-        assert not remote.is_url(path)
+        assert not is_url(path)
     with pytest.raises(ValueError, match="s3:/b/c: a URL must be given as a string"):
-        remote.is_url(Path("s3://b/c"))
+        is_url(Path("s3://b/c"))
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
 def test_what_is_uploaded_is_there(store, local, tmp_path, kind):
     """Size, digest, ranges, listing and download show the local file; directories are made where a store has them."""
     where = store if kind == "memory" else f"file://{tmp_path}/new/cache"
-    url = remote.join(where + "/", local.name)
+    url = url_of(where + "/", local.name)
     assert not remote.exists(url)
     assert [] == remote.list_names(where)
     remote.upload(local, url)
@@ -66,7 +67,7 @@ def test_what_is_uploaded_is_there(store, local, tmp_path, kind):
 
 def test_what_is_not_there_is_named(store):
     """A missing file is FileNotFoundError with its URL, whatever is asked of it."""
-    url = remote.join(store, "none")
+    url = url_of(store, "none")
     for ask in (remote.size, remote.read, remote.digest, lambda url: remote.read_range(url, 0, 4)):
         with pytest.raises(FileNotFoundError, match=url):
             ask(url)
@@ -74,7 +75,7 @@ def test_what_is_not_there_is_named(store):
 
 def test_a_range_beyond_the_end_is_refused(store, local):
     """Fewer bytes than asked for are never given for all of them."""
-    url = remote.join(store, "x")
+    url = url_of(store, "x")
     remote.upload(local, url)
     with pytest.raises(skl.RemoteError, match=rf"{url}: asked for 10 bytes from byte {len(DATA) - 4} on, got 4"):
         remote.read_range(url, len(DATA) - 4, 10)
@@ -99,7 +100,7 @@ def test_an_upload_that_does_not_come_back_is_an_error(store, local, monkeypatch
 
     monkeypatch.setattr(memory, "put_file", put_file)
     with pytest.raises(skl.RemoteError, match=message) as raised:
-        remote.upload(local, remote.join(store, "x"))
+        remote.upload(local, url_of(store, "x"))
     assert f"{local} is kept" in str(raised.value)
     assert DATA == local.read_bytes()
 
@@ -134,6 +135,7 @@ def test_unknown_and_uninstalled_stores_are_named():
 import sys
 sys.modules["s3fs"] = None
 from sklformat.files import remote
+from sklformat.files.places import is_url, url_of
 remote.exists("s3://bucket/x")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -147,7 +149,8 @@ def test_without_fsspec():
 import sys
 sys.modules["fsspec"] = None
 from sklformat.files import remote
-assert not remote.is_url("cache")
+from sklformat.files.places import is_url, url_of
+assert not is_url("cache")
 remote.exists("s3://bucket/x")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -16,6 +16,7 @@ from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.files import remote
+from sklformat.files.places import url_of
 from sklformat.format.order import permute
 
 
@@ -131,7 +132,7 @@ def test_a_cache_behind_a_url(place, cache):
     """A stream from a URL is the stream from the directory."""
     url = "memory://streams-test/cache"
     for file in cache.iterdir():
-        remote.upload(file, remote.join(url, file.name))
+        remote.upload(file, url_of(url, file.name))
     here, there = (take(open_cache(place, source), 5) for source in (cache, url))
     for left, right in zip(here, there, strict=True):
         assert torch.equal(left.input_ids, right.input_ids)
