@@ -68,7 +68,7 @@ def test_parts_of_a_shard():
     parts = {row[0]: row[1] for row in table("3. Overview")}
     assert str(layout.HEADER_SIZE) == parts["header"]
     assert f"a multiple of {layout.ALIGN} each" == parts["blocks"]
-    assert f"{layout.INDEX_ROW_SIZE} a sequence, rounded up to a multiple of {layout.ALIGN}" == parts["index"]
+    assert f"{layout.INDEX_ROW_SIZE} per sequence, rounded up to a multiple of {layout.ALIGN}" == parts["index"]
     assert str(layout.TRAILER_SIZE) == parts["trailer"]
 
 
