@@ -86,7 +86,7 @@ def main():
             left.append(whole - pushed)
             size = sum(entry.size_bytes for entry in capture.entries) / tokens[:, 1:].size
             records = sum(entry.num_records for entry in capture.entries) / tokens[:, 1:].size
-    print(f"{processor()}, {tokens[:, 1:].size} positions, {records:.1f} records and {size:.1f} bytes a position")
+    print(f"{processor()}, {tokens[:, 1:].size} positions, {records:.1f} records and {size:.1f} bytes per position")
     for name, seconds in times.items():
         print(f"{name:<14} {tokens[:, 1:].size / statistics.median(seconds):8,.0f} positions/s")
     print(f"waited for the writer: {max(waited):.2%} at most; the writer ends {max(left):.2f} s after the teacher")

@@ -49,7 +49,7 @@ def collate(sequences: list[Arrays]) -> tuple[torch.Tensor, ...]:
 
 
 def parquet(directory: Path, data: list[Arrays]) -> Read:
-    """One file a column, one row group a sequence."""
+    """One file per column, one row group per sequence."""
     files = {}
     for name, first in data[0].items():
         path = directory / f"{name}.parquet"
@@ -69,7 +69,7 @@ def parquet(directory: Path, data: list[Arrays]) -> Read:
 
 
 def zstd_torch(directory: Path, data: list[Arrays]) -> Read:
-    """torch.save, zstd level 3, one file a sequence."""
+    """torch.save, zstd level 3, one file per sequence."""
     sizes = []
     for number, sequence in enumerate(data):
         buffer = io.BytesIO()
@@ -89,7 +89,7 @@ def zstd_torch(directory: Path, data: list[Arrays]) -> Read:
 
 
 def safetensors_files(directory: Path, data: list[Arrays]) -> Read:
-    """One file a sequence."""
+    """One file per sequence."""
     for number, sequence in enumerate(data):
         save_file(sequence, directory / f"{number}.safetensors")
     return lambda numbers: [load_file(directory / f"{number}.safetensors") for number in numbers]
@@ -97,7 +97,7 @@ def safetensors_files(directory: Path, data: list[Arrays]) -> Read:
 
 def safetensors_file(directory: Path, data: list[Arrays]) -> Read:
     """
-    One file, one tensor a sequence and array: the format's fastest, for as many sequences as one header names.
+    One file, one tensor per sequence and array: the format's fastest, for as many sequences as one header names.
 
     Headers are JSON of up to 100 MB, so that a million tensors or so fit into a file.
     """
@@ -112,7 +112,7 @@ def safetensors_file(directory: Path, data: list[Arrays]) -> Read:
 
 
 def npz(directory: Path, data: list[Arrays]) -> Read:
-    """One file, one member a sequence and array."""
+    """One file, one member per sequence and array."""
     path = directory / "all.npz"
     np.savez(path, **{f"{name}.{n}": array for n, sequence in enumerate(data) for name, array in sequence.items()})
     opened = np.load(path)
@@ -151,7 +151,7 @@ def main() -> None:
         reads = {
             "Parquet, flat columns": parquet(directory, data),
             "zstd + torch.load": zstd_torch(directory, data),
-            "safetensors, a file a sequence": safetensors_files(directory, data),
+            "safetensors, a file per sequence": safetensors_files(directory, data),
             "safetensors, one file": safetensors_file(directory, data),
             "npz": npz(directory, data),
         }

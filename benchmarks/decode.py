@@ -20,7 +20,7 @@ VOCAB, ROUNDS, RECORDS = 128_256, 50, 12
 
 
 def payload(positions: int) -> tuple[native.Shape, np.ndarray]:
-    """A padded payload of 12 records a position."""
+    """A padded payload of 12 records per position."""
     records = positions * RECORDS
     shape = native.Shape(1, 1, 1, 0, 0, VOCAB, ROUNDS, positions, records)
     rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def main() -> None:
     print(f"{'way':<15} {'seconds':>9} {'GB/s':>7} {'M positions/s':>14}")
     for name, (median, _) in results.items():
         print(f"{name:<15} {median:>9.4f} {moved / median / 1e9:>7.1f} {args.positions / median / 1e6:>14.1f}")
-    print(f"decode in C / memcpy, bytes a second: {1 / results['memcpy'][1]:.2f} (limit 1.0)")
+    print(f"decode in C / memcpy, bytes per second: {1 / results['memcpy'][1]:.2f} (limit 1.0)")
 
 
 if __name__ == "__main__":

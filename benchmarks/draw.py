@@ -1,5 +1,5 @@
 """
-How many positions a second does one core draw, against torch softmax + multinomial and against reading the rows?
+How many positions per second does one core draw, against torch softmax + multinomial and against reading the rows?
 
 Rows of 128 256 logits, 32 a call, lie in DRAM: every call takes the next rows of a pool larger than the caches. The
 contenders take turns of several calls within one run, on one thread, so that all see the same machine; its own time is
@@ -66,7 +66,7 @@ CONTENDERS = {
 
 
 def measure(pool, turns, calls_a_turn):
-    """Median seconds a position, of this thread, of each contender; no two calls in a row touch the same rows."""
+    """Median seconds per position, of this thread, of each contender; no two calls in a row touch the same rows."""
     times = {name: [] for name in CONTENDERS}
     groups = itertools.cycle(pool.split(ROWS_A_CALL))
     names = list(CONTENDERS)
@@ -92,7 +92,7 @@ def main():
         pool = make_pool(pool_bytes, dtype)
         seconds = measure(pool, turns, args.calls_a_turn)
         unique = np.diff(draw(pool[:ROWS_A_CALL], ROUNDS).offsets).mean()
-        print(f"\n{dtype}, V = {VOCAB_SIZE}, {ROWS_A_CALL} rows a call, {unique:.1f} unique ids a position")
+        print(f"\n{dtype}, V = {VOCAB_SIZE}, {ROWS_A_CALL} rows per call, {unique:.1f} unique ids per position")
         print(f"{'':30}{'us/position':>12}{'positions/s':>13}{'GB/s':>7}{'x torch':>9}{'x read time':>12}")
         for name, value in seconds.items():
             rival = seconds[f"torch softmax + topk {K}" if "topk" in name else "torch softmax + multinomial"]

@@ -2,7 +2,7 @@
 How many bytes of finished shard does one core encode, checksum and append a second?
 
 ``ShardWriter.append`` into a file, by profile and kind, and with sorted draws merged to counts before it, against
-writing the same bytes ready-made with one system call a block, and against copying them in memory. Sequences of 1024
+writing the same bytes ready-made with one system call per block, and against copying them in memory. Sequences of 1024
 positions with their tokens. Each turn writes a new file; what the system does later to bring it to the disk is not
 counted, syncing is the checkpoint's business. The goal is 200 MB/s.
 
@@ -40,7 +40,7 @@ Sequence = tuple[np.ndarray, skl.SparseTargets]
 
 
 def make_sequence(header: skl.Header, rng: np.random.Generator) -> Sequence:
-    """Tokens and records like a teacher's: power-law weights, 4 to 20 records a position or 12 of top-k."""
+    """Tokens and records like a teacher's: power-law weights, 4 to 20 records per position or 12 of top-k."""
     tokens = rng.integers(0, header.vocab_size, POSITIONS + 1)
     lengths = np.full(POSITIONS, K) if header.sampler == "topk" else rng.integers(4, 21, POSITIONS)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -68,7 +68,7 @@ def draws_of(targets: skl.SparseTargets) -> np.ndarray:
 def measure(
     header: skl.Header, sequences: list[Sequence], directory: Path, turns: int, *, merge: bool
 ) -> dict[str, float]:
-    """Median bytes a second of each way, and how many bytes the sequences are."""
+    """Median bytes per second of each way, and how many bytes the sequences are."""
     draws = {id(targets): draws_of(targets) for _, targets in sequences} if merge else {}
     rates: dict[str, list[float]] = {"append": [], "write": [], "memcpy": [], "size": []}
     for _ in range(turns):
@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     number, turns = (64, 3) if args.quick else (512, 9)
     print(f"{processor()}, 1 core, kernels {native.kernels_name()}, files in {args.directory}")
-    print(f"\n{'MB/s of shard':24}{'append':>9}{'write':>9}{'memcpy':>9}{'append / write':>16}{'ns a record':>13}")
+    print(f"\n{'MB/s of shard':24}{'append':>9}{'write':>9}{'memcpy':>9}{'append / write':>16}{'ns per record':>13}")
     for name, header in {**CASES, MERGED: CASES["R24 counts"]}.items():
         rng = np.random.default_rng(0)
         sequences = [make_sequence(header, rng) for _ in range(16)] * (number // 16)

@@ -1,5 +1,5 @@
 """
-How many positions a second come out of SparseLogitDataset, against copying as many bytes?
+How many positions per second come out of SparseLogitDataset, against copying as many bytes?
 
 One core, sequences of 1024 positions with 12 records on average, tokens stored, a cache in the page cache, batches of
 8, in this process; all checks on.  "first touch" is the first epoch, which verifies each block's checksums too.

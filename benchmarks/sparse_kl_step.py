@@ -3,8 +3,8 @@ What does a step of the sparse KL loss cost over a step of cross-entropy?
 
 Step: loss of the output layer and gradients of hidden states and weight.  The ways, in the same run:
 
-* sparse KL: ``linear_sparse_kl`` with about 12 records a position;
-* one record: the same function with one record a position, the label with probability 1, which is cross-entropy.
+* sparse KL: ``linear_sparse_kl`` with about 12 records per position;
+* one record: the same function with one record per position, the label with probability 1, which is cross-entropy.
   This is the peer of the goal (ratio <= 1.02): the same chunks and dense passes, so that the ratio shows what the
   records cost and nothing else;
 * records cost: the same ratio, with less noise.  The matrix products being the same, all that differs is the pass over
@@ -46,7 +46,7 @@ class Records:
 
 
 def sparse_records(num_positions: int, vocab_size: int, mean_records: int, g: torch.Generator) -> Records:
-    """Ragged counts of 50 draws: between 1 and twice the mean of records a position, distinct ids."""
+    """Ragged counts of 50 draws: between 1 and twice the mean of records per position, distinct ids."""
     lengths = torch.randint(1, 2 * mean_records, (num_positions,), generator=g)
     # A random start and an odd stride smaller than V / records: distinct, and scattered over the vocabulary.
     step = vocab_size // (2 * mean_records) - 1
@@ -96,7 +96,7 @@ def steps(D: int, V: int, P: int, mean_records: int, dtype: torch.dtype) -> dict
 
 
 def records_cost(D: int, V: int, P: int, mean_records: int, dtype: torch.dtype, rounds: int) -> float:
-    """1 + extra CPU seconds of the row pass for the records over one record a position, as a share of the step's."""
+    """1 + extra CPU seconds of the row pass for the records over one record per position, as a share of the step's."""
     g = torch.Generator().manual_seed(1)
     logits_PV = torch.randn(P, V, generator=g).to(dtype)
     buffer_PV = torch.empty_like(logits_PV)
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small shape, few rounds (seconds, not minutes)")
     parser.add_argument("--rounds", type=int, help="pairs for each peer (default: 7, quick: 5)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
-    parser.add_argument("--records", type=int, default=12, help="mean records a position (default: 12)")
+    parser.add_argument("--records", type=int, default=12, help="mean records per position (default: 12)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the parameters")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

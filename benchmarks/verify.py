@@ -1,7 +1,7 @@
 """
 How fast is a cache verified, against copying memory?
 
-One core; shards of about 12 records a position in the page cache; every checksum and every record is checked.
+One core; shards of about 12 records per position in the page cache; every checksum and every record is checked.
 The limit is memcpy of as many bytes, in the same run; the goal is 1 GB/s of shard.
 """
 
@@ -31,7 +31,7 @@ SHARDS: dict[str, dict[str, Any]] = {
 
 
 def write_shard(path: Path, size_bytes: int, settings: dict[str, Any]) -> None:
-    """Sequences with 4 to 20 records a position, 12 on average, until the shard is so large."""
+    """Sequences with 4 to 20 records per position, 12 on average, until the shard is so large."""
     header = skl.Header(**{"vocab_size": 128_256, "seq_len": 1024, "kind": "counts", "rounds": ROUNDS} | settings)
     positions, vocab_size = header.seq_len, header.vocab_size
     rng = np.random.default_rng(0)

@@ -1,5 +1,5 @@
 """
-The command line: one verb a function, flags made by tyro from the dataclass beside that function.
+The command line: one verb per function, flags made by tyro from the dataclass beside that function.
 
 Holds no knowledge of its own.  Data goes to stdout, progress and errors to stderr; a verb's modules are loaded only
 when it runs.  Exit status: 0 done, 1 failed (one line says why), 2 wrong usage, 3 ``verify`` found damage, 130 stopped.
@@ -198,11 +198,11 @@ def _cache_table(facts: dict[str, Any]) -> dict[str, str]:
         "fingerprint": facts["fingerprint"],
         "shards": f"{facts['shards']:,}",
         "sequences": f"{facts['sequences']:,}, from number {facts['first_sequence']:,}",
-        "positions": f"{facts['positions']:,}, {header['seq_len'] or 'any number of them'} a sequence",
+        "positions": f"{facts['positions']:,}, {header['seq_len'] or 'any number of them'} per sequence",
         "records": f"{facts['records']:,}",
         "bytes": f"{facts['bytes']:,}",
-        "bytes a position": _number(facts["bytes_per_position"]),
-        "unique tokens": f"{_number(facts['unique_tokens_per_position'])} a position",
+        "bytes per position": _number(facts["bytes_per_position"]),
+        "unique tokens": f"{_number(facts['unique_tokens_per_position'])} per position",
         "kind": f"{header['kind']}, profile {header['profile']}, vocab_size {header['vocab_size']:,}",
         "biased": f"{verdict}: sampler {header['sampler']}{drawn}",
         "tokens": f"stored, {header['token_size']} bytes each" if header["store_tokens"] else "not stored",

@@ -38,7 +38,7 @@ class ComparisonRow(TypedDict):
     """Name as it stands beside the bar."""
 
     lm_loss: float
-    """Nats a token on held-out text."""
+    """Nats per token on held-out text."""
 
     calibration_error: float
     """Expected calibration error, a fraction in 0..1."""
@@ -51,11 +51,11 @@ def plot_comparison(rows: Sequence[ComparisonRow], path: Path | str, *, title: s
     """
     Draw the LM loss and the reliability of each method into one PNG, SVG or PDF file.
 
-    Left: one bar a method, in the order given. Right: one small diagram a method, accuracy against confidence; points
-    below the diagonal are over-confident, and the area of a point is the share of predictions it stands for.
+    Left: one bar per method, in the order given. Right: one small diagram per method, accuracy against confidence;
+    points below the diagonal are over-confident, and the area of a point is the share of predictions it stands for.
 
     Args:
-        rows: One entry a method, 1 to 24.
+        rows: One entry per method, 1 to 24.
         path: File to write; its ending chooses the format.
         title: Line above the plots; empty for none.
 
@@ -118,7 +118,9 @@ def _draw_losses(axis: Any, rows: Sequence[ComparisonRow], colours: Sequence[str
     axis.set_yticks(places, [row["method"] for row in rows], fontsize=12)
     axis.invert_yaxis()
     axis.set_xlim(start, high + 0.03 * span)
-    axis.set_xlabel("nats a token on held-out text, axis not from 0" + (", dashed: CE" if baseline is not None else ""))
+    axis.set_xlabel(
+        "nats per token on held-out text, axis not from 0" + (", dashed: CE" if baseline is not None else "")
+    )
     axis.set_title("LM loss: shorter is better", fontsize=12, fontweight="bold")
 
 

@@ -19,7 +19,7 @@ from sklformat.format.records import SparseTargets
 SAMPLERS = ("multinomial", "systematic", "topk", "topp")
 MAX_ROUNDS = 65535
 MAX_COUNT_ROUNDS = 127  # beyond, a count does not fit its 7 bits and counts / rounds are given as weights
-MAX_K = 65535  # records a position can have
+MAX_K = 65535  # records that a position can have
 
 
 def draw(

@@ -24,7 +24,7 @@ _COUNTED = (
 )
 _UNIT = (
     r"position|token|record|sequence|document|row|line|batch|micro-batch|step|block|chunk|shard|file|second|minute"
-    r"|core|GPU|rank|call|method|function|column|value|question|turn|run"
+    r"|core|GPU|rank|call|method|function|column|value|entry|flag|question|turn|run"
 )
 _NOUN = r"(?!(of|in|or|and|with|to|for|as|from|on|at|is|has|that)\b)[\w-]+"
 # What not to write, and what to write instead.  A space stands for any white space, also at the end of a line.
@@ -34,7 +34,8 @@ PHRASES = {
     r"\bleft alone\b": "skip, keep",
     r"\banew\b": "again, from the start",
     rf"\b({_COUNTED})( on disk)? an? ({_UNIT})\b(?! time)": "per",
-    rf"\b(one( {_NOUN})?|a) {_NOUN} an? ({_UNIT})\b(?! time)": "per",
+    rf"\b(one( {_NOUN}){{,2}}|a( {_NOUN}){{1,2}}) an? ({_UNIT})\b(?! time)": "per",
+    rf"\A\x20an?\x20({_UNIT})\b(?! time)": "per",
     r"\b(give|given) (the same|the capture's|that) command again\b|\bgiven again\b": "run",
     r"\bcan be told\b": "settings",
     r"\bthe whole way\b": "the whole pipeline",
@@ -56,7 +57,7 @@ def python_texts(source):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = [(token.start[0], token.string.lstrip("#")) for token in tokens if token.type == tokenize.COMMENT]
+    comments = [(token.start[0], token.string.lstrip("# ")) for token in tokens if token.type == tokenize.COMMENT]
     starts = [0, *(i + 1 for i, ((a, _), (b, _)) in enumerate(pairwise(comments)) if b != a + 1), len(comments)]
     for begin, end in pairwise(starts):
         if begin < end:

@@ -220,8 +220,8 @@ def inspect(path: Path | str) -> dict[str, Any]:
     What a cache holds, from its headers and indexes only.
 
     Returns:
-        JSON-ready: settings, number of shards, sequences, positions and records, bytes, bytes a position, mean number
-        of unique tokens a position, fingerprint.
+        JSON-ready: settings, number of shards, sequences, positions and records, bytes, bytes per position, mean number
+        of unique tokens per position, fingerprint.
 
     Raises:
         FormatError, FileNotFoundError: As ``skl.open``.

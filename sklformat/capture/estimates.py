@@ -30,11 +30,11 @@ class Estimate:
     Attributes:
         positions, sequences, shards: How many.
         profile: Of the records.
-        unique_tokens: Records a position, mean.
+        unique_tokens: Records per position, mean.
         bytes_per_position: Tokens, checksums, index and padding included.
         bytes: Of the whole cache.
         bytes_per_shard: Of one shard.
-        disks: So many of ``disk_tb`` hold it.
+        disks: How many of ``disk_tb`` hold it.
         positions_per_second: On one GPU.
         gpu_hours: Of all GPUs together.
         days: From begin to end on ``gpus`` GPUs.
@@ -60,8 +60,8 @@ class Estimate:
     def __str__(self) -> str:
         lines = [
             f"positions        {self.positions:,} in {self.sequences:,} sequences",
-            f"records          {self.unique_tokens:.2f} a position, profile {self.profile}",
-            f"size             {self.bytes / 1e12:,.3f} TB, {self.bytes_per_position:.1f} bytes a position",
+            f"records          {self.unique_tokens:.2f} per position, profile {self.profile}",
+            f"size             {self.bytes / 1e12:,.3f} TB, {self.bytes_per_position:.1f} bytes per position",
             f"files            {self.shards:,} shards of {self.bytes_per_shard / 1e6:,.1f} MB",
             f"disks            {self.disks:,}",
         ]

@@ -108,7 +108,7 @@ def pack_draws(
     ids, array = tokens_array(tokens), draws_array(draws)
     positions, rounds = array.shape
     if rounds != header.rounds:
-        raise ValueError(f"{rounds} draws a position, the header's rounds is {header.rounds}")
+        raise ValueError(f"{rounds} draws per position, the header's rounds is {header.rounds}")
     _check_positions(header, ids, positions)
     rows = _column_rows(header, columns, positions)
     return _DRAWS, [_PREFIX.pack(positions, rounds, len(rows)), array, ids, *rows]

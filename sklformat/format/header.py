@@ -36,7 +36,7 @@ class Header:
         vocab_size: Ids and tokens are below it, 1..2**24.
         seq_len: Positions of every sequence, 1..2**22; 0: ragged, each sequence says its own.
         kind: "counts" (records hold counts that sum to ``rounds``) or "ratios" (positive weights in 7-bit ratios).
-        rounds: Draws a position, 1..127 for counts (63 for profile R24W); for ratios 0 (not drawn) to 65535.
+        rounds: Draws per position, 1..127 for counts (63 for profile R24W); for ratios 0 (not drawn) to 65535.
         sampler: "multinomial", "systematic", "topk", "topp" or "unknown"; None: multinomial where rounds > 0.
         proposal_temperature: Exponent t of the proposal q ∝ p**t, > 0; counts need 1.
         shard_number: Place of the shard in its cache, 0..2**32 - 1.
@@ -44,11 +44,11 @@ class Header:
         profile: "R24" (17-bit ids), "R24W" (18-bit ids, counts of at most 63 rounds), "R32" (24-bit ids);
             None: the smallest that fits.
         store_tokens: Whether blocks hold their tokens.
-        token_size: Bytes a stored token, 2, 3 or 4; None: the smallest that fits.
+        token_size: Bytes per stored token, 2, 3 or 4; None: the smallest that fits.
         record_count_size: Bytes of a position's number of records, 1 (up to 255) or 2 (up to 65535); None: 1, or 2
             where ratios have more than 255 rounds.
         scale_log2: Ratios only: weights lie in (0, 2**scale_log2], 0..30.
-        columns: Optional float16 columns, one value a position: "label_logprob" and "entropy", in nats.
+        columns: Optional float16 columns, one value per position: "label_logprob" and "entropy", in nats.
         capture: What else is worth knowing about the capture; JSON, at most 3832 bytes in canonical form.
         row_convention: "next-token": the record at position t describes token t + 1.
         sampling_seed, packing_seed: 0..2**64 - 1.

@@ -20,7 +20,7 @@ from sklformat.format.header import Header
 
 
 class Index:
-    """The index of a shard while it is written: 32 bytes a sequence."""
+    """The index of a shard while it is written: 32 bytes per sequence."""
 
     def __init__(self) -> None:
         self._columns = {f.name: array("Q" if f.type == "u64" else "I") for f in layout.INDEX_COLUMNS}
@@ -57,7 +57,7 @@ class Index:
 @dataclass(frozen=True, slots=True)
 class SealedIndex:
     """
-    The checked index of a sealed shard; each column has one value a sequence.
+    The checked index of a sealed shard; each column has one value per sequence.
 
     Attributes:
         offset: uint64, byte offset of the block.

@@ -164,7 +164,7 @@ INDEX_COLUMNS = _table(
     ("num_positions", "u32"),
     ("num_records", "u32"),
 )
-"""Each column is stored whole, one after the other; ``offset`` here is the place in a row of 32 bytes a sequence."""
+"""Each column is stored whole, one after the other; ``offset`` here is the place in a row of 32 bytes per sequence."""
 
 
 def pack(fields: Table, values: Mapping[str, Any]) -> bytearray:

@@ -122,7 +122,7 @@ def _block_keys(blocks: NDArray[np.uint64], seed: int, epoch: int) -> NDArray[np
 
 
 def _walk(values: NDArray[np.uint64], n: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Where values in [0, n) go; keys are [8, 1], or [8, k] with one column a value."""
+    """Where values in [0, n) go; keys are [8, 1], or [8, k] with one column per value."""
     half = (max((n - 1).bit_length(), 2) + 1) // 2
     out = values.copy()
     pending = np.arange(out.size)
@@ -159,7 +159,7 @@ class Schedule:
 
     Args:
         num_sequences: Size of the epoch, >= 1.
-        batch_size: Sequences a batch on one rank, >= 1.
+        batch_size: Sequences per batch on one rank, >= 1.
         rank, world_size: Which process of how many.
         seed: Of the order, 0..2**64 - 1.
         shuffle: Whether the order is random; else it is 0, 1, 2, ...

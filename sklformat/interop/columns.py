@@ -7,7 +7,7 @@ One row is one sequence of L tokens with T rows of records:
   number of rounds) or ``logprobs`` (natural logarithms).  An empty list: no record at this position.
 * optionally ``label_logprob`` and ``entropy``: T numbers, in nats.
 
-Parquet: these are the columns, of lists and lists of lists.  JSONL: one JSON object a line with these keys.
+Parquet: these are the columns, of lists and lists of lists.  JSONL: one JSON object per line with these keys.
 npz: flat arrays, nothing pickled, so that lists need offsets:
 
 * ``input_ids`` of all sequences one after the other; those of sequence s are

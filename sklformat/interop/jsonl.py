@@ -1,4 +1,4 @@
-"""Plain columns as JSONL: one object a line, and the note in a file of its own beside it."""
+"""Plain columns as JSONL: one object per line, and the note in a file of its own beside it."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def _load_tokens(path: Path, count: int) -> NDArray[Any]:
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: not a .npy array: {error}") from None
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or tokens.dtype.kind not in "iu" or len(tokens) != count:
-        raise ValueError(f"{path}: must be an integer array of {count} rows, one a sequence")
+        raise ValueError(f"{path}: must be an integer array of {count} rows, one per sequence")
     return tokens
 
 

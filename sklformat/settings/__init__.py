@@ -1,5 +1,5 @@
 """
-The settings of every verb as dataclasses, one field a flag; imports no torch and runs nothing.
+The settings of every verb as dataclasses, one field per flag; imports no torch and runs nothing.
 
 cache       sklformat cache
 convert     sklformat convert

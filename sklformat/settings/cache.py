@@ -57,7 +57,7 @@ class CacheConfig:
     """How records are taken from the teacher's distribution. The first two are unbiased, the others are not."""
 
     rounds: int = 50
-    """Draws a position, for multinomial and systematic."""
+    """Draws per position, for multinomial and systematic."""
 
     k: int | None = None
     """Tokens kept a position, for topk; bound of the tokens kept, for topp."""
@@ -93,7 +93,7 @@ class CacheConfig:
     """auto: lay a teacher that is too large for one GPU over all those of the process (needs accelerate)."""
 
     store_tokens: bool = True
-    """Whether the cache holds the tokens as well (2 or 3 bytes a position), so that training needs no text."""
+    """Whether the cache holds the tokens as well (2 or 3 bytes per position), so that training needs no text."""
 
     ring_mib: int = 64
     """Shared memory between the teacher and the writer process, MiB."""

@@ -37,7 +37,7 @@ class ConvertConfig:
     """Record layout: 17-bit ids, 18-bit ids with at most 63 rounds, 24-bit ids. None: the source's, or the smallest."""
 
     drop_tokens: bool = False
-    """Leave the tokens out of the cache, 2 or 3 bytes a position; training then needs them from elsewhere."""
+    """Leave the tokens out of the cache, 2 or 3 bytes per position; training then needs them from elsewhere."""
 
     tokens: Path | None = None
     """.npy array [sequences, seq_len + 1] of token ids, for a source cache that stores no tokens."""
@@ -49,7 +49,7 @@ class ConvertConfig:
     """Ids are below it; only for plain columns that do not come from sklformat."""
 
     rounds: int | None = None
-    """Draws a position, the sum of its counts; only for plain columns that do not come from sklformat."""
+    """Draws per position, the sum of its counts; only for plain columns that do not come from sklformat."""
 
     sampler: Literal["multinomial", "systematic", "topk", "topp", "unknown"] | None = None
     """How records were taken; topk, topp: biased. Only for plain columns that do not come from sklformat."""

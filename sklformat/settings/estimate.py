@@ -22,7 +22,7 @@ class EstimateConfig:
     """Positions to capture, such as 1e12."""
 
     rounds: int = 50
-    """Draws a position; 0: none are drawn (topk, topp)."""
+    """Draws per position; 0: none are drawn (topk, topp)."""
 
     seq_len: int = 1024
     """Positions in a sequence."""
@@ -31,10 +31,10 @@ class EstimateConfig:
     """Token ids; a calibration run knows it."""
 
     unique_tokens: float | None = None
-    """Records a position, mean; a calibration run measures it. The paper has about 12 at 50 rounds."""
+    """Records per position, mean; a calibration run measures it. The paper has about 12 at 50 rounds."""
 
     positions_per_second: float | None = None
-    """Positions a second on one GPU; a calibration run measures it, here."""
+    """Positions per second on one GPU; a calibration run measures it, here."""
 
     proposal_temperature: float = 1.0
     """Exponent of the proposal; other than 1 the records hold ratios."""

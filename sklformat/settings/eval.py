@@ -15,7 +15,7 @@ class EvalConfig:
     """Model to measure, path or name of a transformers model with its tokenizer."""
 
     seq_len: int
-    """Positions a sequence; take what the student was trained with."""
+    """Positions per sequence; take what the student was trained with."""
 
     text: tuple[Path, ...] = ()
     """Held-out text: files (UTF-8, or .jsonl with a field "text") and directories of them."""
@@ -33,10 +33,10 @@ class EvalConfig:
     """Teacher to compare with, path or name of a transformers model of the same tokenizer."""
 
     ce_loss: float | None = None
-    """LM loss of the student trained with cross-entropy, nats a token; with --full-loss for "% CE to FullKD"."""
+    """LM loss of the student trained with cross-entropy, nats per token; with --full-loss for "% CE to FullKD"."""
 
     full_loss: float | None = None
-    """LM loss of the student trained on the teacher's whole distributions, nats a token."""
+    """LM loss of the student trained on the teacher's whole distributions, nats per token."""
 
     bins: int = 15
     """Confidence bins of the calibration error, of equal width."""

@@ -31,7 +31,7 @@ class TrainConfig:
     """Token store to learn from instead of a cache (methods ce and full)."""
 
     seq_len: int = 0
-    """Positions a sequence; only with --tokens, a cache knows its own."""
+    """Positions per sequence; only with --tokens, a cache knows its own."""
 
     packing_seed: int = 0
     """Seed of the order in which documents are packed; only with --tokens."""
@@ -58,10 +58,10 @@ class TrainConfig:
     """Attention heads of a new Llama; must divide hidden_size."""
 
     batch_size: int = 8
-    """Sequences a micro-batch, on each process."""
+    """Sequences per micro-batch, on each process."""
 
     accumulation: int = 1
-    """Micro-batches a step, on each process."""
+    """Micro-batches per step, on each process."""
 
     steps: int = 1000
     """Optimizer steps."""

@@ -95,7 +95,7 @@ def test_inspect(capfd, cache):
     assert 0 == status
     assert "6, from number 0" == table["sequences"].strip()
     assert "no: sampler multinomial, 3 rounds" == table["biased"].strip()
-    assert "0.75 a position" == table["unique tokens"].strip()
+    assert "0.75 per position" == table["unique tokens"].strip()
     status, out, _ = run(capfd, "inspect", cache, "--json")
     facts = json.loads(out)
     assert (0, 6, 24, skl.open(cache).fingerprint) == (

@@ -27,7 +27,7 @@ class Row:
     Attributes:
         method: Its name in the table.
         evaluation: On held-out text.
-        unique_tokens: Records a position in its cache; None without one.
+        unique_tokens: Records per position in its cache; None without one.
         bytes_per_position: Of its cache, tokens and checksums included; None without one.
         percent_ce_to_full: Share of the gap between CE and FullKD that it closes, percent; None where there is none.
     """
@@ -101,7 +101,7 @@ def check_order(rows: Sequence[Row]) -> list[Check]:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     head = ("Method", "Unique tokens", "LM loss", "% CE to FullKD", "ECE %", "Top-1 agreement %", "Σ min(p, q) %",
-            "Bytes a position")  # fmt: skip
+            "Bytes per position")  # fmt: skip
     cells = [head, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
     lines = [
@@ -161,8 +161,8 @@ def report(
             table(rows),
             "",
             "All students start from the same weights and see the same sequences in the same order.",
-            "LM loss in nats a token on held-out text; ECE over 15 bins; Σ min(p, q) is the rate at which speculative",
-            "decoding with this teacher accepts the student's tokens; bytes a position as the cache lies on disk,",
+            "LM loss in nats per token on held-out text; ECE over 15 bins; Σ min(p, q) is the rate at which",
+            "speculative decoding with this teacher accepts the student's tokens; bytes per position on disk,",
             "tokens and checksums included. FullKD ran the teacher at every step.",
             "Top-1 agreement misleads: it looks at the head of the distribution alone, which is all that Top-K learns.",
             "",

@@ -70,7 +70,7 @@ class DemoResult:
 
     Attributes:
         directory: Where everything lies.
-        rows: One a method, in the table's order; the teacher is the last.
+        rows: One per method, in the table's order; the teacher is the last.
         checks: Whether this run shows what the paper shows.
         seconds: Time this call took.
         text: The report, Markdown.
@@ -245,7 +245,7 @@ def _verify(caches: list[CacheConfig]) -> None:
         facts = inspect(cache.out)
         sys.stderr.write(
             f"    {cache.out}: {facts['sequences']} sequences sound, {facts['unique_tokens_per_position']:.2f} unique "
-            f"tokens and {facts['bytes_per_position']:.1f} bytes a position\n"
+            f"tokens and {facts['bytes_per_position']:.1f} bytes per position\n"
         )
 
 

@@ -50,7 +50,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
     Args:
         path: A cache directory, one shard, or the URL of either; or a cache that ``skl.open`` opened with settings of
             its own, such as how its files are read.
-        batch_size: Sequences a batch, on each rank; None: single sequences, for trainers that make the batches
+        batch_size: Sequences per batch, on each rank; None: single sequences, for trainers that make the batches
             themselves, with ``collate``.
         seed: Seed of the order.
         shuffle: False: the order of the cache.

@@ -186,7 +186,7 @@ def sparse_kl(
             positions that count.  None: 1 everywhere.
 
     Returns:
-        Scalar, float32 (float64 for float64), nats a position.  The gradient is computed here, together with the
+        Scalar, float32 (float64 for float64), nats per position.  The gradient is computed here, together with the
         value, and held in the type of the logits; there is no second derivative (RuntimeError if asked).
 
     Raises:
@@ -228,7 +228,7 @@ def linear_sparse_kl(
     """
     ``sparse_kl(hidden_PD @ lm_head_weight_VD.T, ...)`` in chunks of positions; the logits never exist whole.
 
-    Three matrix products a chunk: logits, gradient of the hidden states, gradient of the weight.  Beyond the results
+    Three matrix products per chunk: logits, gradient of the hidden states, gradient of the weight.  Beyond the results
     it holds one chunk's logits and, until the backward pass ends, the weight's gradient in float32.
     Under autocast the products take autocast's type.  The weight may be tied to the embedding.
 
@@ -240,7 +240,7 @@ def linear_sparse_kl(
         labels_P: As in ``sparse_kl``.
         ce_weight: As in ``sparse_kl``.
         position_weights_P: As in ``sparse_kl``.
-        chunk_positions: Positions a chunk, >= 1.  None: equal chunks of at most 2048 positions and about 1 GiB of
+        chunk_positions: Positions per chunk, >= 1.  None: equal chunks of at most 2048 positions and about 1 GiB of
             logits, not below 256 positions.
 
     Returns:

@@ -138,7 +138,7 @@ class EvaluationSums:
 
     @property
     def lm_loss(self) -> float:
-        """Mean negative log-likelihood of the labels, nats a token."""
+        """Mean negative log-likelihood of the labels, nats per token."""
         return self._loss_nats / _counted(self.num_positions, "a label")
 
     @property
@@ -169,7 +169,7 @@ class EvaluationSums:
 
 def lm_loss(logits_PV: Tensor, labels_P: Tensor) -> float:
     """
-    Mean negative log-likelihood of the labels, nats a token; label -100 is left out.
+    Mean negative log-likelihood of the labels, nats per token; label -100 is left out.
 
     Args:
         logits_PV: Raw logits, [P, V], any float type.

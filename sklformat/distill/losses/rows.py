@@ -35,7 +35,7 @@ class RaggedTargets(Protocol):
         token_ids: [N], any integer type, in [0, V), distinct within a position, in any order.
         probs: [N] float32, >= 0: the target probabilities.
         offsets: [P + 1] int64: position i owns records offsets[i] to offsets[i + 1]; may stay on the CPU, which saves
-            an accelerator one synchronisation a step.
+            an accelerator one synchronisation per step.
     """
 
     @property

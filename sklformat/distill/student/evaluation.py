@@ -47,7 +47,7 @@ class Evaluation:
 
     Attributes:
         num_sequences, num_tokens: Measured on.
-        lm_loss: Nats a token.
+        lm_loss: Nats per token.
         accuracy: Share of positions whose most likely token came next.
         calibration_error: Expected calibration error (ECE), a fraction.
         confidence_gap: Mean confidence less accuracy, a fraction; positive: over-confident.
@@ -70,7 +70,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         lines = [
-            f"LM loss: {self.lm_loss:.4f} nats a token, on {self.num_sequences} sequences ({self.num_tokens:,} tokens)",
+            f"LM loss: {self.lm_loss:.4f} nats per token, {self.num_sequences} sequences ({self.num_tokens:,} tokens)",
             (
                 f"calibration error (ECE): {self.calibration_error:.2%}; mean confidence less accuracy "
                 f"({self.accuracy:.2%}): {100 * self.confidence_gap:+.2f} points"

@@ -27,7 +27,7 @@ _LOCK = re.compile(r"\.lock")
 
 
 Report = Callable[[int, int, float], None]
-"""Called with (steps done, steps in all, mean loss since the last call, nats a position)."""
+"""Called with (steps done, steps in all, mean loss since the last call, nats per position)."""
 
 
 class Run:

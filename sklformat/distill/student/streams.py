@@ -37,7 +37,7 @@ class PackedBatches(IterableDataset[Batch]):
 
     Args:
         sequences: Packed sequences.
-        batch_size: Sequences a batch, on each process.
+        batch_size: Sequences per batch, on each process.
         seed: Seed of the order.
         rank, world_size: Which process of how many this is.
     """
@@ -147,7 +147,7 @@ def open_cache(
     Args:
         path: The cache, a directory or a URL.
         tokenizer: The student's, path or name.
-        batch_size: Sequences a batch, on each process.
+        batch_size: Sequences per batch, on each process.
         seed: Seed of the order of the sequences.
         rank: Number of this process.
         world_size: Number of processes.
@@ -203,7 +203,7 @@ def open_tokens(
         tokenizer: The student's, path or name.
         seq_len: Positions of a sequence.
         packing_seed: Seed of the packing.
-        batch_size: Sequences a batch, on each process.
+        batch_size: Sequences per batch, on each process.
         seed: Seed of the order of the sequences.
         rank: Number of this process.
         world_size: Number of processes.

@@ -46,7 +46,7 @@ class TrainSummary:
         steps: Optimizer steps.
         sequences: Sequences seen, over all processes.
         parameters: Number of the student's parameters.
-        loss: Mean training loss over the last logged interval, nats a position.
+        loss: Mean training loss over the last logged interval, nats per position.
         seconds: Time spent in training, over all its starts.
     """
 
@@ -61,7 +61,7 @@ class TrainSummary:
     def __str__(self) -> str:
         return (
             f"{self.model}: {self.parameters:,} parameters, {self.method}, {self.steps} steps over {self.sequences:,} "
-            f"sequences in {self.seconds:.0f} s; training loss {self.loss:.4f} nats a position at the end"
+            f"sequences in {self.seconds:.0f} s; training loss {self.loss:.4f} nats per position at the end"
         )
 
 

@@ -71,8 +71,8 @@ class Cached:
         sequences: Sequences in it.
         sequences_made: Sequences that this run added; the others were there.
         positions: Positions in it.
-        unique_tokens: Records a position, mean.
-        bytes_per_position: Bytes on disk a position, tokens and checksums included.
+        unique_tokens: Records per position, mean.
+        bytes_per_position: Bytes on disk per position, tokens and checksums included.
         seconds: Time this run took, teacher's loading not included; of several ranks, the longest.
         positions_per_second: Positions that this run added, a second, all ranks together; 0 where there were none.
         waited_share: Share of the time in which the teachers waited for their writers.
@@ -98,7 +98,7 @@ class Cached:
         )
         return (
             f"{self.directory}: {self.sequences} sequences, {self.positions:,} positions "
-            f"({made}); {self.unique_tokens:.2f} unique tokens and {self.bytes_per_position:.1f} bytes a position"
+            f"({made}); {self.unique_tokens:.2f} unique tokens and {self.bytes_per_position:.1f} bytes per position"
         )
 
 
@@ -250,14 +250,14 @@ class _Part:
                 self._bytes += block_size(self._capture.header, seq_len, num_records)
                 seconds, positions = time.perf_counter() - begin, self.made * seq_len
                 progress.set_postfix_str(
-                    f"{positions / seconds:,.0f} positions/s, {self._bytes / positions:.1f} bytes a position, "
+                    f"{positions / seconds:,.0f} positions/s, {self._bytes / positions:.1f} bytes per position, "
                     f"waited {self._capture.wait_seconds / seconds:.1%}",
                     refresh=False,
                 )
                 progress.update()
 
     def _progress(self) -> Any:
-        """A bar on a terminal; elsewhere a line a minute, so that the log of a long run says where it is."""
+        """A bar on a terminal; elsewhere a line per minute, so that the log of a long run says where it is."""
         seen = sys.stderr.isatty()
         return tqdm(
             total=self._total,

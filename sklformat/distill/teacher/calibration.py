@@ -1,4 +1,4 @@
-"""A short capture that is thrown away, to know what a long one will cost: its speed here, its records a position."""
+"""A short capture that is thrown away, to know what a long one will cost: its speed here, its records per position."""
 
 from __future__ import annotations
 

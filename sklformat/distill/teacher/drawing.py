@@ -25,7 +25,7 @@ class Drawer:
 
     Args:
         kind: "counts" or "ratios", of the records wanted.
-        rounds: Draws a position; 0 for topk and topp.
+        rounds: Draws per position; 0 for topk and topp.
         sampling: Further arguments of ``skl.draw``: sampler, proposal_temperature, k, p, seed, self_normalise.
         threads: How many slices are drawn at once; 1: in the caller's thread.
     """

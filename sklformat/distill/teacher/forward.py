@@ -1,7 +1,7 @@
 """
 A teacher as capture sees it: hidden states for a batch of sequences, then logits a slice of positions at a time.
 
-Logits of a whole batch, [B, T, V], never exist: at V = 128 256 they would take 525 MB a sequence of 1024 positions.
+Logits of a whole batch, [B, T, V], never exist: at V = 128 256 they would take 525 MB per sequence of 1024 positions.
 Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 """
 

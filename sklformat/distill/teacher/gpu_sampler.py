@@ -79,7 +79,7 @@ class DeviceSampler:
 
     Args:
         sampler: "multinomial" or "systematic".
-        rounds: Draws a position, 1..127.
+        rounds: Draws per position, 1..127.
         seed: 0..2**64 - 1.
 
     Raises:

@@ -209,7 +209,7 @@ def copy_ragged(
     directory: Path | str, source: Path | str, *, vocab_size: int, tokenizer_fingerprint: str
 ) -> TokenStore:
     """
-    Make a token store of a directory that ``mmap_ninja.RaggedMmap`` wrote: one array of token ids a document.
+    Make a token store of a directory that ``mmap_ninja.RaggedMmap`` wrote: one array of token ids per document.
 
     Such a directory knows neither its tokenizer nor a checksum, so every id is looked at, once.
 

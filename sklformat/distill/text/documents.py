@@ -43,7 +43,7 @@ def read_documents(paths: Iterable[Path | str] | Path | str) -> Iterator[Documen
     Read text files, and all files of directories, as documents.
 
     A directory is read recursively in the order of relative paths; hidden files and directories are left out.
-    A file is one document of UTF-8 text; a ``.jsonl`` file is one document a line, its field "text".
+    A file is one document of UTF-8 text; a ``.jsonl`` file is one document per line, its field "text".
     Empty texts are left out.
 
     Args:
@@ -70,7 +70,7 @@ def read_documents(paths: Iterable[Path | str] | Path | str) -> Iterator[Documen
 
 def read_dataset(words: Sequence[str], *, split: str = "train", field: str = "text") -> Iterator[Document]:
     """
-    Read a Hugging Face dataset, one document a row; empty texts are left out.
+    Read a Hugging Face dataset, one document per row; empty texts are left out.
 
     Args:
         words: A directory that ``save_to_disk`` wrote; or a name, as ``datasets.load_dataset`` knows it, and, where it

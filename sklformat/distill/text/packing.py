@@ -26,7 +26,7 @@ class PackedSequences:
     The stream is document after document in the order ``permute(arange(n), n, seed=seed)``, each followed by the
     separator. Window i holds tokens ``[i·seq_len, i·seq_len + seq_len]`` of it, both ends included, so neighbours
     share one token and every token but the first is predicted exactly once. What fills no window is dropped.
-    A window is a function of (documents, seed, seq_len, separator) alone. Memory: 16 bytes a document.
+    A window is a function of (documents, seed, seq_len, separator) alone. Memory: 16 bytes per document.
 
     Pickled, it is its arguments; the store is opened again, on first use, in the process that unpickled it.
 

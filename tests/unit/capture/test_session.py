@@ -105,7 +105,7 @@ def test_order_and_shapes_are_checked_before_the_ring(tmp_path):
             with pytest.raises(ValueError, match=f"sequence {wrong} pushed, 1 is due"):
                 capture.push(wrong, tokens_of(1), targets)
         for message, tokens, draws, columns in (
-            ("10 draws a position, the header's rounds is 20", tokens_of(1), draws_of(1)[:, :10], None),
+            ("10 draws per position, the header's rounds is 20", tokens_of(1), draws_of(1)[:, :10], None),
             ("32 tokens and 32 positions", tokens_of(1)[1:], draws_of(1), None),
             ("5 positions, the header's seq_len is 32", tokens_of(1)[:6], draws_of(1)[:5], None),
             ("columns .'entropy'. given", tokens_of(1), draws_of(1), {"entropy": np.zeros(32)}),
