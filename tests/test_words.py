@@ -16,7 +16,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MARKDOWN = ["README.md", "SPEC.md", "CHANGELOG.md", "docs/*.md"]
-PYTHON = ["docs/recipes/*.py"]
+PYTHON = [
+    "docs/recipes/*.py",
+    *(
+        f"sklformat/{folder}/*.py"
+        for folder in ("cache", "capture", "files", "format", "interop", "native", "settings")
+    ),
+]
 
 _COUNTED = (
     r"bytes|bits|nats|records|pairs|draws|rounds|tokens|ids|positions|sequences|rows|calls|lines|steps|values|times"
@@ -24,7 +30,7 @@ _COUNTED = (
 )
 _UNIT = (
     r"position|token|record|sequence|document|row|line|batch|micro-batch|step|block|chunk|shard|file|second|minute"
-    r"|core|GPU|rank|call|method|function|column|value|entry|flag|question|turn|run"
+    r"|core|GPU|rank|call|method|function|column|value|entry|flag|job|process|question|turn|run"
 )
 _NOUN = r"(?!(of|in|or|and|with|to|for|as|from|on|at|is|has|that)\b)[\w-]+"
 # What not to write, and what to write instead.  A space stands for any white space, also at the end of a line.

@@ -34,8 +34,8 @@ from sklformat.format.listing import Entry, cache_fingerprint, check_contiguous,
 from sklformat.format.records import Sequence
 
 MAX_OPEN_SHARDS = 64
-"""As many are open at most, of a cache that has more: half of them kept for whoever comes next, the others because up
-to four batches in the making read from an eighth each.  A batch of more shards copies its blocks at once."""
+"""The most that are open at once, of a cache that has more: half of them kept for whoever comes next, the others
+because up to four batches in the making read from an eighth each.  A batch of more shards copies its blocks at once."""
 _SUFFIX = ".skl"
 
 
@@ -315,7 +315,7 @@ def scan_directory(path: Path, io: Io = "auto") -> list[Entry]:
             first = first or shard.header
             if first.cache_key != shard.header.cache_key:
                 raise CorruptError(
-                    f"belongs to another cache than {files[0].name}: {'; '.join(first.differences(shard.header))}",
+                    f"belongs to a different cache from {files[0].name}: {'; '.join(first.differences(shard.header))}",
                     path=file,
                 )
             entries.append(describe(shard))
@@ -328,7 +328,7 @@ def find_unfinished(path: Path) -> list[MissingShardError]:
     """One error for each ``.partial`` of a directory without manifest: its sequences belong to the cache, unsealed."""
     return [
         MissingShardError(
-            "the shard is unfinished, so this cache is not whole; run the command that began it again to finish it "
+            "the shard is unfinished, so this cache is incomplete; run the command that started it again to finish it "
             "(sklformat recover says what it keeps), or move it away to read the sealed shards alone",
             path=partial,
         )

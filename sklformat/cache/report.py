@@ -28,7 +28,7 @@ from sklformat.format.listing import Entry, check_contiguous, place_in_cache
 
 _MOST_PADDING = 4  # arrays are as wide as the longest sequence; beyond this, blocks are looked at one by one
 Progress = Callable[[int, int], None]
-"""Called with (bytes checked so far, bytes in all)."""
+"""Called with (bytes checked so far, bytes in total)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ def _check_together(root: Path, opened: list[tuple[Entry, Header]]) -> list[Prob
         Problem(
             entry.path,
             "CorruptError",
-            f"belongs to another cache than {opened[0][0].name}: {'; '.join(opened[0][1].differences(header))}",
+            f"belongs to a different cache from {opened[0][0].name}: {'; '.join(opened[0][1].differences(header))}",
         )
         for entry, header in opened
         if header.cache_key != opened[0][1].cache_key

@@ -47,7 +47,7 @@ class Tokens:
 
     Raises:
         TypeError: It is none of these.
-        ValueError: An array that has not two dimensions of integers.
+        ValueError: An array that does not have two dimensions of integers.
     """
 
     def __init__(self, source: TokenSource) -> None:
@@ -72,7 +72,7 @@ class Tokens:
 
     @property
     def num_sequences(self) -> int | None:
-        """Number of sequences; None: the source does not tell."""
+        """Number of sequences; None: the source does not say."""
         return len(self.source) if isinstance(self.source, Sized) else None
 
     def __getitem__(self, number: int) -> NDArray[np.integer[Any]]:

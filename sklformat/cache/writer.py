@@ -1,5 +1,5 @@
 """
-Write one shard so that nothing acknowledged is lost: append, flush, seal; go on with what a crash left.
+Write one shard so that nothing acknowledged is lost: append, flush, seal; resume what a crash left.
 
 Bytes of a sequence come from ``block``; this module owns the order of writes, syncs and renames.  SPEC.md section 10.
 """
@@ -31,11 +31,11 @@ class ShardWriter:
     Args:
         path: Name of the sealed shard, such as "shard-00000.skl"; must not exist.
         header: Settings of the shard.
-        resume: Go on with an existing ``.partial`` (its torn tail is cut), or begin where there is none.
+        resume: Continue an existing ``.partial`` (its torn tail is cut), or begin where there is none.
         disk: The system calls; for tests.
 
     Attributes:
-        recovered: What ``resume`` kept of a ``.partial``; None where the shard was begun anew.
+        recovered: What ``resume`` kept of a ``.partial``; None where the shard was started from scratch.
 
     Raises:
         FileExistsError: The sealed shard exists, or a ``.partial`` does and resume is False.
@@ -75,7 +75,7 @@ class ShardWriter:
             lock_named(self._fd, self.partial)
             if not resume:
                 raise FileExistsError(
-                    f"{self.partial}: an unfinished shard is here; go on with resume=True, or remove it first"
+                    f"{self.partial}: an unfinished shard is here; continue it with resume=True, or remove it first"
                 ) from None
             prefix = scan(self._fd, self.partial)
             if (found := prefix.header) is not None:
@@ -197,7 +197,7 @@ class ShardWriter:
                 raise
             file, message = self.path if self.path.exists() else self.partial, error.strerror
             if file.exists():
-                message = f"{message}; what was flushed is kept there: mend the cause, then go on (resume=True)"
+                message = f"{message}; what was flushed is kept there: fix the cause, then resume (resume=True)"
             raise OSError(error.errno, message, str(file)) from error
 
     def _check_open(self) -> None:

@@ -22,7 +22,7 @@ from sklformat.format.header import Header, parse_header
 from sklformat.format.index import parse_index, parse_trailer
 from sklformat.format.listing import Entry
 
-_WAITING_SHARDS = 2  # sealed and not uploaded; more would fill the disk without a word
+_WAITING_SHARDS = 2  # sealed and not uploaded; more would fill the disk silently
 
 
 class Target:
@@ -96,7 +96,7 @@ def _describe_remote(url: str) -> tuple[Header, Entry]:
         packed = remote.read_range(url, trailer.index_offset, trailer.index_size)
         parse_index(packed, trailer, first, header, header.shard_key)
     except FormatError as error:
-        error.message += "; remove it there, and run the capture again to make it anew"
+        error.message += "; remove it there, and run the capture again to recreate it"
         raise locate(error, path=url) from None
     return header, Entry(
         path=Path(url.rpartition("/")[2]),

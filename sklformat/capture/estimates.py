@@ -37,7 +37,7 @@ class Estimate:
         disks: How many of ``disk_tb`` hold it.
         positions_per_second: On one GPU.
         gpu_hours: Of all GPUs together.
-        days: From begin to end on ``gpus`` GPUs.
+        days: From beginning to end on ``gpus`` GPUs.
         bytes_per_second: That the disks have to take meanwhile, all GPUs together.
         price: Of the GPU hours.
     """

@@ -31,7 +31,7 @@ class ShardWork:
         number: Its place in the cache.
         first_sequence: Global number of its first sequence.
         num_sequences: How many it will hold.
-        next_sequence: Global number of the first sequence still wanted; all are there when it equals ``end``.
+        next_sequence: Global number of the first sequence still needed; all are there when it equals ``end``.
         cut: What could not be kept of its ``.partial``, and why, in words; None where all of it was.
     """
 
@@ -76,7 +76,8 @@ def survey(
         header: Settings of the cache.
         num_sequences: Of the whole cache; the last shard may be shorter.
         sequences_per_shard: Of every other shard.
-        url: Where sealed shards go, if they do not stay; one that is sealed here still wants to go, and no sequence.
+        url: Where sealed shards go, if they do not stay; one that is sealed here is only to be
+            uploaded.
         rank: Of the caller; shard k is the work of rank k mod world_size, and of no other. Rank 0 looks at the settings
             of all shards, so that it finds before the others write whether they belong here.
         world_size: Number of ranks.
@@ -123,7 +124,7 @@ def sealed_entries(target: Target, header: Header, num_sequences: int, sequences
         if entry is None:
             path = target.place(shard_path(Path(), place.number).name)
             raise MissingShardError(
-                f"sequences {place.first_sequence}..{place.end - 1} are missing; run the capture again to go on",
+                f"sequences {place.first_sequence}..{place.end - 1} are missing; run the capture again to resume it",
                 path=path,
             )
         entries.append(entry)

@@ -23,7 +23,7 @@ from sklformat.errors import CorruptError, RingClosedError, RingTimeoutError, Un
 _MIN_CAPACITY = 4096
 _FRAME_HEADER = 64
 _MAX_TYPE = 2**32 - 2  # the largest value marks padding
-# Longest sleep before the other side's life is looked at: what a death costs at most, beside scheduling.
+# Longest sleep before the other side's life is looked at: what a death costs at most, scheduling aside.
 _SLICE_SECONDS = 0.05
 _MAX_MESSAGE = 4096  # bytes; less than any pipe holds, so that reporting never blocks
 
@@ -49,7 +49,7 @@ class PeerDescriptors(NamedTuple):
 
 class Ring:
     """
-    One side of a ring; use one thread a side.
+    One side of a ring; use one thread per side.
 
     The producer's process creates it, the consumer's attaches to descriptors that it inherited.  Memory is an
     anonymous file that can neither shrink nor grow, without a name that could be left behind.  Each side holds the
@@ -290,7 +290,7 @@ class Ring:
             self._map.close()
 
     def abandon(self) -> None:
-        """Close this process's descriptors without a word to the other side: what a forked copy does."""
+        """Close this process's descriptors without telling the other side: what a forked copy does."""
         self._closed = True
         _open_rings.discard(self)
         self.close_peer()

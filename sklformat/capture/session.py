@@ -1,5 +1,5 @@
 """
-The teacher's side of a capture: hand sequences over and go on; a process of its own writes them to disk.
+The teacher's side of a capture: hand sequences over and carry on; a process of its own writes them to disk.
 
 Knows no teacher and no sampler, and imports no torch; ``scribe`` is the other side.  For Linux.
 """
@@ -42,7 +42,7 @@ _START = "import sys; sys.path[:] = {path!r}; from sklformat.capture.scribe impo
 
 class Capture:
     """
-    Write a cache of shards while the teacher runs; go on where an interrupted capture ended.
+    Write a cache of shards while the teacher runs; resume where an interrupted capture ended.
 
     A context: entering takes the directory and starts the writer process; leaving waits until everything is on disk
     and, when every shard is sealed, writes the manifest.  An exception leaves the shard begun as ``.partial``,
@@ -58,8 +58,8 @@ class Capture:
         num_sequences: Of the whole cache, >= 1.
         sequences_per_shard: >= 1; the last shard may hold fewer.
         ring_bytes: Room between teacher and writer, at least one sequence.
-        checkpoint_bytes, checkpoint_seconds: How much may be lost at most when both processes die: after so many
-            bytes, or so many seconds, what was written is made durable.
+        checkpoint_bytes, checkpoint_seconds: How much may be lost at most when both processes die: after this many
+            bytes, or this many seconds, what was written is made durable.
         url: Where sealed shards go once they are verified, and the manifest after them; ``directory`` then holds what
             is not there yet.
         rank, world_size: This process among those that capture this cache, 0 <= rank < world_size.
@@ -190,7 +190,7 @@ class Capture:
         return entries
 
     def unmark(self) -> None:
-        """Remove what says that the capture goes on; once the manifest is there, in every directory of the run."""
+        """Remove the mark of an unfinished capture; once the manifest is there, in every directory of the run."""
         for name in (UNFINISHED_NAME, _WRITER_LOCK):
             (self.directory / name).unlink(missing_ok=True)
         Disk().sync_directory(self.directory)
@@ -205,7 +205,7 @@ class Capture:
         Disk().sync_directory(self.directory)
 
     def shards(self) -> Iterator[ShardWork]:
-        """Shards that still want sequences, in order; push those from ``next_sequence`` on, then go to the next."""
+        """Shards that still need sequences, in order; push those from ``next_sequence`` on, then go to the next."""
         yield from (work for work in self._works if work.next_sequence < work.end)
 
     def push(
@@ -316,7 +316,7 @@ class Capture:
         due = [self._expected[0]] if self._expected is not None else list(self._todo)
         raise ValueError(
             f"sequence {sequence} pushed, "
-            + (f"{due[0]} is due; a shard's sequences come in order" if due else "but no shard wants any more")
+            + (f"{due[0]} is due; a shard's sequences come in order" if due else "but no shard needs any more")
         )
 
     def _send(self, sequence: int, kind: int, parts: list[Any]) -> None:
@@ -337,5 +337,5 @@ class Capture:
             if not message:
                 how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
                 message = f"{self.directory}: the writer process {how}"
-            self._error = f"{message}; sequences below {self.durable} are safe, run the capture again to go on"
+            self._error = f"{message}; sequences below {self.durable} are safe, run the capture again to resume it"
         return CaptureError(self._error)

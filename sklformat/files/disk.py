@@ -32,7 +32,7 @@ class Disk:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
     def write(self, fd: int, data: bytes | memoryview, offset: int) -> None:
-        """Write all of ``data`` at ``offset``; a short write goes on where it ended."""
+        """Write all of ``data`` at ``offset``; a short write is continued where it ended."""
         rest = memoryview(data).cast("B")
         while len(rest):
             written = os.pwrite(fd, rest, offset)
@@ -78,10 +78,11 @@ def lock(fd: int, path: Path) -> None:
 def _flock(fd: int, path: Path, operation: str) -> bool:
     """Take or change a lock without waiting; False: others are in the way."""
     try:
-        import fcntl  # noqa: PLC0415  reading needs no lock, and goes on where there is none
+        import fcntl  # noqa: PLC0415  reading needs no lock, and works where there is none
     except ImportError:
         raise UnsupportedError(
-            f"writing needs file locks (fcntl), which {sys.platform} has not; write on Linux or macOS, read anywhere",
+            f"writing needs file locks (fcntl), which {sys.platform} does not have; write on Linux or macOS, "
+            "read anywhere",
             path=path,
         ) from None
     try:

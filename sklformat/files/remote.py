@@ -35,7 +35,7 @@ def size(url: str) -> int:
     if found.get("type") == "directory":
         raise FileNotFoundError(f"{url}: is a directory, not a file")
     if not isinstance(found.get("size"), int):
-        raise RemoteError(f"{url}: the store does not tell the file's size; use another kind of store")
+        raise RemoteError(f"{url}: the store does not say the file's size; use another kind of store")
     return int(found["size"])
 
 
@@ -116,7 +116,7 @@ def download(url: str, file: BinaryIO) -> int:
         file.write(chunk)
         done += len(chunk)
     if done != expected:
-        raise RemoteError(f"{url}: the store tells {expected} bytes and gave {done}; try again")
+        raise RemoteError(f"{url}: the store says {expected} bytes and gave {done}; try again")
     return done
 
 
@@ -129,11 +129,11 @@ def upload(local: Path, url: str) -> None:
         OSError: The local file cannot be read.
     """
     local_size, local_digest = _local_facts(local)
-    with _failures(url, "be written", f"{local} is kept; mend the cause, then give the same command again"):
+    with _failures(url, "be written", f"{local} is kept; fix the cause, then run the same command again"):
         fs, path = _open(url)
         try:
             fs.put_file(str(local), path)
-        except FileNotFoundError:  # a store with directories wants them made first; others have none
+        except FileNotFoundError:  # a store with directories needs them made first; others have none
             fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             fs.put_file(str(local), path)
     for what, wanted, read_back in (("bytes", local_size, size), ("XXH3-128", local_digest, digest)):
@@ -144,7 +144,7 @@ def upload(local: Path, url: str) -> None:
         if found != wanted:
             raise RemoteError(
                 f"{url}: the upload of {local} was not kept: {what} {found} there, {wanted} here; "
-                f"{local} is kept, give the same command again"
+                f"{local} is kept, run the same command again"
             )
 
 
@@ -173,7 +173,7 @@ def _chunks(url: str) -> Iterator[bytes]:
 
 
 def _open(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it; fsspec keeps one a process, and makes another after a fork."""
+    """The file system of a URL, and the path in it; fsspec keeps one per process, and makes another after a fork."""
     import fsspec  # noqa: PLC0415  an extra, needed only where a URL is given
 
     fs, path = fsspec.core.url_to_fs(url)
@@ -181,7 +181,7 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _failures(url: str, what: str, action: str = "mend the cause, then give the same command again") -> Iterator[None]:
+def _failures(url: str, what: str, action: str = "fix the cause, then run the same command again") -> Iterator[None]:
     """Each store's library raises errors of its own; here they become one, with the URL and what to do."""
     try:
         yield
@@ -192,7 +192,7 @@ def _failures(url: str, what: str, action: str = "mend the cause, then give the 
             raise
         raise _failed(url, what, error, f"pip install {error.name}") from error
     except ImportError as error:  # fsspec's own words, which name the package
-        raise _failed(url, what, error, "then give the same command again") from error
+        raise _failed(url, what, error, "then run the same command again") from error
     except RemoteError:
         raise
     except Exception as error:

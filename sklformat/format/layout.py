@@ -1,7 +1,7 @@
 """
 Where each byte of a shard lies: SPEC.md's tables as data; nothing else in the package knows an offset.
 
-A test parses the tables of SPEC.md and holds them against these.
+A test parses the tables of SPEC.md and compares them with these.
 """
 
 from __future__ import annotations

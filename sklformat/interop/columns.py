@@ -19,7 +19,7 @@ Files written here also carry a note, a JSON object with the settings of the cac
 ``sklformat`` of Parquet's schema, the array ``sklformat`` of an npz, a file ``<name>.sklformat.json`` beside a JSONL.
 Other programs may ignore it.  JSONL and Parquet are read and written sequence by sequence; an npz is read whole.
 
-``npz``, ``parquet`` and ``jsonl`` read and write these files, ``files`` is for all of them; ``plain`` judges values.
+``npz``, ``parquet`` and ``jsonl`` read and write these files, ``files`` is for all of them; ``plain`` checks values.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def check_parallel(offsets: NDArray[np.int64], others: NDArray[np.int64], name: 
     ``token_ids`` and the column beside it have lists of the same lengths, given as offsets [T + 1] each.
 
     Raises:
-        ValueError: They have not; names the position.
+        ValueError: They do not; names the position.
     """
     if offsets.size != others.size:
         raise ValueError(f"token_ids has {offsets.size - 1} rows, {name} has {others.size - 1}")

@@ -188,7 +188,7 @@ class _Stream:
         """
         Tokens, records of the destination's kind and columns of ``count`` sequences.
 
-        Going on where the last call ended reads nothing twice.
+        Continuing where the last call ended reads nothing twice.
         """
         if start != self._next:
             self._items, self._next = self.source.items(start), start
@@ -215,7 +215,7 @@ class _Stream:
 
 
 def _check_directory(directory: Path) -> None:
-    """A cache is begun where nothing is, or gone on with where a conversion was stopped."""
+    """A cache is begun where nothing is, or resumed where a conversion was stopped."""
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -266,7 +266,7 @@ def _check_begun(mark: Path, begun: dict[str, Any]) -> None:
         raise CorruptError(f"not JSON: {error}; remove the directory and convert again", path=mark) from None
     if found != begun:
         raise SettingsError(
-            f"{mark.parent}: was begun by a conversion with another source or other settings; go on with those, "
+            f"{mark.parent}: was begun by a conversion with another source or other settings; resume with those, "
             "remove it, or choose another destination"
         )
 

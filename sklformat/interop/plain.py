@@ -1,5 +1,5 @@
 """
-A row of plain columns, judged: the rules that its values must keep before they become records.
+A row of plain columns, checked: the rules that its values must keep before they become records.
 
 Knows nothing of files.
 """

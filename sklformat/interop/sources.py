@@ -24,7 +24,7 @@ from sklformat.interop.files import read_contents, read_rows
 from sklformat.interop.plain import Item, check_row, position_sums
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with what is being done, sequences done, and sequences in all where that is known."""
+"""Called with what is being done, sequences done, and sequences in total where that is known."""
 
 SHARD_SEQUENCES = 1024  # of a shard, where the source says nothing
 _WHOLE = 5e-3  # a position whose weights sum to 1 within this was renormalised

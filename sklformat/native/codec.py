@@ -238,7 +238,7 @@ class Arena:
         self._memory, self._used = np.empty(0, np.uint8), 0
 
     def reset(self, size_bytes: int) -> None:
-        """Begin anew, with room for arrays of ``size_bytes`` in all; what was handed out before is overwritten."""
+        """Start over, with room for arrays of ``size_bytes`` in total; what was handed out before is overwritten."""
         self._used = 0
         size_bytes += 8 * _ARENA_ALIGN
         if self._memory.size < size_bytes:

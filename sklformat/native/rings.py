@@ -121,7 +121,7 @@ def ring_words(memory: Any) -> RingWords:
 
 
 def _check_ring(status: int) -> bool:
-    """False on a time-out, which is no error here: the caller looks whether the other side lives, and goes on."""
+    """False on a time-out, which is no error here: the caller looks whether the other side lives, and continues."""
     if status == lib.SKL_ERR_TIMEOUT:
         return False
     if status == lib.SKL_ERR_CORRUPT:

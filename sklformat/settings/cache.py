@@ -15,7 +15,7 @@ ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """
-    Run a teacher over text and keep sparse records of its predictions; given again, it goes on where it stopped.
+    Run a teacher over text and keep sparse records of its predictions. If stopped, the same command resumes it.
 
     Many GPUs: torchrun --nproc-per-node 8 -m sklformat cache …, on one machine or many.
     """
@@ -24,10 +24,10 @@ class CacheConfig:
     """Teacher: a directory saved by transformers' save_pretrained, or a Hugging Face name, or name@revision. Its tokenizer is used."""  # noqa: E501
 
     out: str | Path
-    """Cache: a directory, or a URL (s3://, gs://, hf://, …). One that a stopped run left is gone on with."""
+    """Cache: a directory, or a URL (s3://, gs://, hf://, …). One that a stopped run left is resumed."""
 
     work_dir: Path | None = None
-    """With a URL: directory here for the shards that are not uploaded yet."""
+    """With a URL: local directory for the shards that are not uploaded yet."""
 
     text: tuple[Path, ...] = ()
     """Text to run over: files (UTF-8, or .jsonl with a field "text") and directories of them."""
@@ -60,7 +60,7 @@ class CacheConfig:
     """Draws per position, for multinomial and systematic."""
 
     k: int | None = None
-    """Tokens kept a position, for topk; bound of the tokens kept, for topp."""
+    """Tokens kept per position, for topk; the most that are kept, for topp."""
 
     p: float | None = None
     """Share of the probability kept, in (0, 1], for topp."""
@@ -75,7 +75,7 @@ class CacheConfig:
     """Seed of the draws."""
 
     packing_seed: int = 0
-    """Seed of the order in which documents are packed; the student must pack by the same."""
+    """Seed of the order in which documents are packed; the student must use the same."""
 
     sequences_per_shard: int = 1024
     """Sequences in one file."""
@@ -90,7 +90,7 @@ class CacheConfig:
     """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one. Each process takes a GPU of its own, which draws counts itself."""  # noqa: E501
 
     device_map: Literal["one", "auto"] = "one"
-    """auto: lay a teacher that is too large for one GPU over all those of the process (needs accelerate)."""
+    """auto: spread a teacher that is too large for one GPU over all GPUs of the process (needs accelerate)."""
 
     store_tokens: bool = True
     """Whether the cache holds the tokens as well (2 or 3 bytes per position), so that training needs no text."""
@@ -99,7 +99,7 @@ class CacheConfig:
     """Shared memory between the teacher and the writer process, MiB."""
 
     keep_versions: bool = False
-    """Go on with a cache that other versions of torch, transformers or sklformat began: sound, but not to be repeated bit for bit."""  # noqa: E501
+    """Resume a cache that other versions of torch, transformers or sklformat began: sound, but not repeatable bit for bit."""  # noqa: E501
 
     def __post_init__(self) -> None:
         if sum((bool(self.text), bool(self.dataset), self.tokens is not None)) != 1:

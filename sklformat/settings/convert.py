@@ -22,7 +22,7 @@ class ConvertConfig:
     """Cache directory, .skl shard, or file of plain columns."""
 
     destination: Path
-    """Cache directory or file to make; must not exist. A cache that a stopped run left is gone on with."""
+    """Cache directory or file to make; must not exist. A cache that a stopped run left is resumed."""
 
     from_: FileKind = field(default="auto", metadata={"flag": "from"})
     """What the source is. auto: a directory or .skl is skl, else by the name's end."""

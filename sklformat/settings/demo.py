@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
-    """Text, teacher, caches, students and the paper's table in one go; given again, it goes on where it stopped."""
+    """Text, teacher, caches, students and the paper's table in one go. If stopped, the same command resumes it."""
 
     out: Path = Path("demo-run")
     """Directory for everything that the demo makes."""

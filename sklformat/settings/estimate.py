@@ -13,7 +13,7 @@ from sklformat.settings.cache import ModelDtype
 @dataclass(frozen=True, kw_only=True)
 class EstimateConfig:
     """
-    Say what a capture will cost: size, shards, disks, GPU hours, money.
+    Predict what a capture will cost: size, shards, disks, GPU hours, money.
 
     From numbers that you give, or from a short calibration run of a teacher over some of the text.
     """

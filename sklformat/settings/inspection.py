@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Say what a cache holds: settings, sizes, where it comes from, whether it is biased. Reads headers only."""
+    """Show what a cache holds: settings, sizes, where it comes from, whether it is biased. Reads headers only."""
 
     path: str
     """Cache directory, or one .skl shard, or the URL of either."""

@@ -13,7 +13,7 @@ Method = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """Train a student; a killed run goes on from its checkpoint when the same command is given again."""
+    """Train a student. If stopped, the same command resumes from the last checkpoint."""
 
     out: Path
     """Directory of the run: checkpoint, metrics.jsonl, and at the end model/ in transformers' layout."""
@@ -22,7 +22,7 @@ class TrainConfig:
     """Cache of teacher records to learn from, a directory or a URL; methods ce and full take its tokens only."""
 
     window: int = 0
-    """Shuffle within windows of so many sequences, so that reads stay together; 0: all of them. Only with --cache."""
+    """Shuffle within windows of this many sequences, so that reads stay together; 0: all of them. Only with --cache."""
 
     hold_out: int = 0
     """Sequences at the end of the cache that training never sees. Only with --cache."""
@@ -31,16 +31,16 @@ class TrainConfig:
     """Token store to learn from instead of a cache (methods ce and full)."""
 
     seq_len: int = 0
-    """Positions per sequence; only with --tokens, a cache knows its own."""
+    """Positions per sequence; only with --tokens; a cache knows its own."""
 
     packing_seed: int = 0
     """Seed of the order in which documents are packed; only with --tokens."""
 
     method: Method = "random_sampling"
-    """What the student learns from. full: a teacher that runs beside it. topk and the four after it: a Top-K cache."""
+    """What the student learns from. full: a teacher that runs alongside. topk and the four after it: a Top-K cache."""
 
     teacher: str | None = None
-    """Teacher that runs beside the student, path or name of a transformers model; only with method full."""
+    """Teacher that runs alongside the student, path or name of a transformers model; only with method full."""
 
     student: str | None = None
     """Student to start from, path or name of a transformers model; none: a new Llama of the sizes below."""

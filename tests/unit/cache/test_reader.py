@@ -103,7 +103,8 @@ def test_an_unfinished_cache_is_not_whole(directory):
     """Sealed shards beside an unfinished one are no cache, which names how to go on; a manifest knows better."""
     (directory / "shard-00003.skl.partial").touch()
     with pytest.raises(
-        skl.MissingShardError, match=r"shard-00003\.skl\.partial: the shard is unfinished.*began it again to finish it"
+        skl.MissingShardError,
+        match=r"shard-00003\.skl\.partial: the shard is unfinished.*started it again to finish it",
     ):
         skl.open(directory)
     (directory / "shard-00003.skl.partial").unlink()
@@ -161,7 +162,9 @@ def test_wrong_shard_numbers_are_named(directory):
 def test_foreign_shards_are_named(directory):
     """A shard of other settings is refused on opening, with the setting that differs."""
     (directory / "shard-00002.skl").write_bytes(small_shard(4, shard_number=2, first_sequence=5, sampling_seed=9))
-    with pytest.raises(skl.CorruptError, match=r"shard-00002.skl: belongs to another cache .* sampling_seed: 0 != 9"):
+    with pytest.raises(
+        skl.CorruptError, match=r"shard-00002.skl: belongs to a different cache .* sampling_seed: 0 != 9"
+    ):
         skl.open(directory)
 
 

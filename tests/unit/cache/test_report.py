@@ -99,7 +99,7 @@ def test_a_foreign_shard(directory):
     """A shard of another cache is named."""
     (directory / "shard-00002.skl").write_bytes(small_shard(4, shard_number=2, first_sequence=5, sampling_seed=1))
     messages = [str(p) for p in skl.verify(directory)]
-    assert any("shard-00002.skl: belongs to another cache than shard-00000.skl" in message for message in messages)
+    assert any("shard-00002.skl: belongs to a different cache from shard-00000.skl" in message for message in messages)
 
 
 def test_a_shard_that_the_manifest_does_not_know(directory):

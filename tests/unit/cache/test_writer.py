@@ -102,7 +102,7 @@ def test_an_unfinished_shard_is_not_overwritten(path):
     partial = unfinished(path)
     before = partial.read_bytes()
     with pytest.raises(
-        FileExistsError, match="an unfinished shard is here; go on with resume=True, or remove it first"
+        FileExistsError, match="an unfinished shard is here; continue it with resume=True, or remove it first"
     ):
         skl.ShardWriter(path, header=HEADER)
     assert before == partial.read_bytes()

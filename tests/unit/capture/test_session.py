@@ -119,7 +119,7 @@ def test_order_and_shapes_are_checked_before_the_ring(tmp_path):
             capture.push(1, tokens_of(1), weights)
         for sequence in range(1, NUM_SEQUENCES):
             capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
-        with pytest.raises(ValueError, match="no shard wants any more"):
+        with pytest.raises(ValueError, match="no shard needs any more"):
             capture.push_draws(NUM_SEQUENCES, tokens_of(0), draws_of(0))
     assert expected == shard_bytes(tmp_path / "cache")
 
@@ -319,7 +319,7 @@ def test_a_finished_cache_wants_nothing(tmp_path):
     with open_capture(tmp_path / "cache") as capture:
         assert 0 == capture.wait_seconds
         assert ([], None, NUM_SEQUENCES) == (list(capture.shards()), capture._process, capture.durable)
-        with pytest.raises(ValueError, match="no shard wants"):
+        with pytest.raises(ValueError, match="no shard needs"):
             capture.push_draws(0, tokens_of(0), draws_of(0))
     assert expected == shard_bytes(tmp_path / "cache")
     assert (tmp_path / "cache" / "manifest.json").exists()

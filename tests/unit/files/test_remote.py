@@ -123,7 +123,7 @@ def test_a_store_that_fails_is_one_error(store, local, monkeypatch):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(type(fsspec.filesystem("memory")), name, fail)
-            with pytest.raises(skl.RemoteError, match=rf"^{store}/x: cannot be .* \(403 Forbidden\); .*mend the cause"):
+            with pytest.raises(skl.RemoteError, match=rf"^{store}/x: cannot be .* \(403 Forbidden\); .*fix the cause"):
                 ask(f"{store}/x")
 
 
