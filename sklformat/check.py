@@ -1,5 +1,5 @@
 """
-A whole cache held against the tokens to be trained on, before training: ``sklformat check``.
+A whole cache checked against the tokens to be trained on, before training: ``sklformat check``.
 
 Reads the indexes of the shards and the tokens, no records.  SPEC.md section 6.3.
 """
@@ -20,14 +20,14 @@ from sklformat.format.header import Header
 from sklformat.settings.inspection import CheckConfig
 
 Progress = Callable[[str, int, "int | None"], None]
-"""Called with what is being done, the sequences done so far and in all."""
+"""Called with what is being done, the sequences done so far and in total."""
 
 _EVERY = 1024  # sequences between two words of progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What was proven: these many sequences of the cache are those of the tokens, which may have more."""
+    """What was proven: this many sequences of the cache are those of the tokens, which may have more."""
 
     path: str
     tokens: Path
@@ -40,11 +40,11 @@ class Checked:
 
 def check(config: CheckConfig, progress: Progress) -> Checked:
     """
-    Hold a cache against tokens on disk.
+    Check a cache against tokens on disk.
 
     Raises:
         AlignmentError: At the first sequence that was captured on other tokens; names it and the likely cause.
-        UnsupportedError: The tokens are in nothing that is known here.
+        UnsupportedError: The tokens are in a form that is not known here.
         FileNotFoundError, FormatError, ValueError: Cache or tokens cannot be read.
     """
     if not config.tokens.exists():

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not arguments or arguments[0] not in _VERBS:
         problem = f"no such verb: {arguments[0]}" if arguments else "a verb is missing"
-        return _fail("sklformat", f"{problem}; there are {', '.join(_VERBS)}; see sklformat --help", 2)
+        return _fail("sklformat", f"{problem}; choose one of {', '.join(_VERBS)}; see sklformat --help", 2)
     name, verb = f"sklformat {arguments[0]}", _VERBS[arguments[0]]
     try:
         status = verb.run(name, arguments[1:])
@@ -117,11 +117,11 @@ def _usage() -> str:
     lines = [
         "usage: sklformat VERB [FLAGS]",
         "",
-        "Sparse teacher distributions on disk, and what learns from them.",
+        "Sparse teacher distributions on disk, and students that learn from them.",
         "",
     ]
     lines += [f"  {name:<9}{verb.summary}" for name, verb in _VERBS.items()]
-    lines += ["", "sklformat VERB --help explains a verb's flags; sklformat --version says which version this is.", ""]
+    lines += ["", "sklformat VERB --help explains a verb's flags; sklformat --version prints the version.", ""]
     return "\n".join(lines)
 
 
@@ -151,7 +151,7 @@ def _print_table(values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _progress(unit: str, *, scale: bool = False) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar on stderr, where that is a terminal, told of (what is done, how far, of how much)."""
+    """A bar on stderr where that is a terminal; takes (what is being done, how far, of how much)."""
     from tqdm import tqdm  # noqa: PLC0415  an extra
 
     bars: dict[str, Any] = {}
@@ -242,7 +242,7 @@ def _run_verify(name: str, arguments: list[str]) -> int:
         verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)} found" if problems else "sound"
         sys.stdout.write(f"{config.path}: {verdict}, {checked:,} bytes checked\n")
         if problems:
-            sys.stdout.write("to mend: remove the damaged shards, then give the command that made the cache again\n")
+            sys.stdout.write("to fix: remove the damaged shards, then run the command that made the cache again\n")
     return DAMAGED if problems else 0
 
 
@@ -257,7 +257,7 @@ def _run_recover(name: str, arguments: list[str]) -> int:
     if as_json:
         _print_json([dataclasses.asdict(result) for result in results])
     else:
-        sys.stdout.writelines(f"{result}; run the command that began it again to go on\n" for result in results)
+        sys.stdout.writelines(f"{result}; run the command that started it again to resume\n" for result in results)
     return 0
 
 
@@ -277,7 +277,7 @@ def _run_estimate(name: str, arguments: list[str]) -> int:
 class _Verb:
     summary: str
     run: Callable[[str, list[str]], int]
-    after_stop: str = "run the same command again to go on"
+    after_stop: str = "run the same command again to resume"
 
 
 def _learning(config_type: type[Any], module: str, function: str) -> Callable[[str, list[str]], int]:
@@ -294,7 +294,7 @@ def _learning(config_type: type[Any], module: str, function: str) -> Callable[[s
 
 
 def _long(config_type: type[Any], module: str, function: str) -> Callable[[str, list[str]], int]:
-    """A verb that tells how many sequences it has done: its config, and the function that it calls."""
+    """A verb that reports how many sequences it has done: its config, and the function that it calls."""
 
     def run(name: str, arguments: list[str]) -> int:
         config, as_json = parse(config_type, name, arguments, positional=True)
@@ -315,13 +315,13 @@ _CHECK = _long(CheckConfig, "check", "check")
 _CONVERT = _long(ConvertConfig, "interop", "convert")
 _VERBS = {
     "cache": _Verb("run a teacher over text and keep its distributions", _CACHE),
-    "estimate": _Verb("say what a capture will cost", _run_estimate, _AGAIN),
+    "estimate": _Verb("predict what a capture will cost", _run_estimate, _AGAIN),
     "train": _Verb("train a student from a cache, from text or from a teacher", _TRAIN),
     "eval": _Verb("measure a student on held-out text", _EVAL, _AGAIN),
-    "demo": _Verb("the whole way once, to the paper's table", _DEMO),
-    "inspect": _Verb("say what a cache holds", _run_inspect, _AGAIN),
+    "demo": _Verb("run the whole pipeline once: text to the paper's table", _DEMO),
+    "inspect": _Verb("show what a cache holds", _run_inspect, _AGAIN),
     "verify": _Verb("check every byte of a cache", _run_verify, _AGAIN),
     "recover": _Verb("keep the whole sequences of an unfinished shard", _run_recover),
     "check": _Verb("prove that a cache and tokens belong together", _CHECK, _AGAIN),
-    "convert": _Verb("between caches and plain columns (npz, Parquet, JSONL)", _CONVERT),
+    "convert": _Verb("turn caches into plain columns (npz, Parquet, JSONL), and back", _CONVERT),
 }

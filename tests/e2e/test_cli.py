@@ -145,11 +145,11 @@ def test_without_torch(cache):
 
 
 def test_interrupt(tmp_path):
-    """Ctrl-C ends in one line that says how to go on, and status 130."""
+    """Ctrl-C ends in one line that says how to resume, and status 130."""
     source = tmp_path / "slow.jsonl"
     os.mkfifo(source)
     command = [sys.executable, "-m", "sklformat", "convert", source, tmp_path / "cache"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, source.open("w"):
         process.send_signal(signal.SIGINT)  # the command has the pipe open and waits for its first line
         err = process.communicate(timeout=60)[1]
-    assert (130, "sklformat convert: stopped; run the same command again to go on\n") == (process.returncode, err)
+    assert (130, "sklformat convert: stopped; run the same command again to resume\n") == (process.returncode, err)

@@ -58,7 +58,7 @@ def test_help_names_every_verb(capfd):
     for words in ((), ("chache",), ("--nosuch",)):
         status, out, err = run(capfd, *words)
         assert (2, "") == (status, out)
-        assert "there are cache, estimate, train" in err
+        assert "choose one of cache, estimate, train" in err
 
 
 @pytest.mark.parametrize("verb", ["inspect", "verify", "recover", "check", "convert"])
@@ -122,7 +122,7 @@ def test_verify(capfd, cache):
     path.write_bytes(data)
     status, out, _ = run(capfd, "verify", cache)
     assert (3, 3) == (status, out.count("\n"))
-    assert out.endswith("to mend: remove the damaged shards, then give the command that made the cache again\n")
+    assert out.endswith("to fix: remove the damaged shards, then run the command that made the cache again\n")
     assert out.startswith(f"{path}: sequence 0: byte 4096: ")
     status, out, _ = run(capfd, "verify", path, "--json")
     found = json.loads(out)
@@ -145,7 +145,7 @@ def test_recover(capfd, cache):
     (found,) = json.loads(out)
     assert (0, str(path), 2, (size - 4096) // 2 - 10) == (status, found["path"], found["sequences"], found["bytes_cut"])
     assert "ends behind the file" in found["cause"]
-    assert (0, f"{path}: 2 sequences kept, 0 bytes cut; run the command that began it again to go on\n", "") == run(
+    assert (0, f"{path}: 2 sequences kept, 0 bytes cut; run the command that started it again to resume\n", "") == run(
         capfd, "recover", path
     )
     path.unlink()
@@ -212,7 +212,7 @@ def test_missing_extra(capfd, cache, tmp_path, monkeypatch):
         (skl.CorruptError("two\nlines", path="p", offset=7), 1, "p: byte 7: two lines"),
         (OSError(28, "No space left on device", "shard"), 1, "shard: No space left on device"),
         (ValueError("wrong"), 1, "wrong"),
-        (KeyboardInterrupt(), 130, "stopped; run the same command again to go on"),
+        (KeyboardInterrupt(), 130, "stopped; run the same command again to resume"),
         (KeyboardInterrupt("stopped at 3 of 5"), 130, "stopped at 3 of 5"),
     ],
 )
