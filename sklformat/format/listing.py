@@ -104,7 +104,7 @@ def pack_listing(entries: list[Entry], directory: Place) -> bytes:
     if len(text) > layout.MAX_MANIFEST_SIZE:
         raise ValueError(
             f"{directory}: {len(entries)} shards make a manifest of {len(text)} bytes, the format's limit is "
-            f"{layout.MAX_MANIFEST_SIZE}; take more sequences a shard"
+            f"{layout.MAX_MANIFEST_SIZE}; take more sequences per shard"
         )
     return text
 

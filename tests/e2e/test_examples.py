@@ -14,7 +14,7 @@ import torch
 
 import sklformat as skl
 from sklformat import cli
-from sklformat.distill.models import loading
+from sklformat.distill.models import loading, tokenization
 
 ROOT = Path(__file__).parents[2]
 # In the order of README's list, so that a page may use what an earlier one made.
@@ -73,9 +73,9 @@ def place(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         for number, document in enumerate(part):
             (tmp_path / name / f"{number}.txt").write_text(document)
-    tokenizer = loading.train_tokenizer(text, 300)
+    tokenizer = tokenization.train_tokenizer(text, 300)
     teacher = loading.new_llama(
-        vocab_size=loading.num_ids(tokenizer), hidden_size=32, num_layers=1, num_heads=2, max_positions=64, seed=0
+        vocab_size=tokenization.num_ids(tokenizer), hidden_size=32, num_layers=1, num_heads=2, max_positions=64, seed=0
     )
     loading.save(teacher, tokenizer, tmp_path / "my-teacher")
     (tmp_path / "docs").symlink_to(ROOT / "docs")
