@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklformat import native
 from sklformat.capture.plan import ShardWork
 from sklformat.checksums import tokens_array
+from sklformat.format.block import check_sizes, column_rows
 from sklformat.format.header import Header, parse_header
 from sklformat.format.records import SparseTargets
 
@@ -109,8 +110,8 @@ def pack_draws(
     positions, rounds = array.shape
     if rounds != header.rounds:
         raise ValueError(f"{rounds} draws per position, the header's rounds is {header.rounds}")
-    _check_positions(header, ids, positions)
-    rows = _column_rows(header, columns, positions)
+    check_sizes(header, ids, positions)
+    rows = column_rows(header, columns, positions)
     return _DRAWS, [_PREFIX.pack(positions, rounds, len(rows)), array, ids, *rows]
 
 
@@ -127,8 +128,8 @@ def pack_targets(
     kind = "counts" if targets.counts is not None else "ratios"
     if kind != header.kind:
         raise ValueError(f"the targets are of kind {kind!r}, the header's kind is {header.kind!r}")
-    _check_positions(header, ids, positions)
-    rows = _column_rows(header, columns, positions)
+    check_sizes(header, ids, positions)
+    rows = column_rows(header, columns, positions)
     parts = [_PREFIX.pack(positions, targets.num_records, len(rows)), targets.offsets, targets.token_ids, ids]
     if targets.counts is not None:
         return _COUNTS, [*parts, *rows, targets.counts]
@@ -169,26 +170,3 @@ def unpack(
     assert kind == _WEIGHTS
     weights = take(size, np.float32)
     return tokens, SparseTargets(token_ids=token_ids, weights=weights, offsets=offsets), take_columns()
-
-
-def _check_positions(header: Header, ids: NDArray[np.uint32], positions: int) -> None:
-    if ids.size != positions + 1:
-        raise ValueError(
-            f"{ids.size} tokens and {positions} positions of records; a sequence of L tokens has exactly L - 1 records"
-        )
-    if header.seq_len and positions != header.seq_len:
-        raise ValueError(f"sequence of {positions} positions, the header's seq_len is {header.seq_len}")
-
-
-def _column_rows(header: Header, columns: Mapping[str, ArrayLike] | None, positions: int) -> list[NDArray[np.float16]]:
-    given = columns or {}
-    if set(given) != set(header.columns):
-        raise ValueError(f"columns {sorted(given)} given, the header names {sorted(header.columns)}")
-    rows = []
-    for name in header.columns:
-        with np.errstate(over="ignore"):  # the writer refuses what is not finite in float16
-            row = np.ascontiguousarray(np.asarray(given[name]), np.float16)
-        if row.shape != (positions,):
-            raise ValueError(f"column {name} has shape {row.shape}, must be ({positions},)")
-        rows.append(row)
-    return rows

@@ -72,7 +72,7 @@ def encode_block(
     """
     ids = tokens_array(tokens)
     positions = targets.num_positions
-    _check_sizes(header, ids, positions)
+    check_sizes(header, ids, positions)
     if ids.max(initial=0) >= header.vocab_size:
         place = int(np.argmax(ids >= header.vocab_size))
         raise ValueError(f"token number {place} is {ids[place]}, vocab_size is {header.vocab_size}")
@@ -229,7 +229,13 @@ def locate(error: FormatError, **place: object) -> FormatError:
     return error
 
 
-def _check_sizes(header: Header, ids: NDArray[np.uint32], positions: int) -> None:
+def check_sizes(header: Header, ids: NDArray[np.uint32], positions: int) -> None:
+    """
+    A sequence of these tokens can have records at ``positions`` positions.
+
+    Raises:
+        ValueError: It cannot; names both numbers.
+    """
     if ids.size != positions + 1:
         raise ValueError(
             f"{ids.size} tokens and {positions} positions of records; a sequence of L tokens has exactly L - 1 records"
@@ -272,21 +278,31 @@ def block_shape(header: Header, num_positions: int, num_records: int) -> native.
 def _column_bits(
     header: Header, columns: Mapping[str, ArrayLike] | None, offsets: NDArray[np.int64]
 ) -> NDArray[np.uint16] | None:
-    given = dict(columns or {})
+    rows = column_rows(header, columns, offsets.size - 1)
+    for name, row in zip(header.columns, rows, strict=True):
+        if fault := _column_fault(row, offsets):
+            raise ValueError(f"column {name} holds {fault}")
+    return np.stack(rows).view(np.uint16) if rows else None
+
+
+def column_rows(header: Header, columns: Mapping[str, ArrayLike] | None, positions: int) -> list[NDArray[np.float16]]:
+    """
+    The optional columns of a sequence as float16 rows [positions], in the header's order.
+
+    Raises:
+        ValueError: Others than the header names, or one of another length.
+    """
+    given = columns or {}
     if set(given) != set(header.columns):
         raise ValueError(f"columns {sorted(given)} given, the header names {sorted(header.columns)}")
-    if not given:
-        return None
-    rows, num_positions = [], offsets.size - 1
+    rows = []
     for name in header.columns:
-        with np.errstate(over="ignore"):
-            values = np.asarray(given[name], np.float64).astype(np.float16)
-        if values.shape != (num_positions,):
-            raise ValueError(f"column {name} has shape {values.shape}, must be ({num_positions},)")
-        if fault := _column_fault(values, offsets):
-            raise ValueError(f"column {name} holds {fault}")
-        rows.append(values)
-    return np.ascontiguousarray(np.stack(rows)).view(np.uint16)
+        with np.errstate(over="ignore"):  # a block refuses what is not finite in float16
+            row = np.asarray(given[name], np.float64).astype(np.float16)
+        if row.shape != (positions,):
+            raise ValueError(f"column {name} has shape {row.shape}, must be ({positions},)")
+        rows.append(row)
+    return rows
 
 
 def _column_fault(column: NDArray[np.float16], offsets: NDArray[np.int64]) -> str | None:

@@ -5,7 +5,7 @@ With logits x, p = softmax(x) and K the ids of the position's records, the gradi
 
     g_j = a p_j + u  for j outside K,        g_k  for k in K (the label's own entry too, where a method names it),
 
-where a, u and the g_k follow from log p on K.  So all methods share one dense pass over the logits (loss_rows).
+where a, u and the g_k follow from log p on K.  So all methods share one dense pass over the logits (``rows``).
 Source: Anshumann et al. 2025 (arXiv 2503.16870), sections 2, 3 and 5.3, appendix A.
 
 Shape letters: V vocabulary, N records of all positions together (ragged), R positions of the block at hand.

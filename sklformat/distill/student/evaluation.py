@@ -1,7 +1,7 @@
 """
 evaluate(): how good a student is on held-out text, and how close to its teacher.
 
-Trains nothing and draws nothing; the metrics themselves are in metrics.py.
+Trains nothing and draws nothing; the metrics themselves are in ``losses.metrics``.
 """
 
 from __future__ import annotations
