@@ -1,10 +1,10 @@
-# make demo   set up, then run the whole way: teacher, cache, students, table and plot (ARGS="--seed 1" passes flags on)
+# make demo   set up, then run the whole pipeline: teacher, cache, students, table and plot (ARGS="--seed 1" passes flags on)
 # make test   set up, then check style, types and floors, and run the C and Python tests, C under sanitizers
 # make soak   the long tests
 # make fuzz   random input under sanitizers, FUZZ_SECONDS for each target (60)
 # make bench  the benchmarks; results go to the terminal
 # make clean  remove what was built
-# Torch that is in .venv already is left alone; PYTHON=... names the interpreter for a new .venv.
+# A torch that is in .venv already is kept; PYTHON=... names the interpreter for a new .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -2,7 +2,7 @@
 How fast are batches made from this format, against other containers that hold the same records?
 
 One core; sequences of 1024 positions with 4 to 20 records of R24 counts and their tokens, in the page cache; epochs of
-shuffled sequences, 8 a batch, each batch the tensors of a training step: input_ids, labels, token_ids, probs, offsets.
+shuffled sequences, 8 per batch, a batch being the tensors of a step: input_ids, labels, token_ids, probs, offsets.
 All ways make equal batches, which is checked.  Ours verifies checksums, every record and the alignment of every
 sequence; the others verify nothing.  Each container is laid out to be read a sequence at a time with no more bytes than
 that: uncompressed but for zstd, the smallest integers that fit, files open and mapped where its library can.

@@ -3,7 +3,7 @@ How fast are records decoded, against copying memory?
 
 One core, records in DRAM (the block and the outputs are larger than the last-level cache): R24 counts to uint32 ids
 and uint8 counts, every record checked, through ``native.decode`` into fresh arrays and through C into arrays that are
-there.  The limit is memcpy: bytes read and written a second of each, in the same run.
+there.  The limit is memcpy: bytes read and written per second by each, in the same run.
 """
 
 from __future__ import annotations

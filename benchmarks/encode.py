@@ -1,5 +1,5 @@
 """
-How many bytes of finished shard does one core encode, checksum and append a second?
+How many bytes of finished shard does one core encode, checksum and append per second?
 
 ``ShardWriter.append`` into a file, by profile and kind, and with sorted draws merged to counts before it, against
 writing the same bytes ready-made with one system call per block, and against copying them in memory. Sequences of 1024

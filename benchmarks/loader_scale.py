@@ -6,7 +6,7 @@ What do many shards, far positions, proofs of alignment and reading instead of m
   4 * 10^9 sequences.  Limit: 100 ms.
 * state: its bytes as JSON at the largest numbers.  Limit: 300.
 * alignment: an epoch with tokens of the caller's own, each sequence proven, against the proof alone.  Limit: 2 % of it.
-* prefetch: an epoch with one millisecond of other work a batch, batches made ahead by two threads against none.
+* prefetch: an epoch with one millisecond of other work per batch, batches made ahead by two threads against none.
 * io: later epochs of batches read with pread against mapped ones, and the windowed order against the global one.
 """
 
@@ -115,7 +115,7 @@ def measure_epochs(directory: Path, size_bytes: int, rounds: int) -> None:
     rows = np.array(tokens, "<u4")
 
     def proof() -> None:
-        """What the proof alone costs: the checksum of each sequence, held against the index."""
+        """What the proof alone costs: the checksum of each sequence, checked against the index."""
         data, size = memoryview(rows).cast("B"), rows.strides[0]
         for number, expected in enumerate(alignments):
             assert checksum(data[number * size : number * size + size]) == expected

@@ -35,7 +35,7 @@ class ComparisonRow(TypedDict):
     """What is drawn of one method."""
 
     method: str
-    """Name as it stands beside the bar."""
+    """Name next to the bar."""
 
     lm_loss: float
     """Nats per token on held-out text."""

@@ -24,13 +24,13 @@ class Drain:
 
     Args:
         ring: The consumer's side.
-        setup: What the producer told.
+        setup: What the producer sent.
     """
 
     def __init__(self, ring: Ring, setup: Setup) -> None:
         self._ring, self._setup = ring, setup
         self._durable = {work.number: work.next_sequence for work in setup.works}
-        # A complete work "wants" what is the next shard's first sequence.
+        # A complete work "needs" what is the next shard's first sequence.
         self._beginnings = {work.next_sequence: work for work in setup.works if work.next_sequence < work.end}
         self._shard: ShardWriter | None = None
         self._work: ShardWork | None = None

@@ -105,7 +105,7 @@ def download(url: str, file: BinaryIO) -> int:
     Write a file's bytes into one that is open here; whoever calls checks, syncs and renames it.
 
     Returns:
-        Number of bytes, as many as the store tells.
+        Number of bytes, as many as the store says.
 
     Raises:
         FileNotFoundError, RemoteError: As ``read_range``.

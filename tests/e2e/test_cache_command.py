@@ -215,7 +215,7 @@ def test_bad_input_is_one_line(cache, place, tmp_path):
         ({"num_sequences": 10**6}, "the text is too short: 1000000 sequences"),
         ({"out": "file"}, "file: is a file; a cache is a directory"),
         ({"out": "file/below"}, "Not a directory"),
-        ({"device_map": "auto"}, "device_map auto lays the teacher over several CUDA devices"),
+        ({"device_map": "auto"}, "device_map auto spreads the teacher over several CUDA devices"),
     ):
         where = f"out {len(message)}" if "out" not in flags else flags.pop("out")
         assert message in refusal(cache(out=where, **flags))
@@ -320,7 +320,7 @@ sys.exit(main(sys.argv[1:]))
     command = [sys.executable, "-c", code, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     kept = f"3 of 8 sequences of {tmp_path / 'c'} are kept"
-    line = f"sklformat cache: stopped: {kept}; run the same command again to go on\n"
+    line = f"sklformat cache: stopped: {kept}; run the same command again to resume\n"
     assert (130, line) == (done.returncode, done.stderr)
 
 

@@ -318,7 +318,7 @@ def test_type_and_device_follow_the_machine(config, monkeypatch):
     assert [(torch.device("cuda", 0), [0, 1]), (torch.device("cuda", 2), [2, 3])] == spread
     with pytest.raises(ValueError, match="cuda:1 is one GPU, this machine runs 2 processes"):
         caching._devices(config(device="cuda:1"), ranks[0])
-    with pytest.raises(ValueError, match="lays the teacher over several CUDA devices, device is cuda:1"):
+    with pytest.raises(ValueError, match="spreads the teacher over several CUDA devices, device is cuda:1"):
         caching._devices(config(device_map="auto", device="cuda:1"), Ranks())
 
 

@@ -82,7 +82,7 @@ def test_one_killed_rank_ends_all_and_three_go_on(place, tmp_path):
     [line] = [line for line in killed.stderr.splitlines() if line.startswith("sklformat cache: ")]
     assert "sklformat cache: rank 0" in line
     assert "stopped:" in line or "another rank of this run has ended" in line
-    assert "same command again to go on" in line
+    assert "same command again to resume" in line
     kept = shard_bytes(tmp_path / "cache")
     assert "shard-00001.skl" in kept  # rank 1 handed over all of it before it died
     with pytest.raises(skl.MissingShardError):

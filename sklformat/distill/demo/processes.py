@@ -1,5 +1,5 @@
 """
-Run a few independent jobs on a few cores, one process a job; stops them all together.
+Run a few independent jobs on a few cores, one process per job; stops them all together.
 
 Knows nothing of what the jobs do.
 """
@@ -49,7 +49,7 @@ def run_jobs(jobs: Sequence[Job], *, processes: int, threads: int) -> list[Any]:
     Raises:
         Exception: The first error of a job; the others are stopped.
         KeyboardInterrupt: The jobs have ended when it arrives here.
-        SklError: A job's process died without a word (killed, out of memory).
+        SklError: A job's process died without a result (killed, out of memory).
     """
     if processes == 1:
         with _threads(threads):
@@ -126,7 +126,7 @@ def _work(connection: Connection, job: Job) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed could not say so; a job that went on would hold its directory against the next run."""
+    """A parent that was killed could not say so; a job that kept running would keep its directory from the next run."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -150,7 +150,7 @@ def _receive(connection: Connection, process: Any, job: Job) -> Any:
             raise KeyboardInterrupt from None
         raise SklError(
             f"the process of {job.function.__name__} ended with exit code {process.exitcode} and no result "
-            "(killed, or out of memory); run again to go on"
+            "(killed, or out of memory); run again to resume"
         ) from None
     finally:
         connection.close()

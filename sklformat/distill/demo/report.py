@@ -57,7 +57,7 @@ class Check:
 
 def check_order(rows: Sequence[Row]) -> list[Check]:
     """
-    Hold the rows of CE, Top-K, random sampling and FullKD (in this order) against what the paper shows.
+    Check the rows of CE, Top-K, random sampling and FullKD (in this order) against what the paper shows.
 
     Source: Anshumann et al. 2025, Tables 1, 2 and 5.
     """

@@ -1,5 +1,5 @@
 """
-run_demo(): the whole way once, from text to the paper's table, on a machine without GPU and network.
+run_demo(): the whole pipeline once, from text to the paper's table, on a machine without GPU and network.
 
 It only puts the public verbs one after the other: it has no training loop, no metric and no file format of its own.
 Source: Anshumann et al. 2025 (arXiv 2503.16870), Table 5 and section 4, at a size for two cores.

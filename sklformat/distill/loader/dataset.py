@@ -43,7 +43,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
 
     Protocol of use: ``ds.set_epoch(e)`` before each epoch (as for torch's DistributedSampler; without it every
     iteration repeats the same epoch).  To resume, ``ds.load_state_dict(batch.state)`` of the last batch trained on: the
-    next iteration goes on right after it, later ones begin at the start of their epoch again.  The state counts
+    next iteration resumes right after it, later ones begin at the start of their epoch again.  The state counts
     batches that were handed out, so that none that were made ahead are lost; a ``DataLoader`` must hand them out in
     order for that, as it does unless told otherwise (``in_order``).
 
@@ -60,8 +60,8 @@ class SparseLogitDataset(IterableDataset[Batch]):
             stored in the cache.
         tail: What becomes of the last sequences that fill no global batch: "drop", "pad" (label -100, no records) or
             "wrap".
-        window: None: shuffle all sequences; else blocks of so many sequences that follow each other, as a whole and
-            inside of each: reads then stay together, which disks and networks need.  A window of several global
+        window: None: shuffle all sequences; else blocks of this many consecutive sequences, as a whole and inside
+            of each: reads then stay together, which disks and networks need.  A window of several global
             batches mixes well enough.
         sequences: The part of the cache that this dataset sees, as in ``cache[i]``; None: all.  It reaches nothing
             else, so that a held-out part is safe: ``range(0, n - 500)`` to train on, ``range(n - 500, n)`` to measure.
@@ -145,7 +145,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
         """
         Name the epoch of the next iteration.
 
-        It begins at the start, except that after ``load_state_dict`` its own epoch goes on where the state stands.
+        It begins at the start, except that after ``load_state_dict`` its own epoch resumes where the state stands.
         """
         if epoch < 0:
             raise ValueError(f"epoch must be >= 0, got {epoch}")
@@ -162,7 +162,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """
-        Go on right after the batch that carried this state, on any number of workers and ranks.
+        Resume right after the batch that carried this state, on any number of workers and ranks.
 
         Raises:
             ResumeError: The state belongs to another cache, seed or order; says which values differ.
@@ -178,7 +178,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
         if differing:
             raise ResumeError(
                 f"{self.cache.path}: the state belongs to another stream ({'; '.join(differing)}); "
-                "open the cache and settings it was made with, or start anew"
+                "open the cache and settings it was made with, or start over"
             )
         epoch, consumed = state["epoch"], state["consumed"]
         info = get_worker_info()

@@ -335,7 +335,7 @@ class LossRows:
             return t_RV, torch.xlogy(t_RV, t_RV).sum(1)
         assert self.dense is not None
         logits_RV = torch.mm(self.dense.hidden_PD[start:stop], self.dense.lm_head_weight_VD.t())
-        # From the logarithms: xlogy takes each of them anew, many times slower than exp. A masked id, log 0, gives 0.
+        # From the logarithms: xlogy takes each of them again, many times slower than exp. A masked id, log 0, gives 0.
         log_RV = logits_RV.log_softmax(1, dtype=self.dtype).clamp_(min=torch.finfo(self.dtype).min)
         t_RV = log_RV.exp()
         return t_RV, torch.linalg.vecdot(t_RV, log_RV)

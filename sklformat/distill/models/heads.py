@@ -40,7 +40,7 @@ def has_linear_head(model: Any) -> bool:
     training = model.training
     model.eval()
     expected_BTV = outputs.logits(model, ids_BT).float()
-    hidden_BTD = outputs.hidden_states(model, ids_BT).to(weight_VD.device)  # a model may lie over several
+    hidden_BTD = outputs.hidden_states(model, ids_BT).to(weight_VD.device)  # a model may be spread over several
     actual_BTV = (hidden_BTD @ weight_VD.T).float().to(expected_BTV.device)
     model.train(training)
     tolerance = 1e-4 if weight_VD.dtype == torch.float32 else 0.02  # bfloat16 has 8 bits

@@ -14,7 +14,7 @@ import torch
 
 from sklformat.checksums import fingerprint, fingerprint_of
 
-# Of a config, what does not change the logits or is told elsewhere: names, library versions, the type in memory.
+# Of a config, what does not change the logits or is stored elsewhere: names, library versions, the type in memory.
 _NOT_THE_MODEL = frozenset(
     {"_name_or_path", "_commit_hash", "_attn_implementation", "architectures", "dtype", "torch_dtype"}
     | {"transformers_version", "use_cache"}

@@ -54,7 +54,7 @@ def load_model(
         dtype: Type of its weights in memory.
         device: "cpu", "cuda", "cuda:1", …
         revision: Of a name on the hub: branch, tag or commit.
-        over: Numbers of GPUs to lay its layers over, instead of ``device``; needs accelerate.
+        over: Numbers of GPUs to spread its layers over, instead of ``device``; needs accelerate.
 
     Returns:
         The model in eval mode (no dropout).
@@ -67,7 +67,7 @@ def load_model(
     spread: dict[str, object] = {}
     if over:
         if importlib.util.find_spec("accelerate") is None:  # transformers would say so in several lines
-            raise ModuleNotFoundError("laying a model over several GPUs needs accelerate", name="accelerate")
+            raise ModuleNotFoundError("spreading a model over several GPUs needs accelerate", name="accelerate")
         memory = {number: torch.cuda.mem_get_info(number)[0] * 9 // 10 for number in over}
         spread = {"device_map": "auto", "max_memory": memory}
     with _quiet(), _named(path, "model"):
@@ -75,7 +75,7 @@ def load_model(
             str(path), dtype=getattr(torch, dtype), output_loading_info=True, revision=revision or "main", **spread
         )
     for what in ("missing_keys", "mismatched_keys"):
-        if info[what]:  # transformers would go on with random weights
+        if info[what]:  # transformers would continue with random weights
             names = ", ".join(sorted(map(str, info[what]))[:3])
             raise ValueError(f"{path}: not all weights of a {type(model).__name__} are there ({what}: {names})")
     elsewhere = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values() if place not in over})

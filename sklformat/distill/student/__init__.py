@@ -5,6 +5,6 @@ evaluation  sklformat eval: how good a student is, and how close to its teacher
 inputs      what a run starts from: batches, student, teacher
 runs        the directory of a training run: lock, settings, checkpoint, log
 schedule    the learning rate of each step
-streams     batches without end, from a cache or from packed text
+streams     endless batches, from a cache or from packed text
 training    sklformat train: the training loop
 """

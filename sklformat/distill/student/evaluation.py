@@ -169,14 +169,14 @@ def _checked_tokenizer(config: EvalConfig, facts: StoreFacts, model: str) -> Any
     made_by, own = facts.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
     if made_by != own and config.tokens is None:  # the student's own tokens, so this is the teacher
         raise SettingsError(
-            f"the teacher {model} has another tokenizer than the student {config.student}: fingerprint {own}, the "
+            f"the teacher {model} has a different tokenizer from the student {config.student}: fingerprint {own}, the "
             f"student's is {made_by}; they can be compared only over the same ids, so give a teacher of the same "
             "tokenizer"
         )
     if made_by != own:
         raise SettingsError(
-            f"{config.tokens} was made by another tokenizer than that of {model}: fingerprint {made_by}, the model's "
-            f"is {own}; make the token store with the model's tokenizer"
+            f"{config.tokens} was made by a different tokenizer from that of {model}: fingerprint {made_by}, the "
+            f"model's is {own}; make the token store with the model's tokenizer"
         )
     return tokenizer
 

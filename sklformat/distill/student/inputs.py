@@ -18,7 +18,7 @@ from sklformat.settings.train import TrainConfig
 
 _RAGGED_POSITIONS = 4096  # of a new Llama that learns from sequences of any length
 _TOPK_METHODS = ("topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix")
-# What the finished model does not depend on; a run may go on with other values of these.
+# What the finished model does not depend on; a run may be resumed with other values of these.
 _FREE_FIELDS = ("out", "device", "num_workers", "save_every", "log_every", "batch_size", "accumulation")
 # Paths and names, which say nothing of what is there; its fingerprints stand for them.
 _FINGERPRINTED_FIELDS = ("cache", "tokens", "student", "teacher", "tokenizer")
@@ -107,7 +107,7 @@ def settings_of(
     """
     What the finished model depends on.
 
-    Data, models and tokenizer by fingerprint: moved, they are the same; made anew at the same place, they are not.
+    Data, models and tokenizer by fingerprint: moved, they are the same; made again at the same place, they are not.
     """
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_FIELDS}
     values = {name: value for name, value in values.items() if name not in _FINGERPRINTED_FIELDS} | stream.identity

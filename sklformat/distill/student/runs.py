@@ -1,7 +1,7 @@
 """
 The directory of a training run: its lock, its settings, its checkpoint, its log and what it leaves at the end.
 
-Knows nothing of models or losses. Every file appears whole or not at all, so a killed run can always go on.
+Knows nothing of models or losses. Every file appears whole or not at all, so a killed run can always be resumed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOCK = re.compile(r"\.lock")
 
 
 Report = Callable[[int, int, float], None]
-"""Called with (steps done, steps in all, mean loss since the last call, nats per position)."""
+"""Called with (steps done, steps in total, mean loss since the last call, nats per position)."""
 
 
 class Run:
@@ -163,7 +163,8 @@ def _step_of(line: str, path: Path, number: int) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         raise CorruptError(
-            f'line {number} is no JSON object with a "step": {line.strip()[:60]!r}; remove the line to go on', path=path
+            f'line {number} is no JSON object with a "step": {line.strip()[:60]!r}; remove the line to resume',
+            path=path,
         ) from None
 
 
@@ -186,7 +187,7 @@ class Reporter:
     Args:
         run: Where the log goes; None: say nothing (the further processes of one run).
         first: Steps done before.
-        steps: Steps in all.
+        steps: Steps in total.
         name: Stands before the bar.
         report: Called instead of drawing a bar.
     """

@@ -1,5 +1,5 @@
 """
-Batches without end for training: from a cache, or from packed text for methods that need no records.
+Endless batches for training: from a cache, or from packed text for methods that need no records.
 
 Knows no model and no loss; checks that tokenizer and data belong together.
 Shape letters: B sequences, T positions, P = B·T positions.
@@ -62,7 +62,7 @@ class PackedBatches(IterableDataset[Batch]):
         return {"epoch": self._epoch, "consumed": self._consumed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on right after the batch that carried this state."""
+        """Resume right after the batch that carried this state."""
         self._epoch, self._consumed = state["epoch"], state["consumed"]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -115,11 +115,11 @@ class Stream:
 
     def batches(self, num_workers: int, state: dict[str, Any] | None) -> Iterator[Batch]:
         """
-        Batches without end, epoch after epoch.
+        Endless batches, epoch after epoch.
 
         Args:
             num_workers: Processes that read ahead; the stream is the same for any number.
-            state: Of the batch to go on after; None: from the beginning.
+            state: Of the batch to resume after; None: from the beginning.
         """
         if state is not None:
             self.dataset.load_state_dict(state)
@@ -236,7 +236,7 @@ def _tokenizer(source: Path | str, name: str | None, made_by: str) -> Any:
     loaded = loading.load_tokenizer(name)
     if made_by not in (_UNKNOWN, tokenizer_fingerprint(loaded)):
         raise SettingsError(
-            f"{source} was made by another tokenizer than {name}: its fingerprint is {made_by}, this one's "
+            f"{source} was made by a different tokenizer from {name}: its fingerprint is {made_by}, this one's "
             f"{tokenizer_fingerprint(loaded)}; ids mean other tokens here, so make it again with this tokenizer, or "
             "give the student the one that made it"
         )

@@ -1,5 +1,5 @@
 """
-train(): a student learns from a cache, from plain text, or from a teacher that runs beside it.
+train(): a student learns from a cache, from plain text, or from a teacher that runs alongside.
 
 Makes no cache and measures no held-out text. Losses: Anshumann et al. 2025 (arXiv 2503.16870), sections 2, 3 and 5.3.
 

@@ -74,7 +74,7 @@ class Cached:
         unique_tokens: Records per position, mean.
         bytes_per_position: Bytes on disk per position, tokens and checksums included.
         seconds: Time this run took, teacher's loading not included; of several ranks, the longest.
-        positions_per_second: Positions that this run added, a second, all ranks together; 0 where there were none.
+        positions_per_second: Positions that this run added per second, all ranks together; 0 where there were none.
         waited_share: Share of the time in which the teachers waited for their writers.
     """
 
@@ -92,7 +92,7 @@ class Cached:
     def __str__(self) -> str:
         made = (
             f"{self.sequences_made} made now at {self.positions_per_second:,.0f} positions/s, "
-            f"{self.waited_share:.1%} of the time waited for the writer"
+            f"{self.waited_share:.1%} of the time spent waiting for the writer"
             if self.sequences_made
             else "all there already"
         )
@@ -106,7 +106,7 @@ def cache_teacher(config: CacheConfig) -> Cached:
     """
     Capture a teacher's sparse distributions over packed text into a cache directory.
 
-    Whatever stops it, run it again with the same settings: sealed shards are kept, an unfinished one is gone on with,
+    Whatever stops it, run it again with the same settings: sealed shards are kept, an unfinished one is resumed,
     and the finished cache has the bytes of an undisturbed run, on any number of ranks. Under torchrun each process has
     a teacher of its own and every world_size-th shard.
 
@@ -167,7 +167,7 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
 
 class _Part:
     """
-    What one rank does: it runs its teacher over the sequences that its shards still want.
+    What one rank does: it runs its teacher over the sequences that its shards still need.
 
     Attributes:
         made: Sequences that it handed over.
@@ -207,7 +207,7 @@ class _Part:
             kept = ""
             if self._there is not None:
                 kept = f": {self._there + self.made} of {self._total} sequences of {self._config.out} are kept"
-            raise KeyboardInterrupt(f"{who}stopped{kept}; run the same command again to go on") from None
+            raise KeyboardInterrupt(f"{who}stopped{kept}; run the same command again to resume") from None
         self.waited, self.seconds = self._capture.wait_seconds, time.perf_counter() - begin
 
     def _push_records(self, teacher: Teacher, outputs: Iterable[_Output]) -> Iterator[int]:
@@ -224,7 +224,7 @@ class _Part:
                 yield targets.num_records
 
     def _push_draws(self, teacher: Teacher, outputs: Iterable[_Output]) -> Iterator[int]:
-        """The same with draws on the device, which goes on to the next sequence before the host asks for the last."""
+        """The same with draws on the device, which moves to the next sequence before the host asks for the last."""
         config = self._config
         sampler = DeviceSampler(sampler=config.sampler, rounds=config.rounds, seed=config.seed)
         queued: tuple[int, NDArray[np.uint32], Draws] | None = None
@@ -242,7 +242,7 @@ class _Part:
         return len(draws) + int(np.count_nonzero(draws[:, 1:] != draws[:, :-1]))
 
     def _follow(self, pushed: Iterable[int], begin: float) -> None:
-        """Count sequences, of so many records each, while they are handed over, and show how far it is."""
+        """Count sequences, with their numbers of records, while they are handed over, and show how far it is."""
         seq_len = self._config.seq_len
         with self._progress() as progress:
             for num_records in pushed:
@@ -276,7 +276,7 @@ def _outputs(
     Run the teacher over what is missing: number, tokens and the teacher's output of each sequence.
 
     Logits depend in their last bits on the shape of a batch, so batches are a fixed grid within the shard: a shard
-    that is gone on with computes the batch of its next sequence again and skips what it has.
+    that is resumed computes the batch of its next sequence again and skips what it has.
     """
     for work in works:
         for first in range(work.first_sequence, work.end, config.batch_size):
@@ -290,12 +290,12 @@ def _outputs(
 
 
 def _devices(config: CacheConfig, ranks: Ranks) -> tuple[torch.device, list[int]]:
-    """This rank's device, and the devices that its teacher lies over, if it does."""
+    """This rank's device, and the devices that its teacher is spread over, if it is."""
     device = find_device(config.device)
     if config.device_map == "auto":
         if device.type != "cuda" or device.index is not None:
             raise ValueError(
-                f"device_map auto lays the teacher over several CUDA devices, device is {config.device} "
+                f"device_map auto spreads the teacher over several CUDA devices, device is {config.device} "
                 f"({device.type} here); leave both out"
             )
         over = own_devices(ranks.local_rank, ranks.local_world_size)
@@ -345,7 +345,7 @@ def _header(
     """
     The cache's settings.
 
-    A teacher is known by its fingerprint; a name from the hub is told as well, a path is not: it may move.
+    A teacher is known by its fingerprint; a name from the hub is stored as well, a path is not: it may move.
     """
     teacher = {"dtype": dtype, "device": device.type, "config": config_fingerprint(model)}
     if not Path(config.teacher_name).exists():
@@ -373,7 +373,7 @@ def _check_same(ranks: Ranks, header: Header) -> None:
 
 
 def _begun(config: CacheConfig, header: Header) -> Header:
-    """The header to write, seen what is there already."""
+    """The header to write, given what is there already."""
     found = find_header(config.directory, config.url)
     return agree_on_versions(header, found, keep=config.keep_versions, place=str(config.out))
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from sklformat.distill.models import heads, outputs
 
 LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 24}
-"""At most so many logits are there at once, by kind of device. On a CPU 16 MiB of float32 are memory that is used again
-and not given back to the system; a GPU wants more rows in one product."""
+"""The most logits that are there at once, by kind of device. On a CPU 16 MiB of float32 are memory that is used again
+and not given back to the system; a GPU needs more rows in one product."""
 
 _PROBE_TOKENS = 8
 
@@ -76,6 +76,6 @@ class Teacher:
         expected = outputs.logits(self._model, ids_BT)
         try:
             found = outputs.head_logits(self._model, outputs.hidden_states(self._model, ids_BT))
-        except (AttributeError, TypeError, ValueError, RuntimeError):  # it wants more from its body than hidden states
+        except (AttributeError, TypeError, ValueError, RuntimeError):  # it needs more from its body than hidden states
             return False
         return torch.equal(expected, found)

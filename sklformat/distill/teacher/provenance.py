@@ -87,12 +87,12 @@ def make_header(
 
 def agree_on_versions(header: Header, found: Header | None, *, keep: bool, place: str) -> Header:
     """
-    The header to go on with, where a cache was begun by other versions of libraries and by nothing else that differs.
+    The header to resume with, where a cache was begun by other versions of libraries and nothing else differs.
 
     Args:
         header: What this run would write.
         found: What stands in the cache's shards; None: it is begun now.
-        keep: Go on, with the versions that it was begun with in every header.
+        keep: Resume, with the versions that it was begun with in every header.
         place: Of the cache, for the message.
 
     Raises:

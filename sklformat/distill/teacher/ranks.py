@@ -101,7 +101,7 @@ class Ranks:
             reason = str(error).partition("\n")[0]
             raise CaptureError(
                 f"rank {self.rank}: another rank of this run has ended ({reason}); what was captured is kept, "
-                "give the same command again to go on"
+                "run the same command again to resume"
             ) from None
 
 

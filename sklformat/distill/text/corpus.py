@@ -281,7 +281,7 @@ def _found_again(
     ):
         if there != wanted:
             raise SettingsError(
-                f"{directory}: the tokens there were made {what} than is given now ({there}, now {wanted}); "
+                f"{directory}: the tokens there were made {what} ({there}, now {wanted}); "
                 f"give what they were made with, use another directory, or delete this one"
             )
     return store

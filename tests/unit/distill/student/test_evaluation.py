@@ -126,7 +126,7 @@ def test_a_teacher_of_another_tokenizer_is_named_beside_the_student(place, tmp_p
     with pytest.raises(SettingsError, match="another tokenizer") as caught:
         run(place, tokens=None, text=(tmp_path / "held-out.txt",), teacher=str(tmp_path / "other"))
     message = str(caught.value)
-    assert f"the teacher {tmp_path / 'other'} has another tokenizer than the student {place / 'student'}" in message
+    assert f"the teacher {tmp_path / 'other'} has a different tokenizer from the student {place / 'student'}" in message
     assert "sklformat-eval-" not in message
 
 

@@ -23,7 +23,7 @@ def test_one_process_is_its_own_company(monkeypatch):
 def test_a_lost_rank_is_one_line():
     """Whatever gloo says when a connection closes becomes one line that says how to go on."""
     ranks = Ranks(rank=1, world_size=2)
-    message = r"rank 1: another rank .* has ended \(Connection closed\); .* to go on"
+    message = r"rank 1: another rank .* has ended \(Connection closed\); .* to resume"
     with pytest.raises(CaptureError, match=message), ranks._partners():
         raise RuntimeError("Connection closed\nat gloo/transport/tcp/pair.cc:1")
 
