@@ -3,10 +3,10 @@
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+from system import wait_for
 
 import sklformat as skl
 from sklformat.capture import Capture, merge_draws
@@ -56,14 +56,6 @@ def write_undisturbed(directory):
 
 def shard_bytes(directory):
     return {path.name: path.read_bytes() for path in Path(directory).glob("*.skl")}
-
-
-def wait_for(condition):
-    """Until it holds, in another process's own time; not for ever."""
-    end = time.monotonic() + 30
-    while not condition() and time.monotonic() < end:
-        os.sched_yield()
-    assert condition()
 
 
 def wait_for_durable(capture, sequences):

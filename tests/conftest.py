@@ -1,11 +1,16 @@
 """Settings that all tests share."""
 
+import os
 import signal
 
 from hypothesis import settings
 
 # A suite that a shell started in the background has SIGINT ignored, and would hand that on to what it tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Models this small only lose by a second thread; and sums have one order.  Torch and numpy read it when they are
+# imported, here and in the processes that tests start.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 settings.register_profile("sklformat", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("sklformat")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mmap_ninja import RaggedMmap
+from system import HANGS
 from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
 
 import sklformat as skl
@@ -21,14 +22,6 @@ from sklformat.distill.teacher.calibration import calibrate
 from sklformat.distill.text.corpus import read_documents
 from sklformat.files import remote
 from sklformat.settings.estimate import EstimateConfig
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +311,7 @@ sys.exit(main(sys.argv[1:]))
     words = ["cache", "--teacher", place / "teacher", "--text", place / "text", "--out", tmp_path / "c"]
     words += ["--seq-len", SEQ_LEN, "--num-sequences", 8]
     command = [sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANGS)
     kept = f"3 of 8 sequences of {tmp_path / 'c'} are kept"
     line = f"sklformat cache: stopped: {kept}; run the same command again to resume\n"
     assert (130, line) == (done.returncode, done.stderr)

@@ -26,15 +26,6 @@ from sklformat.settings.cache import CacheConfig
 SEQ_LEN = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """The same order of sums in every run, and no fight for two cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
@@ -184,9 +175,7 @@ def test_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, stop_at):
 
 KILLED = """
 import os, pathlib, pickle, signal, sys
-import torch
 from sklformat.distill.teacher import caching, drawing
-torch.set_num_threads(1)
 draw = drawing.Drawer.draw
 def killing(drawer, sequence, slices):
     if sequence == 17:

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from capture_data import NUM_SEQUENCES, open_capture, push_all, shard_bytes, wait_for, write_undisturbed
+from capture_data import NUM_SEQUENCES, open_capture, push_all, shard_bytes, write_undisturbed
+from system import HANGS, alive, wait_for
 
 import sklformat as skl
 from sklformat.capture import session
@@ -39,14 +40,6 @@ def undisturbed(tmp_path_factory):
     return write_undisturbed(tmp_path_factory.mktemp("undisturbed") / "cache")
 
 
-def alive(pid):
-    """Whether a process still runs; one whose parent has not asked for its status yet does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def run_until_killed(directory, victim, after, start=None):
     """A teacher's process that ends by a kill of it or of its writer; both are gone on return."""
     paths = [str(start)] if start else []
@@ -58,7 +51,7 @@ def run_until_killed(directory, victim, after, start=None):
         env=os.environ | {"PYTHONPATH": os.pathsep.join([*paths, str(_DATA.parents[1])])},
     )
     # The writer holds the same pipes: their end is the end of both processes.
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS)
     writer = int(out)
     wait_for(lambda: not alive(writer))  # descriptors close a moment before the process is gone
     return process.returncode, err

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from system import HANGS
 
 import sklformat as skl
 from sklformat.cache.manifest import write_manifest
@@ -31,7 +32,7 @@ sys.exit(main(sys.argv[1:]))
 def sklformat(*words, start=("-m", "sklformat")):
     """Status, stdout and stderr of one command; stderr has at most one line and no traceback."""
     command = [sys.executable, *start, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANGS)
     assert done.stderr.count("\n") <= 1, done.stderr
     return done.returncode, done.stdout, done.stderr
 
@@ -151,5 +152,5 @@ def test_interrupt(tmp_path):
     command = [sys.executable, "-m", "sklformat", "convert", source, tmp_path / "cache"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, source.open("w"):
         process.send_signal(signal.SIGINT)  # the command has the pipe open and waits for its first line
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=HANGS)[1]
     assert (130, "sklformat convert: stopped; run the same command again to resume\n") == (process.returncode, err)

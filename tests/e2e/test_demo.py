@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
+from system import HANGS
 
 import sklformat as skl
 from sklformat.distill.demo import stages
@@ -28,15 +28,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small only lose by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -166,11 +157,11 @@ def test_ctrl_c_is_clean_and_processes_give_the_same_figures(finished, text, tmp
     script = tmp_path / "demo_script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(tmp_path / "run"), str(text)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(skl.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(skl.__file__).parents[1])}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
-    guard = threading.Timer(120, process.kill)
+    guard = threading.Timer(HANGS, process.kill)
     guard.start()
     lines = []
     for line in process.stderr:  # ends when the last of the processes has ended
@@ -182,7 +173,7 @@ def test_ctrl_c_is_clean_and_processes_give_the_same_figures(finished, text, tmp
     process.stdout.close()
     process.stderr.close()
     assert not any("Traceback" in line for line in lines), "".join(lines)
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANGS, check=False)
     assert again.returncode == 0, again.stderr
     stored = json.loads((tmp_path / "run" / "result.json").read_text())
     assert figures(finished) == stored["rows"]

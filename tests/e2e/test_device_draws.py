@@ -16,14 +16,6 @@ from sklformat.settings.cache import CacheConfig
 COUNT, ROUNDS = 14, 20
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def on_device(monkeypatch):
     """Count draws on the CPU by the device's sampler, and never by C."""

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from system import HANGS
 from teacher_data import SEQ_LEN, write_teacher, write_text
 
 import sklformat as skl
@@ -31,23 +31,18 @@ def place(tmp_path_factory):
 
 def cache_alone(place, out):
     """What one process makes, here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the ranks have
-    try:
-        return cache_teacher(
-            CacheConfig(
-                teacher=str(place / "teacher"),
-                text=(place / "text",),
-                out=out,
-                seq_len=SEQ_LEN,
-                num_sequences=22,
-                rounds=20,
-                batch_size=3,
-                sequences_per_shard=4,
-            )
+    return cache_teacher(
+        CacheConfig(
+            teacher=str(place / "teacher"),
+            text=(place / "text",),
+            out=out,
+            seq_len=SEQ_LEN,
+            num_sequences=22,
+            rounds=20,
+            batch_size=3,
+            sequences_per_shard=4,
         )
-    finally:
-        torch.set_num_threads(threads)
+    )
 
 
 def command(place, out):
@@ -57,7 +52,7 @@ def command(place, out):
 
 
 def environment(**more):
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1"} | more
+    return os.environ | {"PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1"} | more
 
 
 def shard_bytes(directory):
@@ -76,7 +71,7 @@ def test_one_killed_rank_ends_all_and_three_go_on(place, tmp_path):
     words = command(place, tmp_path / "cache")
     killed = subprocess.run(
         [sys.executable, *TORCHRUN, "2", *dying, *words],
-        env=environment(), capture_output=True, text=True, check=False, timeout=120,
+        env=environment(), capture_output=True, text=True, check=False, timeout=HANGS,
     )  # fmt: skip
     assert 0 != killed.returncode
     [line] = [line for line in killed.stderr.splitlines() if line.startswith("sklformat cache: ")]
@@ -89,7 +84,7 @@ def test_one_killed_rank_ends_all_and_three_go_on(place, tmp_path):
         skl.open(tmp_path / "cache")
     done = subprocess.run(
         [sys.executable, *TORCHRUN, "3", "-m", "sklformat", *words],
-        env=environment(), capture_output=True, text=True, check=False, timeout=120,
+        env=environment(), capture_output=True, text=True, check=False, timeout=HANGS,
     )  # fmt: skip
     assert 0 == done.returncode, done.stderr
     result = json.loads(done.stdout)  # one rank speaks for all
@@ -113,7 +108,7 @@ def test_all_killed_ranks_go_on_as_one(place, tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    assert [b"", b""] == [process.communicate(timeout=120)[1] for process in ranks]
+    assert [b"", b""] == [process.communicate(timeout=HANGS)[1] for process in ranks]
     assert [-signal.SIGKILL] * 2 == [process.returncode for process in ranks]
     assert 22 - 12 == cache_alone(place, tmp_path / "cache").sequences_made
     check_sound(place, tmp_path / "cache")

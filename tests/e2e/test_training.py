@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from system import HANGS
 
 import sklformat as skl
 from sklformat.distill.models import tokenization
@@ -58,9 +59,9 @@ def place(tmp_path_factory):
 
 
 def run(place, out, *, batch_size=4, kill=0, launcher=()):
-    environment = {**os.environ, "PYTHONPATH": str(Path(skl.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(skl.__file__).parents[1])}
     command = [sys.executable, *launcher, str(place / "run.py"), str(out), str(place), str(batch_size), str(kill)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANGS, check=False)
     assert result.returncode == (-9 if kill else 0), result.stderr
     return result
 

@@ -282,10 +282,10 @@ def some_shard(rng: random.Random) -> bytes:
 
 def measured(input_size: int, call):
     """
-    A call's result, or its FormatError; within the time and the memory that the input's size allows.
+    A call's result, or its FormatError; within the processor's time and the memory that the input's size allows.
 
     A call that takes more is tried once again: the interpreter now and then doubles a table of its own, such as that of
-    interned strings, and a machine pauses a process.
+    interned strings.
     """
     result, seconds, peak = measured_once(call)
     if seconds > MAX_SECONDS or peak > MEMORY_FACTOR * input_size + MEMORY_CONSTANT:
@@ -298,15 +298,15 @@ def measured(input_size: int, call):
 
 
 def measured_once(call):
-    """A call's result, or its FormatError; its seconds, and the most bytes it held at a time."""
+    """A call's result, or its FormatError; the processor's seconds, and the most bytes it held at a time."""
     tracemalloc.reset_peak()
-    before, begin = tracemalloc.get_traced_memory()[0], time.perf_counter()
+    before, begin = tracemalloc.get_traced_memory()[0], time.process_time()
     try:
         result = call()
     except skl.FormatError as error:
         str(error)
         result = error
-    return result, time.perf_counter() - begin, tracemalloc.get_traced_memory()[1] - before
+    return result, time.process_time() - begin, tracemalloc.get_traced_memory()[1] - before
 
 
 def values_of(path: Path) -> list:

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from loader_data import SEQUENCES, rows, write_cache
+from system import HANGS
 from torch.utils.data import DataLoader
 
 import sklformat as skl
@@ -216,7 +217,7 @@ def test_processes_share_a_directory(url, tmp_path, small_pieces):
     for _ in range(20):
         shutil.rmtree(tmp_path / "copies", ignore_errors=True)  # a user who makes room by hand
     for process in processes:
-        process.join(60)
+        process.join(HANGS)
     assert [0] * 4 == [process.exitcode for process in processes]
     assert failures.empty()
     assert [] == [path.name for path in (tmp_path / "copies").rglob(".*")]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import strategies
 from strategies import make_cache, small_sequence, small_shard
+from system import open_descriptors
 
 import sklformat as skl
 from sklformat.cache import reader
@@ -104,12 +105,12 @@ def test_both_ways_read_the_same(directory, io):
 
 def test_nothing_is_read_after_closing(directory, io):
     """A closed shard says so, its file is closed, and closing twice is allowed."""
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     shard = Shard(directory / "shard-00000.skl", io)
     assert shard[0].tokens.tolist() == EXPECTED[0]
     shard.close()
     shard.close()
-    assert before >= set(os.listdir("/proc/self/fd"))
+    assert open_descriptors() <= before
     for read in (lambda: shard[0], lambda: shard.payloads(np.array([0]))):
         with pytest.raises(ValueError, match=r"shard-00000\.skl: the shard is closed; open it again"):
             read()
@@ -128,14 +129,14 @@ def test_what_is_in_use_stays_after_closing(directory, io):
 
 def test_files_let_go_of_are_closed(directory, io):
     """A shard that nobody refers to closes its file, also after an error of its opening."""
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     Shard(directory / "shard-00000.skl", io)
     (directory / "bad.skl").write_bytes(small_shard()[:-1])
     (directory / "empty.skl").touch()
     for name in ("bad.skl", "empty.skl"):
         with pytest.raises(skl.TruncatedError, match=name):
             Shard(directory / name, io)
-    assert before >= set(os.listdir("/proc/self/fd"))
+    assert open_descriptors() <= before
 
 
 def test_damage_is_named_in_both_ways(directory, io):

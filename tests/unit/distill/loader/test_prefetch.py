@@ -5,6 +5,7 @@ import threading
 
 import pytest
 from loader_data import rows, write_cache
+from system import HANGS
 from torch.utils.data import DataLoader
 
 import sklformat as skl
@@ -32,7 +33,7 @@ def test_results_come_in_order(ahead):
 
     def make(i):
         if ahead > 1 and i % 2 == 0:  # an even item waits for the odd one behind it
-            assert gates[i + 1].wait(10)
+            assert gates[i + 1].wait(HANGS)
         gates[i].set()
         return i * i
 
@@ -56,7 +57,7 @@ def test_work_is_done_ahead_and_bounded():
     assert [] == taken
     assert 0 == next(stream)
     for _ in range(4):  # the one that was asked for and three more
-        assert made.acquire(timeout=10)
+        assert made.acquire(timeout=HANGS)
     assert [0, 1, 2, 3] == taken
     assert 1 == next(stream)
     assert [0, 1, 2, 3, 4] == taken

@@ -49,15 +49,6 @@ def write_cache(directory, packed, vocab_size, fingerprint, sampler, count):
             writer.append(tokens, skl.SparseTargets(offsets=offsets, **values))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small only lose by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("training")
