@@ -4,8 +4,6 @@ The samplers' law in float64 and plain Python: what csrc/sampler.c must agree wi
 Philox4x32-10 follows Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
 """
 
-import math
-
 import numpy as np
 
 MASK = 2**32 - 1
@@ -53,8 +51,3 @@ def dense(targets, vocab_size):
     rows = np.repeat(np.arange(targets.num_positions), np.diff(targets.offsets))
     out[rows, targets.token_ids] = pairs
     return out
-
-
-def normal_quantile_chi_square(degrees, z):
-    """Chi-square value that a normal deviate z stands for (Wilson and Hilferty 1931)."""
-    return degrees * (1 - 2 / (9 * degrees) + z * math.sqrt(2 / (9 * degrees))) ** 3

@@ -1,29 +1,24 @@
-"""
-What the samplers promise on average, with fixed seeds.
-
-Each bound is a normal deviate of 5: a correct sampler passes any one of them with all but 6e-7 of all seeds, and all of
-them with all but 2e-5; the seeds here are fixed, so that a failure is a fault and not chance.
-"""
+"""What the samplers promise on average; a correct one passes all bounds here with all but 2e-5 of all seeds."""
 
 import math
 
 import numpy as np
 import pytest
-from reference_sampler import dense, normal_quantile_chi_square, probabilities
+from chance import (
+    DEVIATE,
+    assert_drawn_by,
+    assert_head_is_unbiased,
+    assert_tail_is_unbiased,
+    chi_square,
+    chi_square_at,
+    largest_of,
+    law_with_a_tail,
+    power_law,
+    repeat,
+)
+from reference_sampler import dense, probabilities
 
 from sklformat.sampler import draw
-
-DEVIATE = 5.0
-
-
-def power_law(vocab_size=2000, exponent=1.1, seed=0):
-    """One row of logits: a shuffled power law, as a language model's row looks like."""
-    ranks = np.random.default_rng(seed).permutation(vocab_size) + 1
-    return (-exponent * np.log(ranks)).astype(np.float32)
-
-
-def repeat(row, positions):
-    return np.broadcast_to(row, (positions, row.size))
 
 
 def shares(row, positions, rounds=50, **call):
@@ -37,52 +32,24 @@ def shares(row, positions, rounds=50, **call):
 def test_multinomial_counts_follow_the_probabilities(seed):
     """Chi-square of a row's 400 000 draws over bins of about 40 expected ones, on both sides."""
     row = power_law(seed=seed)
-    law, total = probabilities(row), 8000 * 50
-    observed = shares(row, 8000, seed=seed) * total
-    order = np.argsort(-law)
-    bins = np.unique(np.floor(np.cumsum(law[order]) * total / 40).astype(int), return_inverse=True)[1]
-    expected, counts = np.bincount(bins, law[order] * total), np.bincount(bins, observed[order])
-    chi_square = ((counts - expected) ** 2 / expected).sum()
-    assert expected.min() > 5
-    assert chi_square < normal_quantile_chi_square(expected.size - 1, DEVIATE)
-    assert chi_square > normal_quantile_chi_square(expected.size - 1, -DEVIATE)
+    assert_drawn_by(probabilities(row), shares(row, 8000, seed=seed) * 8000 * 50)
 
 
 @pytest.mark.parametrize("sampler", ["multinomial", "systematic"])
 def test_head_is_unbiased(sampler):
     """Each of the 200 most probable ids has its probability on average."""
     row = power_law()
-    law, positions = probabilities(row), 6000
-    mean = shares(row, positions, sampler=sampler, seed=3)
-    part = np.modf(50 * law)[0] if sampler == "systematic" else law
-    variance = part * (1 - part) / 50 ** (2 if sampler == "systematic" else 1) / positions
-    head = np.argsort(-law)[:200]
-    bound = math.sqrt(2 * math.log(200)) + DEVIATE  # the largest of 200 deviates
-    assert (np.abs(mean - law)[head] <= bound * np.sqrt(variance[head]) + 2e-6 * law[head]).all()
+    assert_head_is_unbiased(probabilities(row), shares(row, 6000, sampler=sampler, seed=3), 6000, sampler)
 
 
 @pytest.mark.parametrize("sampler", ["multinomial", "systematic"])
 @pytest.mark.parametrize("layout", ["blocks of their own", "beside the head"])
 def test_tail_below_1e_7_is_unbiased(sampler, layout):
-    """40 000 ids of probability 5e-8 each are drawn as often as their mass of 2e-3 says, and evenly."""
-    vocab_size, tail = 50_000, 40_000
-    law = np.full(vocab_size, 5e-8)
-    head = slice(0, vocab_size - tail) if layout == "blocks of their own" else slice(0, vocab_size, vocab_size // 100)
-    head_ids = np.arange(vocab_size)[head]
-    law[head_ids] = 1e-12
-    law[head_ids[:: max(1, head_ids.size // 100)]] = 1.0
-    tail_ids = np.flatnonzero(law == 5e-8)
-    law[law == 1.0] = (1 - tail_ids.size * 5e-8) / (law == 1.0).sum()
-    row = np.log(law).astype(np.float32)
-    exact = probabilities(row)
-    mass, positions, rounds = exact[tail_ids].sum(), 40, 20_000
-    assert exact[tail_ids].max() < 1e-7
-    mean = shares(row, positions, rounds, sampler=sampler, seed=11)
-    draws = positions * rounds
-    assert abs(mean[tail_ids].sum() - mass) < DEVIATE * math.sqrt(mass * (1 - mass) / draws)
-    thirds = [part.sum() * draws for part in np.array_split(mean[tail_ids], 16)]
-    chi_square = sum((count - mass * draws / 16) ** 2 / (mass * draws / 16) for count in thirds)
-    assert chi_square < normal_quantile_chi_square(15, DEVIATE)
+    """40 000 ids or more of probability 5e-8 each are drawn as often as their mass of 2e-3 says, and evenly."""
+    row, tail = law_with_a_tail(layout)
+    draws = 40 * 20_000
+    drawn = shares(row, 40, 20_000, sampler=sampler, seed=11)[tail] * draws
+    assert_tail_is_unbiased(probabilities(row)[tail].sum(), drawn, draws, 16)
 
 
 def test_rare_ids_inside_a_heavy_block_are_drawn_in_proportion():
@@ -93,8 +60,7 @@ def test_rare_ids_inside_a_heavy_block_are_drawn_in_proportion():
     law = probabilities(row)
     draws = 150 * 20_000
     counts = shares(row, 150, 20_000, seed=5)[8:24] * draws
-    expected = law[8:24] * draws
-    assert ((counts - expected) ** 2 / expected).sum() < normal_quantile_chi_square(16, DEVIATE)
+    assert chi_square(counts, law[8:24] * draws) < chi_square_at(16, DEVIATE)
 
 
 @pytest.mark.parametrize(("vocab_size", "rare"), [(256, 3e-8), (51_200, 1e-10)])
@@ -106,7 +72,7 @@ def test_what_a_float32_running_sum_would_lose_is_drawn(vocab_size, rare):
     counts = shares(row, 200, 65_535, sampler="systematic", seed=6) * draws
     for bins in (np.arange(vocab_size) % 16, np.arange(vocab_size) * 8 // vocab_size):
         drawn, expected = (np.bincount(bins[1:], values[1:]) for values in (counts, law * draws))
-        assert ((drawn - expected) ** 2 / expected).sum() < normal_quantile_chi_square(expected.size, DEVIATE)
+        assert chi_square(drawn, expected) < chi_square_at(expected.size, DEVIATE)
 
 
 def test_variance_of_multinomial_is_its_formula_and_systematic_is_far_below():
@@ -131,8 +97,7 @@ def test_importance_weights_are_unbiased(sampler, t):
     mean = shares(row, positions, **call)
     deviation = np.sqrt((law**2 / proposal - law**2) / 50 / positions)  # systematic: less
     head = np.argsort(-law)[:100]
-    bound = math.sqrt(2 * math.log(100)) + DEVIATE
-    assert (np.abs(mean - law)[head] < bound * deviation[head]).all()
+    assert (np.abs(mean - law)[head] < largest_of(100) * deviation[head]).all()
     rest = np.setdiff1d(np.arange(row.size), head)
     spread = math.sqrt(((law[rest] ** 2 / proposal[rest]).sum() - law[rest].sum() ** 2) / 50 / positions)
     assert abs(mean[rest].sum() - law[rest].sum()) < DEVIATE * spread

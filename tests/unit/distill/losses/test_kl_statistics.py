@@ -2,23 +2,22 @@
 Random sampling preserves the gradient of full distillation in expectation (A.6); Top-K does not.
 
 For R seeded multinomial draws of the targets, each coordinate of the mean gradient, less the full gradient, is divided
-by its standard error.  Under unbiasedness the largest of M such z-scores exceeds the Bonferroni bound below with
-probability 1e-6 (normal tails; the seeds are fixed, so that the tests cannot flicker).
+by its standard error.  Under unbiasedness the largest of M such z-scores exceeds the bound of a false alarm with
+probability 1e-6 (the seeds are fixed, so that the tests cannot flicker).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
+from chance import largest_z, z_of_false_alarm
 from torch import Tensor
 
 from sklformat.distill.losses.kl import DenseTargets, linear_sparse_kl, sparse_kl
 
-FALSE_ALARM = 1e-6
 VOCAB_SIZE, ROUNDS, REPETITIONS = 40, 50, 4000
 
 
@@ -27,10 +26,6 @@ class Ragged:
     token_ids: Tensor
     probs: Tensor
     offsets: Tensor
-
-
-def bound(num_coordinates: int) -> float:
-    return NormalDist().inv_cdf(1 - FALSE_ALARM / (2 * num_coordinates))
 
 
 def teacher_and_student() -> tuple[np.ndarray, Tensor]:
@@ -68,14 +63,9 @@ def full_gradient() -> np.ndarray:
     return torch.autograd.grad(loss, x_1V)[0][0].numpy()
 
 
-def largest_z(samples_RV: np.ndarray, expected_V: np.ndarray) -> float:
-    error = samples_RV.std(0, ddof=1) / np.sqrt(len(samples_RV))
-    return float(np.max(np.abs(samples_RV.mean(0) - expected_V) / error))
-
-
 def test_random_sampling_preserves_the_gradient_in_expectation():
     """The mean over draws equals full distillation's gradient at each logit, within the sampling error."""
-    assert bound(VOCAB_SIZE) > largest_z(gradients(drawn(1), "random_sampling"), full_gradient())
+    assert z_of_false_alarm(VOCAB_SIZE) > largest_z(gradients(drawn(1), "random_sampling"), full_gradient())
 
 
 @pytest.mark.parametrize("method", ["label_smoothing", "naive_fix"])
@@ -87,7 +77,7 @@ def test_methods_linear_in_the_target_stay_unbiased_where_the_records_sum_to_one
     labels_P = torch.zeros(len(probs_RV), dtype=torch.int64)
     loss = sparse_kl(x_RV, ragged(probs_RV), method=method, labels_P=labels_P)
     samples_RV = (torch.autograd.grad(loss, x_RV)[0] * len(probs_RV)).numpy()
-    assert bound(VOCAB_SIZE) > largest_z(samples_RV, full_gradient())
+    assert z_of_false_alarm(VOCAB_SIZE) > largest_z(samples_RV, full_gradient())
 
 
 def test_the_weight_gradient_is_unbiased_too():
@@ -109,7 +99,7 @@ def test_the_weight_gradient_is_unbiased_too():
     full = linear_sparse_kl(hidden_PD, weight_VD, dense, method="full", position_weights_P=weights_P)
     expected = torch.autograd.grad(full, weight_VD)[0].flatten().numpy()
     samples_RM = torch.stack(samples).flatten(1).numpy()
-    assert bound(samples_RM.shape[1]) > largest_z(samples_RM, expected)
+    assert z_of_false_alarm(samples_RM.shape[1]) > largest_z(samples_RM, expected)
 
 
 @pytest.mark.parametrize("method", ["topk", "topk_normalised", "ghost_token"])
@@ -121,10 +111,10 @@ def test_the_same_test_rejects_top_k(method):
     kept = np.zeros(VOCAB_SIZE, dtype=bool)
     kept[order] = True
     topk_RV = np.where(kept, probs_RV, 0.0)
-    assert bound(VOCAB_SIZE) * 3 < largest_z(gradients(topk_RV, method), full_gradient())
+    assert z_of_false_alarm(VOCAB_SIZE) * 3 < largest_z(gradients(topk_RV, method), full_gradient())
 
 
 def test_ghost_token_is_biased_under_sampled_targets():
     """Control of the docstring's claim: with S just below 1 the ghost's random K shifts the expected gradient."""
     probs_RV = drawn(6) * 0.9
-    assert bound(VOCAB_SIZE) * 3 < largest_z(gradients(probs_RV, "ghost_token"), full_gradient())
+    assert z_of_false_alarm(VOCAB_SIZE) * 3 < largest_z(gradients(probs_RV, "ghost_token"), full_gradient())

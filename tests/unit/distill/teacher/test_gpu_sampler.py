@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference_sampler import dense, normal_quantile_chi_square, probabilities, uniforms
+from chance import (
+    assert_drawn_by,
+    assert_head_is_unbiased,
+    assert_tail_is_unbiased,
+    law_with_a_tail,
+    power_law,
+    repeat,
+)
+from reference_sampler import dense, probabilities, uniforms
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sklformat.capture import merge_draws
@@ -13,14 +21,13 @@ from sklformat.distill.teacher import gpu_sampler
 from sklformat.distill.teacher.gpu_sampler import DeviceSampler
 from sklformat.sampler import draw
 
-DEVIATE = 5.0  # a normal one: each bound below holds for all but 6e-7 of all seeds; the seeds are fixed
-
 BIG = {"seed": 2**64 - 3, "sequence": 2**40 + 7}
 
 
 def sample(logits, rounds=50, sampler="multinomial", seed=0, sequence=0, at_once=1 << 10):
     """[T, rounds] int32 of a [T, V] array or tensor, drawn in slices of ``at_once`` positions."""
-    logits = torch.as_tensor(logits)
+    if not isinstance(logits, torch.Tensor):
+        logits = torch.from_numpy(np.ascontiguousarray(logits))
     slices = ((first, logits[first : first + at_once]) for first in range(0, len(logits), at_once))
     return DeviceSampler(sampler=sampler, rounds=rounds, seed=seed).draw(sequence, len(logits), slices).result()
 
@@ -178,61 +185,31 @@ def test_what_only_c_draws_is_refused(sampler, rounds):
         DeviceSampler(sampler=sampler, rounds=rounds, seed=0)
 
 
-def power_law(vocab_size=2000, exponent=1.1):
-    ranks = np.random.default_rng(0).permutation(vocab_size) + 1
-    return (-exponent * np.log(ranks)).astype(np.float32)
-
-
-def repeat(row, positions):
-    return np.ascontiguousarray(np.broadcast_to(row, (positions, row.size)))
+def counts_of(row, positions, rounds=50, sampler="multinomial", **more):
+    """[V] how often each id of a row was drawn at so many positions."""
+    return np.bincount(sample(repeat(row, positions), rounds, sampler, **more).ravel(), minlength=row.size)
 
 
 def test_multinomial_counts_follow_the_probabilities():
     """Chi-square of a row's 50 000 draws over bins of about 40 expected ones, on both sides."""
-    row, positions = power_law(), 1000
-    law, total = probabilities(row), positions * 50
-    observed = np.bincount(sample(repeat(row, positions), seed=1).ravel(), minlength=row.size)
-    order = np.argsort(-law)
-    bins = np.unique(np.floor(np.cumsum(law[order]) * total / 40).astype(int), return_inverse=True)[1]
-    expected, counts = np.bincount(bins, law[order] * total), np.bincount(bins, observed[order])
-    chi_square = ((counts - expected) ** 2 / expected).sum()
-    assert expected.min() > 5
-    assert chi_square < normal_quantile_chi_square(expected.size - 1, DEVIATE)
-    assert chi_square > normal_quantile_chi_square(expected.size - 1, -DEVIATE)
+    row = power_law()
+    assert_drawn_by(probabilities(row), counts_of(row, 1000, seed=1))
 
 
 @pytest.mark.parametrize("sampler", ["multinomial", "systematic"])
 def test_head_is_unbiased(sampler):
     """Each of the 200 most probable ids has its probability on average."""
-    row, positions = power_law(), 400
-    law = probabilities(row)
-    mean = np.bincount(sample(repeat(row, positions), 50, sampler, seed=3).ravel(), minlength=row.size) / 50 / positions
-    part = np.modf(50 * law)[0] if sampler == "systematic" else law
-    variance = part * (1 - part) / 50 ** (2 if sampler == "systematic" else 1) / positions
-    head = np.argsort(-law)[:200]
-    bound = math.sqrt(2 * math.log(200)) + DEVIATE  # the largest of 200 deviates
-    assert (np.abs(mean - law)[head] <= bound * np.sqrt(variance[head]) + 2e-6 * law[head]).all()
+    row = power_law()
+    mean = counts_of(row, 400, 50, sampler, seed=3) / 50 / 400
+    assert_head_is_unbiased(probabilities(row), mean, 400, sampler)
 
 
 @pytest.mark.parametrize("layout", ["blocks of their own", "beside the head"])
 def test_tail_below_1e_7_is_unbiased(layout):
     """40 000 ids or more of probability 5e-8 each are drawn as often as their mass of 2e-3 says, and evenly."""
-    vocab_size = 50_000
-    law = np.full(vocab_size, 5e-8)
-    head_ids = np.arange(0, 10_000 if layout == "blocks of their own" else vocab_size, 100)
-    if layout == "blocks of their own":
-        law[:10_000] = 1e-12
-    law[head_ids] = 0
-    tail_ids = np.flatnonzero(law == 5e-8)
-    law[head_ids] = (1 - law.sum()) / head_ids.size
-    row = np.log(law).astype(np.float32)
-    mass, positions, rounds = probabilities(row)[tail_ids].sum(), 200, 127
-    drawn = sample(repeat(row, positions), rounds, seed=11, at_once=300).ravel()
-    counts, draws = np.bincount(drawn, minlength=vocab_size)[tail_ids], positions * rounds
-    assert abs(counts.sum() - mass * draws) < DEVIATE * math.sqrt(mass * (1 - mass) * draws)
-    parts = np.array([part.sum() for part in np.array_split(counts, 8)])
-    chi_square = ((parts - mass * draws / 8) ** 2 / (mass * draws / 8)).sum()
-    assert chi_square < normal_quantile_chi_square(7, DEVIATE)
+    row, tail = law_with_a_tail(layout)
+    drawn = counts_of(row, 200, 127, seed=11, at_once=300)[tail]
+    assert_tail_is_unbiased(probabilities(row)[tail].sum(), drawn, 200 * 127, 8)
 
 
 def test_what_a_float32_running_sum_would_lose_is_drawn():
