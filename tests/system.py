@@ -17,10 +17,21 @@ def wait_for(condition):
 
 def alive(pid):
     """Whether a process still runs; one whose parent has not asked for its status yet does not."""
+    return _state_and_group(pid)[0] not in "ZX"
+
+
+def members(group):
+    """Ids of the processes of a process group that still run."""
+    found = {path.name: _state_and_group(path.name) for path in Path("/proc").glob("[0-9]*")}
+    return [int(pid) for pid, (state, its_group) in found.items() if state not in "ZX" and its_group == group]
+
+
+def _state_and_group(pid):
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        state, _, group = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return "X", 0
+    return state, int(group)
 
 
 def open_descriptors():

@@ -2,15 +2,16 @@
 
 import json
 import signal
-import subprocess
 import sys
 import types
 
+import forked
 import numpy as np
 import pytest
+import teacher_data
 import torch
+from capture_data import shard_bytes
 from mmap_ninja import RaggedMmap
-from system import HANGS
 from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
 
 import sklformat as skl
@@ -61,10 +62,6 @@ def refusal(result, status=1):
     err = result[2]
     assert err.startswith("sklformat cache: ")
     return err
-
-
-def shard_bytes(directory):
-    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.skl"))}
 
 
 @pytest.mark.parametrize(
@@ -296,25 +293,12 @@ def test_a_url_with_other_files_is_refused(cache, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_cleanly(place, tmp_path, number):
     """Ctrl-C and SIGTERM end in one line that says what is kept and how to go on, and status 130."""
-    code = f"""
-import os, signal, sys
-from sklformat.cli import main
-from sklformat.distill.teacher import drawing
-draw = drawing.Drawer.draw
-def stopped(drawer, sequence, slices):
-    if sequence == 3:
-        os.kill(os.getpid(), {int(number)})
-    return draw(drawer, sequence, slices)
-drawing.Drawer.draw = stopped
-sys.exit(main(sys.argv[1:]))
-"""
     words = ["cache", "--teacher", place / "teacher", "--text", place / "text", "--out", tmp_path / "c"]
     words += ["--seq-len", SEQ_LEN, "--num-sequences", 8]
-    command = [sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANGS)
+    done = forked.run(teacher_data.main_with_a_signal, number, 3, "0", [*map(str, words)])
     kept = f"3 of 8 sequences of {tmp_path / 'c'} are kept"
     line = f"sklformat cache: stopped: {kept}; run the same command again to resume\n"
-    assert (130, line) == (done.returncode, done.stderr)
+    assert (130, line) == (done.status, done.stderr)
 
 
 def test_threads_draw_the_same(cache, tmp_path, monkeypatch):

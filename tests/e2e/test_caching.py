@@ -1,16 +1,17 @@
 """cache_teacher: text and a teacher in, a finished cache out; stopped, gone on with, refused."""
 
-import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import pytest
+import teacher_data
 import torch
 import transformers
+from capture_data import shard_bytes
+from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
 
 import sklformat as skl
 from sklformat.distill.models import loading, outputs, tokenization
@@ -18,51 +19,36 @@ from sklformat.distill.models.identities import config_fingerprint, model_finger
 from sklformat.distill.teacher import caching, drawing, forward
 from sklformat.distill.teacher.caching import cache_teacher
 from sklformat.distill.teacher.ranks import Ranks
-from sklformat.distill.text.corpus import Document, TokenStore, read_documents, tokenizer_fingerprint, write_token_store
+from sklformat.distill.text.corpus import Document, TokenStore, tokenizer_fingerprint, write_token_store
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.sampler import draw
 from sklformat.settings.cache import CacheConfig
 
-SEQ_LEN = 24
-
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    rng = np.random.default_rng(0)
-    words = ["def", "return", "for", "x", "y", "(", ")", ":\n", "= 1\n", "import os\n", "naïve "]
-    for number in range(12):
-        (folder / f"{number}.txt").write_text(" ".join(rng.choice(words, size=int(rng.integers(40, 120)))))
+def place(tmp_path_factory):
+    """Text and a teacher."""
+    folder = tmp_path_factory.mktemp("caching")
+    write_teacher(folder / "teacher", write_text(folder / "text"))
     return folder
 
 
 @pytest.fixture(scope="module")
-def tokenizer(text):
-    return tokenization.train_tokenizer((document.text for document in read_documents(text)), 280)
-
-
-def make_teacher(vocab_size=280):
-    model = loading.new_llama(
-        vocab_size=vocab_size, hidden_size=32, num_layers=1, num_heads=2, max_positions=SEQ_LEN, seed=1
-    )
-    with torch.no_grad():
-        model.lm_head.weight *= 20  # a distribution with a shape
-    return model
+def teacher(place):
+    return place / "teacher"
 
 
 @pytest.fixture(scope="module")
-def teacher(tokenizer, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models") / "teacher"
-    loading.save(make_teacher(), tokenizer, directory)
-    return directory
+def tokenizer(teacher):
+    return loading.load_tokenizer(teacher)
 
 
 @pytest.fixture
-def config(text, teacher, tmp_path):
+def config(place, tmp_path):
     def make(out="cache", **changes):
         settings = {
-            "teacher": str(teacher),
-            "text": (text,),
+            "teacher": str(place / "teacher"),
+            "text": (place / "text",),
             "out": tmp_path / out,
             "seq_len": SEQ_LEN,
             "num_sequences": 22,
@@ -75,10 +61,6 @@ def config(text, teacher, tmp_path):
         return CacheConfig(**settings | changes)
 
     return make
-
-
-def shard_bytes(directory):
-    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.skl"))}
 
 
 def test_cache_holds_what_the_teacher_says(config, teacher, tokenizer):
@@ -173,24 +155,11 @@ def test_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, stop_at):
     assert [] == [batch for batch in batches if batch not in whole]
 
 
-KILLED = """
-import os, pathlib, pickle, signal, sys
-from sklformat.distill.teacher import caching, drawing
-draw = drawing.Drawer.draw
-def killing(drawer, sequence, slices):
-    if sequence == 17:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return draw(drawer, sequence, slices)
-drawing.Drawer.draw = killing
-caching.cache_teacher(pickle.load(sys.stdin.buffer))
-"""
-
-
 def test_killed_run_goes_on_to_the_same_bytes(config):
     """After kill -9 of the teacher's process the same command ends with the bytes of an undisturbed run."""
     cache_teacher(config("whole"))
-    killed = subprocess.run([sys.executable, "-c", KILLED], input=pickle.dumps(config("killed")), check=False)
-    assert -signal.SIGKILL == killed.returncode
+    killed = forked.run(teacher_data.cache_with_a_signal, signal.SIGKILL, 17, config("killed"))
+    assert -signal.SIGKILL == killed.status
     summary = cache_teacher(config("killed"))
     assert 5 <= summary.sequences_made <= 12  # the first shard is sealed; the writer may have lost none of the second
     assert shard_bytes(config("whole").out) == shard_bytes(config("killed").out)

@@ -2,32 +2,19 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import sysconfig
-import threading
 from pathlib import Path
 
+import demo_data
+import forked
 import pytest
-from system import HANGS
+from forked import Child
+from system import alive, members, wait_for
 
 import sklformat as skl
 from sklformat.distill.demo import stages
 from sklformat.distill.demo.stages import run_demo
 from sklformat.settings.demo import DemoConfig
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from sklformat.distill.demo.stages import run_demo
-from sklformat.settings.demo import DemoConfig
-
-if __name__ == "__main__":
-    try:
-        print(run_demo(DemoConfig(out=Path(sys.argv[1]), text=Path(sys.argv[2]), size="tiny", processes=2)))
-    except KeyboardInterrupt:
-        sys.exit(130)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -148,33 +135,25 @@ def test_too_little_text_is_refused(tmp_path):
         run_demo(config_of(tmp_path / "run", tmp_path / "short.txt"))
 
 
-def test_ctrl_c_is_clean_and_processes_give_the_same_figures(finished, text, tmp_path):
+@pytest.mark.parametrize(
+    "start_methods", [("fork", "forkserver"), pytest.param(("spawn", "spawn"), marks=pytest.mark.soak)], ids="-".join
+)
+def test_ctrl_c_is_clean_and_processes_give_the_same_figures(finished, text, tmp_path, start_methods):
     """
     Ctrl-C while processes work ends all of them without a traceback; run again, the demo finishes.
 
     On several processes it comes to the figures of one.
     """
-    script = tmp_path / "demo_script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(tmp_path / "run"), str(text)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(skl.__file__).parents[1])}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-    guard = threading.Timer(HANGS, process.kill)
-    guard.start()
-    lines = []
-    for line in process.stderr:  # ends when the last of the processes has ended
-        lines.append(line)
-        if line.startswith("3/6"):
-            os.killpg(process.pid, signal.SIGINT)
-    assert process.wait() == 130
-    guard.cancel()
-    process.stdout.close()
-    process.stderr.close()
-    assert not any("Traceback" in line for line in lines), "".join(lines)
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANGS, check=False)
-    assert again.returncode == 0, again.stderr
+    first, second = start_methods
+    process = Child(demo_data.run, tmp_path / "run", text, first)
+    wait_for(lambda: "3/6" in process.stderr or not alive(process.pid))
+    os.killpg(process.pid, signal.SIGINT)
+    status, _, err = process.done()
+    assert status == 130, err
+    assert "Traceback" not in err
+    wait_for(lambda: not members(process.pid))
+    status, out, err = forked.run(demo_data.run, tmp_path / "run", text, second)
+    assert status == 0, err
     stored = json.loads((tmp_path / "run" / "result.json").read_text())
     assert figures(finished) == stored["rows"]
-    assert (tmp_path / "run" / "REPORT.md").read_text() in again.stdout
+    assert (tmp_path / "run" / "REPORT.md").read_text() in out

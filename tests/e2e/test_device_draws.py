@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from capture_data import shard_bytes
 from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
 
 import sklformat as skl
@@ -46,10 +47,6 @@ def config(place, tmp_path):
         return CacheConfig(**settings | changes)
 
     return make
-
-
-def shard_bytes(directory):
-    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.skl"))}
 
 
 def draws(cache):

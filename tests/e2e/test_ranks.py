@@ -3,16 +3,19 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
+import teacher_data
+from capture_data import shard_bytes
 from system import HANGS
 from teacher_data import SEQ_LEN, write_teacher, write_text
 
 import sklformat as skl
+from sklformat.cli import main
 from sklformat.distill.teacher.caching import cache_teacher
 from sklformat.settings.cache import CacheConfig
 
@@ -51,14 +54,6 @@ def command(place, out):
     return ["cache", *(str(word) for name, value in flags.items() for word in (f"--{name}", value)), "--json"]
 
 
-def environment(**more):
-    return os.environ | {"PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1"} | more
-
-
-def shard_bytes(directory):
-    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.skl"))}
-
-
 def check_sound(place, out):
     assert shard_bytes(place / "whole") == shard_bytes(out)
     assert [] == skl.verify(out)
@@ -71,7 +66,7 @@ def test_one_killed_rank_ends_all_and_three_go_on(place, tmp_path):
     words = command(place, tmp_path / "cache")
     killed = subprocess.run(
         [sys.executable, *TORCHRUN, "2", *dying, *words],
-        env=environment(), capture_output=True, text=True, check=False, timeout=HANGS,
+        env=os.environ | {"PYTHONPATH": str(TESTS)}, capture_output=True, text=True, check=False, timeout=HANGS,
     )  # fmt: skip
     assert 0 != killed.returncode
     [line] = [line for line in killed.stderr.splitlines() if line.startswith("sklformat cache: ")]
@@ -82,12 +77,9 @@ def test_one_killed_rank_ends_all_and_three_go_on(place, tmp_path):
     assert "shard-00001.skl" in kept  # rank 1 handed over all of it before it died
     with pytest.raises(skl.MissingShardError):
         skl.open(tmp_path / "cache")
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, "3", "-m", "sklformat", *words],
-        env=environment(), capture_output=True, text=True, check=False, timeout=HANGS,
-    )  # fmt: skip
-    assert 0 == done.returncode, done.stderr
-    result = json.loads(done.stdout)  # one rank speaks for all
+    ranks = forked.run_ranks(3, main, words)
+    assert [0] * 3 == [done.status for done in ranks], ranks
+    [result] = [json.loads(done.stdout) for done in ranks if done.stdout]  # one rank speaks for all
     assert (22, skl.open(place / "whole").fingerprint) == (result["sequences"], result["fingerprint"])
     assert 0 < result["sequences_made"] <= 22 - 4 * len(kept)
     check_sound(place, tmp_path / "cache")
@@ -95,20 +87,8 @@ def test_one_killed_rank_ends_all_and_three_go_on(place, tmp_path):
 
 def test_all_killed_ranks_go_on_as_one(place, tmp_path):
     """Ranks of any launcher that are all killed leave nothing but what one process goes on with, byte for byte."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    dying = [sys.executable, str(TESTS / "teacher_data.py"), "01", "6"]
-    ranks = [
-        subprocess.Popen(
-            [*dying, *command(place, tmp_path / "cache")],
-            stderr=subprocess.PIPE,
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                            MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    assert [b"", b""] == [process.communicate(timeout=HANGS)[1] for process in ranks]
-    assert [-signal.SIGKILL] * 2 == [process.returncode for process in ranks]
+    words = command(place, tmp_path / "cache")
+    ranks = forked.run_ranks(2, teacher_data.main_with_a_signal, signal.SIGKILL, 6, "01", words)
+    assert [(-signal.SIGKILL, "")] * 2 == [(done.status, done.stderr) for done in ranks]
     assert 22 - 12 == cache_alone(place, tmp_path / "cache").sequences_made
     check_sound(place, tmp_path / "cache")

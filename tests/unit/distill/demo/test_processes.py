@@ -6,6 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from system import HANGS
@@ -59,6 +60,13 @@ def test_an_interrupt_waits_for_a_start():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.fixture
+def quickly(monkeypatch):
+    """New processes need not import torch again; how they start by themselves is seen at the end."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: forked.CONTEXT)
+
+
+@pytest.mark.usefixtures("quickly")
 def test_results_come_in_the_order_of_the_jobs():
     """Each result stands where its job stood, on one process and on several."""
     jobs = [Job(divmod, (number, 3)) for number in (7, 8)]
@@ -73,6 +81,7 @@ def test_threads_are_given_and_taken_back():
     assert before == torch.get_num_threads()
 
 
+@pytest.mark.usefixtures("quickly")
 def test_an_error_keeps_its_kind_and_words_and_stops_the_others(tmp_path):
     """The first error of a job arrives as itself, and the others are ended long before they are done."""
     slow = f"import pathlib, time; time.sleep({HANGS}); pathlib.Path({str(tmp_path / 'done')!r}).touch()"
@@ -81,6 +90,7 @@ def test_an_error_keeps_its_kind_and_words_and_stops_the_others(tmp_path):
     assert not (tmp_path / "done").exists()
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_process_that_dies_is_an_error():
     """A job whose process was killed is reported with its exit code."""
     with pytest.raises(skl.SklError, match="exit code 3 and no result"):

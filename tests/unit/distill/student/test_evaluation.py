@@ -2,50 +2,25 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from sklformat.distill.models import loading, tokenization
 from sklformat.distill.student.evaluation import evaluate
-from sklformat.distill.text.corpus import write_token_store
-from sklformat.distill.text.documents import Document
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.settings.eval import EvalConfig
 
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
-
-
-def make_documents(count=12, seed=0):
-    rng = np.random.default_rng(seed)
-    return [Document(f"d{i}.txt", " ".join(rng.choice(WORDS, 120))) for i in range(count)]
-
-
-def make_store(directory, tokenizer, documents):
-    return write_token_store(
-        directory,
-        documents,
-        lambda texts: tokenization.encode(tokenizer, texts),
-        vocab_size=tokenization.num_ids(tokenizer),
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-    )
-
-
-def make_model(directory, tokenizer, seed, **sizes):
-    sizes = {"vocab_size": tokenization.num_ids(tokenizer), "hidden_size": 16, "num_layers": 1, "num_heads": 2} | sizes
-    model = loading.new_llama(**sizes, max_positions=64, seed=seed, separator_id=tokenization.separator_id(tokenizer))
-    loading.save(model, tokenizer, directory)
-    return model.eval()
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluation")
-    documents = make_documents()
-    tokenizer = tokenization.train_tokenizer([d.text for d in documents], 300)
-    make_store(root / "tokens", tokenizer, documents)
-    make_model(root / "student", tokenizer, 0)
-    make_model(root / "teacher", tokenizer, 1)
+    documents = tiny.make_documents(12, 120)
+    tokenizer = tiny.train_tokenizer(documents, 300)
+    tiny.write_store(root / "tokens", tokenizer, documents)
+    tiny.write_model(root / "student", tokenizer)
+    tiny.write_model(root / "teacher", tokenizer, seed=1)
     return root
 
 
@@ -101,7 +76,7 @@ def test_ids_beyond_the_vocabulary_do_not_count(place, tmp_path):
     """A head padded to a round number is cut to the ids of the text before the softmax."""
     tokenizer = loading.load_tokenizer(place / "student")
     vocab_size = tokenization.num_ids(tokenizer)
-    padded = make_model(tmp_path / "padded", tokenizer, 0, vocab_size=vocab_size + 20)
+    padded = tiny.write_model(tmp_path / "padded", tokenizer, vocab_size=vocab_size + 20)
     with torch.no_grad():
         padded.lm_head.weight[vocab_size:] = 100.0
     loading.save(padded, tokenizer, tmp_path / "padded", replace=True)
@@ -111,7 +86,7 @@ def test_ids_beyond_the_vocabulary_do_not_count(place, tmp_path):
 def test_another_tokenizer_is_refused(place, tmp_path):
     """Text tokenised by another tokenizer than the model's stops before any figure; the message has both."""
     other = tokenization.train_tokenizer(["completely different words " * 20], 290)
-    make_model(tmp_path / "other", other, 0)
+    tiny.write_model(tmp_path / "other", other)
     for changes in ({"student": str(tmp_path / "other")}, {"teacher": str(tmp_path / "other")}):
         with pytest.raises(SettingsError, match="another tokenizer") as caught:
             run(place, **changes)
@@ -121,7 +96,7 @@ def test_another_tokenizer_is_refused(place, tmp_path):
 def test_a_teacher_of_another_tokenizer_is_named_beside_the_student(place, tmp_path):
     """With a text instead of tokens the message speaks of the two models that differ, of no temporary directory."""
     other = tokenization.train_tokenizer(["completely different words " * 20], 290)
-    make_model(tmp_path / "other", other, 0)
+    tiny.write_model(tmp_path / "other", other)
     (tmp_path / "held-out.txt").write_text("alpha beta gamma " * 40)
     with pytest.raises(SettingsError, match="another tokenizer") as caught:
         run(place, tokens=None, text=(tmp_path / "held-out.txt",), teacher=str(tmp_path / "other"))
@@ -133,10 +108,7 @@ def test_a_teacher_of_another_tokenizer_is_named_beside_the_student(place, tmp_p
 def test_sequences_beyond_the_positions_of_a_model_are_refused(place, tmp_path):
     """A length that student or teacher was not made for is refused by name, not measured."""
     tokenizer = loading.load_tokenizer(place / "student")
-    model = loading.new_llama(
-        vocab_size=tokenization.num_ids(tokenizer), hidden_size=16, num_layers=1, num_heads=2, max_positions=8, seed=0
-    )
-    loading.save(model, tokenizer, tmp_path / "short")
+    tiny.write_model(tmp_path / "short", tokenizer, max_positions=8)
     for role in ("student", "teacher"):
         with pytest.raises(ValueError, match="short: seq_len 16 is beyond the 8 positions"):
             run(place, **{role: str(tmp_path / "short")})

@@ -2,6 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from strategies import make_cache
 
@@ -10,9 +11,6 @@ from sklformat.cache.manifest import write_manifest
 from sklformat.cache.reader import scan_directory
 from sklformat.distill.models import tokenization
 from sklformat.distill.student import streams
-from sklformat.distill.text.corpus import write_token_store
-from sklformat.distill.text.documents import Document
-from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.files import remote
@@ -23,16 +21,7 @@ from sklformat.format.order import permute
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("streams")
-    text = "one two three four five six seven eight nine ten " * 30
-    tokenizer = tokenization.train_tokenizer([text], 300)
-    tokenizer.save_pretrained(root / "tokenizer")
-    write_token_store(
-        root / "tokens",
-        [Document("a", text)],
-        lambda texts: tokenization.encode(tokenizer, texts),
-        vocab_size=tokenization.num_ids(tokenizer),
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-    )
+    tiny.write_place(root)
     return root
 
 

@@ -3,6 +3,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,8 +12,6 @@ import sklformat as skl
 from sklformat.distill.models import loading, tokenization
 from sklformat.distill.student.schedule import learning_rate_at
 from sklformat.distill.student.training import train
-from sklformat.distill.text.corpus import write_token_store
-from sklformat.distill.text.documents import Document
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.files.disk import locked_directory
@@ -20,7 +19,6 @@ from sklformat.format.order import permute
 from sklformat.settings.train import TrainConfig
 
 SEQ_LEN = 16
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 
 
 def write_cache(directory, packed, vocab_size, fingerprint, sampler, count):
@@ -52,27 +50,14 @@ def write_cache(directory, packed, vocab_size, fingerprint, sampler, count):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("training")
-    rng = np.random.default_rng(0)
-    documents = [Document(f"d{i}.txt", " ".join(rng.choice(WORDS, 80))) for i in range(10)]
-    tokenizer = tokenization.train_tokenizer([d.text for d in documents], 290)
-    tokenizer.save_pretrained(root / "tokenizer")
+    tokenizer = tiny.write_place(root)
     vocab_size, fingerprint = tokenization.num_ids(tokenizer), tokenizer_fingerprint(tokenizer)
-    write_token_store(
-        root / "tokens",
-        documents,
-        lambda texts: tokenization.encode(tokenizer, texts),
-        vocab_size=vocab_size,
-        tokenizer_fingerprint=fingerprint,
-    )
     packed = PackedSequences(
         root / "tokens", seq_len=SEQ_LEN, separator_id=tokenization.separator_id(tokenizer), seed=0, count=20
     )
     write_cache(root / "random", packed, vocab_size, fingerprint, "multinomial", 20)
     write_cache(root / "topk", packed, vocab_size, fingerprint, "topk", 20)
-    teacher = loading.new_llama(
-        vocab_size=vocab_size, hidden_size=24, num_layers=1, num_heads=2, max_positions=SEQ_LEN, seed=9
-    )
-    loading.save(teacher, tokenizer, root / "teacher")
+    tiny.write_model(root / "teacher", tokenizer, hidden_size=24, max_positions=SEQ_LEN, seed=9, separator_id=None)
     return root
 
 
@@ -145,15 +130,8 @@ def test_each_method_trains_a_model_that_transformers_loads(place, tmp_path, met
 
 def first_batch(place):
     tokenizer = loading.load_tokenizer(place / "tokenizer")
-    student = loading.new_llama(
-        vocab_size=tokenization.num_ids(tokenizer),
-        hidden_size=16,
-        num_layers=1,
-        num_heads=2,
-        max_positions=SEQ_LEN,
-        seed=0,
-        separator_id=tokenization.separator_id(tokenizer),
-    )
+    separator_id = tokenization.separator_id(tokenizer)
+    student = tiny.new_model(tokenization.num_ids(tokenizer), max_positions=SEQ_LEN, separator_id=separator_id)
     dataset = skl.open(place / "random")
     places = permute(range(4), 20, seed=0)
     tokens = torch.from_numpy(np.stack([dataset[int(i)].tokens for i in places]).astype(np.int64))
@@ -295,8 +273,7 @@ def test_another_tokenizer_is_refused(place, tmp_path):
 def test_a_narrow_student_is_refused(place, tmp_path):
     """A student with fewer ids than the cache cannot learn from it; the message has both numbers."""
     tokenizer = loading.load_tokenizer(place / "tokenizer")
-    narrow = loading.new_llama(vocab_size=100, hidden_size=16, num_layers=1, num_heads=2, max_positions=SEQ_LEN, seed=0)
-    loading.save(narrow, tokenizer, tmp_path / "narrow")
+    tiny.write_model(tmp_path / "narrow", tokenizer, vocab_size=100, max_positions=SEQ_LEN)
     with pytest.raises(skl.SettingsError, match=r"vocabulary of 100, .* one of 2\d\d"):
         train(config_of(place, tmp_path / "run", tokenizer=None, student=str(tmp_path / "narrow")), report=silent)
 

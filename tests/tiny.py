@@ -1,0 +1,55 @@
+"""A tiny text, its tokenizer and token store, and models too small to learn much of it."""
+
+import numpy as np
+
+from sklformat.distill.models import loading, tokenization
+from sklformat.distill.text.corpus import write_token_store
+from sklformat.distill.text.documents import Document
+from sklformat.distill.text.fingerprints import tokenizer_fingerprint
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
+
+
+def make_documents(count=10, words=80):
+    rng = np.random.default_rng(0)
+    return [Document(f"d{i}.txt", " ".join(rng.choice(WORDS, words))) for i in range(count)]
+
+
+def train_tokenizer(documents, vocab_size=290):
+    return tokenization.train_tokenizer([document.text for document in documents], vocab_size)
+
+
+def write_store(directory, tokenizer, documents):
+    return write_token_store(
+        directory,
+        documents,
+        lambda texts: tokenization.encode(tokenizer, texts),
+        vocab_size=tokenization.num_ids(tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+
+
+def new_model(vocab_size, **sizes):
+    """A Llama of one layer."""
+    defaults = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_positions": 64, "seed": 0}
+    return loading.new_llama(**{"vocab_size": vocab_size} | defaults | sizes)
+
+
+def write_model(directory, tokenizer, **sizes):
+    """A model for a tokenizer, saved beside it."""
+    sizes = {
+        "vocab_size": tokenization.num_ids(tokenizer),
+        "separator_id": tokenization.separator_id(tokenizer),
+    } | sizes
+    model = new_model(**sizes)
+    loading.save(model, tokenizer, directory)
+    return model.eval()
+
+
+def write_place(directory):
+    """Tokenizer and tokens in a directory; returns the tokenizer."""
+    documents = make_documents()
+    tokenizer = train_tokenizer(documents)
+    tokenizer.save_pretrained(directory / "tokenizer")
+    write_store(directory / "tokens", tokenizer, documents)
+    return tokenizer
