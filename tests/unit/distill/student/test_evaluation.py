@@ -88,7 +88,7 @@ def test_another_tokenizer_is_refused(place, tmp_path):
     other = tokenization.train_tokenizer(["completely different words " * 20], 290)
     tiny.write_model(tmp_path / "other", other)
     for changes in ({"student": str(tmp_path / "other")}, {"teacher": str(tmp_path / "other")}):
-        with pytest.raises(SettingsError, match="another tokenizer") as caught:
+        with pytest.raises(SettingsError, match="a different tokenizer") as caught:
             run(place, **changes)
         assert tokenizer_fingerprint(other) in str(caught.value)
 
@@ -98,7 +98,7 @@ def test_a_teacher_of_another_tokenizer_is_named_beside_the_student(place, tmp_p
     other = tokenization.train_tokenizer(["completely different words " * 20], 290)
     tiny.write_model(tmp_path / "other", other)
     (tmp_path / "held-out.txt").write_text("alpha beta gamma " * 40)
-    with pytest.raises(SettingsError, match="another tokenizer") as caught:
+    with pytest.raises(SettingsError, match="a different tokenizer") as caught:
         run(place, tokens=None, text=(tmp_path / "held-out.txt",), teacher=str(tmp_path / "other"))
     message = str(caught.value)
     assert f"the teacher {tmp_path / 'other'} has a different tokenizer from the student {place / 'student'}" in message

@@ -82,7 +82,7 @@ def test_a_tokenizer_is_needed_and_must_be_the_right_one(place, tmp_path):
     with pytest.raises(ValueError, match="needs a tokenizer"):
         stream_of(place, tokenizer=None)
     tokenization.train_tokenizer(["other text entirely " * 20], 280).save_pretrained(tmp_path / "other")
-    with pytest.raises(SettingsError, match="another tokenizer"):
+    with pytest.raises(SettingsError, match="a different tokenizer"):
         stream_of(place, tokenizer=str(tmp_path / "other"))
 
 

@@ -265,7 +265,7 @@ def test_another_tokenizer_is_refused(place, tmp_path):
     """A student whose ids mean other tokens than the cache's stops before the first step."""
     other = tokenization.train_tokenizer(["quite other words " * 30], 290)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(skl.SettingsError, match="another tokenizer") as caught:
+    with pytest.raises(skl.SettingsError, match="a different tokenizer") as caught:
         train(config_of(place, tmp_path / "run", tokenizer=str(tmp_path / "other")), report=silent)
     assert tokenizer_fingerprint(other) in str(caught.value)
 
