@@ -17,6 +17,11 @@ SANITIZED := build/sanitized
 RUN_SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$(cc -print-file-name=libasan.so) \
   PYTHONPATH="$(SANITIZED):$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")" $(BIN)/python -P -S
 
+# The list of modules, rewritten when it changes: an editable install knows each by its file and is made again then.
+MODULES := build/modules
+$(shell mkdir -p build && find sklformat -name '*.py' | sort >$(MODULES).now && \
+  { cmp -s $(MODULES).now $(MODULES) && rm $(MODULES).now || mv $(MODULES).now $(MODULES); })
+
 .PHONY: demo test lint ctest sanitized pytest soak fuzz bench clean
 
 demo: $(READY)
@@ -66,7 +71,7 @@ bench: $(READY)
 	for script in $(filter-out benchmarks/timing.py,$(BENCHMARKS)); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
 
 # What a bare Debian lacks comes from apt; pip is brought to a version that knows dependency groups; torch comes first, so that nothing else chooses it.
-$(READY): pyproject.toml $(wildcard csrc/*)
+$(READY): pyproject.toml $(wildcard csrc/*) $(MODULES)
 	@need=""; \
 	command -v cc >/dev/null || need="gcc libc6-dev"; \
 	$(PYTHON) -c "import ensurepip" 2>/dev/null || need="$$need python3-venv"; \
