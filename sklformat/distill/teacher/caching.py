@@ -47,8 +47,6 @@ from sklformat.format.header import Header
 from sklformat.format.listing import Entry, cache_fingerprint
 from sklformat.settings.cache import CacheConfig
 
-__all__ = ["TOKENS_NAME", "CacheConfig", "Cached", "cache_teacher"]
-
 _SHARD = re.compile(r"shard-\d{5,}\.skl(\.partial)?")
 # What a run leaves that stopped early.
 _BEFORE_SHARDS = re.compile(rf"\.lock|\.writer\.lock|{re.escape(UNFINISHED_NAME)}|{TOKENS_NAME}(\.partial)?")
