@@ -1,6 +1,6 @@
 /* batch.c: many sequences at once, from their payloads to the arrays of a training step.  SPEC.md section 5. */
 #include "kernels.h"
-#include "records.h"
+#include "faults.h"
 
 #define ROW_AHEAD 8192
 

@@ -2,7 +2,7 @@
  *
  * Both directions run the same check of the records, so that nothing can be written which a reader refuses. */
 #include "kernels.h"
-#include "records.h"
+#include "faults.h"
 
 
 /* ---- little-endian bytes ------------------------------------------------------------------------------------ */

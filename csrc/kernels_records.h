@@ -6,7 +6,7 @@
 #define SKL_KERNELS_RECORDS_H
 
 #include "kernels.h"
-#include "records.h"
+#include "faults.h"
 
 #include <math.h>
 #include <string.h>

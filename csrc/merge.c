@@ -1,5 +1,5 @@
 /* merge.c: the sorted draws of a position become (token id, count) pairs. */
-#include "records.h"
+#include "faults.h"
 
 static skl_status unsorted(uint32_t position, uint32_t rounds, const uint32_t *row, skl_fault *fault)
 {

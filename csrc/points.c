@@ -1,5 +1,5 @@
 /* points.c: the points of a position, and the ids that they meet; sampler.c says how. */
-#include "sampler.h"
+#include "rows.h"
 
 #include <math.h>
 #include <string.h>

@@ -1,5 +1,5 @@
 /* ratios.c: positive weights as 7-bit ratios to the decoded predecessor.  SPEC.md section 4.3. */
-#include "records.h"
+#include "faults.h"
 
 #include <math.h>
 #include <string.h>

@@ -17,7 +17,7 @@
  *   systematic     x = (i + u) * (Z / rounds) with the uniform of round 0
  *   offset         integer nearest to scale * m, m the largest logit of the first block that has one above -2^20;
  *                  where Z then passes 2^100, m is the row's largest */
-#include "sampler.h"
+#include "rows.h"
 
 #include <math.h>
 

@@ -1,5 +1,5 @@
 /* tops.c: the most probable ids of a row. */
-#include "sampler.h"
+#include "rows.h"
 
 #include <math.h>
 #include <string.h>

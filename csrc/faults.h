@@ -1,6 +1,6 @@
-/* records.h: what codec.c, ratios.c and sampler.c share; private. */
-#ifndef SKL_RECORDS_H
-#define SKL_RECORDS_H
+/* faults.h: what codec.c, ratios.c and sampler.c share; private. */
+#ifndef SKL_FAULTS_H
+#define SKL_FAULTS_H
 
 #include "skl.h"
 

@@ -1,9 +1,9 @@
-/* sampler.h: what sampler.c, points.c and tops.c share; private. */
-#ifndef SKL_SAMPLER_H
-#define SKL_SAMPLER_H
+/* rows.h: what sampler.c, points.c and tops.c share; private. */
+#ifndef SKL_ROWS_H
+#define SKL_ROWS_H
 
 #include "kernels.h"
-#include "records.h"
+#include "faults.h"
 
 #define SMALLEST_WEIGHT 0x1p-126 /* below it float32 is subnormal, and some processes flush that to 0 */
 
