@@ -1,6 +1,7 @@
 /* batch.c: many sequences at once, from their payloads to the arrays of a training step.  SPEC.md section 5. */
-#include "kernels.h"
+#include "codec.h"
 #include "faults.h"
+#include "kernels.h"
 
 #define ROW_AHEAD 8192
 

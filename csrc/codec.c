@@ -1,9 +1,10 @@
 /* codec.c: one sequence's records, tokens and columns to bytes and back.  SPEC.md sections 4 and 5.
  *
  * Both directions run the same check of the records, so that nothing can be written which a reader refuses. */
-#include "kernels.h"
+#include "codec.h"
 #include "faults.h"
-
+#include "kernels.h"
+#include "ratios.h"
 
 /* ---- little-endian bytes ------------------------------------------------------------------------------------ */
 

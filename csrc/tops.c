@@ -1,5 +1,6 @@
 /* tops.c: the most probable ids of a row. */
 #include "rows.h"
+#include "sort.h"
 
 #include <math.h>
 #include <string.h>
