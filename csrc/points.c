@@ -1,5 +1,5 @@
 /* points.c: the points of a position, and the ids that they meet; sampler.c says how. */
-#include "rows.h"
+#include "points.h"
 
 #include <math.h>
 #include <string.h>
@@ -16,24 +16,6 @@ typedef struct block_view {
     double until;                  /* targets below it are that id's too */
 } block_view;
 
-void skl_philox(const uint32_t *counter, const uint32_t *key, uint32_t *out)
-{
-    uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3], k0 = key[0], k1 = key[1];
-    for (int round = 0; round < 10; round++) {
-        const uint64_t a = UINT64_C(0xD2511F53) * c0, b = UINT64_C(0xCD9E8D57) * c2;
-        c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
-        c1 = (uint32_t)b;
-        c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
-        c3 = (uint32_t)a;
-        k0 += UINT32_C(0x9E3779B9);
-        k1 += UINT32_C(0xBB67AE85);
-    }
-    out[0] = c0;
-    out[1] = c1;
-    out[2] = c2;
-    out[3] = c3;
-}
-
 /* The 53-bit uniforms of a position as integers, in order of rounds. */
 static void uniforms(const skl_sampling *s, uint32_t position, uint32_t rounds, uint64_t *words)
 {
@@ -49,23 +31,23 @@ static void uniforms(const skl_sampling *s, uint32_t position, uint32_t rounds, 
 }
 
 /* Sort uniforms, n of them: into about n buckets by their upper bits, then what is left inside the buckets.
- * spare, starts: scratch [n]. */
-static void sort_uniforms(uint64_t *words, size_t n, uint64_t *spare, uint32_t *starts)
+ * spare, bucket_next: scratch [n]. */
+static void sort_uniforms(uint64_t *words, size_t n, uint64_t *spare, uint32_t *bucket_next)
 {
     uint32_t shift = WORD_BITS;
     while (n >> (WORD_BITS - shift + 1) > 0)
         shift--;
     const size_t buckets = (size_t)1 << (WORD_BITS - shift);
-    memset(starts, 0, buckets * sizeof *starts);
+    memset(bucket_next, 0, buckets * sizeof *bucket_next);
     for (size_t i = 0; i < n; i++)
-        starts[words[i] >> shift]++;
-    for (size_t b = 0, sum = 0; b < buckets; b++) {
-        const uint32_t size = starts[b];
-        starts[b] = (uint32_t)sum;
+        bucket_next[words[i] >> shift]++;
+    for (size_t b = 0, sum = 0; b < buckets; b++) { /* from sizes to where the next word of each bucket goes */
+        const uint32_t size = bucket_next[b];
+        bucket_next[b] = (uint32_t)sum;
         sum += size;
     }
     for (size_t i = 0; i < n; i++)
-        spare[starts[words[i] >> shift]++] = words[i];
+        spare[bucket_next[words[i] >> shift]++] = words[i];
     for (size_t i = 0; i < n; i++) {
         size_t j = i;
         for (; j > 0 && words[j - 1] > spare[i]; j--)
@@ -75,19 +57,19 @@ static void sort_uniforms(uint64_t *words, size_t n, uint64_t *spare, uint32_t *
 }
 
 /* Exponentials of one block, 0 beyond the row. */
-static void block_exponentials(const row_view *row, const level *lv, size_t block, float *e)
+static void block_exponentials(const skl_row *row, const skl_level *level, size_t block, float *e)
 {
-    const size_t n = block_length(row, block);
+    const size_t n = skl_block_length(row, block);
     memset(e + n, 0, (SKL_BLOCK - n) * sizeof *e);
-    row->kernels->exponentials(row->dtype, block_start(row, block), n, lv->scale, lv->offset, e);
+    row->kernels->exponentials(row->dtype, skl_block_start(row, block), n, level->scale, level->offset, e);
 }
 
-static void make_block(const row_view *row, const level *lv, size_t block, block_view *view)
+static void make_block(const skl_row *row, const skl_level *level, size_t block, block_view *view)
 {
     double totals[SKL_GROUPS];
     view->block = block;
     view->until = -INFINITY;
-    block_exponentials(row, lv, block, view->e);
+    block_exponentials(row, level, block, view->e);
     row->kernels->group_totals(view->e, totals);
     view->groups[0] = 0.0;
     view->last = 0;
@@ -121,32 +103,32 @@ static void find_in_block(block_view *view, double target)
     view->found = j * SKL_LANES + l;
 }
 
-/* Points of one position to (id, count) pairs, with p / q where `of_p` is given; returns how many. */
-static size_t draw_points(const skl_sampling *s, uint32_t position, const row_view *row, const level *q,
-                          const level *of_p, const scratch_view *scratch, uint32_t *token_ids)
+/* Points of one position to (id, count) pairs, with p / q in ratios where p is given; returns how many. */
+static size_t draw_points(const skl_sampling *s, uint32_t position, const skl_row *row, const skl_level *q,
+                          const skl_level *p, const skl_points_scratch *scratch, uint32_t *token_ids)
 {
     const int systematic = s->sampler == SKL_SAMPLER_SYSTEMATIC;
-    uniforms(s, position, systematic ? 1 : s->rounds, scratch->keys);
+    uniforms(s, position, systematic ? 1 : s->rounds, scratch->words);
     if (!systematic)
-        sort_uniforms(scratch->keys, s->rounds, scratch->spare, scratch->counts);
-    const double shift = (double)scratch->keys[0] * 0x1p-53, step = q->total / (double)s->rounds;
+        sort_uniforms(scratch->words, s->rounds, scratch->spare, scratch->counts);
+    const double shift = (double)scratch->words[0] * 0x1p-53, step = q->total / (double)s->rounds;
     size_t last = row->num_blocks - 1;
     while (last > 0 && !(q->cdf[last + 1] > q->cdf[last]))
         last--;
     block_view view = {.block = SIZE_MAX};
-    float e_of_p[SKL_BLOCK];
+    float p_exponentials[SKL_BLOCK];
     size_t block = 0, n = 0;
     for (uint32_t i = 0; i < s->rounds; i++) {
         const double x =
-            systematic ? ((double)i + shift) * step : (double)scratch->keys[i] * 0x1p-53 * q->total;
+            systematic ? ((double)i + shift) * step : (double)scratch->words[i] * 0x1p-53 * q->total;
         while (block + 8 <= last && q->cdf[block + 8] <= x)
             block += 8;
         while (block < last && q->cdf[block + 1] <= x)
             block++;
         if (view.block != block) {
             make_block(row, q, block, &view);
-            if (of_p != NULL)
-                block_exponentials(row, of_p, block, e_of_p);
+            if (p != NULL)
+                block_exponentials(row, p, block, p_exponentials);
         }
         const double share = (x - q->cdf[block]) / (q->cdf[block + 1] - q->cdf[block]);
         const double target = share * view.groups[SKL_GROUPS];
@@ -157,27 +139,27 @@ static size_t draw_points(const skl_sampling *s, uint32_t position, const row_vi
         find_in_block(&view, target);
         token_ids[n] = (uint32_t)(block * SKL_BLOCK + view.found);
         scratch->counts[n] = 1;
-        if (of_p != NULL)
-            scratch->ratios[n] = (double)e_of_p[view.found] / (double)view.e[view.found];
+        if (p != NULL)
+            scratch->ratios[n] = (double)p_exponentials[view.found] / (double)view.e[view.found];
         n++;
     }
     return n;
 }
 
 /* Importance weights count * p / q, either summing to 1 or with their true factor; the smallest are left out. */
-static size_t weigh(const skl_sampling *s, const level *q, const level *of_p, const scratch_view *scratch, size_t n,
-                    uint32_t *token_ids, float *weights)
+static size_t weigh(const skl_sampling *s, const skl_level *q, const skl_level *p, const skl_points_scratch *scratch,
+                    size_t n, uint32_t *token_ids, float *weights)
 {
     double sum = 0.0;
     for (size_t i = 0; i < n; i++) {
         scratch->ratios[i] *= (double)scratch->counts[i];
         sum += scratch->ratios[i];
     }
-    const double divisor = s->self_normalise ? sum : (double)s->rounds * (of_p->total / q->total);
+    const double divisor = s->self_normalise ? sum : (double)s->rounds * (p->total / q->total);
     size_t kept = 0;
     for (size_t i = 0; i < n; i++) {
         const double weight = scratch->ratios[i] / divisor;
-        if (weight >= SMALLEST_WEIGHT) { /* false for 0 / 0 too */
+        if (weight >= SKL_SMALLEST_WEIGHT) { /* false for 0 / 0 too */
             token_ids[kept] = token_ids[i];
             weights[kept++] = (float)weight;
         }
@@ -185,13 +167,13 @@ static size_t weigh(const skl_sampling *s, const level *q, const level *of_p, co
     return kept;
 }
 
-size_t skl_draw_position(const skl_sampling *s, uint32_t position, const row_view *row, const level *q,
-                         const level *of_p, const scratch_view *scratch, uint32_t *token_ids, uint8_t *counts,
+size_t skl_draw_position(const skl_sampling *s, uint32_t position, const skl_row *row, const skl_level *q,
+                         const skl_level *p, const skl_points_scratch *scratch, uint32_t *token_ids, uint8_t *counts,
                          float *weights)
 {
-    const size_t n = draw_points(s, position, row, q, of_p, scratch, token_ids);
-    if (of_p != NULL)
-        return weigh(s, q, of_p, scratch, n, token_ids, weights);
+    const size_t n = draw_points(s, position, row, q, p, scratch, token_ids);
+    if (p != NULL)
+        return weigh(s, q, p, scratch, n, token_ids, weights);
     for (size_t i = 0; i < n; i++) {
         if (counts != NULL)
             counts[i] = (uint8_t)scratch->counts[i];

@@ -17,7 +17,10 @@
  *   systematic     x = (i + u) * (Z / rounds) with the uniform of round 0
  *   offset         integer nearest to scale * m, m the largest logit of the first block that has one above -2^20;
  *                  where Z then passes 2^100, m is the row's largest */
+#include "faults.h"
+#include "points.h"
 #include "rows.h"
+#include "tops.h"
 
 #include <math.h>
 
@@ -28,12 +31,12 @@
 #define LOG2_E 1.4426950408889634
 
 /* Id of the first logit that no row may hold; 0 where every one is -inf or hardly more. */
-static size_t first_bad_id(const row_view *row)
+static size_t first_bad_id(const skl_row *row)
 {
     float values[SKL_BLOCK];
     for (size_t block = 0; block < row->num_blocks; block++) {
-        const size_t n = block_length(row, block);
-        row->kernels->widen(row->dtype, block_start(row, block), n, values);
+        const size_t n = skl_block_length(row, block);
+        row->kernels->widen(row->dtype, skl_block_start(row, block), n, values);
         for (size_t i = 0; i < n; i++)
             if (!(values[i] <= LARGEST_LOGIT))
                 return block * SKL_BLOCK + i;
@@ -41,35 +44,35 @@ static size_t first_bad_id(const row_view *row)
     return 0;
 }
 
-static void fill_level(const row_view *row, level *lv, float *maxima)
+static void fill_level(const skl_row *row, skl_level *level, float *maxima)
 {
-    row->kernels->block_cdf(row->dtype, row->logits, row->vocab_size, lv->scale, lv->offset, lv->cdf, maxima);
-    lv->total = lv->cdf[row->num_blocks];
+    row->kernels->block_cdf(row->dtype, row->logits, row->vocab_size, level->scale, level->offset, level->cdf, maxima);
+    level->total = level->cdf[row->num_blocks];
 }
 
 /* First level of p^t, and the maxima of the blocks unless NULL; 0 where the row has a logit it may not have, or none. */
-static int make_level(const row_view *row, double temperature, level *lv, float *maxima)
+static int make_level(const skl_row *row, double temperature, skl_level *level, float *maxima)
 {
-    lv->scale = (float)(temperature * LOG2_E);
+    level->scale = (float)(temperature * LOG2_E);
     float largest = -INFINITY;
     for (size_t b = 0; b < row->num_blocks && !(largest > -LARGEST_LOGIT); b++)
-        row->kernels->block_maxima(row->dtype, block_start(row, b), block_length(row, b), &largest);
+        row->kernels->block_maxima(row->dtype, skl_block_start(row, b), skl_block_length(row, b), &largest);
     if (!(largest > -LARGEST_LOGIT && largest <= LARGEST_LOGIT))
         return 0;
-    lv->offset = rintf(lv->scale * largest);
-    fill_level(row, lv, maxima);
-    if (lv->total <= LARGEST_TOTAL)
+    level->offset = rintf(level->scale * largest);
+    fill_level(row, level, maxima);
+    if (level->total <= LARGEST_TOTAL)
         return 1;
     for (size_t b = 0; b < row->num_blocks; b++) {
         float most;
-        row->kernels->block_maxima(row->dtype, block_start(row, b), block_length(row, b), &most);
+        row->kernels->block_maxima(row->dtype, skl_block_start(row, b), skl_block_length(row, b), &most);
         largest = most > largest ? most : largest;
     }
     if (largest > LARGEST_LOGIT)
         return 0;
-    lv->offset = rintf(lv->scale * largest);
-    fill_level(row, lv, maxima);
-    return lv->total <= LARGEST_TOTAL; /* false for NaN */
+    level->offset = rintf(level->scale * largest);
+    fill_level(row, level, maxima);
+    return level->total <= LARGEST_TOTAL; /* false for NaN */
 }
 
 static int is_top(const skl_sampling *s)
@@ -92,35 +95,41 @@ skl_status skl_draw_sizes(const skl_sampling *s, uint64_t *num_scratch, uint64_t
         return SKL_ERR_ARG;
     const uint64_t num_blocks = (s->vocab_size + SKL_BLOCK - 1) / SKL_BLOCK, keys = top ? s->k : s->rounds;
     *records_per_position = keys < s->vocab_size ? keys : s->vocab_size;
-    /* maxima, two levels, keys, spare, ratios, counts: cut_scratch lays them out in this order */
+    /* maxima, two levels, words, spare, ratios, counts: cut_scratch lays them out in this order */
     *num_scratch = (num_blocks + 1) / 2 + 2 * (num_blocks + 1) + 3 * keys + (keys + 1) / 2;
     return SKL_OK;
 }
 
-/* Every part begins at a multiple of 8 bytes. */
+/* The caller's scratch in parts, each of which begins at a multiple of 8 bytes. */
+typedef struct scratch_view {
+    float *maxima;             /* [num_blocks] */
+    double *q_cdf, *p_cdf;     /* [num_blocks + 1] */
+    skl_points_scratch points; /* num_keys each, rounds or k; topk and topp keep their keys in its words */
+} scratch_view;
+
 static scratch_view cut_scratch(uint64_t *scratch, size_t num_blocks, size_t num_keys)
 {
     scratch_view view;
     view.maxima = (float *)scratch;
-    view.cdf = (double *)(scratch + (num_blocks + 1) / 2);
-    view.cdf_of_p = view.cdf + num_blocks + 1;
-    view.keys = (uint64_t *)(view.cdf_of_p + num_blocks + 1);
-    view.spare = view.keys + num_keys;
-    view.ratios = (double *)(view.spare + num_keys);
-    view.counts = (uint32_t *)(view.ratios + num_keys);
+    view.q_cdf = (double *)(scratch + (num_blocks + 1) / 2);
+    view.p_cdf = view.q_cdf + num_blocks + 1;
+    view.points.words = (uint64_t *)(view.p_cdf + num_blocks + 1);
+    view.points.spare = view.points.words + num_keys;
+    view.points.ratios = (double *)(view.points.spare + num_keys);
+    view.points.counts = (uint32_t *)(view.points.ratios + num_keys);
     return view;
 }
 
-/* Whether the arguments of skl_draw agree with each other; *needed as skl_draw_sizes. */
+/* Whether the arguments of skl_draw agree with each other; *per_position: the most records a position can have. */
 static skl_status check_call(const skl_sampling *s, uint64_t num_logits, uint64_t num_scratch, const uint8_t *counts,
-                             const float *weights, uint64_t *needed, skl_fault *fault)
+                             const float *weights, uint64_t *per_position, skl_fault *fault)
 {
-    uint64_t per_position;
+    uint64_t needed;
     const int importance = s->proposal_temperature != 1.0;
-    if (skl_draw_sizes(s, needed, &per_position) != SKL_OK || (counts == NULL) == (weights == NULL) ||
+    if (skl_draw_sizes(s, &needed, per_position) != SKL_OK || (counts == NULL) == (weights == NULL) ||
         (counts != NULL && (is_top(s) || importance || s->rounds > 127)))
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_NONE, 0, 0);
-    if (num_scratch < *needed)
+    if (num_scratch < needed)
         return SKL_ERR_DST_SMALL;
     if (s->num_positions > 0) {
         const uint64_t gaps = s->num_positions - 1;
@@ -134,30 +143,30 @@ skl_status skl_draw(const skl_sampling *s, const void *logits, uint64_t num_logi
                     uint64_t num_scratch, int64_t *offsets, uint32_t *token_ids, uint8_t *counts, float *weights,
                     uint64_t num_records, skl_fault *fault)
 {
-    uint64_t needed, per_position = 0;
-    const skl_status status = check_call(s, num_logits, num_scratch, counts, weights, &needed, fault);
+    uint64_t per_position = 0;
+    const skl_status status = check_call(s, num_logits, num_scratch, counts, weights, &per_position, fault);
     if (status != SKL_OK)
         return status;
-    (void)skl_draw_sizes(s, &needed, &per_position);
     const size_t num_blocks = (s->vocab_size + SKL_BLOCK - 1) / SKL_BLOCK;
     const scratch_view view = cut_scratch(scratch, num_blocks, is_top(s) ? s->k : s->rounds);
     const int importance = s->proposal_temperature != 1.0;
-    row_view row = {skl_current_kernels(), s->dtype, logits, s->vocab_size, num_blocks};
-    level q = {.cdf = view.cdf}, of_p = {.cdf = view.cdf_of_p};
+    skl_row row = {skl_current_kernels(), s->dtype, logits, s->vocab_size, num_blocks};
+    skl_level q = {.cdf = view.q_cdf}, p = {.cdf = view.p_cdf};
     uint64_t total = 0;
     offsets[0] = 0;
     for (uint32_t t = 0; t < s->num_positions; t++) {
         const uint32_t position = s->first_position + t;
-        row.logits = (const unsigned char *)logits + t * s->row_stride * logit_size(s->dtype);
+        row.logits = (const unsigned char *)logits + t * s->row_stride * skl_logit_size(s->dtype);
         if (num_records - total < per_position)
             return SKL_ERR_DST_SMALL;
         if (!make_level(&row, s->proposal_temperature, &q, is_top(s) ? view.maxima : NULL) ||
-            (importance && !make_level(&row, 1.0, &of_p, NULL)))
+            (importance && !make_level(&row, 1.0, &p, NULL)))
             return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_NOT_FINITE, position, first_bad_id(&row));
         uint8_t *const counts_out = counts == NULL ? NULL : counts + total;
         float *const weights_out = weights == NULL ? NULL : weights + total;
-        total += is_top(s) ? skl_top_position(s, &row, &q, &view, token_ids + total, weights_out)
-                           : skl_draw_position(s, position, &row, &q, importance ? &of_p : NULL, &view,
+        total += is_top(s) ? skl_top_position(s, &row, &q, view.maxima, view.points.words, token_ids + total,
+                                              weights_out)
+                           : skl_draw_position(s, position, &row, &q, importance ? &p : NULL, &view.points,
                                                token_ids + total, counts_out, weights_out);
         offsets[t + 1] = (int64_t)total;
     }
