@@ -9,6 +9,9 @@
 #define SKL_LANES 16
 #define SKL_GROUPS (SKL_BLOCK / SKL_LANES)
 
+/* Code that is compiled into each caller, with what the caller knows of the arguments. */
+#define SKL_INLINE static inline __attribute__((always_inline))
+
 #define SKL_LITTLE_ENDIAN (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
 
 /* What a pass over ids and codes to pack saw. */
@@ -17,6 +20,12 @@ typedef struct skl_seen {
     uint32_t zeros; /* a code is 0 */
     uint64_t falls; /* ids that are not above the id before them, positions not regarded */
 } skl_seen;
+
+/* Where a record has its id and code, and for what else one copy of the loop is made. */
+typedef struct layout {
+    uint32_t size, id_bits;
+    int counts, stream;
+} layout;
 
 /* A pass over the records of a sequence, in as many calls as the caller likes. */
 typedef struct skl_scan {

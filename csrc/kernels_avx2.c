@@ -1,21 +1,19 @@
 /* kernels_avx2.c: 16 lanes in two registers; CMakeLists.txt gives the flags. */
+#define SKL_KERNELS_AVX2 /* what kernels_table.h makes of this file */
+#include "kernels.h"
+
 #include <immintrin.h>
-#include <stdint.h>
-
-#include "skl.h"
-
-#define LANES static inline __attribute__((always_inline))
 
 typedef struct lanes {
     __m256 low, high;
 } lanes;
 
-LANES lanes fill_lanes(float value)
+SKL_INLINE lanes fill_lanes(float value)
 {
     return (lanes){_mm256_set1_ps(value), _mm256_set1_ps(value)};
 }
 
-LANES __m256 load_eight(uint32_t dtype, const unsigned char *from)
+SKL_INLINE __m256 load_eight(uint32_t dtype, const unsigned char *from)
 {
     if (dtype == SKL_DTYPE_FLOAT32)
         return _mm256_loadu_ps((const float *)(const void *)from);
@@ -25,29 +23,29 @@ LANES __m256 load_eight(uint32_t dtype, const unsigned char *from)
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 
-LANES lanes load_lanes(uint32_t dtype, const unsigned char *from)
+SKL_INLINE lanes load_lanes(uint32_t dtype, const unsigned char *from)
 {
     return (lanes){load_eight(dtype, from), load_eight(dtype, from + (dtype == SKL_DTYPE_FLOAT32 ? 32 : 16))};
 }
 
-LANES void store_lanes(float *to, lanes a)
+SKL_INLINE void store_lanes(float *to, lanes a)
 {
     _mm256_storeu_ps(to, a.low);
     _mm256_storeu_ps(to + 8, a.high);
 }
 
-LANES lanes add_lanes(lanes a, lanes b)
+SKL_INLINE lanes add_lanes(lanes a, lanes b)
 {
     return (lanes){_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
 }
 
 /* a where b is NaN. */
-LANES lanes larger_lanes(lanes a, lanes b)
+SKL_INLINE lanes larger_lanes(lanes a, lanes b)
 {
     return (lanes){_mm256_max_ps(b.low, a.low), _mm256_max_ps(b.high, a.high)};
 }
 
-LANES float largest_lane(lanes a)
+SKL_INLINE float largest_lane(lanes a)
 {
     const __m256 eight = _mm256_max_ps(a.low, a.high);
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -55,7 +53,7 @@ LANES float largest_lane(lanes a)
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
-LANES float sum_lanes(lanes a)
+SKL_INLINE float sum_lanes(lanes a)
 {
     const __m256 eight = _mm256_add_ps(a.low, a.high);
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -64,7 +62,7 @@ LANES float sum_lanes(lanes a)
 }
 
 /* As sum_lanes, in float64. */
-LANES double sum_doubled(lanes a)
+SKL_INLINE double sum_doubled(lanes a)
 {
     const __m256d even = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.low)),
                                        _mm256_cvtps_pd(_mm256_castps256_ps128(a.high)));
@@ -76,7 +74,7 @@ LANES double sum_doubled(lanes a)
 }
 
 /* max and min give their second argument where one is NaN; z and the factor of 2 in p as in kernels_portable.c. */
-LANES __m256 exponential_eight(__m256 x, __m256 scale, __m256 offset)
+SKL_INLINE __m256 exponential_eight(__m256 x, __m256 scale, __m256 offset)
 {
     const __m256 raw = _mm256_fmsub_ps(x, scale, offset);
     const __m256 d = _mm256_min_ps(_mm256_set1_ps(129.0f), _mm256_max_ps(_mm256_set1_ps(-126.0f), raw));
@@ -91,27 +89,11 @@ LANES __m256 exponential_eight(__m256 x, __m256 scale, __m256 offset)
     return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(z), 23)));
 }
 
-LANES lanes exponential_lanes(lanes x, lanes scale, lanes offset)
+SKL_INLINE lanes exponential_lanes(lanes x, lanes scale, lanes offset)
 {
     return (lanes){exponential_eight(x.low, scale.low, offset.low),
                    exponential_eight(x.high, scale.high, offset.high)};
 }
 
 #include "kernels_lanes.h"
-
-const skl_kernels skl_kernels_avx2 = {
-    .name = "avx2",
-    .widen = widen,
-    .block_maxima = block_maxima,
-    .block_cdf = block_cdf,
-    .exponentials = exponentials,
-    .group_totals = group_totals,
-    .pack = pack,
-    .sums_differ = sums_differ,
-    .mark_starts = mark_starts,
-    .unpack = unpack,
-    .settle = settle,
-    .widen_tokens = widen_tokens,
-    .split_tokens = split_tokens,
-    .divide = divide,
-};
+#include "kernels_table.h"

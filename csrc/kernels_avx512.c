@@ -1,19 +1,17 @@
 /* kernels_avx512.c: 16 lanes in one register; CMakeLists.txt gives the flags. */
+#define SKL_KERNELS_AVX512 /* what kernels_table.h makes of this file */
+#include "kernels.h"
+
 #include <immintrin.h>
-#include <stdint.h>
-
-#include "skl.h"
-
-#define LANES static inline __attribute__((always_inline))
 
 typedef __m512 lanes;
 
-LANES lanes fill_lanes(float value)
+SKL_INLINE lanes fill_lanes(float value)
 {
     return _mm512_set1_ps(value);
 }
 
-LANES lanes load_lanes(uint32_t dtype, const unsigned char *from)
+SKL_INLINE lanes load_lanes(uint32_t dtype, const unsigned char *from)
 {
     if (dtype == SKL_DTYPE_FLOAT32)
         return _mm512_loadu_ps(from);
@@ -23,28 +21,28 @@ LANES lanes load_lanes(uint32_t dtype, const unsigned char *from)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-LANES void store_lanes(float *to, lanes a)
+SKL_INLINE void store_lanes(float *to, lanes a)
 {
     _mm512_storeu_ps(to, a);
 }
 
-LANES lanes add_lanes(lanes a, lanes b)
+SKL_INLINE lanes add_lanes(lanes a, lanes b)
 {
     return _mm512_add_ps(a, b);
 }
 
 /* a where b is NaN. */
-LANES lanes larger_lanes(lanes a, lanes b)
+SKL_INLINE lanes larger_lanes(lanes a, lanes b)
 {
     return _mm512_max_ps(b, a);
 }
 
-LANES float largest_lane(lanes a)
+SKL_INLINE float largest_lane(lanes a)
 {
     return _mm512_reduce_max_ps(a);
 }
 
-LANES float sum_lanes(lanes a)
+SKL_INLINE float sum_lanes(lanes a)
 {
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -53,7 +51,7 @@ LANES float sum_lanes(lanes a)
 }
 
 /* As sum_lanes, in float64. */
-LANES double sum_doubled(lanes a)
+SKL_INLINE double sum_doubled(lanes a)
 {
     const __m512d eight = _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a)),
                                         _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
@@ -63,7 +61,7 @@ LANES double sum_doubled(lanes a)
 }
 
 /* scalef multiplies by 2^n, infinite or NaN where that is too much; the comparison is true for NaN. */
-LANES lanes exponential_lanes(lanes x, lanes scale, lanes offset)
+SKL_INLINE lanes exponential_lanes(lanes x, lanes scale, lanes offset)
 {
     const __m512 d = _mm512_fmsub_ps(x, scale, offset);
     const __m512 n = _mm512_roundscale_ps(d, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -78,20 +76,4 @@ LANES lanes exponential_lanes(lanes x, lanes scale, lanes offset)
 }
 
 #include "kernels_lanes.h"
-
-const skl_kernels skl_kernels_avx512 = {
-    .name = "avx512",
-    .widen = widen,
-    .block_maxima = block_maxima,
-    .block_cdf = block_cdf,
-    .exponentials = exponentials,
-    .group_totals = group_totals,
-    .pack = pack,
-    .sums_differ = sums_differ,
-    .mark_starts = mark_starts,
-    .unpack = unpack,
-    .settle = settle,
-    .widen_tokens = widen_tokens,
-    .split_tokens = split_tokens,
-    .divide = divide,
-};
+#include "kernels_table.h"

@@ -7,31 +7,27 @@
 #define SKL_KERNELS_LANES_H
 
 #include "kernels.h"
-#include "kernels_pack.h"
-#include "kernels_records.h"
 
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
 
-#define SPECIALISED static inline __attribute__((always_inline))
-
 /* Far enough that a line arrives from memory before its turn; 4 to 16 KiB measure alike. */
 #define PREFETCH_BYTES 8192
 
 /* Ask for the lines of the block that lies PREFETCH_BYTES ahead, often in the next row; it need not exist. */
-SPECIALISED void prefetch_block(const unsigned char *row, size_t size)
+SKL_INLINE void prefetch_block(const unsigned char *row, size_t size)
 {
     for (size_t i = 0; i < SKL_BLOCK * size; i += 64)
         __builtin_prefetch((const void *)((uintptr_t)row + PREFETCH_BYTES + i));
 }
 
-SPECIALISED size_t size_of(uint32_t dtype)
+SKL_INLINE size_t size_of(uint32_t dtype)
 {
     return dtype == SKL_DTYPE_FLOAT32 ? 4 : 2;
 }
 
-SPECIALISED float load_one(uint32_t dtype, const unsigned char *from)
+SKL_INLINE float load_one(uint32_t dtype, const unsigned char *from)
 {
     uint32_t bits = 0;
     memcpy(&bits, from, size_of(dtype));
@@ -40,7 +36,7 @@ SPECIALISED float load_one(uint32_t dtype, const unsigned char *from)
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)(dtype == SKL_DTYPE_FLOAT32 ? bits : bits << 16))));
 }
 
-SPECIALISED void widen_as(uint32_t dtype, const unsigned char *row, size_t n, float *values)
+SKL_INLINE void widen_as(uint32_t dtype, const unsigned char *row, size_t n, float *values)
 {
     size_t i = 0;
     for (; i + SKL_LANES <= n; i += SKL_LANES)
@@ -50,14 +46,14 @@ SPECIALISED void widen_as(uint32_t dtype, const unsigned char *row, size_t n, fl
 }
 
 /* The n < SKL_BLOCK logits that end a row, as a block. */
-SPECIALISED void pad_block(uint32_t dtype, const unsigned char *row, size_t n, float *block)
+SKL_INLINE void pad_block(uint32_t dtype, const unsigned char *row, size_t n, float *block)
 {
     for (size_t i = n; i < SKL_BLOCK; i++)
         block[i] = -INFINITY;
     widen_as(dtype, row, n, block);
 }
 
-SPECIALISED lanes block_maximum(uint32_t dtype, const unsigned char *row)
+SKL_INLINE lanes block_maximum(uint32_t dtype, const unsigned char *row)
 {
     lanes most = fill_lanes(-INFINITY);
     for (size_t j = 0; j < SKL_GROUPS; j++)
@@ -65,7 +61,7 @@ SPECIALISED lanes block_maximum(uint32_t dtype, const unsigned char *row)
     return most;
 }
 
-SPECIALISED void maxima_as(uint32_t dtype, const unsigned char *row, size_t n, float *maxima)
+SKL_INLINE void maxima_as(uint32_t dtype, const unsigned char *row, size_t n, float *maxima)
 {
     for (; n >= SKL_BLOCK; n -= SKL_BLOCK, row += SKL_BLOCK * size_of(dtype))
         *maxima++ = largest_lane(block_maximum(dtype, row));
@@ -77,7 +73,7 @@ SPECIALISED void maxima_as(uint32_t dtype, const unsigned char *row, size_t n, f
 }
 
 /* Sum of the exponentials of a block; its largest logit too where that is wanted. */
-SPECIALISED float block_sum(uint32_t dtype, const unsigned char *row, lanes scale, lanes offset, float *maximum)
+SKL_INLINE float block_sum(uint32_t dtype, const unsigned char *row, lanes scale, lanes offset, float *maximum)
 {
     const lanes first = load_lanes(dtype, row);
     lanes sum = exponential_lanes(first, scale, offset);
@@ -93,8 +89,8 @@ SPECIALISED float block_sum(uint32_t dtype, const unsigned char *row, lanes scal
     return sum_lanes(sum);
 }
 
-SPECIALISED void cdf_as(uint32_t dtype, const unsigned char *row, size_t n, float scale, float offset, double *cdf,
-                        float *maxima)
+SKL_INLINE void cdf_as(uint32_t dtype, const unsigned char *row, size_t n, float scale, float offset, double *cdf,
+                       float *maxima)
 {
     const lanes scales = fill_lanes(scale), offsets = fill_lanes(offset);
     double running = 0.0;
@@ -114,8 +110,8 @@ SPECIALISED void cdf_as(uint32_t dtype, const unsigned char *row, size_t n, floa
     }
 }
 
-SPECIALISED void exponentials_as(uint32_t dtype, const unsigned char *row, size_t n, float scale, float offset,
-                                 float *e)
+SKL_INLINE void exponentials_as(uint32_t dtype, const unsigned char *row, size_t n, float scale, float offset,
+                                float *e)
 {
     const lanes scales = fill_lanes(scale), offsets = fill_lanes(offset);
     size_t i = 0;
@@ -170,7 +166,5 @@ static void group_totals(const float *e, double *totals)
     for (size_t j = 0; j < SKL_GROUPS; j++)
         totals[j] = sum_doubled(load_lanes(SKL_DTYPE_FLOAT32, (const unsigned char *)(e + j * SKL_LANES)));
 }
-
-#undef SPECIALISED
 
 #endif

@@ -18,23 +18,20 @@
  * fma is a fused multiply-add: fmaf, an instruction wherever the compiler's target has it.  On x86 without it
  * (before 2013) the C library computes it, correctly and slowly.  No other operation is ever fused
  * (-ffp-contract=off). */
+#define SKL_KERNELS_PORTABLE /* what kernels_table.h makes of this file */
 #include "kernels.h"
-#include "kernels_pack.h"
-#include "kernels_records.h"
 
 #include <math.h>
 #include <string.h>
 
-#define SPECIALISED static inline __attribute__((always_inline))
-
-SPECIALISED float as_float(uint32_t bits)
+SKL_INLINE float as_float(uint32_t bits)
 {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-SPECIALISED uint32_t as_bits(float value)
+SKL_INLINE uint32_t as_bits(float value)
 {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -42,7 +39,7 @@ SPECIALISED uint32_t as_bits(float value)
 }
 
 /* float16 to float32 in integers but for one exact subtraction, which normalises what was subnormal. */
-SPECIALISED float half_to_float(uint16_t half)
+SKL_INLINE float half_to_float(uint16_t half)
 {
     const uint32_t magnitude = (uint32_t)(half & 0x7fffu) << 13;
     const uint32_t exponent = magnitude & 0x0f800000u;
@@ -54,7 +51,7 @@ SPECIALISED float half_to_float(uint16_t half)
 }
 
 /* Logit i of a row, which need not be aligned. */
-SPECIALISED float load(uint32_t dtype, const void *row, size_t i)
+SKL_INLINE float load(uint32_t dtype, const void *row, size_t i)
 {
     uint16_t half;
     if (dtype == SKL_DTYPE_FLOAT32) {
@@ -68,7 +65,7 @@ SPECIALISED float load(uint32_t dtype, const void *row, size_t i)
 
 /* The integer n + 126 stands in the low bits of z, so that p carries a factor of 2; the comparisons are false for NaN,
  * which so passes through. */
-SPECIALISED float exponential(float x, float scale, float offset)
+SKL_INLINE float exponential(float x, float scale, float offset)
 {
     const float raw = fmaf(x, scale, -offset);
     const float above = raw < -126.0f ? -126.0f : raw;
@@ -84,20 +81,20 @@ SPECIALISED float exponential(float x, float scale, float offset)
     return p * as_float(as_bits(z) << 23);
 }
 
-SPECIALISED void widen_as(uint32_t dtype, const void *row, size_t n, float *values)
+SKL_INLINE void widen_as(uint32_t dtype, const void *row, size_t n, float *values)
 {
     for (size_t i = 0; i < n; i++)
         values[i] = load(dtype, row, i);
 }
 
-SPECIALISED void exponentials_as(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *out)
+SKL_INLINE void exponentials_as(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *out)
 {
     for (size_t i = 0; i < n; i++)
         out[i] = exponential(load(dtype, row, i), scale, offset);
 }
 
 /* Largest of a block, -inf in place of NaN; order does not matter to it. */
-SPECIALISED float largest(const float *values)
+SKL_INLINE float largest(const float *values)
 {
     float left[SKL_BLOCK];
     for (size_t i = 0; i < SKL_BLOCK; i++)
@@ -108,7 +105,7 @@ SPECIALISED float largest(const float *values)
     return left[0];
 }
 
-SPECIALISED float sum_lanes(const float *e)
+SKL_INLINE float sum_lanes(const float *e)
 {
     float lanes[SKL_LANES];
     for (size_t l = 0; l < SKL_LANES; l++)
@@ -122,12 +119,12 @@ SPECIALISED float sum_lanes(const float *e)
     return lanes[0];
 }
 
-SPECIALISED const void *advance(uint32_t dtype, const void *row)
+SKL_INLINE const void *advance(uint32_t dtype, const void *row)
 {
     return (const unsigned char *)row + SKL_BLOCK * (dtype == SKL_DTYPE_FLOAT32 ? 4 : 2);
 }
 
-SPECIALISED void maxima_as(uint32_t dtype, const void *row, size_t n, float *maxima)
+SKL_INLINE void maxima_as(uint32_t dtype, const void *row, size_t n, float *maxima)
 {
     float values[SKL_BLOCK];
     for (; n > 0; row = advance(dtype, row)) {
@@ -140,7 +137,7 @@ SPECIALISED void maxima_as(uint32_t dtype, const void *row, size_t n, float *max
     }
 }
 
-SPECIALISED void cdf_as(uint32_t dtype, const void *row, size_t n, float scale, float offset, double *cdf)
+SKL_INLINE void cdf_as(uint32_t dtype, const void *row, size_t n, float scale, float offset, double *cdf)
 {
     float e[SKL_BLOCK];
     double running = 0.0;
@@ -199,19 +196,4 @@ static void group_totals(const float *e, double *totals)
     }
 }
 
-const skl_kernels skl_kernels_portable = {
-    .name = "portable",
-    .widen = widen,
-    .block_maxima = block_maxima,
-    .block_cdf = block_cdf,
-    .exponentials = exponentials,
-    .group_totals = group_totals,
-    .pack = pack,
-    .sums_differ = sums_differ,
-    .mark_starts = mark_starts,
-    .unpack = unpack,
-    .settle = settle,
-    .widen_tokens = widen_tokens,
-    .split_tokens = split_tokens,
-    .divide = divide,
-};
+#include "kernels_table.h"

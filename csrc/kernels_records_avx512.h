@@ -1,0 +1,159 @@
+/* kernels_records_avx512.h: records 16 and 64 at a time; kernels_records.h says what the steps are. */
+#ifndef SKL_KERNELS_RECORDS_AVX512_H
+#define SKL_KERNELS_RECORDS_AVX512_H
+
+#include "kernels_x86.h"
+
+#if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512DQ__) || !defined(__AVX512VL__)
+#error "compile with -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+#endif
+
+/* 16 records at a time; returns how many are done. */
+SKL_INLINE size_t pack_steps(uint32_t size, uint32_t id_bits, uint32_t vocab_size, const uint32_t *token_ids,
+                               const uint8_t *codes, size_t n, uint8_t *dst, skl_seen *seen)
+{
+    const __m512i bytes = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
+    const __m512i gather = _mm512_setr_epi32(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 15, 15, 15, 15);
+    const __m512i last_id = _mm512_set1_epi32((int)(vocab_size - 1));
+    __m512i before = _mm512_setzero_si512();
+    __mmask16 large = 0, zeros = 0;
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const __m512i ids = _mm512_loadu_si512(token_ids + i);
+        const __m512i values = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(codes + i)));
+        const __m512i records = _mm512_or_si512(ids, _mm512_slli_epi32(values, id_bits));
+        const uint32_t falls = _mm512_cmple_epu32_mask(ids, _mm512_alignr_epi32(ids, before, 15));
+        seen->falls += (uint64_t)__builtin_popcount(i == 0 ? falls & ~UINT32_C(1) : falls);
+        large = (__mmask16)(large | _mm512_cmpgt_epu32_mask(ids, last_id));
+        zeros = (__mmask16)(zeros | _mm512_testn_epi32_mask(values, values));
+        before = ids;
+        if (size == 4)
+            _mm512_storeu_si512(dst + 4 * i, records);
+        else
+            _mm512_mask_storeu_epi32(dst + 3 * i, 0x0fff,
+                                     _mm512_permutexvar_epi32(gather, _mm512_shuffle_epi8(records, bytes)));
+    }
+    seen->large |= large != 0;
+    seen->zeros |= zeros != 0;
+    return i;
+}
+
+/* Sum of bytes, 32 at a time: few positions have more records.  A masked load touches nothing beyond n. */
+SKL_INLINE size_t sum_steps(const uint8_t *bytes, size_t n, uint32_t *sum)
+{
+    const size_t all = n;
+    for (; n > 0; bytes += 32) {
+        const size_t some = n < 32 ? n : 32;
+        const __m256i part = _mm256_maskz_loadu_epi8(UINT32_MAX >> (32 - some), bytes);
+        const __m256i quarters = _mm256_sad_epu8(part, _mm256_setzero_si256());
+        const __m128i halves =
+            _mm_add_epi64(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256(quarters, 1));
+        *sum += (uint32_t)(_mm_cvtsi128_si64(halves) + _mm_extract_epi64(halves, 1));
+        n -= some;
+    }
+    return all;
+}
+
+#define STEP 64u
+
+/* 16 records of 3 bytes to integers. */
+SKL_INLINE __m512i widen_threes(const uint8_t *src)
+{
+    const __m512i spread = _mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12);
+    const __m512i bytes = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+    return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(spread, _mm512_loadu_si512(src)), bytes);
+}
+
+typedef struct balance {
+    __m512i left, negative; /* before the vector, in each 64 bits; bytes of all sums so far */
+    __mmask64 open;         /* positions that started before the one before them was complete */
+} balance;
+
+SKL_INLINE void check_counts(balance *at, __m512i marks, __m512i codes)
+{
+    const __m512i none = _mm512_setzero_si512();
+    const __m512i low_bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 8, 8, 8, 8, 8, 8, 8, 8));
+    const __m512i inside =
+        _mm512_mullo_epi64(_mm512_sub_epi64(marks, codes), _mm512_set1_epi64(0x0101010101010101));
+    const __m512i eights = _mm512_sub_epi64(_mm512_sad_epu8(marks, none), _mm512_sad_epu8(codes, none));
+    __m512i upto = _mm512_add_epi64(eights, _mm512_alignr_epi64(eights, none, 7));
+    upto = _mm512_add_epi64(upto, _mm512_alignr_epi64(upto, none, 6));
+    upto = _mm512_add_epi64(upto, _mm512_alignr_epi64(upto, none, 4));
+    const __m512i base = _mm512_add_epi64(at->left, _mm512_sub_epi64(upto, eights));
+    const __m512i left = _mm512_add_epi64(inside, _mm512_shuffle_epi8(base, low_bytes));
+    at->open |= _mm512_mask_cmpneq_epi8_mask(_mm512_test_epi8_mask(marks, marks), _mm512_add_epi8(left, codes), marks);
+    at->negative = _mm512_or_si512(at->negative, left);
+    at->left = _mm512_add_epi64(at->left, _mm512_permutexvar_epi64(_mm512_set1_epi64(7), upto));
+}
+
+/* Whole steps of 64 records; returns how many records are done.  The counts of a step are checked beside the unpacking
+ * of the next one: a chain of sums by itself would leave the processor waiting. */
+SKL_INLINE size_t unpack_steps(layout of, skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n,
+                               uint32_t *token_ids, uint8_t *codes)
+{
+    const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i id_mask = _mm512_set1_epi32((int)((UINT32_C(1) << of.id_bits) - 1)), none = _mm512_setzero_si512();
+    __m512i ids = _mm512_set1_epi32((int)scan->before), largest = none, smallest = _mm512_set1_epi8(-1);
+    __m512i reserved = none, marks_before = none, codes_before = none;
+    balance sums = {_mm512_set1_epi64((long long)scan->left), none, 0};
+    __mmask64 unordered = 0;
+    size_t i = 0;
+    for (; i + STEP <= n; i += STEP) {
+        __m512i values[4];
+        __mmask16 falls[4];
+        for (size_t ahead = 0; ahead < of.size; ahead++)
+            __builtin_prefetch(src + of.size * i + RECORDS_AHEAD + 64 * ahead);
+#pragma GCC unroll 4
+        for (size_t j = 0; j < 4; j++) {
+            const uint8_t *const from = src + of.size * (i + 16 * j);
+            const __m512i records = of.size == 3 ? widen_threes(from) : _mm512_loadu_si512(from);
+            const __m512i before = ids;
+            ids = _mm512_and_si512(records, id_mask);
+            values[j] = _mm512_srli_epi32(of.size == 3 ? records : _mm512_slli_epi32(records, 1),
+                                          of.size == 3 ? of.id_bits : 25);
+            falls[j] = _mm512_cmple_epi32_mask(ids, _mm512_alignr_epi32(ids, before, 15));
+            largest = _mm512_max_epu32(largest, ids);
+            reserved = _mm512_or_si512(reserved, records);
+            if (of.stream)
+                _mm512_stream_si512((__m512i *)(void *)(token_ids + i + 16 * j), ids);
+            else
+                _mm512_storeu_si512(token_ids + i + 16 * j, ids);
+        }
+        const __m512i these = _mm512_permutexvar_epi32(
+            in_order, _mm512_packus_epi16(_mm512_packus_epi32(values[0], values[1]),
+                                          _mm512_packus_epi32(values[2], values[3])));
+        const __m512i these_marks = _mm512_loadu_si512(marks + i);
+        _mm512_storeu_si512(codes + i, these);
+        __mmask64 inside = _mm512_testn_epi8_mask(these_marks, these_marks);
+        if (of.counts) {
+            check_counts(&sums, marks_before, codes_before);
+            marks_before = these_marks;
+            codes_before = these;
+            smallest = _mm512_min_epu8(smallest, these);
+        } else { /* ids need not rise where the weight falls */
+            inside &= _mm512_testn_epi8_mask(these, these);
+        }
+        unordered |= inside & _mm512_kunpackd(_mm512_kunpackw(falls[3], falls[2]),
+                                              _mm512_kunpackw(falls[1], falls[0]));
+    }
+    check_counts(&sums, marks_before, codes_before);
+    scan->left = (uint64_t)_mm_cvtsi128_si64(_mm512_castsi512_si128(sums.left));
+    scan->before = (uint32_t)_mm_extract_epi32(_mm512_extracti32x4_epi32(ids, 3), 3);
+    scan->reserved |= of.size == 4 && _mm512_movepi32_mask(reserved) != 0;
+    scan->bad |= unordered != 0 || sums.open != 0 || _mm512_movepi8_mask(sums.negative) != 0 ||
+                 _mm512_testn_epi8_mask(smallest, smallest) != 0 ||
+                 _mm512_cmpge_epu32_mask(largest, _mm512_set1_epi32((int)scan->vocab_size)) != 0;
+    return i;
+}
+
+SKL_INLINE size_t widen_steps(const uint8_t *src, size_t n, uint32_t *tokens)
+{
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_si512(tokens + i, widen_threes(src + 3 * i));
+    return i;
+}
+
+#endif
