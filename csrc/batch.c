@@ -16,10 +16,11 @@ static skl_status fill_tokens(const skl_shape *shape, const uint8_t *src, const 
         kernels->widen_tokens(shape->token_size, src + skl_tokens_offset(shape), n, tokens);
     if (kernels->split_tokens(tokens, n, batch->input_ids + first, batch->labels + first) < shape->vocab_size)
         return SKL_OK;
+    const skl_status status = batch->tokens_given ? SKL_ERR_ARG : SKL_ERR_CORRUPT;
     size_t bad = 0;
     while (tokens[bad] < shape->vocab_size)
         bad++;
-    return skl_fail(batch->tokens_given ? SKL_ERR_ARG : SKL_ERR_CORRUPT, fault, SKL_REASON_TOKEN_RANGE, bad, tokens[bad]);
+    return skl_fail(status, fault, SKL_REASON_TOKEN_RANGE, bad, tokens[bad]);
 }
 
 /* Ask for the beginning of a row while the one before is decoded, which asks for the rest itself. */
@@ -42,7 +43,7 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
                             const uint64_t *source_lens, const uint32_t *num_positions, const uint32_t *num_records,
                             const skl_batch *batch, uint8_t *codes, uint32_t *row, skl_fault *fault)
 {
-    skl_shape of_row = *shape;
+    skl_shape row_shape = *shape;
     uint64_t total = 0;
     batch->offsets[0] = 0;
     *row = 0;
@@ -50,23 +51,23 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
     for (uint32_t b = 0; b < batch->num_rows; b++) {
         *row = b;
-        of_row.num_positions = num_positions[b];
-        of_row.num_records = num_records[b];
-        if (of_row.num_positions > batch->row_positions || of_row.num_records > batch->num_records - total)
+        row_shape.num_positions = num_positions[b];
+        row_shape.num_records = num_records[b];
+        if (row_shape.num_positions > batch->row_positions || row_shape.num_records > batch->num_records - total)
             return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, batch->row_positions);
         if (b + 1 < batch->num_rows)
             prefetch_row(sources[b + 1], source_lens[b + 1]);
-        if (of_row.num_positions > 0) {
-            skl_status status = skl_decode_records(&of_row, scale_log2, sources[b], source_lens[b], (int64_t)total,
-                                                   batch->offsets + (uint64_t)b * batch->row_positions,
-                                                   batch->token_ids, codes, batch->probs, fault);
-            if (status == SKL_OK)
-                status = fill_tokens(&of_row, sources[b], batch, b, fault);
-            if (status != SKL_OK)
-                return status;
+        if (row_shape.num_positions > 0) {
+            const skl_record_arrays arrays = {.base = (int64_t)total,
+                                              .offsets = batch->offsets + (uint64_t)b * batch->row_positions,
+                                              .token_ids = batch->token_ids,
+                                              .codes = codes,
+                                              .probs = batch->probs};
+            SKL_TRY(skl_decode_records(&row_shape, scale_log2, sources[b], source_lens[b], &arrays, fault));
+            SKL_TRY(fill_tokens(&row_shape, sources[b], batch, b, fault));
         }
-        total += of_row.num_records;
-        pad_row(batch, (uint64_t)b * batch->row_positions, of_row.num_positions);
+        total += row_shape.num_records;
+        pad_row(batch, (uint64_t)b * batch->row_positions, row_shape.num_positions);
     }
     return total == batch->num_records ? SKL_OK : skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, total);
 }

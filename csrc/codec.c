@@ -53,27 +53,27 @@ static int known_shape(const skl_shape *shape)
            shape->num_records <= (uint64_t)shape->num_positions * 65535;
 }
 
-typedef struct columns {
-    uint64_t records, tokens, extras, end; /* byte offsets in the payload; the numbers of records lie at 0 */
-} columns;
+typedef struct payload_layout {
+    uint64_t records, tokens, columns, end; /* byte offsets in the payload; the numbers of records lie at 0 */
+} payload_layout;
 
 /* No overflow: every term is below 2^50. */
-static columns locate(const skl_shape *shape)
+static payload_layout layout_of(const skl_shape *shape)
 {
     const uint64_t positions = shape->num_positions;
-    columns at;
-    at.records = positions * shape->record_count_size;
-    at.tokens = at.records + shape->num_records * record_size(shape);
-    at.extras = at.tokens + (positions + 1) * shape->token_size;
-    at.end = at.extras + positions * 2 * shape->num_columns;
-    return at;
+    payload_layout layout;
+    layout.records = positions * shape->record_count_size;
+    layout.tokens = layout.records + shape->num_records * record_size(shape);
+    layout.columns = layout.tokens + (positions + 1) * shape->token_size;
+    layout.end = layout.columns + positions * 2 * shape->num_columns;
+    return layout;
 }
 
 skl_status skl_payload_size(const skl_shape *shape, uint64_t *size)
 {
     if (!known_shape(shape))
         return SKL_ERR_ARG;
-    *size = locate(shape).end;
+    *size = layout_of(shape).end;
     return SKL_OK;
 }
 
@@ -142,11 +142,8 @@ static skl_status check_records(const skl_shape *shape, const int64_t *offsets, 
     for (uint32_t t = 0; t < shape->num_positions; t++) {
         const int64_t begin = offsets[t];
         const uint64_t n = (uint64_t)(offsets[t + 1] - begin);
-        if (n == 0)
-            continue;
-        const skl_status named = check_position(shape, token_ids + begin, codes + begin, n, t, status, fault);
-        if (named != SKL_OK)
-            return named;
+        if (n > 0)
+            SKL_TRY(check_position(shape, token_ids + begin, codes + begin, n, t, status, fault));
     }
     return SKL_OK;
 }
@@ -162,27 +159,23 @@ static skl_status check_tokens(const skl_shape *shape, const uint32_t *tokens, s
 /* ---- encode -------------------------------------------------------------------------------------------------------- */
 
 skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
-                      const uint8_t *codes, const uint32_t *tokens, const uint16_t *columns_in, uint8_t *dst,
+                      const uint8_t *codes, const uint32_t *tokens, const uint16_t *columns, uint8_t *dst,
                       size_t dst_cap, size_t *written, skl_fault *fault)
 {
     if (!known_shape(shape) || (tokens == NULL) != (shape->token_size == 0) ||
-        (columns_in == NULL) != (shape->num_columns == 0))
+        (columns == NULL) != (shape->num_columns == 0))
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
-    const columns at = locate(shape);
-    if (at.end > dst_cap)
+    const payload_layout layout = layout_of(shape);
+    if (layout.end > dst_cap)
         return SKL_ERR_DST_SMALL;
-    skl_status status = skl_check_offsets(shape->num_positions, offsets, shape->num_records, fault);
-    if (status != SKL_OK)
-        return status;
+    SKL_TRY(skl_check_offsets(shape->num_positions, offsets, shape->num_records, fault));
     skl_seen seen;
     skl_current_kernels()->pack(shape->profile, shape->vocab_size, token_ids, codes, (size_t)shape->num_records,
-                                dst + at.records, &seen);
+                                dst + layout.records, &seen);
     if ((shape->kind == SKL_KIND_COUNTS ? counts_are_bad : ratios_are_bad)(shape, offsets, token_ids, codes, &seen))
-        status = check_records(shape, offsets, token_ids, codes, SKL_ERR_ARG, fault);
-    if (status == SKL_OK && shape->token_size != 0)
-        status = check_tokens(shape, tokens, SKL_ERR_ARG, fault);
-    if (status != SKL_OK)
-        return status;
+        SKL_TRY(check_records(shape, offsets, token_ids, codes, SKL_ERR_ARG, fault));
+    if (shape->token_size != 0)
+        SKL_TRY(check_tokens(shape, tokens, SKL_ERR_ARG, fault));
 
     const uint32_t most = shape->record_count_size == 1 ? 255 : 65535;
     for (uint32_t t = 0; t < shape->num_positions; t++) {
@@ -193,10 +186,10 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
     }
     if (shape->token_size != 0)
         for (uint64_t i = 0; i <= shape->num_positions; i++)
-            store_bytes(dst + at.tokens + i * shape->token_size, tokens[i], shape->token_size);
+            store_bytes(dst + layout.tokens + i * shape->token_size, tokens[i], shape->token_size);
     for (uint64_t i = 0; i < (uint64_t)shape->num_columns * shape->num_positions; i++)
-        store_bytes(dst + at.extras + 2 * i, columns_in[i], 2);
-    *written = (size_t)at.end;
+        store_bytes(dst + layout.columns + 2 * i, columns[i], 2);
+    *written = (size_t)layout.end;
     return SKL_OK;
 }
 
@@ -227,82 +220,89 @@ static skl_status check_padding(const uint8_t *src, size_t begin, size_t end, ui
     return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_PADDING, num_positions, begin);
 }
 
-skl_status skl_decode_records(const skl_shape *shape, uint32_t scale_log2, const uint8_t *src, size_t src_len,
-                              int64_t base, int64_t *offsets, uint32_t *token_ids, uint8_t *codes, float *probs,
-                              skl_fault *fault)
+/* Unpack the records, a window at a time, and count through the positions; *walk and *scan then hold what was seen. */
+static void unpack_records(const skl_shape *shape, const uint8_t *records, const skl_record_arrays *arrays,
+                           skl_starts *walk, skl_scan *scan)
 {
-    if (!known_shape(shape))
-        return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
-    const columns at = locate(shape);
-    if (at.end + 64 > src_len)
-        return SKL_ERR_TRUNCATED;
-    const skl_status padding = check_padding(src, (size_t)at.end, src_len, shape->num_positions, fault);
-    if (padding != SKL_OK)
-        return padding;
-
     const skl_kernels *const kernels = skl_current_kernels();
-    const int counts = shape->kind == SKL_KIND_COUNTS;
-    const int stream = shape->num_records * 5 + shape->num_positions * UINT64_C(8) >= STREAMED;
-    skl_scan scan = {.profile = shape->profile, .vocab_size = shape->vocab_size, .counts = counts, .stream = stream};
-    skl_starts starts = {.numbers = src,
-                         .offsets = offsets,
-                         .base = base,
-                         .num_positions = shape->num_positions,
-                         .record_count_size = shape->record_count_size,
-                         .stream = stream,
-                         .mark = (uint8_t)(counts ? shape->rounds : 1)};
+    uint32_t *const token_ids = arrays->token_ids + arrays->base;
+    uint8_t *const codes = arrays->codes + arrays->base;
+    float *const probs = scan->counts && arrays->probs != NULL ? arrays->probs + arrays->base : NULL;
     _Alignas(64) uint8_t marks[WINDOW];
-    offsets[0] = base;
-    token_ids += base;
-    codes += base;
     for (uint64_t done = 0; done < shape->num_records;) {
         const uint64_t rest = shape->num_records - done;
         size_t n = rest < WINDOW ? (size_t)rest : WINDOW;
         const size_t to_line = (64 - (uintptr_t)(token_ids + done) % 64) % 64 / sizeof *token_ids;
-        if (stream && to_line > 0)
+        if (scan->stream && to_line > 0)
             n = n < to_line ? n : to_line;
-        kernels->mark_starts(&starts, done, n, marks);
-        kernels->unpack(&scan, marks, src + at.records + done * record_size(shape), n, token_ids + done, codes + done);
-        if (counts && probs != NULL)
-            kernels->divide(codes + done, n, shape->rounds, probs + base + done);
+        kernels->mark_starts(walk, done, n, marks);
+        kernels->unpack(scan, marks, records + done * record_size(shape), n, token_ids + done, codes + done);
+        if (probs != NULL)
+            kernels->divide(codes + done, n, shape->rounds, probs + done);
         done += n;
     }
-    /* What is left are positions without records, or the numbers are wrong. */
-    for (; starts.position < shape->num_positions; starts.position++) {
-        starts.place += load_bytes(src + (size_t)starts.position * shape->record_count_size, shape->record_count_size);
-        offsets[starts.position + 1] = base + (int64_t)starts.place;
+    /* Positions without records follow, or the numbers are wrong. */
+    const uint32_t size = shape->record_count_size;
+    for (; walk->position < shape->num_positions; walk->position++) {
+        walk->place += load_bytes(walk->numbers + (size_t)walk->position * size, size);
+        walk->offsets[walk->position + 1] = walk->base + (int64_t)walk->place;
     }
-    if (stream)
+    if (scan->stream)
         kernels->settle();
-    if (starts.place != shape->num_records)
-        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, starts.place);
+}
+
+skl_status skl_decode_records(const skl_shape *shape, uint32_t scale_log2, const uint8_t *src, size_t src_len,
+                              const skl_record_arrays *arrays, skl_fault *fault)
+{
+    if (!known_shape(shape))
+        return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
+    const payload_layout layout = layout_of(shape);
+    if (layout.end + 64 > src_len)
+        return SKL_ERR_TRUNCATED;
+    SKL_TRY(check_padding(src, (size_t)layout.end, src_len, shape->num_positions, fault));
+
+    const int counts = shape->kind == SKL_KIND_COUNTS;
+    const int stream = shape->num_records * 5 + shape->num_positions * UINT64_C(8) >= STREAMED;
+    skl_scan scan = {.profile = shape->profile, .vocab_size = shape->vocab_size, .counts = counts, .stream = stream};
+    skl_starts walk = {.numbers = src,
+                       .offsets = arrays->offsets,
+                       .base = arrays->base,
+                       .num_positions = shape->num_positions,
+                       .record_count_size = shape->record_count_size,
+                       .stream = stream,
+                       .mark = (uint8_t)(counts ? shape->rounds : 1)};
+    arrays->offsets[0] = arrays->base;
+    unpack_records(shape, src + layout.records, arrays, &walk, &scan);
+    if (walk.place != shape->num_records)
+        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, walk.place);
     if (scan.reserved)
-        return name_reserved(offsets, src + at.records, fault);
+        return name_reserved(arrays->offsets, src + layout.records, fault);
     if (scan.bad || scan.left != 0 ||
-        (!counts && skl_expand_from(shape->num_positions, offsets, codes - base, scale_log2, probs)))
-        return check_records(shape, offsets, token_ids - base, codes - base, SKL_ERR_CORRUPT, fault);
+        (!counts &&
+         skl_expand_from(shape->num_positions, arrays->offsets, arrays->codes, scale_log2, arrays->probs)))
+        return check_records(shape, arrays->offsets, arrays->token_ids, arrays->codes, SKL_ERR_CORRUPT, fault);
     return SKL_OK;
 }
 
 uint64_t skl_tokens_offset(const skl_shape *shape)
 {
-    return locate(shape).tokens;
+    return layout_of(shape).tokens;
 }
 
 skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t *offsets,
-                      uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns_out,
+                      uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns,
                       skl_fault *fault)
 {
-    skl_status status = skl_decode_records(shape, 0, src, src_len, 0, offsets, token_ids, codes, NULL, fault);
-    if (status != SKL_OK)
-        return status;
-    const columns at = locate(shape);
+    const skl_record_arrays arrays = {.offsets = offsets, .token_ids = token_ids, .codes = codes};
+    SKL_TRY(skl_decode_records(shape, 0, src, src_len, &arrays, fault));
+    const payload_layout layout = layout_of(shape);
     if (tokens != NULL && shape->token_size != 0) {
-        skl_current_kernels()->widen_tokens(shape->token_size, src + at.tokens, (size_t)shape->num_positions + 1, tokens);
-        status = check_tokens(shape, tokens, SKL_ERR_CORRUPT, fault);
+        const size_t num_tokens = (size_t)shape->num_positions + 1;
+        skl_current_kernels()->widen_tokens(shape->token_size, src + layout.tokens, num_tokens, tokens);
+        SKL_TRY(check_tokens(shape, tokens, SKL_ERR_CORRUPT, fault));
     }
-    if (status == SKL_OK && columns_out != NULL)
+    if (columns != NULL)
         for (uint64_t i = 0; i < (uint64_t)shape->num_columns * shape->num_positions; i++)
-            columns_out[i] = (uint16_t)load_bytes(src + at.extras + 2 * i, 2);
-    return status;
+            columns[i] = (uint16_t)load_bytes(src + layout.columns + 2 * i, 2);
+    return SKL_OK;
 }

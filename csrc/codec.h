@@ -4,13 +4,24 @@
 
 #include "skl.h"
 
-/* codec.c: as skl_decode, but only the records, which go to base and after in token_ids, codes and probs;
- * offsets [num_positions + 1] start at base.  probs: count / rounds, or the weight; NULL: not wanted. */
-skl_status skl_decode_records(const skl_shape *shape, uint32_t scale_log2, const uint8_t *src, size_t src_len,
-                              int64_t base, int64_t *offsets, uint32_t *token_ids, uint8_t *codes, float *probs,
-                              skl_fault *fault);
+/* Where the records of one sequence go.  The arrays are the caller's, who may have several sequences in them: this one's
+ * records begin at base. */
+typedef struct skl_record_arrays {
+    int64_t base;
+    int64_t *offsets;    /* [num_positions + 1]: this sequence's alone, from base on */
+    uint32_t *token_ids; /* [base + num_records] */
+    uint8_t *codes;      /* [base + num_records] */
+    float *probs;        /* [base + num_records]: count / rounds, or the weight; NULL: not wanted */
+} skl_record_arrays;
 
-/* codec.c: where the tokens lie in a payload of a shape that is known. */
+/* As skl_decode, but only the records.
+ *
+ * scale_log2: of the weights, 0..30; without meaning for kind counts, or where probs is NULL.
+ * SKL_OK; SKL_ERR_ARG, SKL_ERR_TRUNCATED or SKL_ERR_CORRUPT with *fault, what is in the arrays is then unspecified. */
+skl_status skl_decode_records(const skl_shape *shape, uint32_t scale_log2, const uint8_t *src, size_t src_len,
+                              const skl_record_arrays *arrays, skl_fault *fault);
+
+/* Where the tokens lie in a payload, in bytes; shape is one that skl_payload_size knows. */
 uint64_t skl_tokens_offset(const skl_shape *shape);
 
 #endif

@@ -41,10 +41,7 @@ skl_status skl_check_distinct(uint32_t num_positions, const int64_t *offsets, co
                               size_t num_keys, skl_fault *fault)
 {
     skl_id_table table = {.position = 0};
-    const skl_status status =
-        skl_check_offsets(num_positions, offsets, (uint64_t)offsets[num_positions], fault);
-    if (status != SKL_OK)
-        return status;
+    SKL_TRY(skl_check_offsets(num_positions, offsets, (uint64_t)offsets[num_positions], fault));
     for (uint32_t t = 0; t < num_positions; t++) {
         uint64_t twice;
         const size_t n = (size_t)(offsets[t + 1] - offsets[t]);

@@ -4,6 +4,15 @@
 
 #include "skl.h"
 
+/* Return what `call` returns, unless that is SKL_OK. */
+#define SKL_TRY(call)                                                                                                 \
+    do {                                                                                                              \
+        const skl_status status_ = (call);                                                                            \
+        if (status_ != SKL_OK)                                                                                        \
+            return status_;                                                                                           \
+    } while (0)
+
+/* Say in *fault what is wrong, and return the status. */
 static inline skl_status skl_fail(skl_status status, skl_fault *fault, skl_reason reason, uint64_t position,
                                   uint64_t value)
 {
@@ -13,7 +22,7 @@ static inline skl_status skl_fail(skl_status status, skl_fault *fault, skl_reaso
     return status;
 }
 
-/* offsets must rise from 0 to num_records; a caller's error otherwise. */
+/* offsets [num_positions + 1] must rise from 0 to num_records.  SKL_OK, or SKL_ERR_ARG with *fault. */
 static inline skl_status skl_check_offsets(uint32_t num_positions, const int64_t *offsets, uint64_t num_records,
                                            skl_fault *fault)
 {

@@ -22,10 +22,10 @@ typedef struct skl_seen {
 } skl_seen;
 
 /* Where a record has its id and code, and for what else one copy of the loop is made. */
-typedef struct layout {
+typedef struct skl_record_format {
     uint32_t size, id_bits;
     int counts, stream;
-} layout;
+} skl_record_format;
 
 /* A pass over the records of a sequence, in as many calls as the caller likes. */
 typedef struct skl_scan {

@@ -15,7 +15,7 @@
 
 /* ---- records ------------------------------------------------------------------------------------------------------- */
 
-SKL_INLINE void unpack_as(layout of, skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n,
+SKL_INLINE void unpack_as(skl_record_format of, skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n,
                           uint32_t *token_ids, uint8_t *codes)
 {
     size_t i = unpack_steps(of, scan, marks, src, n, token_ids, codes);
@@ -46,8 +46,8 @@ static void unpack(skl_scan *scan, const uint8_t *marks, const uint8_t *src, siz
 {
     /* One copy of the loop for each profile, kind and way to store. */
 #define UNPACK(size, id_bits, counts)                                                                                 \
-    (scan->stream ? unpack_as((layout){size, id_bits, counts, 1}, scan, marks, src, n, token_ids, codes)              \
-                  : unpack_as((layout){size, id_bits, counts, 0}, scan, marks, src, n, token_ids, codes))
+    (scan->stream ? unpack_as((skl_record_format){size, id_bits, counts, 1}, scan, marks, src, n, token_ids, codes)              \
+                  : unpack_as((skl_record_format){size, id_bits, counts, 0}, scan, marks, src, n, token_ids, codes))
     if (scan->profile == SKL_PROFILE_R24W)
         UNPACK(3, 18, 1);
     else if (scan->profile == SKL_PROFILE_R24 && scan->counts)

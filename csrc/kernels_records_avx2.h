@@ -90,7 +90,7 @@ SKL_INLINE void check_counts(balance *at, __m256i marks, __m256i codes)
 }
 
 /* Whole steps of 32 records, as above. */
-SKL_INLINE size_t unpack_steps(layout of, skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n,
+SKL_INLINE size_t unpack_steps(skl_record_format of, skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n,
                                uint32_t *token_ids, uint8_t *codes)
 {
     const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);

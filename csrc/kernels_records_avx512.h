@@ -90,7 +90,7 @@ SKL_INLINE void check_counts(balance *at, __m512i marks, __m512i codes)
 
 /* Whole steps of 64 records; returns how many records are done.  The counts of a step are checked beside the unpacking
  * of the next one: a chain of sums by itself would leave the processor waiting. */
-SKL_INLINE size_t unpack_steps(layout of, skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n,
+SKL_INLINE size_t unpack_steps(skl_record_format of, skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n,
                                uint32_t *token_ids, uint8_t *codes)
 {
     const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);

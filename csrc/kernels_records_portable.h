@@ -17,7 +17,7 @@ SKL_INLINE size_t sum_steps(const uint8_t *bytes, size_t n, uint32_t *sum)
     return 0;
 }
 
-SKL_INLINE size_t unpack_steps(layout of, skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n,
+SKL_INLINE size_t unpack_steps(skl_record_format of, skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n,
                                uint32_t *token_ids, uint8_t *codes)
 {
     (void)of, (void)scan, (void)marks, (void)src, (void)n, (void)token_ids, (void)codes;

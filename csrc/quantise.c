@@ -138,10 +138,7 @@ skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const ui
 {
     if (scale_log2 > 30)
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 30);
-    const skl_status status =
-        skl_check_offsets(num_positions, offsets, (uint64_t)offsets[num_positions], fault);
-    if (status != SKL_OK)
-        return status;
+    SKL_TRY(skl_check_offsets(num_positions, offsets, (uint64_t)offsets[num_positions], fault));
     const float scale = (float)(UINT64_C(1) << scale_log2);
     skl_id_table table = {.position = 0};
     int64_t total = 0;

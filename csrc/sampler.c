@@ -144,9 +144,7 @@ skl_status skl_draw(const skl_sampling *s, const void *logits, uint64_t num_logi
                     uint64_t num_records, skl_fault *fault)
 {
     uint64_t per_position = 0;
-    const skl_status status = check_call(s, num_logits, num_scratch, counts, weights, &per_position, fault);
-    if (status != SKL_OK)
-        return status;
+    SKL_TRY(check_call(s, num_logits, num_scratch, counts, weights, &per_position, fault));
     const size_t num_blocks = (s->vocab_size + SKL_BLOCK - 1) / SKL_BLOCK;
     const scratch_view view = cut_scratch(scratch, num_blocks, is_top(s) ? s->k : s->rounds);
     const int importance = s->proposal_temperature != 1.0;
