@@ -107,28 +107,28 @@ static skl_status check_position(const skl_shape *shape, const uint32_t *token_i
  * The pass counts the ids that do not rise over the whole column; at the starts of positions they may.  The two numbers
  * differ iff one does not rise inside a position. */
 static int counts_are_bad(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
-                          const uint8_t *codes, const skl_seen *seen)
+                          const uint8_t *codes, const skl_pack_seen *seen)
 {
-    uint64_t falls = seen->falls;
+    uint64_t not_rising = seen->ids_not_rising;
     for (uint32_t t = 0; t < shape->num_positions; t++) {
         const int64_t begin = offsets[t];
-        falls -= begin > offsets[0] && begin < offsets[t + 1] && token_ids[begin] <= token_ids[begin - 1];
+        not_rising -= begin > offsets[0] && begin < offsets[t + 1] && token_ids[begin] <= token_ids[begin - 1];
     }
-    return falls != 0 || seen->large || seen->zeros ||
+    return not_rising != 0 || seen->large_id || seen->zero_code ||
            skl_current_kernels()->sums_differ(offsets, shape->num_positions, codes, shape->rounds);
 }
 
 /* Whether any position breaks a rule of kind ratios; the pass over the records saw the ids. */
 static int ratios_are_bad(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
-                          const uint8_t *codes, const skl_seen *seen)
+                          const uint8_t *codes, const skl_pack_seen *seen)
 {
-    uint32_t bad = seen->large;
+    uint32_t bad = seen->large_id;
     for (uint32_t t = 0; t < shape->num_positions; t++) {
-        uint32_t v = SKL_RATIO_ONE, before = 0;
+        uint32_t v = SKL_RATIO_ONE, last_id = 0;
         for (int64_t i = offsets[t]; i < offsets[t + 1]; i++) {
             const uint32_t same_weight = codes[i] == 0 && i > offsets[t];
-            bad |= (codes[i] > 127) | (same_weight & (token_ids[i] <= before));
-            before = token_ids[i];
+            bad |= (codes[i] > 127) | (same_weight & (token_ids[i] <= last_id));
+            last_id = token_ids[i];
             v = skl_ratio_step(v, codes[i]); /* once 0, always 0 */
         }
         bad |= v == 0;
@@ -169,7 +169,7 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
     if (layout.end > dst_cap)
         return SKL_ERR_DST_SMALL;
     SKL_TRY(skl_check_offsets(shape->num_positions, offsets, shape->num_records, fault));
-    skl_seen seen;
+    skl_pack_seen seen;
     skl_current_kernels()->pack(shape->profile, shape->vocab_size, token_ids, codes, (size_t)shape->num_records,
                                 dst + layout.records, &seen);
     if ((shape->kind == SKL_KIND_COUNTS ? counts_are_bad : ratios_are_bad)(shape, offsets, token_ids, codes, &seen))
@@ -195,7 +195,7 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
 
 /* ---- decode -------------------------------------------------------------------------------------------------------- */
 
-#define WINDOW 8192u            /* records unpacked at a time; their marks stay in the first-level cache */
+#define WINDOW 8192u            /* records unpacked at a time; their begin_marks stay in the first-level cache */
 #define STREAMED (UINT64_C(1) << 24) /* bytes of results from which on they would push all else out of the caches */
 
 static skl_status name_reserved(const int64_t *offsets, const uint8_t *records, skl_fault *fault)
@@ -222,21 +222,21 @@ static skl_status check_padding(const uint8_t *src, size_t begin, size_t end, ui
 
 /* Unpack the records, a window at a time, and count through the positions; *walk and *scan then hold what was seen. */
 static void unpack_records(const skl_shape *shape, const uint8_t *records, const skl_record_arrays *arrays,
-                           skl_starts *walk, skl_scan *scan)
+                           skl_position_walk *walk, skl_scan *scan)
 {
     const skl_kernels *const kernels = skl_current_kernels();
     uint32_t *const token_ids = arrays->token_ids + arrays->base;
     uint8_t *const codes = arrays->codes + arrays->base;
     float *const probs = scan->counts && arrays->probs != NULL ? arrays->probs + arrays->base : NULL;
-    _Alignas(64) uint8_t marks[WINDOW];
+    _Alignas(64) uint8_t begin_marks[WINDOW];
     for (uint64_t done = 0; done < shape->num_records;) {
         const uint64_t rest = shape->num_records - done;
         size_t n = rest < WINDOW ? (size_t)rest : WINDOW;
         const size_t to_line = (64 - (uintptr_t)(token_ids + done) % 64) % 64 / sizeof *token_ids;
         if (scan->stream && to_line > 0)
             n = n < to_line ? n : to_line;
-        kernels->mark_starts(walk, done, n, marks);
-        kernels->unpack(scan, marks, records + done * record_size(shape), n, token_ids + done, codes + done);
+        kernels->mark_begins(walk, done, n, begin_marks);
+        kernels->unpack(scan, begin_marks, records + done * record_size(shape), n, token_ids + done, codes + done);
         if (probs != NULL)
             kernels->divide(codes + done, n, shape->rounds, probs + done);
         done += n;
@@ -244,8 +244,8 @@ static void unpack_records(const skl_shape *shape, const uint8_t *records, const
     /* Positions without records follow, or the numbers are wrong. */
     const uint32_t size = shape->record_count_size;
     for (; walk->position < shape->num_positions; walk->position++) {
-        walk->place += load_bytes(walk->numbers + (size_t)walk->position * size, size);
-        walk->offsets[walk->position + 1] = walk->base + (int64_t)walk->place;
+        walk->next_begin += load_bytes(walk->numbers + (size_t)walk->position * size, size);
+        walk->offsets[walk->position + 1] = walk->base + (int64_t)walk->next_begin;
     }
     if (scan->stream)
         kernels->settle();
@@ -264,20 +264,20 @@ skl_status skl_decode_records(const skl_shape *shape, uint32_t scale_log2, const
     const int counts = shape->kind == SKL_KIND_COUNTS;
     const int stream = shape->num_records * 5 + shape->num_positions * UINT64_C(8) >= STREAMED;
     skl_scan scan = {.profile = shape->profile, .vocab_size = shape->vocab_size, .counts = counts, .stream = stream};
-    skl_starts walk = {.numbers = src,
+    skl_position_walk walk = {.numbers = src,
                        .offsets = arrays->offsets,
                        .base = arrays->base,
                        .num_positions = shape->num_positions,
                        .record_count_size = shape->record_count_size,
                        .stream = stream,
-                       .mark = (uint8_t)(counts ? shape->rounds : 1)};
+                       .begin_mark = (uint8_t)(counts ? shape->rounds : 1)};
     arrays->offsets[0] = arrays->base;
     unpack_records(shape, src + layout.records, arrays, &walk, &scan);
-    if (walk.place != shape->num_records)
-        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, walk.place);
+    if (walk.next_begin != shape->num_records)
+        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, walk.next_begin);
     if (scan.reserved)
         return name_reserved(arrays->offsets, src + layout.records, fault);
-    if (scan.bad || scan.left != 0 ||
+    if (scan.bad || scan.rounds_left != 0 ||
         (!counts &&
          skl_expand_from(shape->num_positions, arrays->offsets, arrays->codes, scale_log2, arrays->probs)))
         return check_records(shape, arrays->offsets, arrays->token_ids, arrays->codes, SKL_ERR_CORRUPT, fault);

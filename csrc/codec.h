@@ -4,8 +4,8 @@
 
 #include "skl.h"
 
-/* Where the records of one sequence go.  The arrays are the caller's, who may have several sequences in them: this one's
- * records begin at base. */
+/* Where the records of one sequence go.  The arrays are the caller's, who may have several sequences in them: the
+ * records of this one begin at base. */
 typedef struct skl_record_arrays {
     int64_t base;
     int64_t *offsets;    /* [num_positions + 1]: this sequence's alone, from base on */

@@ -15,40 +15,40 @@
 #define SKL_LITTLE_ENDIAN (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
 
 /* What a pass over ids and codes to pack saw. */
-typedef struct skl_seen {
-    uint32_t large; /* an id is not below vocab_size */
-    uint32_t zeros; /* a code is 0 */
-    uint64_t falls; /* ids that are not above the id before them, positions not regarded */
-} skl_seen;
+typedef struct skl_pack_seen {
+    uint32_t large_id;       /* an id is not below vocab_size */
+    uint32_t zero_code;      /* a code is 0 */
+    uint64_t ids_not_rising; /* how many ids are not above the id before them, positions not regarded */
+} skl_pack_seen;
 
-/* Where a record has its id and code, and for what else one copy of the loop is made. */
+/* Where a record has its id and code, and for what else one copy of a loop is made. */
 typedef struct skl_record_format {
     uint32_t size, id_bits;
-    int counts, stream;
+    int counts, stream; /* as in skl_scan */
 } skl_record_format;
 
 /* A pass over the records of a sequence, in as many calls as the caller likes. */
 typedef struct skl_scan {
     uint32_t profile, vocab_size;
-    int counts;        /* kind counts; else ratios */
-    int stream;        /* results go past the caches; token_ids is then on a cache line */
-    uint32_t before;   /* where the pass stands: the id before, and what the counts of */
-    uint64_t left;     /* the open position have not taken of its rounds; 0 at first */
-    uint32_t reserved; /* what it saw: a bit that must be 0 is set */
-    uint32_t bad;      /* a record or position breaks a rule of SPEC.md section 4, but that no weight may reach 0 */
+    int counts;           /* kind counts; else ratios */
+    int stream;           /* results go past the caches; token_ids is then on a cache line */
+    uint32_t last_id;     /* where the pass stands: the id of the record before */
+    uint64_t rounds_left; /* and what the open position's counts have not taken of its rounds; 0 at first */
+    uint32_t reserved;    /* what it saw: a bit that must be 0 is set */
+    uint32_t bad;         /* a record or position breaks a rule of SPEC.md section 4, but that no weight may reach 0 */
 } skl_scan;
 
 /* A pass over the numbers of records, beside it. */
-typedef struct skl_starts {
-    const uint8_t *numbers;     /* [num_positions], of record_count_size bytes each */
-    int64_t *offsets;           /* [num_positions + 1], the first is base */
+typedef struct skl_position_walk {
+    const uint8_t *numbers; /* [num_positions], of record_count_size bytes each */
+    int64_t *offsets;       /* [num_positions + 1], the first is base */
     int64_t base;
-    uint64_t place;             /* where the pass stands: the record that position begins with; 0 at first */
-    uint32_t position;
+    uint64_t next_begin; /* where the pass stands: the record that the next position begins with */
+    uint32_t position;   /* and that position's number; both 0 at first */
     uint32_t num_positions, record_count_size;
     int stream;
-    uint8_t mark;
-} skl_starts;
+    uint8_t begin_mark; /* of a record that begins a position: for counts its rounds, for ratios 1 */
+} skl_position_walk;
 
 /* Every table gives the same bits for the same input; kernels_portable.c writes the arithmetic out.
  *
@@ -70,14 +70,14 @@ typedef struct skl_kernels {
     void (*group_totals)(const float *e, double *totals);
     /* n ids and codes to records of a profile; with anything that is seen, the records have no meaning. */
     void (*pack)(uint32_t profile, uint32_t vocab_size, const uint32_t *token_ids, const uint8_t *codes, size_t n,
-                 uint8_t *dst, skl_seen *seen);
+                 uint8_t *dst, skl_pack_seen *seen);
     /* Whether the counts of any position that has some sum to something else than rounds. */
     int (*sums_differ)(const int64_t *offsets, uint32_t num_positions, const uint8_t *codes, uint32_t rounds);
-    /* Marks [n] of the records first and after: starts->mark where a position begins, else 0; and its offset. */
-    void (*mark_starts)(skl_starts *starts, uint64_t first, size_t n, uint8_t *marks);
-    /* n records to ids and codes; marks [n] are 0 but where a position begins, for counts its rounds.  At least 64
-     * bytes after the records are readable. */
-    void (*unpack)(skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n, uint32_t *token_ids,
+    /* Begin marks [n] of the records first and after: walk->begin_mark where a position begins, else 0; and the
+     * offsets of these positions. */
+    void (*mark_begins)(skl_position_walk *walk, uint64_t first, size_t n, uint8_t *begin_marks);
+    /* n records to ids and codes, with their begin marks [n].  At least 64 bytes after the records are readable. */
+    void (*unpack)(skl_scan *scan, const uint8_t *begin_marks, const uint8_t *src, size_t n, uint32_t *token_ids,
                    uint8_t *codes);
     /* After the last call that streams. */
     void (*settle)(void);

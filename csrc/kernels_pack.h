@@ -10,21 +10,21 @@
 #include <string.h>
 
 SKL_INLINE void pack_as(uint32_t size, uint32_t id_bits, uint32_t vocab_size, const uint32_t *token_ids,
-                        const uint8_t *codes, size_t n, uint8_t *dst, skl_seen *seen)
+                        const uint8_t *codes, size_t n, uint8_t *dst, skl_pack_seen *seen)
 {
     size_t i = pack_steps(size, id_bits, vocab_size, token_ids, codes, n, dst, seen);
     for (; i < n; i++) {
         const uint32_t record = token_ids[i] | (uint32_t)codes[i] << id_bits;
-        seen->large |= token_ids[i] >= vocab_size;
-        seen->zeros |= codes[i] == 0;
-        seen->falls += i > 0 && token_ids[i] <= token_ids[i - 1];
+        seen->large_id |= token_ids[i] >= vocab_size;
+        seen->zero_code |= codes[i] == 0;
+        seen->ids_not_rising += i > 0 && token_ids[i] <= token_ids[i - 1];
         for (uint32_t byte = 0; byte < size; byte++)
             dst[size * i + byte] = (uint8_t)(record >> (8 * byte));
     }
 }
 
 static void pack(uint32_t profile, uint32_t vocab_size, const uint32_t *token_ids, const uint8_t *codes, size_t n,
-                 uint8_t *dst, skl_seen *seen)
+                 uint8_t *dst, skl_pack_seen *seen)
 {
     memset(seen, 0, sizeof *seen);
     /* One copy of the loop for each profile. */

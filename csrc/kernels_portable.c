@@ -19,24 +19,11 @@
  * (before 2013) the C library computes it, correctly and slowly.  No other operation is ever fused
  * (-ffp-contract=off). */
 #define SKL_KERNELS_PORTABLE /* what kernels_table.h makes of this file */
+#include "bits.h"
 #include "kernels.h"
 
 #include <math.h>
 #include <string.h>
-
-SKL_INLINE float as_float(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-SKL_INLINE uint32_t as_bits(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
 
 /* float16 to float32 in integers but for one exact subtraction, which normalises what was subnormal. */
 SKL_INLINE float half_to_float(uint16_t half)
@@ -45,9 +32,9 @@ SKL_INLINE float half_to_float(uint16_t half)
     const uint32_t exponent = magnitude & 0x0f800000u;
     const uint32_t special = exponent == 0x0f800000u ? 0x38000000u : 0u;
     const uint32_t rebased = magnitude + 0x38000000u + special;
-    const float subnormal = as_float(rebased + 0x00800000u) - as_float(0x38800000u);
-    const uint32_t bits = exponent == 0 ? as_bits(subnormal) : rebased;
-    return as_float(bits | (uint32_t)(half & 0x8000u) << 16);
+    const float subnormal = skl_bits_float(rebased + 0x00800000u) - skl_bits_float(0x38800000u);
+    const uint32_t bits = exponent == 0 ? skl_float_bits(subnormal) : rebased;
+    return skl_bits_float(bits | (uint32_t)(half & 0x8000u) << 16);
 }
 
 /* Logit i of a row, which need not be aligned. */
@@ -60,7 +47,7 @@ SKL_INLINE float load(uint32_t dtype, const void *row, size_t i)
         return value;
     }
     memcpy(&half, (const unsigned char *)row + 2 * i, sizeof half);
-    return dtype == SKL_DTYPE_BFLOAT16 ? as_float((uint32_t)half << 16) : half_to_float(half);
+    return dtype == SKL_DTYPE_BFLOAT16 ? skl_bits_float((uint32_t)half << 16) : half_to_float(half);
 }
 
 /* The integer n + 126 stands in the low bits of z, so that p carries a factor of 2; the comparisons are false for NaN,
@@ -78,7 +65,7 @@ SKL_INLINE float exponential(float x, float scale, float offset)
     p = fmaf(p, f, 0x1.ebf918p-2f);
     p = fmaf(p, f, 0x1.62e428p+0f);
     p = fmaf(p, f, 2.0f);
-    return p * as_float(as_bits(z) << 23);
+    return p * skl_bits_float(skl_float_bits(z) << 23);
 }
 
 SKL_INLINE void widen_as(uint32_t dtype, const void *row, size_t n, float *values)
@@ -96,13 +83,13 @@ SKL_INLINE void exponentials_as(uint32_t dtype, const void *row, size_t n, float
 /* Largest of a block, -inf in place of NaN; order does not matter to it. */
 SKL_INLINE float largest(const float *values)
 {
-    float left[SKL_BLOCK];
+    float candidates[SKL_BLOCK];
     for (size_t i = 0; i < SKL_BLOCK; i++)
-        left[i] = values[i] > -INFINITY ? values[i] : -INFINITY;
+        candidates[i] = values[i] > -INFINITY ? values[i] : -INFINITY;
     for (size_t width = SKL_BLOCK / 2; width > 0; width /= 2)
         for (size_t i = 0; i < width; i++)
-            left[i] = left[i + width] > left[i] ? left[i + width] : left[i];
-    return left[0];
+            candidates[i] = candidates[i + width] > candidates[i] ? candidates[i + width] : candidates[i];
+    return candidates[0];
 }
 
 SKL_INLINE float sum_lanes(const float *e)

@@ -8,34 +8,34 @@
 #error "compile with -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 #endif
 
-/* 16 records at a time; returns how many are done. */
+/* 16 records at a time. */
 SKL_INLINE size_t pack_steps(uint32_t size, uint32_t id_bits, uint32_t vocab_size, const uint32_t *token_ids,
-                               const uint8_t *codes, size_t n, uint8_t *dst, skl_seen *seen)
+                             const uint8_t *codes, size_t n, uint8_t *dst, skl_pack_seen *seen)
 {
     const __m512i bytes = _mm512_broadcast_i32x4(
         _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
     const __m512i gather = _mm512_setr_epi32(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 15, 15, 15, 15);
     const __m512i last_id = _mm512_set1_epi32((int)(vocab_size - 1));
-    __m512i before = _mm512_setzero_si512();
-    __mmask16 large = 0, zeros = 0;
+    __m512i ids_before = _mm512_setzero_si512();
+    __mmask16 large_ids = 0, zero_codes = 0;
     size_t i = 0;
     for (; i + 16 <= n; i += 16) {
         const __m512i ids = _mm512_loadu_si512(token_ids + i);
-        const __m512i values = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(codes + i)));
-        const __m512i records = _mm512_or_si512(ids, _mm512_slli_epi32(values, id_bits));
-        const uint32_t falls = _mm512_cmple_epu32_mask(ids, _mm512_alignr_epi32(ids, before, 15));
-        seen->falls += (uint64_t)__builtin_popcount(i == 0 ? falls & ~UINT32_C(1) : falls);
-        large = (__mmask16)(large | _mm512_cmpgt_epu32_mask(ids, last_id));
-        zeros = (__mmask16)(zeros | _mm512_testn_epi32_mask(values, values));
-        before = ids;
+        const __m512i wide_codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(codes + i)));
+        const __m512i records = _mm512_or_si512(ids, _mm512_slli_epi32(wide_codes, id_bits));
+        const uint32_t not_rising = _mm512_cmple_epu32_mask(ids, _mm512_alignr_epi32(ids, ids_before, 15));
+        seen->ids_not_rising += (uint64_t)__builtin_popcount(i == 0 ? not_rising & ~UINT32_C(1) : not_rising);
+        large_ids = (__mmask16)(large_ids | _mm512_cmpgt_epu32_mask(ids, last_id));
+        zero_codes = (__mmask16)(zero_codes | _mm512_testn_epi32_mask(wide_codes, wide_codes));
+        ids_before = ids;
         if (size == 4)
             _mm512_storeu_si512(dst + 4 * i, records);
         else
             _mm512_mask_storeu_epi32(dst + 3 * i, 0x0fff,
                                      _mm512_permutexvar_epi32(gather, _mm512_shuffle_epi8(records, bytes)));
     }
-    seen->large |= large != 0;
-    seen->zeros |= zeros != 0;
+    seen->large_id |= large_ids != 0;
+    seen->zero_code |= zero_codes != 0;
     return i;
 }
 
@@ -66,82 +66,91 @@ SKL_INLINE __m512i widen_threes(const uint8_t *src)
     return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(spread, _mm512_loadu_si512(src)), bytes);
 }
 
-typedef struct balance {
-    __m512i left, negative; /* before the vector, in each 64 bits; bytes of all sums so far */
-    __mmask64 open;         /* positions that started before the one before them was complete */
-} balance;
+/* What kernels_x86.h tells of: the rounds that the open position has left before the next records. */
+typedef struct count_sums {
+    __m512i rounds_left; /* in each 64 bits */
+    __m512i negative;    /* bytes of all that was left so far, ored: a set sign shows one that did not lie in 0..127 */
+    __mmask64 open;      /* positions that began before the one before them was complete */
+} count_sums;
 
-SKL_INLINE void check_counts(balance *at, __m512i marks, __m512i codes)
+SKL_INLINE void check_counts(count_sums *sums, __m512i begin_marks, __m512i codes)
 {
     const __m512i none = _mm512_setzero_si512();
     const __m512i low_bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 8, 8, 8, 8, 8, 8, 8, 8));
     const __m512i inside =
-        _mm512_mullo_epi64(_mm512_sub_epi64(marks, codes), _mm512_set1_epi64(0x0101010101010101));
-    const __m512i eights = _mm512_sub_epi64(_mm512_sad_epu8(marks, none), _mm512_sad_epu8(codes, none));
+        _mm512_mullo_epi64(_mm512_sub_epi64(begin_marks, codes), _mm512_set1_epi64(0x0101010101010101));
+    const __m512i eights = _mm512_sub_epi64(_mm512_sad_epu8(begin_marks, none), _mm512_sad_epu8(codes, none));
     __m512i upto = _mm512_add_epi64(eights, _mm512_alignr_epi64(eights, none, 7));
     upto = _mm512_add_epi64(upto, _mm512_alignr_epi64(upto, none, 6));
     upto = _mm512_add_epi64(upto, _mm512_alignr_epi64(upto, none, 4));
-    const __m512i base = _mm512_add_epi64(at->left, _mm512_sub_epi64(upto, eights));
-    const __m512i left = _mm512_add_epi64(inside, _mm512_shuffle_epi8(base, low_bytes));
-    at->open |= _mm512_mask_cmpneq_epi8_mask(_mm512_test_epi8_mask(marks, marks), _mm512_add_epi8(left, codes), marks);
-    at->negative = _mm512_or_si512(at->negative, left);
-    at->left = _mm512_add_epi64(at->left, _mm512_permutexvar_epi64(_mm512_set1_epi64(7), upto));
+    const __m512i left_before = _mm512_add_epi64(sums->rounds_left, _mm512_sub_epi64(upto, eights));
+    const __m512i left_after = _mm512_add_epi64(inside, _mm512_shuffle_epi8(left_before, low_bytes));
+    const __mmask64 begins = _mm512_test_epi8_mask(begin_marks, begin_marks);
+    sums->open |= _mm512_mask_cmpneq_epi8_mask(begins, _mm512_add_epi8(left_after, codes), begin_marks);
+    sums->negative = _mm512_or_si512(sums->negative, left_after);
+    sums->rounds_left = _mm512_add_epi64(sums->rounds_left, _mm512_permutexvar_epi64(_mm512_set1_epi64(7), upto));
 }
 
-/* Whole steps of 64 records; returns how many records are done.  The counts of a step are checked beside the unpacking
- * of the next one: a chain of sums by itself would leave the processor waiting. */
-SKL_INLINE size_t unpack_steps(skl_record_format of, skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n,
-                               uint32_t *token_ids, uint8_t *codes)
+SKL_INLINE void store_ids(int stream, uint32_t *to, __m512i ids)
+{
+    if (stream)
+        _mm512_stream_si512((__m512i *)(void *)to, ids);
+    else
+        _mm512_storeu_si512(to, ids);
+}
+
+/* Whole steps of 64 records.  The counts of a step are checked beside the unpacking of the next one: a chain of sums by
+ * itself would leave the processor waiting. */
+SKL_INLINE size_t unpack_steps(skl_record_format format, skl_scan *scan, const uint8_t *begin_marks,
+                               const uint8_t *src, size_t n, uint32_t *token_ids, uint8_t *codes)
 {
     const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i id_mask = _mm512_set1_epi32((int)((UINT32_C(1) << of.id_bits) - 1)), none = _mm512_setzero_si512();
-    __m512i ids = _mm512_set1_epi32((int)scan->before), largest = none, smallest = _mm512_set1_epi8(-1);
-    __m512i reserved = none, marks_before = none, codes_before = none;
-    balance sums = {_mm512_set1_epi64((long long)scan->left), none, 0};
+    const __m512i id_mask = _mm512_set1_epi32((int)((UINT32_C(1) << format.id_bits) - 1));
+    const __m512i none = _mm512_setzero_si512();
+    __m512i ids = _mm512_set1_epi32((int)scan->last_id), largest = none, smallest = _mm512_set1_epi8(-1);
+    __m512i reserved = none, last_marks = none, last_codes = none;
+    count_sums sums = {_mm512_set1_epi64((long long)scan->rounds_left), none, 0};
     __mmask64 unordered = 0;
     size_t i = 0;
     for (; i + STEP <= n; i += STEP) {
-        __m512i values[4];
-        __mmask16 falls[4];
-        for (size_t ahead = 0; ahead < of.size; ahead++)
-            __builtin_prefetch(src + of.size * i + RECORDS_AHEAD + 64 * ahead);
+        __m512i wide_codes[4];
+        __mmask16 not_rising[4];
+        for (size_t ahead = 0; ahead < format.size; ahead++)
+            __builtin_prefetch(src + format.size * i + RECORDS_AHEAD + 64 * ahead);
 #pragma GCC unroll 4
         for (size_t j = 0; j < 4; j++) {
-            const uint8_t *const from = src + of.size * (i + 16 * j);
-            const __m512i records = of.size == 3 ? widen_threes(from) : _mm512_loadu_si512(from);
-            const __m512i before = ids;
+            const uint8_t *const from = src + format.size * (i + 16 * j);
+            const __m512i records = format.size == 3 ? widen_threes(from) : _mm512_loadu_si512(from);
+            const __m512i ids_before = ids;
             ids = _mm512_and_si512(records, id_mask);
-            values[j] = _mm512_srli_epi32(of.size == 3 ? records : _mm512_slli_epi32(records, 1),
-                                          of.size == 3 ? of.id_bits : 25);
-            falls[j] = _mm512_cmple_epi32_mask(ids, _mm512_alignr_epi32(ids, before, 15));
+            wide_codes[j] = _mm512_srli_epi32(format.size == 3 ? records : _mm512_slli_epi32(records, 1),
+                                              format.size == 3 ? format.id_bits : 25);
+            not_rising[j] = _mm512_cmple_epi32_mask(ids, _mm512_alignr_epi32(ids, ids_before, 15));
             largest = _mm512_max_epu32(largest, ids);
             reserved = _mm512_or_si512(reserved, records);
-            if (of.stream)
-                _mm512_stream_si512((__m512i *)(void *)(token_ids + i + 16 * j), ids);
-            else
-                _mm512_storeu_si512(token_ids + i + 16 * j, ids);
+            store_ids(format.stream, token_ids + i + 16 * j, ids);
         }
-        const __m512i these = _mm512_permutexvar_epi32(
-            in_order, _mm512_packus_epi16(_mm512_packus_epi32(values[0], values[1]),
-                                          _mm512_packus_epi32(values[2], values[3])));
-        const __m512i these_marks = _mm512_loadu_si512(marks + i);
-        _mm512_storeu_si512(codes + i, these);
-        __mmask64 inside = _mm512_testn_epi8_mask(these_marks, these_marks);
-        if (of.counts) {
-            check_counts(&sums, marks_before, codes_before);
-            marks_before = these_marks;
-            codes_before = these;
-            smallest = _mm512_min_epu8(smallest, these);
+        const __m512i step_codes = _mm512_permutexvar_epi32(
+            in_order, _mm512_packus_epi16(_mm512_packus_epi32(wide_codes[0], wide_codes[1]),
+                                          _mm512_packus_epi32(wide_codes[2], wide_codes[3])));
+        const __m512i step_marks = _mm512_loadu_si512(begin_marks + i);
+        _mm512_storeu_si512(codes + i, step_codes);
+        __mmask64 inside = _mm512_testn_epi8_mask(step_marks, step_marks);
+        if (format.counts) {
+            check_counts(&sums, last_marks, last_codes);
+            last_marks = step_marks;
+            last_codes = step_codes;
+            smallest = _mm512_min_epu8(smallest, step_codes);
         } else { /* ids need not rise where the weight falls */
-            inside &= _mm512_testn_epi8_mask(these, these);
+            inside &= _mm512_testn_epi8_mask(step_codes, step_codes);
         }
-        unordered |= inside & _mm512_kunpackd(_mm512_kunpackw(falls[3], falls[2]),
-                                              _mm512_kunpackw(falls[1], falls[0]));
+        unordered |= inside & _mm512_kunpackd(_mm512_kunpackw(not_rising[3], not_rising[2]),
+                                              _mm512_kunpackw(not_rising[1], not_rising[0]));
     }
-    check_counts(&sums, marks_before, codes_before);
-    scan->left = (uint64_t)_mm_cvtsi128_si64(_mm512_castsi512_si128(sums.left));
-    scan->before = (uint32_t)_mm_extract_epi32(_mm512_extracti32x4_epi32(ids, 3), 3);
-    scan->reserved |= of.size == 4 && _mm512_movepi32_mask(reserved) != 0;
+    check_counts(&sums, last_marks, last_codes);
+    scan->rounds_left = (uint64_t)_mm_cvtsi128_si64(_mm512_castsi512_si128(sums.rounds_left));
+    scan->last_id = (uint32_t)_mm_extract_epi32(_mm512_extracti32x4_epi32(ids, 3), 3);
+    scan->reserved |= format.size == 4 && _mm512_movepi32_mask(reserved) != 0;
     scan->bad |= unordered != 0 || sums.open != 0 || _mm512_movepi8_mask(sums.negative) != 0 ||
                  _mm512_testn_epi8_mask(smallest, smallest) != 0 ||
                  _mm512_cmpge_epu32_mask(largest, _mm512_set1_epi32((int)scan->vocab_size)) != 0;

@@ -5,7 +5,7 @@
 #include "kernels.h"
 
 SKL_INLINE size_t pack_steps(uint32_t size, uint32_t id_bits, uint32_t vocab_size, const uint32_t *token_ids,
-                             const uint8_t *codes, size_t n, uint8_t *dst, skl_seen *seen)
+                             const uint8_t *codes, size_t n, uint8_t *dst, skl_pack_seen *seen)
 {
     (void)size, (void)id_bits, (void)vocab_size, (void)token_ids, (void)codes, (void)n, (void)dst, (void)seen;
     return 0;
@@ -17,10 +17,10 @@ SKL_INLINE size_t sum_steps(const uint8_t *bytes, size_t n, uint32_t *sum)
     return 0;
 }
 
-SKL_INLINE size_t unpack_steps(skl_record_format of, skl_scan *scan, const uint8_t *marks, const uint8_t *src, size_t n,
-                               uint32_t *token_ids, uint8_t *codes)
+SKL_INLINE size_t unpack_steps(skl_record_format format, skl_scan *scan, const uint8_t *begin_marks,
+                               const uint8_t *src, size_t n, uint32_t *token_ids, uint8_t *codes)
 {
-    (void)of, (void)scan, (void)marks, (void)src, (void)n, (void)token_ids, (void)codes;
+    (void)format, (void)scan, (void)begin_marks, (void)src, (void)n, (void)token_ids, (void)codes;
     return 0;
 }
 

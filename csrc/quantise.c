@@ -50,11 +50,11 @@ static inline float height(float value)
     return 1024.0f * ((float)(int32_t)(bits >> 23) + log2);
 }
 
-/* Between the codes q and q + 1 the border is half way, q^2 + q + 1/2 below v: (q + 1/2)^2, and a quarter that the
- * caller takes off. */
-static float guess_code(float fall)
+/* The code of a weight that lies `drop` below v.  Between the codes q and q + 1 the border is half way, q^2 + q + 1/2
+ * below v: (q + 1/2)^2, and a quarter that the caller takes off. */
+static float guess_code(float drop)
 {
-    const float root = sqrtf(fall > 0.0f ? fall : 0.0f);
+    const float root = sqrtf(drop > 0.0f ? drop : 0.0f);
     return root < 126.0f ? (root + 0x1.8p23f) - 0x1.8p23f : 126.0f; /* to the nearest integer */
 }
 

@@ -201,14 +201,15 @@ static void test_moved_counts(void)
 }
 
 /* What a table's pass over one stretch of records sees. */
-static skl_scan scan_with(const char *table, const uint8_t *marks, const uint8_t *records, size_t n, uint32_t rounds)
+static skl_scan scan_with(const char *table, const uint8_t *begin_marks, const uint8_t *records, size_t n,
+                          uint32_t rounds)
 {
     skl_scan scan = {.profile = SKL_PROFILE_R32, .vocab_size = 1u << 24, .counts = rounds != 0};
     uint32_t *ids = room(n * sizeof *ids);
     uint8_t *codes = room(n);
     CHECK(skl_use_kernels(table) == SKL_OK);
-    skl_current_kernels()->unpack(&scan, marks, records, n, ids, codes);
-    CHECK(scan.before == ids[n - 1]);
+    skl_current_kernels()->unpack(&scan, begin_marks, records, n, ids, codes);
+    CHECK(scan.last_id == ids[n - 1]);
     free(ids);
     free(codes);
     return scan;
@@ -220,32 +221,32 @@ static void test_sums(void)
 {
     static const int32_t wrong[] = {0, 1, -1, 2, 127, 128, 254, 255, 256, 257, 510, 511, 512};
     for (uint32_t round = 0; round < 6000; round++) {
-        const uint32_t rounds = 1 + draw(127), wanted = draw(40), of = 1 + draw(4);
-        uint8_t marks[700] = {0}, records[4 * 700 + PADDING] = {0};
+        const uint32_t rounds = 1 + draw(127), wanted = draw(40), one_in = 1 + draw(4);
+        uint8_t begin_marks[700] = {0}, records[4 * 700 + PADDING] = {0};
         const int32_t off_by = wrong[round % (sizeof wrong / sizeof wrong[0])];
         size_t n = 0;
         int sound = 1;
         for (uint32_t t = 0; t < 41 && n < 600; t++) {
-            int32_t left = (int32_t)rounds;
-            if (t == wanted && left + off_by > 0) {
-                left += off_by;
+            int32_t rounds_left = (int32_t)rounds;
+            if (t == wanted && rounds_left + off_by > 0) {
+                rounds_left += off_by;
                 sound = off_by == 0;
             }
-            marks[n] = (uint8_t)rounds;
-            for (uint32_t i = 0; left > 0; i++, n++) {
-                const int32_t most = left < 127 ? left : 127;
-                const int32_t code = draw(of) == 0 || i > 60 ? most : 1 + (int32_t)draw((uint32_t)most);
+            begin_marks[n] = (uint8_t)rounds;
+            for (uint32_t i = 0; rounds_left > 0; i++, n++) {
+                const int32_t most = rounds_left < 127 ? rounds_left : 127;
+                const int32_t code = draw(one_in) == 0 || i > 60 ? most : 1 + (int32_t)draw((uint32_t)most);
                 records[4 * n] = (uint8_t)i;
                 records[4 * n + 3] = (uint8_t)code;
-                left -= code;
+                rounds_left -= code;
             }
         }
         for (size_t i = 0; i < NUM_TABLES; i++) {
             if (skl_use_kernels(tables[i]) != SKL_OK)
                 continue;
-            const skl_scan scan = scan_with(tables[i], marks, records, n, rounds);
-            CHECK(!sound || (scan.bad == 0 && scan.left == 0 && scan.reserved == 0));
-            CHECK(sound || scan.bad != 0 || scan.left != 0);
+            const skl_scan scan = scan_with(tables[i], begin_marks, records, n, rounds);
+            CHECK(!sound || (scan.bad == 0 && scan.rounds_left == 0 && scan.reserved == 0));
+            CHECK(sound || scan.bad != 0 || scan.rounds_left != 0);
             CHECK(sound || off_by < 0 || scan.bad != 0);
         }
     }

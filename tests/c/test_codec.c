@@ -89,27 +89,27 @@ static sequence random_sequence(skl_shape shape)
         shape.num_records += numbers[t];
     }
     sequence s = empty_sequence(shape);
-    int64_t at = 0;
+    int64_t record = 0;
     s.offsets[0] = 0;
     for (uint32_t t = 0; t < shape.num_positions; t++) {
-        uint32_t left = shape.rounds;
+        uint32_t rounds_left = shape.rounds;
         for (uint32_t i = 0; i < numbers[t]; i++) {
             const uint32_t step = shape.vocab_size / (most + 1) + 1;
-            const uint32_t id = i == 0 ? draw(step) : s.token_ids[at - 1] + 1 + (step > 2 ? draw(step - 2) : 0);
-            s.token_ids[at] = id < shape.vocab_size ? id : i; /* small vocabularies: 0, 1, 2, ... */
+            const uint32_t id = i == 0 ? draw(step) : s.token_ids[record - 1] + 1 + (step > 2 ? draw(step - 2) : 0);
+            s.token_ids[record] = id < shape.vocab_size ? id : i; /* small vocabularies: 0, 1, 2, ... */
             if (shape.vocab_size <= most + 1)
-                s.token_ids[at] = i;
+                s.token_ids[record] = i;
             if (shape.kind == SKL_KIND_COUNTS) {
                 const uint32_t rest = numbers[t] - i - 1;
-                const uint32_t count = rest == 0 ? left : 1 + draw(left - rest);
-                s.codes[at] = (uint8_t)count;
-                left -= count;
+                const uint32_t count = rest == 0 ? rounds_left : 1 + draw(rounds_left - rest);
+                s.codes[record] = (uint8_t)count;
+                rounds_left -= count;
             } else {
-                s.codes[at] = (uint8_t)draw(20);
+                s.codes[record] = (uint8_t)draw(20);
             }
-            at++;
+            record++;
         }
-        s.offsets[t + 1] = at;
+        s.offsets[t + 1] = record;
     }
     for (uint32_t i = 0; shape.token_size != 0 && i <= shape.num_positions; i++)
         s.tokens[i] = draw(shape.vocab_size);

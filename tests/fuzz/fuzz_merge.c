@@ -28,21 +28,21 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         LAW(offsets[0] == 0);
         for (uint32_t t = 0; t < positions; t++) {
             const uint32_t *row = draws + (size_t)t * rounds;
-            uint32_t at = 0;
+            uint32_t taken = 0;
             for (int64_t i = offsets[t]; i < offsets[t + 1]; i++) {
                 LAW(counts[i] >= 1 && (i == offsets[t] || token_ids[i - 1] < token_ids[i]));
                 for (uint32_t j = 0; j < counts[i]; j++)
-                    LAW(at < rounds && row[at++] == token_ids[i]);
+                    LAW(taken < rounds && row[taken++] == token_ids[i]);
             }
-            LAW(at == rounds);
+            LAW(taken == rounds);
         }
     } else {
         LAW(status == SKL_ERR_ARG && fault.reason == SKL_REASON_ID_ORDER && fault.position < positions);
         const uint32_t *row = draws + (size_t)fault.position * rounds;
-        int falls = 0;
+        int unsorted = 0;
         for (uint32_t i = 1; i < rounds; i++)
-            falls |= row[i] < row[i - 1];
-        LAW(falls);
+            unsorted |= row[i] < row[i - 1];
+        LAW(unsorted);
     }
     free(draws);
     free(offsets);
