@@ -1,8 +1,5 @@
 /* ring.c: single-producer single-consumer ring on memory that two processes share.
  *
- * The only file that asks the system for anything: futex(2) to sleep and wake, and the monotonic clock (no system
- * call where the kernel maps it) for time limits and the producer's wait counter.
- *
  * Words that one side writes and the other reads are C11 atomics.  The pairings:
  *   P1  producer's store of `tail` after the payload  ->  consumer's load of `tail` before reading it
  *   P2  consumer's store of `head` after its reading  ->  producer's load of `head` before overwriting it
@@ -15,22 +12,13 @@
  *
  * What is read from shared memory is checked before it is used as a size or place: a word that something overwrote
  * gives SKL_ERR_CORRUPT, never an access outside the memory. */
-#include "skl.h"
+#include "faults.h"
+#include "sleep.h"
 
 #include <assert.h>
 #include <stdalign.h>
 #include <stdatomic.h>
 #include <string.h>
-
-#if defined(__linux__) && UINTPTR_MAX > UINT32_MAX
-#define RING_SUPPORTED 1
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
-#else
-#define RING_SUPPORTED 0
-#endif
 
 static_assert(ATOMIC_LLONG_LOCK_FREE == 2, "a lock would not be shared between processes");
 static_assert(ATOMIC_INT_LOCK_FREE == 2, "a lock would not be shared between processes");
@@ -39,7 +27,6 @@ static_assert(ATOMIC_INT_LOCK_FREE == 2, "a lock would not be shared between pro
 #define CONTROL_SIZE 4096u
 #define ALIGNMENT 64u
 #define PADDING_TYPE UINT32_MAX
-#define SLICE_NS UINT64_C(100000000) /* longest single sleep: bounds the cost of any lost wake-up */
 #define SPINS 200
 
 /* Two lines of 64 bytes apart: neighbouring lines are fetched in pairs. */
@@ -74,49 +61,6 @@ typedef struct frame_header {
 static_assert(sizeof(control) <= CONTROL_SIZE, "control words fit their page");
 static_assert(sizeof(frame_header) == ALIGNMENT, "a payload starts on a cache line");
 
-/* ---- sleeping -------------------------------------------------------------------------------------------- */
-
-#if RING_SUPPORTED
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
-}
-
-/* Not FUTEX_PRIVATE: the two sides are processes.  Any reason to return will do, the caller looks again. */
-static void sleep_on(_Atomic uint32_t *word, uint64_t limit_ns)
-{
-    const uint64_t ns = limit_ns < SLICE_NS ? limit_ns : SLICE_NS;
-    const struct timespec timeout = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
-    syscall(SYS_futex, (uint32_t *)word, FUTEX_WAIT, 1u, &timeout, NULL, 0);
-}
-
-static void wake(_Atomic uint32_t *word)
-{
-    /* Dekker, second half: what was published is before this load in the total order of seq_cst. */
-    if (atomic_load_explicit(word, memory_order_seq_cst) == 0)
-        return;
-    /* A sleeper that is only on its way into the kernel finds the word changed and does not sleep. */
-    atomic_store_explicit(word, 0, memory_order_seq_cst);
-    syscall(SYS_futex, (uint32_t *)word, FUTEX_WAKE, 1, NULL, NULL, 0);
-}
-
-static void relax(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-#else
-static uint64_t now_ns(void) { return 0; }
-static void sleep_on(_Atomic uint32_t *word, uint64_t limit_ns) { (void)word, (void)limit_ns; }
-static void wake(_Atomic uint32_t *word) { (void)word; }
-static void relax(void) {}
-#endif
-
 /* ---- checked access -------------------------------------------------------------------------------------- */
 
 static uint64_t round_up(uint64_t size) { return (size + (ALIGNMENT - 1)) & ~(uint64_t)(ALIGNMENT - 1); }
@@ -134,7 +78,7 @@ static uint64_t bytes_to_end(const view *ring, uint64_t place) { return ring->ca
 
 static skl_status open_memory(void *memory, size_t memory_len, view *ring)
 {
-    if (!RING_SUPPORTED)
+    if (!SKL_CAN_SLEEP)
         return SKL_ERR_UNSUPPORTED;
     if (memory == NULL || memory_len < 2 * (size_t)CONTROL_SIZE || (uintptr_t)memory % alignof(control) != 0)
         return SKL_ERR_ARG;
@@ -146,12 +90,25 @@ static skl_status open_memory(void *memory, size_t memory_len, view *ring)
 
 static skl_status attach(void *memory, size_t memory_len, view *ring)
 {
-    const skl_status status = open_memory(memory, memory_len, ring);
-    if (status != SKL_OK)
-        return status;
+    SKL_TRY(open_memory(memory, memory_len, ring));
     if (ring->words->magic != MAGIC)
         return SKL_ERR_UNSUPPORTED;
     return ring->words->capacity == ring->capacity ? SKL_OK : SKL_ERR_CORRUPT;
+}
+
+/* A word that only the asking side writes: relaxed. */
+static uint64_t own_word(_Atomic uint64_t *word) { return atomic_load_explicit(word, memory_order_relaxed); }
+
+static void set_own_word(_Atomic uint64_t *word, uint64_t value)
+{
+    atomic_store_explicit(word, value, memory_order_relaxed);
+}
+
+/* Store how far this side is, for the other side to see, and wake that: P1 or P2, Dekker. */
+static void publish(_Atomic uint64_t *word, uint64_t place, _Atomic uint32_t *other_sleeps)
+{
+    atomic_store_explicit(word, place, memory_order_seq_cst);
+    skl_wake(other_sleeps);
 }
 
 /* Bytes between head and tail; neither side can leave this range or alignment, an overwritten word would. */
@@ -175,16 +132,16 @@ static skl_status wait_for(look *look_once, const view *ring, uint64_t place, ui
     skl_status status = look_once(ring, place, size, used);
     if (status != SKL_ERR_TIMEOUT || timeout_ns == 0)
         return status;
-    const uint64_t started = now_ns();
+    const uint64_t started = skl_now_ns();
     for (uint32_t spin = 0; status == SKL_ERR_TIMEOUT; spin++) {
         if (spin < SPINS) {
-            relax();
+            skl_relax();
         } else {
-            *waited_ns = now_ns() - started;
+            *waited_ns = skl_now_ns() - started;
             if (*waited_ns >= timeout_ns)
                 break;
             if (atomic_load_explicit(sleeps, memory_order_relaxed)) {
-                sleep_on(sleeps, timeout_ns - *waited_ns);
+                skl_sleep_on(sleeps, timeout_ns - *waited_ns);
                 atomic_store_explicit(sleeps, 0, memory_order_relaxed);
             } else { /* announce, then look once more before sleeping */
                 atomic_store_explicit(sleeps, 1, memory_order_seq_cst);
@@ -193,7 +150,7 @@ static skl_status wait_for(look *look_once, const view *ring, uint64_t place, ui
         status = look_once(ring, place, size, used);
     }
     atomic_store_explicit(sleeps, 0, memory_order_relaxed);
-    *waited_ns = now_ns() - started;
+    *waited_ns = skl_now_ns() - started;
     return status;
 }
 
@@ -205,11 +162,9 @@ static skl_status look_for_room(const view *ring, uint64_t tail, uint64_t size, 
     if (atomic_load_explicit(&ring->words->consumer_closed, memory_order_seq_cst)) /* P3, Dekker */
         return SKL_ERR_CLOSED;
     const uint64_t head = atomic_load_explicit(&ring->words->head, memory_order_seq_cst); /* P2, Dekker */
-    const skl_status status = bytes_used(ring, head, tail, used);
-    if (status != SKL_OK)
-        return status;
-    if (*used > atomic_load_explicit(&ring->words->high_water, memory_order_relaxed))
-        atomic_store_explicit(&ring->words->high_water, *used, memory_order_relaxed);
+    SKL_TRY(bytes_used(ring, head, tail, used));
+    if (*used > own_word(&ring->words->high_water))
+        set_own_word(&ring->words->high_water, *used);
     return ring->capacity - *used >= size ? SKL_OK : SKL_ERR_TIMEOUT;
 }
 
@@ -219,25 +174,30 @@ static skl_status wait_for_room(const view *ring, uint64_t tail, uint64_t size, 
     uint64_t used, waited_ns;
     const skl_status status = wait_for(look_for_room, ring, tail, size, timeout_ns, &ring->words->producer_sleeps,
                                        &used, &waited_ns);
-    const uint64_t before = atomic_load_explicit(&ring->words->wait_ns, memory_order_relaxed);
     if (waited_ns > 0)
-        atomic_store_explicit(&ring->words->wait_ns, before + waited_ns, memory_order_relaxed);
+        set_own_word(&ring->words->wait_ns, own_word(&ring->words->wait_ns) + waited_ns);
     return status;
 }
 
-static void publish(const view *ring, uint64_t tail)
+/* Append the header and `length` bytes of payload, which lie in parts; the room is known to be free. */
+static void write_frame(const view *ring, uint64_t tail, const frame_header *header, const void *const *parts,
+                        const size_t *lengths, size_t num_parts)
 {
-    atomic_store_explicit(&ring->words->tail, tail, memory_order_seq_cst); /* P1, Dekker */
-    wake(&ring->words->consumer_sleeps);
+    uint8_t *to = ring->data + index_of(ring, tail);
+    memcpy(to, header, sizeof *header);
+    to += sizeof *header;
+    for (size_t i = 0; i < num_parts; i++) {
+        if (lengths[i] > 0)
+            memcpy(to, parts[i], lengths[i]);
+        to += lengths[i];
+    }
 }
 
 skl_status skl_ring_push(void *memory, size_t memory_len, uint32_t type, uint64_t tag, const void *const *parts,
                          const size_t *lengths, size_t num_parts, uint64_t timeout_ns)
 {
     view ring;
-    skl_status status = attach(memory, memory_len, &ring);
-    if (status != SKL_OK)
-        return status;
+    SKL_TRY(attach(memory, memory_len, &ring));
     const uint64_t room = ring.capacity - sizeof(frame_header);
     uint64_t length = 0;
     for (size_t i = 0; i < num_parts; i++) {
@@ -248,8 +208,8 @@ skl_status skl_ring_push(void *memory, size_t memory_len, uint32_t type, uint64_
     if (type == PADDING_TYPE)
         return SKL_ERR_ARG;
 
-    /* Only this side writes tail and pushed: relaxed. */
-    uint64_t tail = atomic_load_explicit(&ring.words->tail, memory_order_relaxed);
+    control *const words = ring.words;
+    uint64_t tail = own_word(&words->tail);
     const uint64_t size = sizeof(frame_header) + round_up(length);
     const uint64_t to_end = bytes_to_end(&ring, tail);
     if (tail % ALIGNMENT != 0)
@@ -257,29 +217,18 @@ skl_status skl_ring_push(void *memory, size_t memory_len, uint32_t type, uint64_
     if (size > to_end) {
         /* Published by itself, so that a frame may be as large as the ring; a push repeated after a time-out
          * starts behind it. */
-        status = wait_for_room(&ring, tail, to_end, timeout_ns);
-        if (status != SKL_OK)
-            return status;
-        const frame_header padding = {.length = to_end - sizeof(frame_header), .type = PADDING_TYPE};
-        memcpy(ring.data + index_of(&ring, tail), &padding, sizeof padding);
+        SKL_TRY(wait_for_room(&ring, tail, to_end, timeout_ns));
+        const frame_header padding = {.length = to_end - sizeof padding, .type = PADDING_TYPE};
+        write_frame(&ring, tail, &padding, NULL, NULL, 0);
         tail += to_end;
-        publish(&ring, tail);
+        publish(&words->tail, tail, &words->consumer_sleeps);
     }
-    status = wait_for_room(&ring, tail, size, timeout_ns);
-    if (status != SKL_OK)
-        return status;
-    const uint64_t number = atomic_load_explicit(&ring.words->pushed, memory_order_relaxed);
+    SKL_TRY(wait_for_room(&ring, tail, size, timeout_ns));
+    const uint64_t number = own_word(&words->pushed);
     const frame_header header = {.length = length, .number = number, .tag = tag, .type = type};
-    uint8_t *place = ring.data + index_of(&ring, tail);
-    memcpy(place, &header, sizeof header);
-    place += sizeof header;
-    for (size_t i = 0; i < num_parts; i++) {
-        if (lengths[i] > 0)
-            memcpy(place, parts[i], lengths[i]);
-        place += lengths[i];
-    }
-    atomic_store_explicit(&ring.words->pushed, number + 1, memory_order_relaxed);
-    publish(&ring, tail + size);
+    write_frame(&ring, tail, &header, parts, lengths, num_parts);
+    set_own_word(&words->pushed, number + 1);
+    publish(&words->tail, tail + size, &words->consumer_sleeps);
     return SKL_OK;
 }
 
@@ -297,12 +246,6 @@ static skl_status look_for_frame(const view *ring, uint64_t head, uint64_t size,
     return closed ? SKL_ERR_CLOSED : SKL_ERR_TIMEOUT;
 }
 
-static void release_to(const view *ring, uint64_t head)
-{
-    atomic_store_explicit(&ring->words->head, head, memory_order_seq_cst); /* P2, Dekker */
-    wake(&ring->words->producer_sleeps);
-}
-
 /* The header at head, checked against what is published and against the end of the memory. */
 static skl_status read_header(const view *ring, uint64_t head, uint64_t used, frame_header *header)
 {
@@ -313,29 +256,22 @@ static skl_status read_header(const view *ring, uint64_t head, uint64_t used, fr
         return SKL_ERR_CORRUPT;
     if (header->type == PADDING_TYPE)
         return header->length == to_end - sizeof *header ? SKL_OK : SKL_ERR_CORRUPT;
-    const uint64_t expected = atomic_load_explicit(&ring->words->popped, memory_order_relaxed);
-    return header->number == expected ? SKL_OK : SKL_ERR_CORRUPT;
+    return header->number == own_word(&ring->words->popped) ? SKL_OK : SKL_ERR_CORRUPT;
 }
 
 skl_status skl_ring_peek(void *memory, size_t memory_len, uint64_t timeout_ns, skl_frame *frame)
 {
     view ring;
-    skl_status status = attach(memory, memory_len, &ring);
-    if (status != SKL_OK)
-        return status;
+    SKL_TRY(attach(memory, memory_len, &ring));
     for (;;) { /* at most twice: after padding comes a frame */
-        /* Only this side writes head and popped: relaxed. */
-        const uint64_t head = atomic_load_explicit(&ring.words->head, memory_order_relaxed);
+        const uint64_t head = own_word(&ring.words->head);
         uint64_t used, waited_ns;
         frame_header header;
-        status = wait_for(look_for_frame, &ring, head, sizeof header, timeout_ns, &ring.words->consumer_sleeps, &used,
-                          &waited_ns);
-        if (status == SKL_OK)
-            status = read_header(&ring, head, used, &header);
-        if (status != SKL_OK)
-            return status;
+        SKL_TRY(wait_for(look_for_frame, &ring, head, sizeof header, timeout_ns, &ring.words->consumer_sleeps, &used,
+                         &waited_ns));
+        SKL_TRY(read_header(&ring, head, used, &header));
         if (header.type == PADDING_TYPE) {
-            release_to(&ring, head + sizeof header + header.length);
+            publish(&ring.words->head, head + sizeof header + header.length, &ring.words->producer_sleeps);
             continue;
         }
         frame->offset = CONTROL_SIZE + index_of(&ring, head) + sizeof header;
@@ -350,35 +286,28 @@ skl_status skl_ring_peek(void *memory, size_t memory_len, uint64_t timeout_ns, s
 skl_status skl_ring_release(void *memory, size_t memory_len)
 {
     view ring;
-    skl_status status = attach(memory, memory_len, &ring);
-    if (status != SKL_OK)
-        return status;
-    const uint64_t head = atomic_load_explicit(&ring.words->head, memory_order_relaxed);
+    SKL_TRY(attach(memory, memory_len, &ring));
+    const uint64_t head = own_word(&ring.words->head);
     const uint64_t tail = atomic_load_explicit(&ring.words->tail, memory_order_acquire); /* P1 */
     uint64_t used;
     frame_header header;
-    status = bytes_used(&ring, head, tail, &used);
-    if (status != SKL_OK)
-        return status;
+    SKL_TRY(bytes_used(&ring, head, tail, &used));
     if (used == 0)
         return SKL_ERR_ARG;
-    status = read_header(&ring, head, used, &header);
-    if (status != SKL_OK)
-        return status;
+    SKL_TRY(read_header(&ring, head, used, &header));
     if (header.type == PADDING_TYPE)
         return SKL_ERR_ARG;
-    atomic_store_explicit(&ring.words->popped, header.number + 1, memory_order_relaxed);
-    release_to(&ring, head + sizeof header + round_up(header.length));
+    set_own_word(&ring.words->popped, header.number + 1);
+    publish(&ring.words->head, head + sizeof header + round_up(header.length), &ring.words->producer_sleeps);
     return SKL_OK;
 }
 
 skl_status skl_ring_set_durable(void *memory, size_t memory_len, uint64_t durable)
 {
     view ring;
-    const skl_status status = attach(memory, memory_len, &ring);
-    if (status == SKL_OK)
-        atomic_store_explicit(&ring.words->durable, durable, memory_order_release); /* P4 */
-    return status;
+    SKL_TRY(attach(memory, memory_len, &ring));
+    atomic_store_explicit(&ring.words->durable, durable, memory_order_release); /* P4 */
+    return SKL_OK;
 }
 
 /* ---- both sides ------------------------------------------------------------------------------------------ */
@@ -386,9 +315,7 @@ skl_status skl_ring_set_durable(void *memory, size_t memory_len, uint64_t durabl
 skl_status skl_ring_init(void *memory, size_t memory_len)
 {
     view ring;
-    const skl_status status = open_memory(memory, memory_len, &ring);
-    if (status != SKL_OK)
-        return status;
+    SKL_TRY(open_memory(memory, memory_len, &ring));
     memset(memory, 0, CONTROL_SIZE); /* zero is the first state of every atomic word; nobody else sees it yet */
     ring.words->capacity = ring.capacity;
     ring.words->magic = MAGIC;
@@ -398,27 +325,21 @@ skl_status skl_ring_init(void *memory, size_t memory_len)
 skl_status skl_ring_close(void *memory, size_t memory_len, uint32_t side)
 {
     view ring;
-    const skl_status status = attach(memory, memory_len, &ring);
-    if (status != SKL_OK)
-        return status;
-    if (side == SKL_SIDE_PRODUCER) {
-        atomic_store_explicit(&ring.words->producer_closed, 1, memory_order_seq_cst); /* P3, Dekker */
-        wake(&ring.words->consumer_sleeps);
-    } else if (side == SKL_SIDE_CONSUMER) {
-        atomic_store_explicit(&ring.words->consumer_closed, 1, memory_order_seq_cst); /* P3, Dekker */
-        wake(&ring.words->producer_sleeps);
-    } else {
+    SKL_TRY(attach(memory, memory_len, &ring));
+    control *const words = ring.words;
+    if (side != SKL_SIDE_PRODUCER && side != SKL_SIDE_CONSUMER)
         return SKL_ERR_ARG;
-    }
+    const int producer = side == SKL_SIDE_PRODUCER;
+    atomic_store_explicit(producer ? &words->producer_closed : &words->consumer_closed, 1,
+                          memory_order_seq_cst); /* P3, Dekker */
+    skl_wake(producer ? &words->consumer_sleeps : &words->producer_sleeps);
     return SKL_OK;
 }
 
 skl_status skl_ring_state(void *memory, size_t memory_len, skl_ring_words *state)
 {
     view ring;
-    const skl_status status = attach(memory, memory_len, &ring);
-    if (status != SKL_OK)
-        return status;
+    SKL_TRY(attach(memory, memory_len, &ring));
     state->capacity = ring.capacity;
     state->durable = atomic_load_explicit(&ring.words->durable, memory_order_acquire); /* P4 */
     state->pushed = atomic_load_explicit(&ring.words->pushed, memory_order_relaxed);

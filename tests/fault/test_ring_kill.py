@@ -203,7 +203,7 @@ def test_a_hundred_million_messages(tmp_path):
     """10^8 messages of mixed sizes reach another process once, whole and in order; C on both sides."""
     compiler = shutil.which("cc")
     assert compiler is not None
-    sources = [ROOT / "tests/c/soak_ring.c", ROOT / "csrc/ring.c"]
+    sources = [ROOT / "tests/c/soak_ring.c", ROOT / "csrc/ring.c", ROOT / "csrc/sleep.c"]
     program = tmp_path / "soak_ring"
     subprocess.run([compiler, "-O3", "-std=gnu11", f"-I{ROOT / 'csrc'}", *sources, "-o", program], check=True)
     done = subprocess.run([program, "100000000"], capture_output=True, text=True, check=False)
