@@ -18,7 +18,7 @@ static skl_status fill_tokens(const skl_shape *shape, const uint8_t *src, const 
         return SKL_OK;
     const skl_status status = batch->tokens_given ? SKL_ERR_ARG : SKL_ERR_CORRUPT;
     size_t bad = 0;
-    while (tokens[bad] < shape->vocab_size)
+    while (bad + 1 < n && tokens[bad] < shape->vocab_size)
         bad++;
     return skl_fail(status, fault, SKL_REASON_TOKEN_RANGE, bad, tokens[bad]);
 }

@@ -6,7 +6,7 @@
 #include "kernels.h"
 #include "ratios.h"
 
-/* ---- little-endian bytes ------------------------------------------------------------------------------------ */
+/* ---- little-endian bytes ----------------------------------------------------------------------------------- */
 
 static inline uint32_t load_bytes(const uint8_t *src, uint32_t size)
 {
@@ -22,7 +22,7 @@ static inline void store_bytes(uint8_t *dst, uint32_t value, uint32_t size)
         dst[i] = (uint8_t)(value >> (8 * i));
 }
 
-/* ---- shape: where the columns lie ------------------------------------------------------------------------------ */
+/* ---- shape: where the columns lie -------------------------------------------------------------------------- */
 
 static inline uint32_t id_bits(const skl_shape *shape)
 {
@@ -77,7 +77,7 @@ skl_status skl_payload_size(const skl_shape *shape, uint64_t *size)
     return SKL_OK;
 }
 
-/* ---- what a reader may trust ------------------------------------------------------------------------------------ */
+/* ---- what a reader may trust -------------------------------------------------------------------------------- */
 
 /* The first fault of one position, which has n >= 1 records; SKL_OK if it has none. */
 static skl_status check_position(const skl_shape *shape, const uint32_t *token_ids, const uint8_t *codes, uint64_t n,
@@ -156,7 +156,7 @@ static skl_status check_tokens(const skl_shape *shape, const uint32_t *tokens, s
     return SKL_OK;
 }
 
-/* ---- encode -------------------------------------------------------------------------------------------------------- */
+/* ---- encode ------------------------------------------------------------------------------------------------- */
 
 skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
                       const uint8_t *codes, const uint32_t *tokens, const uint16_t *columns, uint8_t *dst,
@@ -193,17 +193,20 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
     return SKL_OK;
 }
 
-/* ---- decode -------------------------------------------------------------------------------------------------------- */
+/* ---- decode ------------------------------------------------------------------------------------------------- */
 
-#define WINDOW 8192u            /* records unpacked at a time; their begin_marks stay in the first-level cache */
+#define WINDOW 8192u                 /* records unpacked at a time; their marks stay in the first-level cache */
 #define STREAMED (UINT64_C(1) << 24) /* bytes of results from which on they would push all else out of the caches */
 
-static skl_status name_reserved(const int64_t *offsets, const uint8_t *records, skl_fault *fault)
+/* Which record has the reserved bit; the last, should the bytes have changed since it was seen. */
+static skl_status fail_reserved(const skl_shape *shape, const int64_t *offsets, const uint8_t *records,
+                                skl_fault *fault)
 {
-    uint64_t i = 0, position = 0;
-    while (records[4 * i + 3] < 128)
+    uint64_t i = 0;
+    uint32_t position = 0;
+    while (i + 1 < shape->num_records && records[4 * i + 3] < 128)
         i++;
-    while (offsets[position + 1] - offsets[0] <= (int64_t)i)
+    while (position + 1 < shape->num_positions && offsets[position + 1] - offsets[0] <= (int64_t)i)
         position++;
     return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_RESERVED, position, i);
 }
@@ -215,7 +218,7 @@ static skl_status check_padding(const uint8_t *src, size_t begin, size_t end, ui
         any |= src[i];
     if (any == 0)
         return SKL_OK;
-    while (src[begin] == 0)
+    while (begin + 1 < end && src[begin] == 0)
         begin++;
     return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_PADDING, num_positions, begin);
 }
@@ -276,7 +279,7 @@ skl_status skl_decode_records(const skl_shape *shape, uint32_t scale_log2, const
     if (walk.next_begin != shape->num_records)
         return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, walk.next_begin);
     if (scan.reserved)
-        return name_reserved(arrays->offsets, src + layout.records, fault);
+        return fail_reserved(shape, arrays->offsets, src + layout.records, fault);
     if (scan.bad || scan.rounds_left != 0 ||
         (!counts &&
          skl_expand_from(shape->num_positions, arrays->offsets, arrays->codes, scale_log2, arrays->probs)))

@@ -179,7 +179,7 @@ static skl_status wait_for_room(const view *ring, uint64_t tail, uint64_t size, 
     return status;
 }
 
-/* Append the header and `length` bytes of payload, which lie in parts; the room is known to be free. */
+/* Write a frame at tail, its payload from the parts; the room is known to be free. */
 static void write_frame(const view *ring, uint64_t tail, const frame_header *header, const void *const *parts,
                         const size_t *lengths, size_t num_parts)
 {
