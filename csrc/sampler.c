@@ -7,8 +7,9 @@
  * float32 running sum could not do.
  *
  *   first level    C[0] = 0, C[b + 1] = C[b] + sum[b] in float64; Z = C[B]
- *   second level   group j of a block is its ids 16 j .. 16 j + 15; its total is the float64 sum over lanes l and l + 8,
- *                  then l + 4, l + 2, l + 1; totals are added up in order of j, then the ids of one group in order
+ *   second level   group j of a block is its ids 16 j .. 16 j + 15; its total is the float64 sum over lanes l and
+ *                  l + 8, then l + 4, l + 2, l + 1; totals are added up in order of j, then the ids of one group in
+ *                  order
  *   point          x in block b: r = (x - C[b]) / (C[b + 1] - C[b]); the id is the first whose running sum passes
  *                  r * (total of the block), the last of positive probability where rounding leaves none
  *   uniform        round r: the 64-bit word r mod 2 (low half first) of the Philox block r / 2, counter
@@ -50,7 +51,8 @@ static void fill_level(const skl_row *row, skl_level *level, float *maxima)
     level->total = level->cdf[row->num_blocks];
 }
 
-/* First level of p^t, and the maxima of the blocks unless NULL; 0 where the row has a logit it may not have, or none. */
+/* First level of p^t, and the maxima of the blocks unless NULL; 0 where the row has a logit it may not have, or
+ * none. */
 static int make_level(const skl_row *row, double temperature, skl_level *level, float *maxima)
 {
     level->scale = (float)(temperature * LOG2_E);

@@ -1,8 +1,9 @@
 /* skl.h: the whole C interface of sklformat.
  *
  * C knows the bytes of one sequence: pure functions on the caller's memory, without allocation, files, locale or
- * threads; only the ring asks the system for anything, to sleep and to wake.  Every access is bounded by an argument.  Status is never also a length.  The text between the cffi
- * marks is plain C that cffi reads too, so that each declaration exists once. */
+ * threads; only the ring asks the system for anything, to sleep and to wake.  Every access is bounded by an argument.
+ * Status is never also a length.  The text between the cffi marks is plain C that cffi reads too, so that each
+ * declaration exists once. */
 #ifndef SKL_H
 #define SKL_H
 
@@ -181,7 +182,8 @@ skl_status skl_draw_sizes(const skl_sampling *sampling, uint64_t *num_scratch, u
  * weights: counts / rounds, importance weights (t other than 1), or probabilities (topk, topp);
  * those below 2^-126 are left out.
  * Only ids with a probability above 0 are drawn; logits -inf, and those whose probability is below about 2^-125 of
- * the largest, have none.  NaN, a logit above 2^20 and a row without one above -2^20 are refused.  Records depend on (row, seed, sequence, position) and on nothing else.
+ * the largest, have none.  NaN, a logit above 2^20 and a row without one above -2^20 are refused.  Records depend on
+ * (row, seed, sequence, position) and on nothing else.
  * SKL_OK, SKL_ERR_DST_SMALL, SKL_ERR_ARG with *fault (NOT_FINITE: position is first_position + row, value the id). */
 skl_status skl_draw(const skl_sampling *sampling, const void *logits, uint64_t num_logits, uint64_t *scratch,
                     uint64_t num_scratch, int64_t *offsets, uint32_t *token_ids, uint8_t *counts, float *weights,
