@@ -4,6 +4,10 @@
 
 #include <immintrin.h>
 
+#if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__)
+#error "compile with -mavx2 -mfma -mf16c"
+#endif
+
 typedef struct lanes {
     __m256 low, high;
 } lanes;

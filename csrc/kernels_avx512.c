@@ -4,6 +4,11 @@
 
 #include <immintrin.h>
 
+#if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512DQ__) || !defined(__AVX512VL__) ||             \
+    !defined(__FMA__) || !defined(__F16C__)
+#error "compile with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
+#endif
+
 typedef __m512 lanes;
 
 SKL_INLINE lanes fill_lanes(float value)

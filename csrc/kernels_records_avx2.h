@@ -1,12 +1,8 @@
-/* kernels_records_avx2.h: records 8 and 32 at a time; kernels_records.h says what the steps are. */
+/* kernels_records_avx2.h: records 8 and 32 at a time; kernels_table.h says what steps are. */
 #ifndef SKL_KERNELS_RECORDS_AVX2_H
 #define SKL_KERNELS_RECORDS_AVX2_H
 
 #include "kernels_x86.h"
-
-#if !defined(__AVX2__)
-#error "compile with -mavx2"
-#endif
 
 /* 8 records at a time. */
 SKL_INLINE size_t pack_steps(uint32_t size, uint32_t id_bits, uint32_t vocab_size, const uint32_t *token_ids,

@@ -1,12 +1,8 @@
-/* kernels_records_avx512.h: records 16 and 64 at a time; kernels_records.h says what the steps are. */
+/* kernels_records_avx512.h: records 16 and 64 at a time; kernels_table.h says what steps are. */
 #ifndef SKL_KERNELS_RECORDS_AVX512_H
 #define SKL_KERNELS_RECORDS_AVX512_H
 
 #include "kernels_x86.h"
-
-#if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512DQ__) || !defined(__AVX512VL__)
-#error "compile with -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-#endif
 
 /* 16 records at a time. */
 SKL_INLINE size_t pack_steps(uint32_t size, uint32_t id_bits, uint32_t vocab_size, const uint32_t *token_ids,
