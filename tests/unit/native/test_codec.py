@@ -1,6 +1,10 @@
 """The door to C: shapes, room, and errors of the codec."""
 
 import contextlib
+import platform
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +178,18 @@ def kernels(request):
         native.use_kernels(name)
         return
     pytest.skip(f"no {request.param} here")
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86")
+@pytest.mark.skipif(not (compiler := shutil.which("cc")), reason="no C compiler")
+def test_compiler_flags_do_not_choose_the_kernels():
+    """What the portable kernels hold does not depend on what the compiler's flags, such as -march=native, allow."""
+    source = Path(__file__).resolve().parents[2] / "csrc/kernels_portable.c"
+    plain, wide = (
+        subprocess.run([compiler, "-E", "-P", *flags, source], capture_output=True, check=True).stdout
+        for flags in ([], ["-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"])
+    )
+    assert plain == wide
 
 
 PROFILES = {"R24": (1, 1 << 17, 127), "R24W": (2, 1 << 18, 63), "R32": (3, 1 << 24, 127)}
