@@ -14,6 +14,12 @@
 
 #define SKL_LITTLE_ENDIAN (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
 
+/* Bytes of a logit. */
+SKL_INLINE size_t skl_logit_size(uint32_t dtype)
+{
+    return dtype == SKL_DTYPE_FLOAT32 ? 4 : 2;
+}
+
 /* What a pass over ids and codes to pack saw. */
 typedef struct skl_pack_seen {
     uint32_t large_id;       /* an id is not below vocab_size */
@@ -94,14 +100,6 @@ extern const skl_kernels skl_kernels_portable;
 extern const skl_kernels skl_kernels_avx2;
 extern const skl_kernels skl_kernels_avx512;
 #endif
-
-/* One copy of a loop for each type, so that none asks for the type inside. */
-#define SKL_FOR_DTYPE(dtype, call)                                                                                    \
-    switch (dtype) {                                                                                                  \
-    case SKL_DTYPE_FLOAT32: call(SKL_DTYPE_FLOAT32); break;                                                           \
-    case SKL_DTYPE_FLOAT16: call(SKL_DTYPE_FLOAT16); break;                                                           \
-    default: call(SKL_DTYPE_BFLOAT16); break;                                                                         \
-    }
 
 /* The table in use: the widest the processor can run, unless skl_use_kernels chose another. */
 const skl_kernels *skl_current_kernels(void);

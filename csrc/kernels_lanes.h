@@ -22,15 +22,10 @@ SKL_INLINE void prefetch_block(const unsigned char *row, size_t size)
         __builtin_prefetch((const void *)((uintptr_t)row + PREFETCH_BYTES + i));
 }
 
-SKL_INLINE size_t size_of(uint32_t dtype)
-{
-    return dtype == SKL_DTYPE_FLOAT32 ? 4 : 2;
-}
-
 SKL_INLINE float load_one(uint32_t dtype, const unsigned char *from)
 {
     uint32_t bits = 0;
-    memcpy(&bits, from, size_of(dtype));
+    memcpy(&bits, from, skl_logit_size(dtype));
     if (dtype == SKL_DTYPE_FLOAT16)
         return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128((int)bits)));
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)(dtype == SKL_DTYPE_FLOAT32 ? bits : bits << 16))));
@@ -40,9 +35,9 @@ SKL_INLINE void widen_as(uint32_t dtype, const unsigned char *row, size_t n, flo
 {
     size_t i = 0;
     for (; i + SKL_LANES <= n; i += SKL_LANES)
-        store_lanes(values + i, load_lanes(dtype, row + i * size_of(dtype)));
+        store_lanes(values + i, load_lanes(dtype, row + i * skl_logit_size(dtype)));
     for (; i < n; i++)
-        values[i] = load_one(dtype, row + i * size_of(dtype));
+        values[i] = load_one(dtype, row + i * skl_logit_size(dtype));
 }
 
 /* The n < SKL_BLOCK logits that end a row, as a block. */
@@ -57,13 +52,13 @@ SKL_INLINE lanes block_maximum(uint32_t dtype, const unsigned char *row)
 {
     lanes most = fill_lanes(-INFINITY);
     for (size_t j = 0; j < SKL_GROUPS; j++)
-        most = larger_lanes(most, load_lanes(dtype, row + j * SKL_LANES * size_of(dtype)));
+        most = larger_lanes(most, load_lanes(dtype, row + j * SKL_LANES * skl_logit_size(dtype)));
     return most;
 }
 
 SKL_INLINE void maxima_as(uint32_t dtype, const unsigned char *row, size_t n, float *maxima)
 {
-    for (; n >= SKL_BLOCK; n -= SKL_BLOCK, row += SKL_BLOCK * size_of(dtype))
+    for (; n >= SKL_BLOCK; n -= SKL_BLOCK, row += SKL_BLOCK * skl_logit_size(dtype))
         *maxima++ = largest_lane(block_maximum(dtype, row));
     if (n > 0) {
         float block[SKL_BLOCK];
@@ -79,7 +74,7 @@ SKL_INLINE float block_sum(uint32_t dtype, const unsigned char *row, lanes scale
     lanes sum = exponential_lanes(first, scale, offset);
     lanes most = larger_lanes(fill_lanes(-INFINITY), first);
     for (size_t j = 1; j < SKL_GROUPS; j++) {
-        const lanes x = load_lanes(dtype, row + j * SKL_LANES * size_of(dtype));
+        const lanes x = load_lanes(dtype, row + j * SKL_LANES * skl_logit_size(dtype));
         sum = add_lanes(sum, exponential_lanes(x, scale, offset));
         if (maximum != NULL)
             most = larger_lanes(most, x);
@@ -96,8 +91,8 @@ SKL_INLINE void cdf_as(uint32_t dtype, const unsigned char *row, size_t n, float
     double running = 0.0;
     size_t b = 0;
     cdf[0] = running;
-    for (; n >= SKL_BLOCK; n -= SKL_BLOCK, row += SKL_BLOCK * size_of(dtype), b++) {
-        prefetch_block(row, size_of(dtype));
+    for (; n >= SKL_BLOCK; n -= SKL_BLOCK, row += SKL_BLOCK * skl_logit_size(dtype), b++) {
+        prefetch_block(row, skl_logit_size(dtype));
         running += (double)block_sum(dtype, row, scales, offsets, maxima == NULL ? NULL : maxima + b);
         cdf[b + 1] = running;
     }
@@ -116,49 +111,15 @@ SKL_INLINE void exponentials_as(uint32_t dtype, const unsigned char *row, size_t
     const lanes scales = fill_lanes(scale), offsets = fill_lanes(offset);
     size_t i = 0;
     for (; i + SKL_LANES <= n; i += SKL_LANES)
-        store_lanes(e + i, exponential_lanes(load_lanes(dtype, row + i * size_of(dtype)), scales, offsets));
+        store_lanes(e + i, exponential_lanes(load_lanes(dtype, row + i * skl_logit_size(dtype)), scales, offsets));
     if (i < n) {
         float some[SKL_LANES];
         for (size_t l = 0; l < SKL_LANES; l++)
-            some[l] = i + l < n ? load_one(dtype, row + (i + l) * size_of(dtype)) : -INFINITY;
+            some[l] = i + l < n ? load_one(dtype, row + (i + l) * skl_logit_size(dtype)) : -INFINITY;
         store_lanes(some, exponential_lanes(load_lanes(SKL_DTYPE_FLOAT32, (const unsigned char *)some), scales,
                                             offsets));
         memcpy(e + i, some, (n - i) * sizeof *e);
     }
-}
-
-static void widen(uint32_t dtype, const void *row, size_t n, float *values)
-{
-#define CALL(type) widen_as(type, row, n, values)
-    SKL_FOR_DTYPE(dtype, CALL)
-#undef CALL
-}
-
-static void block_maxima(uint32_t dtype, const void *row, size_t n, float *maxima)
-{
-#define CALL(type) maxima_as(type, row, n, maxima)
-    SKL_FOR_DTYPE(dtype, CALL)
-#undef CALL
-}
-
-static void block_cdf(uint32_t dtype, const void *row, size_t n, float scale, float offset, double *cdf,
-                      float *maxima)
-{
-#define CALL(type) cdf_as(type, row, n, scale, offset, cdf, NULL)
-#define CALL_WITH_MAXIMA(type) cdf_as(type, row, n, scale, offset, cdf, maxima)
-    if (maxima == NULL)
-        SKL_FOR_DTYPE(dtype, CALL)
-    else
-        SKL_FOR_DTYPE(dtype, CALL_WITH_MAXIMA)
-#undef CALL
-#undef CALL_WITH_MAXIMA
-}
-
-static void exponentials(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *e)
-{
-#define CALL(type) exponentials_as(type, row, n, scale, offset, e)
-    SKL_FOR_DTYPE(dtype, CALL)
-#undef CALL
 }
 
 static void group_totals(const float *e, double *totals)

@@ -38,15 +38,15 @@ SKL_INLINE float half_to_float(uint16_t half)
 }
 
 /* Logit i of a row, which need not be aligned. */
-SKL_INLINE float load(uint32_t dtype, const void *row, size_t i)
+SKL_INLINE float load(uint32_t dtype, const unsigned char *row, size_t i)
 {
     uint16_t half;
     if (dtype == SKL_DTYPE_FLOAT32) {
         float value;
-        memcpy(&value, (const unsigned char *)row + 4 * i, sizeof value);
+        memcpy(&value, row + 4 * i, sizeof value);
         return value;
     }
-    memcpy(&half, (const unsigned char *)row + 2 * i, sizeof half);
+    memcpy(&half, row + 2 * i, sizeof half);
     return dtype == SKL_DTYPE_BFLOAT16 ? skl_bits_float((uint32_t)half << 16) : half_to_float(half);
 }
 
@@ -68,13 +68,14 @@ SKL_INLINE float exponential(float x, float scale, float offset)
     return p * skl_bits_float(skl_float_bits(z) << 23);
 }
 
-SKL_INLINE void widen_as(uint32_t dtype, const void *row, size_t n, float *values)
+SKL_INLINE void widen_as(uint32_t dtype, const unsigned char *row, size_t n, float *values)
 {
     for (size_t i = 0; i < n; i++)
         values[i] = load(dtype, row, i);
 }
 
-SKL_INLINE void exponentials_as(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *out)
+SKL_INLINE void exponentials_as(uint32_t dtype, const unsigned char *row, size_t n, float scale, float offset,
+                                float *out)
 {
     for (size_t i = 0; i < n; i++)
         out[i] = exponential(load(dtype, row, i), scale, offset);
@@ -106,15 +107,10 @@ SKL_INLINE float sum_lanes(const float *e)
     return lanes[0];
 }
 
-SKL_INLINE const void *advance(uint32_t dtype, const void *row)
-{
-    return (const unsigned char *)row + SKL_BLOCK * (dtype == SKL_DTYPE_FLOAT32 ? 4 : 2);
-}
-
-SKL_INLINE void maxima_as(uint32_t dtype, const void *row, size_t n, float *maxima)
+SKL_INLINE void maxima_as(uint32_t dtype, const unsigned char *row, size_t n, float *maxima)
 {
     float values[SKL_BLOCK];
-    for (; n > 0; row = advance(dtype, row)) {
+    for (; n > 0; row += SKL_BLOCK * skl_logit_size(dtype)) {
         const size_t some = n < SKL_BLOCK ? n : SKL_BLOCK;
         for (size_t i = some; i < SKL_BLOCK; i++)
             values[i] = -INFINITY;
@@ -124,12 +120,15 @@ SKL_INLINE void maxima_as(uint32_t dtype, const void *row, size_t n, float *maxi
     }
 }
 
-SKL_INLINE void cdf_as(uint32_t dtype, const void *row, size_t n, float scale, float offset, double *cdf)
+SKL_INLINE void cdf_as(uint32_t dtype, const unsigned char *row, size_t n, float scale, float offset, double *cdf,
+                       float *maxima)
 {
     float e[SKL_BLOCK];
     double running = 0.0;
+    if (maxima != NULL)
+        maxima_as(dtype, row, n, maxima);
     *cdf++ = running;
-    for (; n > 0; row = advance(dtype, row)) {
+    for (; n > 0; row += SKL_BLOCK * skl_logit_size(dtype)) {
         const size_t some = n < SKL_BLOCK ? n : SKL_BLOCK;
         memset(e + some, 0, (SKL_BLOCK - some) * sizeof *e);
         exponentials_as(dtype, row, some, scale, offset, e);
@@ -137,37 +136,6 @@ SKL_INLINE void cdf_as(uint32_t dtype, const void *row, size_t n, float scale, f
         *cdf++ = running;
         n -= some;
     }
-}
-
-static void widen(uint32_t dtype, const void *row, size_t n, float *values)
-{
-#define CALL(type) widen_as(type, row, n, values)
-    SKL_FOR_DTYPE(dtype, CALL)
-#undef CALL
-}
-
-static void block_maxima(uint32_t dtype, const void *row, size_t n, float *maxima)
-{
-#define CALL(type) maxima_as(type, row, n, maxima)
-    SKL_FOR_DTYPE(dtype, CALL)
-#undef CALL
-}
-
-static void block_cdf(uint32_t dtype, const void *row, size_t n, float scale, float offset, double *cdf,
-                      float *maxima)
-{
-#define CALL(type) cdf_as(type, row, n, scale, offset, cdf)
-    SKL_FOR_DTYPE(dtype, CALL)
-#undef CALL
-    if (maxima != NULL)
-        block_maxima(dtype, row, n, maxima);
-}
-
-static void exponentials(uint32_t dtype, const void *row, size_t n, float scale, float offset, float *e)
-{
-#define CALL(type) exponentials_as(type, row, n, scale, offset, e)
-    SKL_FOR_DTYPE(dtype, CALL)
-#undef CALL
 }
 
 static void group_totals(const float *e, double *totals)

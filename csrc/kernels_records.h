@@ -1,7 +1,7 @@
 /* kernels_records.h: records and tokens to arrays, with the checks that look at every record.
  *
- * Included by kernels_table.h, which says what steps are.  The plain loops are the truth.  Reads at most 64 bytes beyond
- * the records or tokens, which SPEC.md section 5.1 grants. */
+ * Included by kernels_table.h, which says what steps are.  The plain loops are the truth.  Reads at most 64 bytes
+ * beyond the records or tokens, which SPEC.md section 5.1 grants. */
 #ifndef SKL_KERNELS_RECORDS_H
 #define SKL_KERNELS_RECORDS_H
 

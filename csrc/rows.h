@@ -22,12 +22,6 @@ typedef struct skl_level {
     double total;        /* the last of them */
 } skl_level;
 
-/* Bytes of a logit. */
-static inline size_t skl_logit_size(uint32_t dtype)
-{
-    return dtype == SKL_DTYPE_FLOAT32 ? 4 : 2;
-}
-
 /* The first logit of a block below num_blocks. */
 static inline const unsigned char *skl_block_start(const skl_row *row, size_t block)
 {
