@@ -2,6 +2,7 @@
  *
  * Both directions run the same check of the records, so that nothing can be written which a reader refuses. */
 #include "codec.h"
+
 #include "faults.h"
 #include "kernels.h"
 #include "ratios.h"
@@ -268,12 +269,12 @@ skl_status skl_decode_records(const skl_shape *shape, uint32_t scale_log2, const
     const int stream = shape->num_records * 5 + shape->num_positions * UINT64_C(8) >= STREAMED;
     skl_scan scan = {.profile = shape->profile, .vocab_size = shape->vocab_size, .counts = counts, .stream = stream};
     skl_position_walk walk = {.numbers = src,
-                       .offsets = arrays->offsets,
-                       .base = arrays->base,
-                       .num_positions = shape->num_positions,
-                       .record_count_size = shape->record_count_size,
-                       .stream = stream,
-                       .begin_mark = (uint8_t)(counts ? shape->rounds : 1)};
+                              .offsets = arrays->offsets,
+                              .base = arrays->base,
+                              .num_positions = shape->num_positions,
+                              .record_count_size = shape->record_count_size,
+                              .stream = stream,
+                              .begin_mark = (uint8_t)(counts ? shape->rounds : 1)};
     arrays->offsets[0] = arrays->base;
     unpack_records(shape, src + layout.records, arrays, &walk, &scan);
     if (walk.next_begin != shape->num_records)

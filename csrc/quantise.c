@@ -1,4 +1,4 @@
-/* quantise.c: positive weights to 7-bit ratios to the decoded predecessor.  SPEC.md section 4.3. */
+/* quantise.c: positive weights as 7-bit ratios to the decoded predecessor.  SPEC.md section 4.3. */
 #include "bits.h"
 #include "distinct.h"
 #include "faults.h"

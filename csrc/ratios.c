@@ -1,9 +1,7 @@
-/* ratios.c: 7-bit ratios to the decoded predecessor, back to weights.  SPEC.md section 4.3; quantise.c makes them. */
+/* ratios.c: 7-bit ratios to the decoded predecessor, back to weights.  SPEC.md section 4.3. */
 #include "ratios.h"
 
 #include "faults.h"
-
-#define MARK_BITS 13 /* 12 ids meet in 1 position of 124, and then are sorted */
 
 const uint32_t skl_ratio_table[128] = {
     2147483648u, 2146030505u, 2141676973u, 2134440703u, 2124350982u, 2111448536u, 2095785251u, 2077423834u,

@@ -16,8 +16,8 @@ static inline uint32_t skl_ratio_step(uint32_t v, uint8_t q)
     return (uint32_t)(((uint64_t)v * skl_ratio_table[q & 127]) >> 31);
 }
 
-/* ratios.c: as skl_expand, for offsets that rise from anywhere and a scale that is known; weights may be NULL.
- * Returns whether any weight reaches 0. */
+/* As skl_expand, for offsets that are known to rise, from anywhere, and a scale_log2 known to be in 0..30; weights may
+ * be NULL: not wanted.  Returns whether any weight reaches 0. */
 int skl_expand_from(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
                     float *weights);
 
