@@ -1,7 +1,7 @@
 """
 The only door to C: arrays in, arrays out, status to exception.
 
-codec  payloads of sequences to arrays and back: codec.c, ratios.c, batch.c
+codec  payloads of sequences to arrays and back: codec.c, batch.c, ratios.c, quantise.c, distinct.c
 door   hands arrays to C and turns its status into an exception
 draws  records from logits, and from sorted draws: sampler.c, merge.c
 rings  control words and frames of a shared-memory ring: ring.c

@@ -1,4 +1,4 @@
-"""Payloads of one sequence or of a batch to arrays and back: codec.c, ratios.c and batch.c."""
+"""Payloads of one sequence or of a batch to arrays and back: codec.c, batch.c, ratios.c, quantise.c and distinct.c."""
 
 from __future__ import annotations
 

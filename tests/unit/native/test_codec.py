@@ -184,7 +184,7 @@ def kernels(request):
 @pytest.mark.skipif(not (compiler := shutil.which("cc")), reason="no C compiler")
 def test_compiler_flags_do_not_choose_the_kernels():
     """What the portable kernels hold does not depend on what the compiler's flags, such as -march=native, allow."""
-    source = Path(__file__).resolve().parents[2] / "csrc/kernels_portable.c"
+    source = Path(__file__).resolve().parents[3] / "csrc/kernels_portable.c"
     plain, wide = (
         subprocess.run([compiler, "-E", "-P", *flags, source], capture_output=True, check=True).stdout
         for flags in ([], ["-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"])
