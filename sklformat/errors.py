@@ -62,7 +62,7 @@ class UnsupportedError(FormatError):
 
 
 class MissingShardError(FormatError):
-    """A cache lacks a shard; the message names the range of sequences."""
+    """A shard of a cache is missing; the message names the range of sequences."""
 
 
 class AlignmentError(SklError):
