@@ -1,7 +1,7 @@
 """
 How many positions per second does one core draw, against torch softmax + multinomial and against reading the rows?
 
-Rows of 128 256 logits, 32 a call, lie in DRAM: every call takes the next rows of a pool larger than the caches. The
+Rows of 128 256 logits, 32 per call, lie in DRAM: every call takes the next rows of a pool larger than the caches. The
 contenders take turns of several calls within one run, on one thread, so that all see the same machine; its own time is
 counted, so that a busy neighbour costs little. With --calls-a-turn 1 every call comes right after another contender's,
 in which this processor's vector units are still slow. Run:

@@ -242,7 +242,7 @@ def _run_verify(name: str, arguments: list[str]) -> int:
         verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)} found" if problems else "sound"
         sys.stdout.write(f"{config.path}: {verdict}, {checked:,} bytes checked\n")
         if problems:
-            sys.stdout.write("to fix: remove the damaged shards, then run the command that made the cache again\n")
+            sys.stdout.write("to fix: remove the damaged shards, then rerun the command that made the cache\n")
     return DAMAGED if problems else 0
 
 
@@ -257,7 +257,7 @@ def _run_recover(name: str, arguments: list[str]) -> int:
     if as_json:
         _print_json([dataclasses.asdict(result) for result in results])
     else:
-        sys.stdout.writelines(f"{result}; run the command that started it again to resume\n" for result in results)
+        sys.stdout.writelines(f"{result}; rerun the command that started it to resume\n" for result in results)
     return 0
 
 
@@ -318,7 +318,7 @@ _VERBS = {
     "estimate": _Verb("predict what a capture will cost", _run_estimate, _AGAIN),
     "train": _Verb("train a student from a cache, from text or from a teacher", _TRAIN),
     "eval": _Verb("measure a student on held-out text", _EVAL, _AGAIN),
-    "demo": _Verb("run the whole pipeline once: text to the paper's table", _DEMO),
+    "demo": _Verb("run the whole pipeline once, from text to the paper's table", _DEMO),
     "inspect": _Verb("show what a cache holds", _run_inspect, _AGAIN),
     "verify": _Verb("check every byte of a cache", _run_verify, _AGAIN),
     "recover": _Verb("keep the whole sequences of an unfinished shard", _run_recover),

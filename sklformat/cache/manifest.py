@@ -1,7 +1,7 @@
 """
 The manifest of a cache as a file: written whole or not at all, read and checked.
 
-What it says is ``format.listing``'s.  SPEC.md section 11.
+``format.listing`` knows what it says.  SPEC.md section 11.
 """
 
 from __future__ import annotations

@@ -328,7 +328,7 @@ def find_unfinished(path: Path) -> list[MissingShardError]:
     """One error for each ``.partial`` of a directory without manifest: its sequences belong to the cache, unsealed."""
     return [
         MissingShardError(
-            "the shard is unfinished, so this cache is incomplete; run the command that started it again to finish it "
+            "the shard is unfinished, so this cache is incomplete; rerun the command that started it to finish it "
             "(sklformat recover says what it keeps), or move it away to read the sealed shards alone",
             path=partial,
         )

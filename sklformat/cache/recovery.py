@@ -48,7 +48,7 @@ class Recovered:
         if self.cause is not None:
             cut += f" ({self.cause})"
         if self.sequences_cut:
-            cut += f", {self.sequences_cut} whole sequences behind the fault among them"
+            cut += f", {self.sequences_cut} whole sequences after the fault among them"
         return f"{self.path}: {self.sequences} sequences kept, {cut}"
 
 
@@ -155,7 +155,7 @@ def _never_synced(fd: int, size: int) -> bool:
 def _read_block(fd: int, header: Header, key: int, number: int, offset: int) -> BlockHeader:
     block = parse_block_header(os.pread(fd, layout.BLOCK_HEADER_SIZE, offset), header, key, number)
     if offset + block.size > os.fstat(fd).st_size:  # before anything is allocated
-        raise TruncatedError(f"block of {block.size} bytes ends behind the file")
+        raise TruncatedError(f"block of {block.size} bytes ends past the end of the file")
     body = check_payload(os.pread(fd, block.size, offset), block, key)
     decode_body(header, block, body)
     return block

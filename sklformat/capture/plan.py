@@ -76,8 +76,7 @@ def survey(
         header: Settings of the cache.
         num_sequences: Of the whole cache; the last shard may be shorter.
         sequences_per_shard: Of every other shard.
-        url: Where sealed shards go, if they do not stay; one that is sealed here is only to be
-            uploaded.
+        url: Where sealed shards go, if they do not stay; one that is sealed here only has to be uploaded.
         rank: Of the caller; shard k is the work of rank k mod world_size, and of no other. Rank 0 looks at the settings
             of all shards, so that it finds before the others write whether they belong here.
         world_size: Number of ranks.

@@ -30,7 +30,7 @@ class Drain:
     def __init__(self, ring: Ring, setup: Setup) -> None:
         self._ring, self._setup = ring, setup
         self._durable = {work.number: work.next_sequence for work in setup.works}
-        # A complete work "needs" what is the next shard's first sequence.
+        # Not of complete works: their ``next_sequence`` is the first of the next shard.
         self._beginnings = {work.next_sequence: work for work in setup.works if work.next_sequence < work.end}
         self._shard: ShardWriter | None = None
         self._work: ShardWork | None = None

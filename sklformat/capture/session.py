@@ -190,7 +190,7 @@ class Capture:
         return entries
 
     def unmark(self) -> None:
-        """Remove the mark of an unfinished capture; once the manifest is there, in every directory of the run."""
+        """Remove the mark of an unfinished capture; done in every directory of the run, once the manifest is there."""
         for name in (UNFINISHED_NAME, _WRITER_LOCK):
             (self.directory / name).unlink(missing_ok=True)
         Disk().sync_directory(self.directory)
@@ -316,7 +316,7 @@ class Capture:
         due = [self._expected[0]] if self._expected is not None else list(self._todo)
         raise ValueError(
             f"sequence {sequence} pushed, "
-            + (f"{due[0]} is due; a shard's sequences come in order" if due else "but no shard needs any more")
+            + (f"{due[0]} is due; a shard's sequences come in order" if due else "but no shard needs more sequences")
         )
 
     def _send(self, sequence: int, kind: int, parts: list[Any]) -> None:

@@ -14,7 +14,7 @@ _PATH_OF_URL = re.compile(r"[A-Za-z][\w+.-]+:/")  # two letters at least: "C:/" 
 
 def is_url(path: Path | str) -> bool:
     """
-    Say whether ``path`` is a URL, to be given to the functions here, rather than a path of this machine.
+    Say whether ``path`` is a URL, which ``files.remote`` takes, rather than a path of this machine.
 
     Raises:
         ValueError: It is a ``Path`` made from a URL, which lost one of its slashes.

@@ -26,7 +26,7 @@ def size(url: str) -> int:
 
     Raises:
         FileNotFoundError: No such file.
-        RemoteError: The store failed, or does not tell.
+        RemoteError: The store failed, or does not report the size.
     """
     with _failures(url, "be looked at"):
         fs, path = _open(url)
@@ -35,7 +35,7 @@ def size(url: str) -> int:
     if found.get("type") == "directory":
         raise FileNotFoundError(f"{url}: is a directory, not a file")
     if not isinstance(found.get("size"), int):
-        raise RemoteError(f"{url}: the store does not say the file's size; use another kind of store")
+        raise RemoteError(f"{url}: the store does not report the file's size; use another kind of store")
     return int(found["size"])
 
 
@@ -105,7 +105,7 @@ def download(url: str, file: BinaryIO) -> int:
     Write a file's bytes into one that is open here; whoever calls checks, syncs and renames it.
 
     Returns:
-        Number of bytes, as many as the store says.
+        Number of bytes, as many as the store reports.
 
     Raises:
         FileNotFoundError, RemoteError: As ``read_range``.
@@ -116,7 +116,7 @@ def download(url: str, file: BinaryIO) -> int:
         file.write(chunk)
         done += len(chunk)
     if done != expected:
-        raise RemoteError(f"{url}: the store says {expected} bytes and gave {done}; try again")
+        raise RemoteError(f"{url}: the store reported {expected} bytes and gave {done}; try again")
     return done
 
 

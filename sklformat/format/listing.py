@@ -114,7 +114,7 @@ def check_size(size: int, path: Place) -> None:
     A manifest of ``size`` bytes is no larger than one may be.
 
     Raises:
-        CorruptError: It is.
+        CorruptError: It is larger.
     """
     if size > layout.MAX_MANIFEST_SIZE:
         raise _corrupt(path, f"larger than {layout.MAX_MANIFEST_SIZE} bytes")

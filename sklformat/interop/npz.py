@@ -40,9 +40,8 @@ def read_rows(path: Path, values: str, columns: tuple[str, ...]) -> Iterator[Row
             raise ValueError(f"{arrays['token_ids'].size} token_ids, but {arrays[values].size} {values}")
         if count < 1:
             raise ValueError("holds no sequence")
-        rows_less = (
-            0 if positions == arrays["input_ids"].size else 1
-        )  # whether L rows per sequence are right is up to the caller
+        # L rows per sequence are taken as they are; the caller decides whether they are right.
+        rows_less = 0 if positions == arrays["input_ids"].size else 1
         starts = tokens - rows_less * np.arange(count + 1)
         if positions != starts[-1] or (np.diff(starts) < 0).any():
             raise ValueError(f"{positions} positions do not fit {count} sequences of {arrays['input_ids'].size} tokens")

@@ -122,7 +122,7 @@ def test_verify(capfd, cache):
     path.write_bytes(data)
     status, out, _ = run(capfd, "verify", cache)
     assert (3, 3) == (status, out.count("\n"))
-    assert out.endswith("to fix: remove the damaged shards, then run the command that made the cache again\n")
+    assert out.endswith("to fix: remove the damaged shards, then rerun the command that made the cache\n")
     assert out.startswith(f"{path}: sequence 0: byte 4096: ")
     status, out, _ = run(capfd, "verify", path, "--json")
     found = json.loads(out)
@@ -144,8 +144,8 @@ def test_recover(capfd, cache):
     size = path.stat().st_size
     (found,) = json.loads(out)
     assert (0, str(path), 2, (size - 4096) // 2 - 10) == (status, found["path"], found["sequences"], found["bytes_cut"])
-    assert "ends behind the file" in found["cause"]
-    assert (0, f"{path}: 2 sequences kept, 0 bytes cut; run the command that started it again to resume\n", "") == run(
+    assert "ends past the end of the file" in found["cause"]
+    assert (0, f"{path}: 2 sequences kept, 0 bytes cut; rerun the command that started it to resume\n", "") == run(
         capfd, "recover", path
     )
     path.unlink()

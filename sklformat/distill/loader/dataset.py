@@ -60,9 +60,9 @@ class SparseLogitDataset(IterableDataset[Batch]):
             stored in the cache.
         tail: What becomes of the last sequences that fill no global batch: "drop", "pad" (label -100, no records) or
             "wrap".
-        window: None: shuffle all sequences; else blocks of this many consecutive sequences, as a whole and inside
-            of each: reads then stay together, which disks and networks need.  A window of several global
-            batches mixes well enough.
+        window: None: shuffle all sequences; else shuffle the order of blocks of this many consecutive sequences, and
+            the sequences inside each block: reads then stay together, which disks and networks need.  A window of
+            several global batches mixes well enough.
         sequences: The part of the cache that this dataset sees, as in ``cache[i]``; None: all.  It reaches nothing
             else, so that a held-out part is safe: ``range(0, n - 500)`` to train on, ``range(n - 500, n)`` to measure.
         prefetch: Batches made ahead by as many threads (four at most) where it is iterated without worker processes;

@@ -1,7 +1,7 @@
 """
 Tokenizers: trained, asked for their ids, and run over text.
 
-Shapes are ragged: one list of ids a text.
+Shapes are ragged: one list of ids per text.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ def _tokenizer(source: Path | str, name: str | None, made_by: str) -> Any:
     loaded = loading.load_tokenizer(name)
     if made_by not in (_UNKNOWN, tokenizer_fingerprint(loaded)):
         raise SettingsError(
-            f"{source} was made by a different tokenizer from {name}: its fingerprint is {made_by}, this one's "
+            f"{source} was made by a different tokenizer, not {name}: its fingerprint is {made_by}, this one's "
             f"{tokenizer_fingerprint(loaded)}; ids mean other tokens here, so make it again with this tokenizer, or "
             "give the student the one that made it"
         )

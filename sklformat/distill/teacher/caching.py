@@ -240,7 +240,7 @@ class _Part:
         return len(draws) + int(np.count_nonzero(draws[:, 1:] != draws[:, :-1]))
 
     def _follow(self, pushed: Iterable[int], begin: float) -> None:
-        """Count sequences, with their numbers of records, while they are handed over, and show how far it is."""
+        """Count sequences while they are handed over, and the bytes of their records; show the progress."""
         seq_len = self._config.seq_len
         with self._progress() as progress:
             for num_records in pushed:

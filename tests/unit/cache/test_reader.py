@@ -104,7 +104,7 @@ def test_an_unfinished_cache_is_not_whole(directory):
     (directory / "shard-00003.skl.partial").touch()
     with pytest.raises(
         skl.MissingShardError,
-        match=r"shard-00003\.skl\.partial: the shard is unfinished.*started it again to finish it",
+        match=r"shard-00003\.skl\.partial: the shard is unfinished.*started it to finish it",
     ):
         skl.open(directory)
     (directory / "shard-00003.skl.partial").unlink()

@@ -169,7 +169,7 @@ def test_recover_cuts_the_torn_tail(path):
     data = partial.read_bytes()
     partial.write_bytes(data[:-1])
     size = (len(data) - 4096) // 3
-    cause = f"block 2: byte {len(data) - size}: block of {size} bytes ends behind the file"
+    cause = f"block 2: byte {len(data) - size}: block of {size} bytes ends past the end of the file"
     assert skl.recover(partial) == skl.Recovered(partial, 2, size - 1, cause)
     assert data[:-size] == partial.read_bytes()
     assert skl.recover(path) == skl.Recovered(partial, 2, 0)
@@ -195,7 +195,7 @@ def test_a_resumed_writer_says_what_it_cut(path):
     partial = unfinished(path, range(2))
     partial.write_bytes(partial.read_bytes()[:-1])
     with skl.ShardWriter(path, header=HEADER, resume=True) as writer:
-        assert (1, True) == (writer.recovered.sequences, "ends behind the file" in writer.recovered.cause)
+        assert (1, True) == (writer.recovered.sequences, "ends past the end of the file" in writer.recovered.cause)
     with skl.ShardWriter(path.with_name("b.skl"), header=HEADER, resume=True) as writer:
         assert writer.recovered is None
 

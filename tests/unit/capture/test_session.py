@@ -116,7 +116,7 @@ def test_order_and_shapes_are_checked_before_the_ring(tmp_path):
             capture.push(1, tokens_of(1), weights)
         for sequence in range(1, NUM_SEQUENCES):
             capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
-        with pytest.raises(ValueError, match="no shard needs any more"):
+        with pytest.raises(ValueError, match="no shard needs more sequences"):
             capture.push_draws(NUM_SEQUENCES, tokens_of(0), draws_of(0))
     assert expected == shard_bytes(tmp_path / "cache")
 
@@ -193,7 +193,7 @@ def test_what_cannot_be_kept_is_told(tmp_path):
         assert work.cut.startswith(
             f"{partial}: 1 sequences kept, {len(data) - second} bytes cut (block 1: byte {second}:"
         )
-        assert work.cut.endswith("), 1 whole sequences behind the fault among them")
+        assert work.cut.endswith("), 1 whole sequences after the fault among them")
         push_all(capture)
     assert expected == shard_bytes(tmp_path / "cache")
 
