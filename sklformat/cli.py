@@ -242,7 +242,8 @@ def _run_verify(name: str, arguments: list[str]) -> int:
         verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)} found" if problems else "sound"
         sys.stdout.write(f"{config.path}: {verdict}, {checked:,} bytes checked\n")
         if problems:
-            sys.stdout.write("to fix: remove the damaged shards, then rerun the command that made the cache\n")
+            todo = "remove the damaged shards and manifest.json, then rerun the command that made the cache"
+            sys.stdout.write(f"to fix: {todo}\n")
     return DAMAGED if problems else 0
 
 

@@ -122,7 +122,8 @@ def test_verify(capfd, cache):
     path.write_bytes(data)
     status, out, _ = run(capfd, "verify", cache)
     assert (3, 3) == (status, out.count("\n"))
-    assert out.endswith("to fix: remove the damaged shards, then rerun the command that made the cache\n")
+    todo = "remove the damaged shards and manifest.json, then rerun the command that made the cache"
+    assert out.endswith(f"to fix: {todo}\n")
     assert out.startswith(f"{path}: sequence 0: byte 4096: ")
     status, out, _ = run(capfd, "verify", path, "--json")
     found = json.loads(out)
