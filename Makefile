@@ -1,5 +1,5 @@
 # make demo   set up, then run the whole pipeline: teacher, cache, students, table and plot (ARGS="--seed 1" passes flags on)
-# make test   set up, then check style, types and floors, and run the C and Python tests, C under sanitizers
+# make test   set up, then check style, types and imports, and run the C and Python tests, C under sanitizers
 # make soak   the long tests
 # make fuzz   random input under sanitizers, FUZZ_SECONDS for each target (60)
 # make bench  the benchmarks; results go to the terminal
