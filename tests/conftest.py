@@ -1,5 +1,6 @@
 """Settings that all tests share."""
 
+import gc
 import os
 import signal
 
@@ -11,6 +12,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Models this small only lose by a second thread; and sums have one order.  Torch and numpy read it when they are
 # imported, here and in the processes that tests start.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def pytest_collection_finish():
+    """Spare every collection of garbage to come what is imported: searching it takes longer than most tests."""
+    gc.collect()
+    gc.freeze()
+
 
 settings.register_profile("sklformat", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("sklformat")

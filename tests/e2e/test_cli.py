@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from system import HANGS
@@ -14,6 +15,7 @@ from system import HANGS
 import sklformat as skl
 from sklformat.cache.manifest import write_manifest
 from sklformat.cache.reader import scan_directory
+from sklformat.cli import main
 
 WITHOUT_TORCH = """
 import sys
@@ -35,6 +37,13 @@ def sklformat(*words, start=("-m", "sklformat")):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANGS)
     assert done.stderr.count("\n") <= 1, done.stderr
     return done.returncode, done.stdout, done.stderr
+
+
+def quickly(*words):
+    """The same, without a new interpreter."""
+    done = forked.run(main, [*map(str, words)])
+    assert done.stderr.count("\n") <= 1, done.stderr
+    return done
 
 
 def write_cache(directory, shards=3, per_shard=4):
@@ -81,7 +90,7 @@ def test_damage_is_named(cache):
     shards[0].write_bytes(data)
     os.truncate(shards[1], shards[1].stat().st_size - 65)
     shards[2].unlink()
-    status, out, err = sklformat("verify", cache, "--json")
+    status, out, err = quickly("verify", cache, "--json")
     found = {(Path(p["path"]).name, p["error"]) for p in json.loads(out)["problems"]}
     assert (3, "") == (status, err)
     assert {
@@ -89,7 +98,7 @@ def test_damage_is_named(cache):
         ("shard-00001.skl", "TruncatedError"),
         ("shard-00002.skl", "MissingShardError"),
     } <= found
-    status, _, err = sklformat("convert", cache, cache.parent / "copy.jsonl")
+    status, _, err = quickly("convert", cache, cache.parent / "copy.jsonl")
     assert (1, True) == (status, "shard-00000.skl: block 0: byte 4096" in err)
     assert not (cache.parent / "copy.jsonl").exists()
 
@@ -112,7 +121,7 @@ def test_rubbish_is_one_line(cache, tmp_path):
         (("convert", tmp_path / "text.skl", tmp_path / "x.npz"), "not a sklformat shard"),
         (("convert", tmp_path / "empty", tmp_path / "empty"), "no .skl shards here"),
     ):
-        status, out, err = sklformat(*words)
+        status, out, err = quickly(*words)
         assert (1, "") == (status, out)
         assert err.startswith(f"sklformat {words[0]}: {words[1]}")
         assert message in err
@@ -129,9 +138,9 @@ def test_a_torn_shard_is_recovered(cache, tmp_path):
     writer.close()
     partial = directory / "shard-00000.skl.partial"
     os.truncate(partial, partial.stat().st_size - 1)
-    status, _, err = sklformat("inspect", directory)
+    status, _, err = quickly("inspect", directory)
     assert (1, True) == (status, "shard-00000.skl.partial: the shard is unfinished" in err)
-    status, out, _ = sklformat("recover", directory, "--json")
+    status, out, _ = quickly("recover", directory, "--json")
     [kept] = json.loads(out)
     assert (0, 11, True) == (status, kept["sequences"], kept["bytes_cut"] > 0)
 

@@ -100,7 +100,7 @@ def test_every_misalignment_is_caught_at_the_first_affected_sequence(captured, n
 
 
 @pytest.mark.parametrize("name", NAMES.split())
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.soak)])
 def test_no_affected_sequence_is_ever_trained_on(captured, name, num_workers):
     """Shuffled and in batches, a fault stops the stream before the first batch that holds an affected sequence."""
     directory, tokens, _, stride = captured

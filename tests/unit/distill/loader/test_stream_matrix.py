@@ -125,7 +125,7 @@ def test_some_worlds_with_processes(small, world_size, num_workers, tail, window
     assert_epochs(*small, world_size, num_workers, tail, window, EPOCHS)
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.soak)])
 def test_start_methods(small, method):
     """However worker processes are started, the stream and what follows a resume are the same."""
     path, n = small
@@ -155,17 +155,19 @@ def resumed(path, world_size, state, steps=None, num_workers=0, **settings):
     return [n for step in zip(*ranks, strict=True) for part in step for n in part], json.loads(last.pop())
 
 
-def assert_chained(path, expected, start, last_state, choice, num_workers, **settings):
-    """From the state after step ``start``, three resumes on three world sizes give the rest of the epoch, once."""
+def assert_chained(path, expected, start, last_state, choice, num_workers, steps=None, **settings):
+    """From the state after step ``start``, three resumes on three world sizes give the rest of the epoch, once; or a
+    part of it, after so many steps of the last."""
     left = len(expected) // GLOBAL - start
     hops = [min(left // 3, 1 + choice % 4), min(left // 3, 1 + choice % 3)]
     got, state = [], last_state
-    for hop, steps in enumerate(hops):
-        if steps:
-            more, state = resumed(path, WORLDS[(choice + 2 * hop) % len(WORLDS)], state, steps, **settings)
+    for hop, taken in enumerate(hops):
+        if taken:
+            more, state = resumed(path, WORLDS[(choice + 2 * hop) % len(WORLDS)], state, taken, **settings)
             got += more
-    more, _ = resumed(path, WORLDS[(choice + 4) % len(WORLDS)], state, None, num_workers, **settings)
-    assert expected[start * GLOBAL :] == got + more
+    more, _ = resumed(path, WORLDS[(choice + 4) % len(WORLDS)], state, steps, num_workers, **settings)
+    end = None if steps is None else (start + sum(hops) + steps) * GLOBAL
+    assert expected[start * GLOBAL : end] == got + more
 
 
 def states_of(path, **settings):
@@ -190,7 +192,7 @@ def test_resume_at_every_step(small, tail, window):
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-@pytest.mark.parametrize("num_workers", [0, 2, 3])
+@pytest.mark.parametrize("num_workers", [0, 2, pytest.param(3, marks=pytest.mark.soak)])
 def test_stateful_data_loader(small, num_workers):
     """torchdata's StatefulDataLoader, which keeps a state a worker, goes on at any step of the epoch."""
     loaders = pytest.importorskip("torchdata.stateful_dataloader")
@@ -237,7 +239,11 @@ def long(tmp_path_factory):
 @pytest.mark.soak
 @pytest.mark.parametrize(("tail", "window"), [("drop", None), ("wrap", 200)])
 def test_resume_at_every_step_of_500(long, tail, window):
-    """Every step of a 500-step epoch, three resumes each on other world sizes, every fiftieth ending with workers."""
+    """
+    Every step of a 500-step epoch, three resumes each on other world sizes, every fiftieth ending with workers.
+
+    Every ninth goes to the epoch's end, on every world size in turn, the others for ten steps.
+    """
     path, n = long
     settings = {"tail": tail, "window": window}
     states = states_of(path, **settings)
@@ -245,5 +251,6 @@ def test_resume_at_every_step_of_500(long, tail, window):
     assert len(states) == len(expected) // GLOBAL + 1 >= 501
     for start, state in enumerate(states[:-1]):
         workers = (1, 2, 3, 5)[start // 50 % 4] if start % 50 == 0 else 0
-        assert_chained(path, expected, start, state, start, workers, **settings)
+        steps = None if workers or start % 9 == 0 else 10
+        assert_chained(path, expected, start, state, start, workers, steps, **settings)
     assert reference(n, 1, tail, window) == resumed(path, 8, states[-1], **settings)[0]
