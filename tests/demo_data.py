@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import signal
 
+from sklformat.distill.demo import processes
 from sklformat.distill.demo.stages import run_demo
 from sklformat.settings.demo import DemoConfig
 
@@ -14,8 +16,15 @@ def run(out, text, start_method):
     Its jobs are started by any method; "spawn" is the demo's own, and imports torch again for each.
     """
     os.setsid()
-    context = multiprocessing.get_context(start_method)
+    context, work = multiprocessing.get_context(start_method), processes._work
+
+    def work_with_handlers_of_a_new_process(*arguments):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        work(*arguments)
+
     multiprocessing.get_context = lambda _: context
+    if start_method == "fork":
+        processes._work = work_with_handlers_of_a_new_process
     try:
         print(run_demo(DemoConfig(out=out, text=text, size="tiny", processes=2)))
     except KeyboardInterrupt:

@@ -146,7 +146,8 @@ def test_ctrl_c_is_clean_and_processes_give_the_same_figures(finished, text, tmp
     """
     first, second = start_methods
     process = Child(demo_data.run, tmp_path / "run", text, first)
-    wait_for(lambda: "3/6" in process.stderr or not alive(process.pid))
+    caches = [tmp_path / "run" / name for name in ("cache-random", "cache-topk")]
+    wait_for(lambda: all(cache.exists() for cache in caches) or not alive(process.pid))
     os.killpg(process.pid, signal.SIGINT)
     status, _, err = process.done()
     assert status == 130, err
