@@ -5,8 +5,10 @@ import itertools
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -137,6 +139,36 @@ def test_a_new_teacher_waits_for_the_old_writer(tmp_path, undisturbed, monkeypat
     monkeypatch.undo()
     assert 6 == check_and_finish(tmp_path / "cache", undisturbed)
     process.stdout.close()
+
+
+@pytest.mark.soak
+def test_how_soon_a_killed_writer_is_noticed(tmp_path):
+    """A teacher that waits for room in the ring learns within 200 ms that its writer was killed; the figure of 30."""
+    seconds = []
+    for number in range(30):
+        killed = []
+
+        def kill(capture, killed=killed):
+            wait_for(lambda: capture.wait_seconds > 0)
+            os.kill(capture._process.pid, signal.SIGKILL)
+            killed.append(time.monotonic())
+
+        with (
+            pytest.raises(skl.CaptureError, match="killed by signal 9"),
+            open_capture(tmp_path / str(number), ring_bytes=8192) as capture,
+        ):
+            os.kill(capture._process.pid, signal.SIGSTOP)
+            killer = threading.Thread(target=kill, args=(capture,))
+            killer.start()
+            try:
+                push_all(capture)
+            finally:
+                seconds.append(time.monotonic())
+                killer.join()
+        seconds[-1] -= killed[0]
+    print(f"a killed writer is noticed after {statistics.median(seconds) * 1e3:.1f} ms, "
+          f"at the most {max(seconds) * 1e3:.1f} ms")  # fmt: skip
+    assert statistics.median(seconds) < 0.2
 
 
 @pytest.mark.soak
