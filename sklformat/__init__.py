@@ -25,6 +25,7 @@ from sklformat.errors import (
     SettingsError,
     SklError,
     TruncatedError,
+    UnreadableError,
     UnsupportedError,
 )
 from sklformat.files.copies import LocalCopies
@@ -58,6 +59,7 @@ __all__ = [
     "SklError",
     "SparseTargets",
     "TruncatedError",
+    "UnreadableError",
     "UnsupportedError",
     "draw",
     "open",

@@ -61,6 +61,10 @@ class UnsupportedError(FormatError):
     """Valid, but of a newer version or with an unknown flag; the message says which."""
 
 
+class UnreadableError(FormatError, OSError):
+    """The system gives no bytes of a path: it is no regular file, a link to nothing, not permitted, or on a bad disk."""
+
+
 class MissingShardError(FormatError):
     """A shard of a cache is missing; the message names the range of sequences."""
 

@@ -6,14 +6,21 @@ The manifest of a cache as a file: written whole or not at all, read and checked
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from sklformat.files.disk import write_atomically
 from sklformat.files.places import Place
-from sklformat.files.storage import read_whole, size_of
-from sklformat.format.listing import Entry, check_size, pack_listing, parse_listing
+from sklformat.files.storage import read_start
+from sklformat.format import layout
+from sklformat.format.listing import Entry, pack_listing, parse_listing
 
 MANIFEST_NAME = "manifest.json"
+
+
+def has_manifest(directory: Path) -> bool:
+    """Say whether a directory has a manifest, be it one that cannot be read."""
+    return os.path.lexists(directory / MANIFEST_NAME)
 
 
 def write_manifest(directory: Path, entries: list[Entry]) -> None:
@@ -32,8 +39,8 @@ def read_manifest(path: Place) -> list[Entry]:
 
     Raises:
         FileNotFoundError: There is none.
+        UnreadableError: What is there is no regular file, or cannot be read.
         RemoteError: The store behind a URL failed.
         UnsupportedError, CorruptError, MissingShardError: As ``parse_listing``.
     """
-    check_size(size_of(path), path)  # before anything of it is read
-    return parse_listing(read_whole(path), path)
+    return parse_listing(read_start(path, layout.MAX_MANIFEST_SIZE + 1), path)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sklformat.cache.manifest import MANIFEST_NAME, read_manifest
+from sklformat.cache.manifest import MANIFEST_NAME, has_manifest, read_manifest
 from sklformat.cache.misalignment import likely_cause
 from sklformat.cache.payloads import Payloads
 from sklformat.cache.shard import Shard, describe
@@ -27,6 +27,7 @@ from sklformat.checksums import alignment
 from sklformat.errors import AlignmentError, CorruptError, MissingShardError, SklError
 from sklformat.files.copies import LocalCopies
 from sklformat.files.places import Place, is_url, join
+from sklformat.files.regular import is_directory, list_directory
 from sklformat.files.storage import Io
 from sklformat.format import layout
 from sklformat.format.header import Header
@@ -55,11 +56,12 @@ class Cache:
             self._directory = not self.path.endswith(_SUFFIX)
         else:
             self.path = Path(path)
-            if not self.path.exists():
+            try:
+                self._directory = is_directory(self.path)
+            except FileNotFoundError:
                 raise FileNotFoundError(
                     f"{self.path}: no such file or directory; a cache is a directory of {_SUFFIX} shards"
-                )
-            self._directory = self.path.is_dir()
+                ) from None
         self.io: Io = io
         self.copies = LocalCopies() if copies is None and isinstance(self.path, str) else copies
         self._open_shards: OrderedDict[int, Shard] = OrderedDict()
@@ -231,12 +233,8 @@ class Cache:
         shard = self._open_shards.get(place)
         if shard is None:
             entry = self._entries[place]
-            if isinstance(entry.path, Path) and not entry.path.exists():
-                raise MissingShardError(
-                    f"sequences {entry.first_sequence}..{entry.first_sequence + entry.num_sequences - 1} are missing; "
-                    "put the shard back or capture it again",
-                    path=entry.path,
-                )
+            if isinstance(entry.path, Path) and not os.path.lexists(entry.path):
+                raise _missing(entry)
             shard = Shard(entry.path, self.io, copies=self.copies, entry=entry)
             self._check_belongs(shard, entry)
             self._open_shards[place] = shard
@@ -290,11 +288,45 @@ def list_shards(path: Place, io: Io = "auto", copies: LocalCopies | None = None)
                 f"no {MANIFEST_NAME} here, which a cache behind a URL needs; sklformat cache and convert write it last",
                 path=path,
             ) from None
-    if path.is_file():
+    if not is_directory(path):
         return [_entry(path, io, copies)]
-    if (path / MANIFEST_NAME).exists():
-        return read_manifest(path / MANIFEST_NAME)
-    return scan_directory(path, io)
+    if not has_manifest(path):
+        return scan_directory(path, io)
+    entries = read_manifest(path / MANIFEST_NAME)
+    _check_listed(entries, path)
+    return entries
+
+
+def shard_files(path: Path) -> list[Path]:
+    """
+    What a directory holds by the name of a shard, whatever it is.  SPEC section 11.
+
+    Raises:
+        UnreadableError: The directory cannot be read.
+    """
+    return [file for file in list_directory(path) if file.suffix == _SUFFIX]
+
+
+def _check_listed(entries: list[Entry], path: Path) -> None:
+    """A directory has the shards that its manifest lists, and no others."""
+    found, listed = {file.name for file in shard_files(path)}, {entry.name for entry in entries}
+    for entry in entries:
+        if entry.name not in found:
+            raise _missing(entry)
+    if unlisted := sorted(found - listed):
+        raise CorruptError(
+            f"the manifest does not list {unlisted[0]}, which lies beside it; move that file away, or remove the "
+            "manifest to read all shards",
+            path=path / MANIFEST_NAME,
+        )
+
+
+def _missing(entry: Entry) -> MissingShardError:
+    return MissingShardError(
+        f"sequences {entry.first_sequence}..{entry.first_sequence + entry.num_sequences - 1} are missing; "
+        "put the shard back or capture it again",
+        path=entry.path,
+    )
 
 
 def scan_directory(path: Path, io: Io = "auto") -> list[Entry]:
@@ -304,7 +336,7 @@ def scan_directory(path: Path, io: Io = "auto") -> list[Entry]:
     Raises:
         MissingShardError, FormatError: As ``list_shards``; CorruptError too where a shard belongs to another cache.
     """
-    files = sorted(p for p in path.iterdir() if p.suffix == _SUFFIX and p.is_file())
+    files = shard_files(path)
     if unfinished := find_unfinished(path):
         raise unfinished[0]
     if not files:

@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat import native
-from sklformat.cache.manifest import MANIFEST_NAME, read_manifest
+from sklformat.cache.manifest import MANIFEST_NAME, has_manifest, read_manifest
 from sklformat.cache.payloads import Payloads
-from sklformat.cache.reader import Cache, find_unfinished
+from sklformat.cache.reader import Cache, find_unfinished, shard_files
 from sklformat.cache.shard import Shard, describe
 from sklformat.errors import FormatError, MissingShardError, UnsupportedError
 from sklformat.files.places import Place, is_url
+from sklformat.files.regular import is_directory
 from sklformat.format.header import Header
 from sklformat.format.listing import Entry, check_contiguous, place_in_cache
 
@@ -84,19 +85,21 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
             path=path,
         )
     root = Path(path)
-    files = [root] if not root.is_dir() else sorted(p for p in root.iterdir() if p.suffix == ".skl")
-    unfinished = find_unfinished(root) if root.is_dir() and not (root / MANIFEST_NAME).exists() else []
-    if root.is_dir() and not files:
+    among = is_directory(root)
+    files = shard_files(root) if among else [root]
+    unfinished = find_unfinished(root) if among and not has_manifest(root) else []
+    if among and not files:
         raise (
             unfinished[0]
             if unfinished
             else MissingShardError("no .skl shards here: not a cache, or an empty one", path=root)
         )
-    total, done = sum(p.stat().st_size for p in files), 0
+    sizes = [_size_of(file) for file in files]
+    total, done = sum(sizes), 0
     problems = [_problem(error, root) for error in unfinished]
     opened: list[tuple[Entry, Header]] = []
     refused: list[FormatError] = []
-    for file in files:
+    for file, size in zip(files, sizes, strict=True):
         try:
             shard = Shard(file)
         except FormatError as error:
@@ -111,14 +114,22 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
                     if progress is not None:
                         progress(done + int(shard.index.offset[numbers[-1]]), total)
                 opened.append((describe(shard), shard.header))
-        done += file.stat().st_size
+        done += size
         if progress is not None:
             progress(done, total)
     if not opened and all(isinstance(error, UnsupportedError) for error in refused):
         raise refused[0]  # nothing here is a shard that this version reads, so nothing is damaged
-    if root.is_dir():
+    if among:
         problems += _check_together(root, opened)
     return problems
+
+
+def _size_of(file: Path) -> int:
+    """Bytes to be checked; 0 where opening the file will say why there are none."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def _groups(shard: Shard) -> Iterator[NDArray[np.int64]]:
@@ -176,7 +187,7 @@ def _check_together(root: Path, opened: list[tuple[Entry, Header]]) -> list[Prob
     ]
     try:
         check_contiguous(entries, root)
-        if (root / MANIFEST_NAME).exists():
+        if has_manifest(root):
             listed = read_manifest(root / MANIFEST_NAME)
             problems += _check_listed(listed, entries)
     except FormatError as error:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from sklformat.cache.recovery import recover
 from sklformat.capture.destinations import Target
-from sklformat.errors import FormatError, MissingShardError, SettingsError
+from sklformat.errors import CorruptError, FormatError, MissingShardError, SettingsError, TruncatedError
+from sklformat.files.storage import read_start
 from sklformat.format import layout
 from sklformat.format.header import Header, parse_header
 from sklformat.format.listing import Entry
@@ -143,8 +144,8 @@ def find_header(directory: Path, url: str | None = None) -> Header | None:
             if is_sealed and (found := target.find(name)) is not None:
                 return found[0]
     for partial in sorted(directory.glob(f"shard-*.skl{layout.PARTIAL_SUFFIX}")):
-        with partial.open("rb") as file, contextlib.suppress(FormatError):  # never synced: it holds nothing
-            return parse_header(file.read(layout.HEADER_SIZE))
+        with contextlib.suppress(CorruptError, TruncatedError):  # never synced: it holds nothing
+            return parse_header(read_start(partial, layout.HEADER_SIZE))
     return None
 
 
@@ -188,8 +189,7 @@ def _check_partial(path: Path, header: Header, place: ShardWork) -> None:
     partial = path.with_name(path.name + layout.PARTIAL_SUFFIX)
     if not partial.exists():
         return
-    with partial.open("rb") as file:
-        head = file.read(layout.HEADER_SIZE)
+    head = read_start(partial, layout.HEADER_SIZE)
     with contextlib.suppress(FormatError):  # recover knows whether a crash explains it
         _check_settings(partial, parse_header(head), shard_header(header, place.number, place.first_sequence))
 

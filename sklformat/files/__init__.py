@@ -5,6 +5,7 @@ copies       local copies of what was read behind URLs, bounded in bytes
 directories  directories that appear whole or not at all
 disk         append, sync, rename and lock, so that a crash loses nothing
 places       where a file lies: a path of this machine, or a URL
+regular      regular files and nothing else, opened or refused at once
 remote       the only door to fsspec: files behind URLs
 storage      the bytes of a sealed file: mapped, read piece by piece, or behind a URL
 """

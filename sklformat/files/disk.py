@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sklformat.errors import InUseError, UnsupportedError
+from sklformat.files.regular import check_regular
 
 _POLL_SECONDS = 0.02
 _ALONE_SECONDS = 2.0
@@ -28,7 +29,8 @@ class Disk:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
     def reopen(self, path: Path) -> int:
-        """Open a file that exists, for writing."""
+        """Open a regular file that exists, for writing."""
+        check_regular(path)
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
     def write(self, fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -19,6 +19,7 @@ from sklformat.errors import TruncatedError
 from sklformat.files import remote
 from sklformat.files.copies import LocalCopies
 from sklformat.files.places import Place
+from sklformat.files.regular import check_regular, open_regular, unreadable
 from sklformat.native import address_of
 
 Io = Literal["auto", "mmap", "pread"]
@@ -55,11 +56,14 @@ class MappedFile:
     """A file mapped read-only; damage of the medium, or a file cut short by another process, kills the process."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb", buffering=0) as file:
-            self.size = os.fstat(file.fileno()).st_size
+        fd = open_regular(path)
+        try:
+            self.size = os.fstat(fd).st_size
             if self.size == 0:
                 raise TruncatedError("the file is empty", path=path)
-            self._view = memoryview(mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ))
+            self._view = memoryview(mmap.mmap(fd, self.size, access=mmap.ACCESS_READ))
+        finally:
+            os.close(fd)
         self.address: int | None = address_of(self._view)
 
     def read(self, offset: int, length: int) -> memoryview:
@@ -76,7 +80,7 @@ class ReadFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = open_regular(path)
         close = weakref.finalize(self, os.close, self._fd)
         self.size = os.fstat(self._fd).st_size
         if self.size == 0:
@@ -94,7 +98,7 @@ class ReadFile:
             try:
                 count = os.preadv(self._fd, [out[done:]], offset + done)
             except OSError as error:
-                raise OSError(error.errno, f"{error.strerror} at byte {offset + done}", str(self.path)) from error
+                raise unreadable(error, self.path, offset + done) from error
             if count == 0:
                 raise TruncatedError(
                     f"ends at byte {offset + done}, had {self.size} bytes when it was opened; it was cut short or "
@@ -130,11 +134,13 @@ def open_file(path: Path, io: Io) -> OpenFile:
 
     Raises:
         TruncatedError: It is empty.
+        FileNotFoundError, UnreadableError: As ``open_regular``.
         OSError: As the operating system reports it.
         ValueError: There is no such ``io``.
     """
     if io not in ("auto", "mmap", "pread"):
         raise ValueError(f"io must be auto, mmap or pread, got {io!r}")
+    check_regular(path)
     if io == "auto":
         io = _io_of(path.resolve().parent)  # of the file itself, which a link may have elsewhere
     return MappedFile(path) if io == "mmap" else ReadFile(path)
@@ -170,16 +176,17 @@ def file_system(path: Path, mounts: str) -> str:
     return found
 
 
-def exists(place: Place) -> bool:
-    """Say whether a file is there."""
-    return place.exists() if isinstance(place, Path) else remote.exists(place)
+def read_start(place: Place, most: int) -> bytes:
+    """
+    The first ``most`` bytes of a file, or all of a smaller one, whatever size it claims to have.
 
-
-def size_of(place: Place) -> int:
-    """Bytes of a file."""
-    return place.stat().st_size if isinstance(place, Path) else remote.size(place)
-
-
-def read_whole(place: Place) -> bytes:
-    """All bytes of a small file."""
-    return place.read_bytes() if isinstance(place, Path) else remote.read(place)
+    Raises:
+        FileNotFoundError, UnreadableError: As ``open_regular``.
+    """
+    if isinstance(place, str):
+        return remote.read_range(place, 0, min(remote.size(place), most))
+    with os.fdopen(open_regular(place), "rb") as file:
+        try:
+            return file.read(most)
+        except OSError as error:
+            raise unreadable(error, place) from error

@@ -137,7 +137,8 @@ def parse_block_header(data: bytes | memoryview, header: Header, key: int, numbe
         raise CorruptError(f"block number {values['block_number']} stands where block {number} belongs")
     positions = values["num_positions"]
     if not 1 <= positions <= layout.MAX_POSITIONS or (header.seq_len and positions != header.seq_len):
-        raise CorruptError(f"block of {positions} positions, seq_len is {header.seq_len}")
+        expected_length = header.seq_len or f"1..{layout.MAX_POSITIONS}"
+        raise CorruptError(f"block of {positions} positions, must have {expected_length}")
     try:
         expected = native.payload_size(block_shape(header, positions, values["num_records"]))
     except ValueError as error:

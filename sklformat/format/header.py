@@ -254,9 +254,7 @@ def parse_header(data: bytes | memoryview) -> Header:
         UnsupportedError: Another format, a newer major version, or an unknown flag or value; says which.
         CorruptError: Anything else that contradicts SPEC section 7.
     """
-    if bytes(data[:8]) != layout.HEADER_MAGIC:
-        if len(data) < 8:
-            raise TruncatedError(f"{len(data)} bytes, a header has {layout.HEADER_SIZE}", section="header", offset=0)
+    if not layout.HEADER_MAGIC.startswith(bytes(data[:8])):
         raise UnsupportedError(
             f"not a sklformat shard: it begins with {bytes(data[:8]).hex(' ')}", section="header", offset=0
         )

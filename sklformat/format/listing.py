@@ -109,17 +109,6 @@ def pack_listing(entries: list[Entry], directory: Place) -> bytes:
     return text
 
 
-def check_size(size: int, path: Place) -> None:
-    """
-    A manifest of ``size`` bytes is no larger than one may be.
-
-    Raises:
-        CorruptError: It is larger.
-    """
-    if size > layout.MAX_MANIFEST_SIZE:
-        raise _corrupt(path, f"larger than {layout.MAX_MANIFEST_SIZE} bytes")
-
-
 def parse_listing(data: bytes, path: Place) -> list[Entry]:
     """
     Check the bytes of the manifest at ``path``; its shards lie beside it.
@@ -129,6 +118,8 @@ def parse_listing(data: bytes, path: Place) -> list[Entry]:
         CorruptError: Not what SPEC section 11 says, or its digest differs.
         MissingShardError: Its shards leave a gap.
     """
+    if len(data) > layout.MAX_MANIFEST_SIZE:
+        raise _corrupt(path, f"larger than {layout.MAX_MANIFEST_SIZE} bytes")
     try:
         body = json.loads(data)
         _digest(body)

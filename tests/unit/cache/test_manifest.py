@@ -109,7 +109,6 @@ def test_lies_are_refused_on_opening(directory, how, error, message):
         shard(2, num_sequences=5),
         shard(2, num_records=1),
         shard(2, size_bytes=1),
-        shard(2, name="shard-00000.skl"),
         lambda body: [shard(1, num_sequences=3)(body), shard(2, first_sequence=6)(body)],
     ],
 )
@@ -124,8 +123,8 @@ def test_lies_about_a_shard_are_found_when_it_is_touched(directory, how):
 def test_names_that_nothing_has(directory, name):
     """A listed name that no file has, or can have, is a missing shard."""
     change(directory, shard(2, name=name))
-    with skl.open(directory) as cache, pytest.raises((skl.MissingShardError, OSError)):
-        list(cache)
+    with pytest.raises(skl.MissingShardError, match=r"sequences 5\.\.8 are missing"):
+        skl.open(directory)
 
 
 @pytest.mark.parametrize(

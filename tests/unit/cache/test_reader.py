@@ -129,12 +129,10 @@ def test_gaps_are_named(directory):
     """A missing shard is named by its sequences, without a manifest and with one."""
     with_manifest(directory)
     (directory / "shard-00001.skl").unlink()
-    with skl.open(directory) as cache:
-        assert EXPECTED[5] == cache[5].tokens.tolist()
-        with pytest.raises(
-            skl.MissingShardError, match=r"shard-00001.skl: sequences 3\.\.4 are missing; put the shard back"
-        ):
-            cache[3]
+    with pytest.raises(
+        skl.MissingShardError, match=r"shard-00001.skl: sequences 3\.\.4 are missing; put the shard back"
+    ):
+        skl.open(directory)
     (directory / "manifest.json").unlink()
     with pytest.raises(skl.MissingShardError, match=r"sequences 3\.\.4 are missing before shard-00002.skl"):
         skl.open(directory)

@@ -217,7 +217,7 @@ def test_a_replaced_file_is_refused_when_it_is_opened_again(directory, monkeypat
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
 def test_a_failing_read_names_the_file(directory, monkeypatch, code):
-    """An error of the system passes through with file and byte, and reading works again when it is over."""
+    """An error of the system names file, sequence and byte and what to do, and reading works again when it is over."""
     with skl.open(directory, "pread") as cache:
         assert EXPECTED[1] == cache[1].tokens.tolist()
         with monkeypatch.context() as patch:
@@ -226,7 +226,7 @@ def test_a_failing_read_names_the_file(directory, monkeypatch, code):
                 raise OSError(code, os.strerror(code))
 
             patch.setattr(os, "preadv", fail)
-            with pytest.raises(OSError, match=r"at byte \d+: .*shard-00000\.skl") as caught:
+            with pytest.raises(skl.UnreadableError, match=r"shard-00000\.skl: block 1: byte \d+: .*; ") as caught:
                 cache[1]
             assert code == caught.value.errno
         assert EXPECTED[1] == cache[1].tokens.tolist()

@@ -149,7 +149,7 @@ def fixed(data, *changes):
         (31, b"\x01", skl.CorruptError, "reserved_1 of the block header is not zero"),
         (48, b"\x01", skl.CorruptError, "reserved_2 of the block header is not zero"),
         (8, b"\x05", skl.CorruptError, "block number 5 stands where block 0 belongs"),
-        (16, b"\x02", skl.CorruptError, "block of 2 positions, seq_len is 3"),
+        (16, b"\x02", skl.CorruptError, "block of 2 positions, must have 3"),
         (20, b"\x04", skl.CorruptError, "payload_size 32 stored, 35 follows from the counts"),
         (20, b"\xff\xff\xff\xff", skl.CorruptError, "4294967295 records in 3 positions"),
         (24, b"\x21", skl.CorruptError, "payload_size 33 stored, 32 follows"),
