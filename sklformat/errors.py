@@ -62,7 +62,7 @@ class UnsupportedError(FormatError):
 
 
 class UnreadableError(FormatError, OSError):
-    """The system gives no bytes of a path: it is no regular file, a link to nothing, not permitted, or on a bad disk."""
+    """The system gives no bytes of a path: no regular file, a link to nothing, no permission, or a bad disk."""
 
 
 class MissingShardError(FormatError):

@@ -11,6 +11,8 @@ import strategies
 
 import sklformat as skl
 from sklformat import checksums, native
+from sklformat.cache.manifest import write_manifest
+from sklformat.cache.reader import scan_directory
 from sklformat.format import layout, order
 
 TEXT = (Path(__file__).parents[1] / "SPEC.md").read_text()
@@ -105,6 +107,9 @@ def test_limits():
     assert number(limits["bytes of a payload"]) == layout.MAX_PAYLOAD_SIZE
     assert number(limits["sequences of a shard"]) == layout.MAX_SEQUENCES - 1
     assert number(limits["bytes of a manifest"]) == layout.MAX_MANIFEST_SIZE
+    assert number(limits["shards of a cache"]) == layout.MAX_SHARDS
+    assert "2^64" == limits["first_sequence + number of sequences"]
+    assert str(layout.MAX_CAPTURE_DEPTH) == limits["objects and lists inside each other in capture, itself counted"]
     assert limits["rounds"] == f"{layout.MAX_ROUNDS} (counts: {2 ** layout.CODE_BITS['R24'] - 1})"
     assert limits["records of a position"].startswith("255 or 65535")
 
@@ -154,7 +159,8 @@ def test_version_strings():
 def test_errors_of_section_13_exist():
     """Every error that section 13 names is a public exception."""
     names = {row[1] for row in table("13. What a reader must check")}
-    assert {"AlignmentError", "CorruptError", "MissingShardError", "TruncatedError", "UnsupportedError"} == names
+    known = "AlignmentError CorruptError MissingShardError TruncatedError UnreadableError UnsupportedError"
+    assert set(known.split()) == names
     assert all(issubclass(getattr(skl, name), skl.SklError) for name in names)
 
 
@@ -181,6 +187,15 @@ def test_worked_shard_through_the_writer(tmp_path):
     with skl.ShardWriter(tmp_path / "a.skl", header=header) as writer:
         writer.append([1, 2, 3], skl.SparseTargets(token_ids=[2, 7, 3], counts=[1, 2, 3], offsets=[0, 2, 3]))
     assert worked_shard() == (tmp_path / "a.skl").read_bytes()
+
+
+def test_the_manifest_of_the_worked_shard(tmp_path):
+    """The manifest in section 11 is what is written for the worked shard, and what the reference makes."""
+    (tmp_path / "a.skl").write_bytes(worked_shard())
+    write_manifest(tmp_path, scan_directory(tmp_path))
+    printed = re.search(r"```json\n(.*?)```", section("11. Manifest"), re.DOTALL)[1]
+    assert printed.encode() == (tmp_path / "manifest.json").read_bytes()
+    assert 1 == len(reference.decode_cache(tmp_path))
 
 
 def test_worked_shard_through_the_reference():

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from sklformat.files.disk import write_atomically
-from sklformat.files.places import Place
+from sklformat.files.places import Place, directory_of
 from sklformat.files.storage import read_start
 from sklformat.format import layout
 from sklformat.format.listing import Entry, pack_listing, parse_listing
@@ -43,4 +43,4 @@ def read_manifest(path: Place) -> list[Entry]:
         RemoteError: The store behind a URL failed.
         UnsupportedError, CorruptError, MissingShardError: As ``parse_listing``.
     """
-    return parse_listing(read_start(path, layout.MAX_MANIFEST_SIZE + 1), path)
+    return parse_listing(read_start(path, layout.MAX_MANIFEST_SIZE + 1), directory_of(path), path)

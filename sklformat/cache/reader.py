@@ -37,7 +37,6 @@ from sklformat.format.records import Sequence
 MAX_OPEN_SHARDS = 64
 """The most that are open at once, of a cache that has more: half of them kept for whoever comes next, the others
 because up to four batches in the making read from an eighth each.  A batch of more shards copies its blocks at once."""
-_SUFFIX = ".skl"
 
 
 class Cache:
@@ -53,14 +52,14 @@ class Cache:
         self.path: Place
         if isinstance(path, str) and is_url(path):
             self.path = path.rstrip("/")
-            self._directory = not self.path.endswith(_SUFFIX)
+            self._directory = not self.path.endswith(layout.SHARD_SUFFIX)
         else:
             self.path = Path(path)
             try:
                 self._directory = is_directory(self.path)
             except FileNotFoundError:
                 raise FileNotFoundError(
-                    f"{self.path}: no such file or directory; a cache is a directory of {_SUFFIX} shards"
+                    f"{self.path}: no such file or directory; a cache is a directory of {layout.SHARD_SUFFIX} shards"
                 ) from None
         self.io: Io = io
         self.copies = LocalCopies() if copies is None and isinstance(self.path, str) else copies
@@ -177,7 +176,9 @@ class Cache:
 
     def payloads(self, numbers: NDArray[np.int64]) -> Payloads:
         """
-        The checked payloads of sequences; -1 stands for an empty row.
+        The payloads of sequences, proven by their checksums; -1 stands for an empty row.
+
+        What lies in them, records and tokens, is the decoder's to check: ``Payloads.decode`` does.
 
         Raises:
             IndexError, FormatError: As ``cache[i]``.
@@ -246,16 +247,10 @@ class Cache:
         return shard
 
     def _check_belongs(self, shard: Shard, entry: Entry) -> None:
-        if (found := describe(shard)) != entry:
+        if faults := describe(shard).differences(entry):
             shard.close()
             raise CorruptError(
-                "; ".join(
-                    f"{f.name} is {getattr(found, f.name)}, {getattr(entry, f.name)} expected"
-                    for f in dataclasses.fields(Entry)
-                    if getattr(found, f.name) != getattr(entry, f.name)
-                )
-                + "; the file was replaced, or the manifest is of another cache",
-                path=shard.path,
+                f"{'; '.join(faults)}; the file was replaced, or the manifest is of another cache", path=shard.path
             )
         if hasattr(self, "header") and self.header.cache_key != shard.header.cache_key:
             differing = "; ".join(self.header.differences(shard.header))
@@ -279,7 +274,7 @@ def list_shards(path: Place, io: Io = "auto", copies: LocalCopies | None = None)
         FormatError: A shard or the manifest is damaged.
     """
     if isinstance(path, str):
-        if path.endswith(_SUFFIX):
+        if path.endswith(layout.SHARD_SUFFIX):
             return [_entry(path, io, copies)]
         try:
             return read_manifest(join(path, MANIFEST_NAME))
@@ -304,7 +299,7 @@ def shard_files(path: Path) -> list[Path]:
     Raises:
         UnreadableError: The directory cannot be read.
     """
-    return [file for file in list_directory(path) if file.suffix == _SUFFIX]
+    return [file for file in list_directory(path) if file.suffix == layout.SHARD_SUFFIX]
 
 
 def _check_listed(entries: list[Entry], path: Path) -> None:

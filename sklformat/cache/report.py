@@ -203,9 +203,9 @@ def _check_listed(listed: list[Entry], found: list[Entry]) -> list[Problem]:
         if entry.path not in by_path
     ]
     problems += [
-        Problem(entry.path, "CorruptError", f"the manifest says {entry}, the file is {by_path[entry.path]}")
+        Problem(entry.path, "CorruptError", f"by the manifest, {'; '.join(faults)}")
         for entry in listed
-        if entry.path in by_path and by_path[entry.path] != entry
+        if entry.path in by_path and (faults := by_path[entry.path].differences(entry))
     ]
     names = {entry.path for entry in listed}
     problems += [

@@ -15,7 +15,7 @@ from sklformat.checksums import fingerprint
 from sklformat.errors import CorruptError, FormatError, TruncatedError
 from sklformat.files import remote
 from sklformat.files.copies import LocalCopies
-from sklformat.files.places import Place, is_url
+from sklformat.files.places import Place, directory_of, is_url, name_of
 from sklformat.files.storage import Io, OpenFile, RemoteFile, open_file
 from sklformat.format import layout
 from sklformat.format.block import BlockHeader, check_payload, decode_body, is_sound, locate, parse_block_header
@@ -220,7 +220,8 @@ class Shard:
 def describe(shard: Shard) -> Entry:
     """What a manifest says of a shard."""
     return Entry(
-        path=shard.path,
+        directory_of(shard.path),
+        name_of(shard.path),
         shard_number=shard.header.shard_number,
         first_sequence=shard.header.first_sequence,
         num_sequences=len(shard),

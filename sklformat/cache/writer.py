@@ -15,7 +15,7 @@ from types import TracebackType
 from numpy.typing import ArrayLike
 
 from sklformat.cache.recovery import Recovered, keep, scan
-from sklformat.errors import SettingsError
+from sklformat.errors import FormatError, SettingsError
 from sklformat.files.disk import Disk, lock_named
 from sklformat.format import layout
 from sklformat.format.block import encode_block
@@ -193,7 +193,7 @@ class ShardWriter:
             yield
         except OSError as error:
             self._failed = True
-            if error.errno is None or error.filename is not None:
+            if error.errno is None or error.filename is not None or isinstance(error, FormatError):
                 raise
             file, message = self.path if self.path.exists() else self.partial, error.strerror
             if file.exists():

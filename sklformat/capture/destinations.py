@@ -15,7 +15,7 @@ from sklformat.cache.manifest import MANIFEST_NAME, write_manifest
 from sklformat.cache.shard import Shard, describe
 from sklformat.errors import FormatError
 from sklformat.files import remote
-from sklformat.files.places import url_of
+from sklformat.files.places import directory_of, name_of, url_of
 from sklformat.format import layout
 from sklformat.format.block import locate
 from sklformat.format.header import Header, parse_header
@@ -99,7 +99,8 @@ def _describe_remote(url: str) -> tuple[Header, Entry]:
         error.message += "; remove it there, and run the capture again to recreate it"
         raise locate(error, path=url) from None
     return header, Entry(
-        path=Path(url.rpartition("/")[2]),
+        directory_of(url),
+        name_of(url),
         shard_number=header.shard_number,
         first_sequence=header.first_sequence,
         num_sequences=trailer.num_sequences,

@@ -25,14 +25,14 @@ from sklformat.capture.plan import ShardWork, places_of, sealed_entries, survey
 from sklformat.capture.ring import Ring
 from sklformat.errors import CaptureError, InUseError, RingClosedError
 from sklformat.files.disk import Disk, shared_directory
+from sklformat.format import layout
 from sklformat.format.header import Header
-from sklformat.format.layout import PARTIAL_SUFFIX
-from sklformat.format.listing import MAX_SHARDS, Entry
+from sklformat.format.listing import Entry
 from sklformat.format.records import SparseTargets
 
 __all__ = ["Capture", "ShardWork", "merge_draws"]
 
-UNFINISHED_NAME = f"capture.skl{PARTIAL_SUFFIX}"
+UNFINISHED_NAME = f"capture.skl{layout.PARTIAL_SUFFIX}"
 """An empty file that says of a directory without manifest: a capture has not ended here."""
 
 _WRITER_LOCK = ".writer.lock"
@@ -102,10 +102,10 @@ class Capture:
         ):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if -(-num_sequences // sequences_per_shard) > MAX_SHARDS:
+        if -(-num_sequences // sequences_per_shard) > layout.MAX_SHARDS:
             raise ValueError(
-                f"{num_sequences} sequences in shards of {sequences_per_shard} make more than {MAX_SHARDS} shards, the "
-                "most that one manifest lists; take more sequences_per_shard"
+                f"{num_sequences} sequences in shards of {sequences_per_shard} make more than {layout.MAX_SHARDS} "
+                "shards, the most that one manifest lists; take more sequences_per_shard"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..world_size - 1, got {rank} of {world_size}")

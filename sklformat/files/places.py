@@ -36,9 +36,9 @@ def url_of(directory: str, name: str) -> str:
     return f"{directory.rstrip('/')}/{name}"
 
 
-def beside(place: Place, name: str) -> Place:
-    """The file ``name`` in the directory of another."""
-    return place.with_name(name) if isinstance(place, Path) else url_of(place.rpartition("/")[0], name)
+def directory_of(place: Place) -> Place:
+    """The directory of a file."""
+    return place.parent if isinstance(place, Path) else place.rpartition("/")[0]
 
 
 def name_of(place: Place) -> str:

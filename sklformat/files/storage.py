@@ -24,6 +24,7 @@ from sklformat.native import address_of
 
 Io = Literal["auto", "mmap", "pread"]
 
+_MORE = 4096  # bytes that are asked for beyond the size that a file claims
 _MOUNTS = Path("/proc/self/mountinfo")
 _LOCAL = {
     *("apfs", "bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "hfsplus", "iso9660", "jfs"),
@@ -185,8 +186,14 @@ def read_start(place: Place, most: int) -> bytes:
     """
     if isinstance(place, str):
         return remote.read_range(place, 0, min(remote.size(place), most))
-    with os.fdopen(open_regular(place), "rb") as file:
-        try:
-            return file.read(most)
-        except OSError as error:
-            raise unreadable(error, place) from error
+    fd, parts, done = open_regular(place), [], 0
+    try:
+        size = os.fstat(fd).st_size
+        while part := os.read(fd, min(most - done, max(size - done, 0) + _MORE)):
+            parts.append(part)
+            done += len(part)
+    except OSError as error:
+        raise unreadable(error, place, done) from error
+    finally:
+        os.close(fd)
+    return b"".join(parts)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +100,8 @@ class Header:
         if self.token_size is None:
             self._set("token_size", self._smallest_token_size() if self.store_tokens else 0)
         self._set("columns", tuple(name for name in layout.COLUMNS if name in self.columns))
+        if _depth(self.capture) > layout.MAX_CAPTURE_DEPTH:
+            raise ValueError(f"capture has objects and lists nested more than {layout.MAX_CAPTURE_DEPTH} deep")
         self._set("capture", json.loads(_canonical(self.capture)))
         self._check_together()
 
@@ -302,9 +305,13 @@ def _checked(values: dict[str, Any]) -> Header:
     size = values["capture_size"]
     if size > layout.MAX_CAPTURE_SIZE or any(values["capture"][size:]):
         raise CorruptError(f"capture_size {size} does not fit the capture", section="header", offset=144)
+    if (depth := _text_depth(values["capture"][:size])) > layout.MAX_CAPTURE_DEPTH:  # before a parser meets it
+        raise CorruptError(
+            f"capture is nested {depth} deep, the limit is {layout.MAX_CAPTURE_DEPTH}", section="header", offset=256
+        )
     try:
         capture = json.loads(values["capture"][:size].decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CorruptError(f"capture is not JSON: {error}", section="header", offset=256) from error
     if not isinstance(capture, dict):
         raise CorruptError("capture is not a JSON object", section="header", offset=256)
@@ -317,9 +324,26 @@ def _checked(values: dict[str, Any]) -> Header:
         header = Header(**settings)
         if header.pack()[256:-8] != values["capture"]:
             raise CorruptError("capture is not in canonical form", section="header", offset=256)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CorruptError(str(error), section="header") from error
     return header
+
+
+def _depth(value: Any, limit: int = layout.MAX_CAPTURE_DEPTH) -> int:
+    """Objects and lists inside each other, counted up to one more than ``limit``."""
+    if limit < 0 or not isinstance(value, Mapping | list | tuple):
+        return 0
+    parts = value.values() if isinstance(value, Mapping) else value
+    return 1 + max((_depth(part, limit - 1) for part in parts), default=0)
+
+
+def _text_depth(text: bytes) -> int:
+    """The same of JSON as bytes, whatever else is wrong with it."""
+    deepest = depth = 0
+    for token in re.findall(rb'"(?:[^"\\]|\\.)*"|[\[{\]}]', text, re.DOTALL):
+        depth += (token in b"[{") - (token in b"]}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:

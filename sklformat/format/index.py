@@ -181,6 +181,8 @@ def parse_index(
         raise corrupt(f"checksum {trailer.index_checksum:#018x} stored, {computed:#018x} computed")
     columns: dict[str, NDArray[np.generic]] = {}
     start, count = 0, trailer.num_sequences
+    if header.first_sequence + count > 1 << 64:
+        raise corrupt(f"{count} sequences from number {header.first_sequence} on pass 2**64")
     for field in layout.INDEX_COLUMNS:
         # A copy: nothing that leaves the reader may look into a mapping.
         columns[field.name] = np.frombuffer(data, f"<u{field.size}", count, start).astype(f"u{field.size}")

@@ -35,6 +35,13 @@ MAX_ROUNDS = 65535
 MAX_SCALE_LOG2 = 30
 MAX_CAPTURE_SIZE = HEADER_SIZE - CAPTURE_OFFSET - 8
 MAX_MANIFEST_SIZE = 1 << 28
+MAX_SHARDS = 1 << 20
+MAX_NAME_SIZE = 255
+"""Bytes of a shard's name."""
+MAX_CAPTURE_DEPTH = 32
+"""Objects and lists inside each other in a capture, itself the first."""
+SHARD_SUFFIX = ".skl"
+"""Of a shard's name, behind something."""
 PARTIAL_SUFFIX = ".partial"
 """Of a shard's name until it is sealed."""
 

@@ -482,7 +482,7 @@ def judge_cache(directory: Path, rng: random.Random) -> str:
         named = [(refusal(lambda p=p: reference.decode_shard(p.read_bytes())), p.name) for p in directory.iterdir()]
         if not any(isinstance(shard, Exception) for shard, _ in named):
             named.sort(key=lambda pair: pair[1])
-            (directory / "manifest.json").write_text(json.dumps(reference.expected_manifest(named)))
+            (directory / "manifest.json").write_bytes(reference.manifest_bytes(reference.expected_manifest(named)))
             if rng.randrange(4):
                 change_manifest(rng, directory)
     if rng.randrange(12) == 0:

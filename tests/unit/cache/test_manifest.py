@@ -1,15 +1,19 @@
 """The manifest: written in order and whole, read with distrust."""
 
+import dataclasses
 import json
+import tracemalloc
+from pathlib import Path
 
 import pytest
 import reference
-from strategies import make_cache
+from strategies import make_cache, small_shard
 
 import sklformat as skl
 from sklformat.cache.manifest import read_manifest, write_manifest
 from sklformat.cache.reader import scan_directory
 from sklformat.format import layout
+from sklformat.format.listing import Entry, pack_listing, parse_listing
 
 
 @pytest.fixture
@@ -27,7 +31,7 @@ def change(directory, how, *, digest=True):
     if digest:
         body.pop("digest")
         body["digest"] = f"{reference.xxh128(reference.canonical_json(body)):032x}"
-    path.write_text(json.dumps(body))
+    path.write_bytes(reference.manifest_bytes(body))
 
 
 def test_content_is_the_references(directory):
@@ -48,7 +52,7 @@ def test_what_could_not_be_read_is_not_written(directory, monkeypatch):
     """A manifest beyond the format's limit is refused when it is written, and the old one stays."""
     before = (directory / "manifest.json").read_bytes()
     monkeypatch.setattr(layout, "MAX_MANIFEST_SIZE", len(before) - 1)
-    with pytest.raises(ValueError, match=f"3 shards make a manifest of {len(before)} bytes"):
+    with pytest.raises(ValueError, match=f"a manifest of {len(before)} bytes, the format's limit is"):
         write_manifest(directory, scan_directory(directory))
     assert before == (directory / "manifest.json").read_bytes()
 
@@ -87,7 +91,7 @@ def shard(place, **changes):
         (shard(0, num_sequences=True), skl.CorruptError, "a number of"),
         (shard(0, num_sequences=3.0), skl.CorruptError, "a number of"),
         (shard(0, fingerprint="X"), skl.CorruptError, "fingerprint 'X' of shard-00000.skl is not 32"),
-        (lambda body: body.update(more=1), skl.CorruptError, r"has keys \['fingerprint', 'format', 'more', "),
+        (lambda body: body.update(more=1), skl.CorruptError, r"has keys \['digest', 'fingerprint', 'format', 'more', "),
         (lambda body: body.pop("fingerprint"), skl.CorruptError, "has keys"),
         (lambda body: body.update(version=True), skl.UnsupportedError, "manifest version True"),
         (shard(2, num_sequences=2**63), skl.CorruptError, "has 9223372036854775808 sequences, the limit is 4294967295"),
@@ -119,11 +123,105 @@ def test_lies_about_a_shard_are_found_when_it_is_touched(directory, how):
         list(cache)
 
 
-@pytest.mark.parametrize("name", ["gone.skl", "a\0b.skl", "\udcff.skl", "x" * 300])
-def test_names_that_nothing_has(directory, name):
-    """A listed name that no file has, or can have, is a missing shard."""
+def test_a_name_that_no_file_has(directory):
+    """A listed shard that is not there is named by its sequences when the cache is opened."""
+    change(directory, shard(2, name="gone.skl"))
+    with pytest.raises(skl.MissingShardError, match=r"gone\.skl: sequences 5\.\.8 are missing"):
+        skl.open(directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b.skl", "\udcff.skl", "\x9f.skl", "a/b.skl", "a\\b.skl", "x", ".skl", "a.SKL", "x" * 252 + ".skl"]
+)
+def test_names_that_no_shard_may_have(directory, name):
+    """A name that is no plain file name of a shard is refused, read and written; the longest one is taken."""
     change(directory, shard(2, name=name))
-    with pytest.raises(skl.MissingShardError, match=r"sequences 5\.\.8 are missing"):
+    with pytest.raises(skl.CorruptError, match=r"shard name .* (is not a plain file name|has 256 bytes)"):
+        skl.open(directory)
+    entries = scan_directory(directory)
+    with pytest.raises(ValueError, match="rename the file"):
+        write_manifest(directory, [*entries[:2], dataclasses.replace(entries[2], name=name)])
+    (directory / "shard-00002.skl").rename(directory / ("é" * 125 + "x.skl"))
+    write_manifest(directory, scan_directory(directory))
+    assert 9 == len(skl.open(directory))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: b"\xef\xbb\xbf" + text,
+        lambda text: text.decode().encode("utf-16"),
+        lambda text: text.replace(b"\n", b"\r\n"),
+        lambda text: text.rstrip(b"\n"),
+        lambda text: text + b"\n",
+        lambda text: text.replace(b'"version": 1', b'"version":  1'),
+        lambda text: text.replace(b'"version": 1', b'"version": 1.0'),
+        lambda text: text.replace(b'"num_records": ', b'"num_records": 0', 1),
+        lambda text: text.replace(b'"shard_number": 0', b'"shard_number": -0'),
+        lambda text: text.replace(b'"name": "s', b'"name": "\\u0073', 1),
+        lambda text: text.replace(b' "version": 1', b' "version": 1,\n "version": 1'),
+        lambda text: text.replace(b'"shard_number": 0', b'"shard_number": 0,\n   "shard_number": 0'),
+    ],
+)
+def test_another_form(directory, spoil):
+    """A manifest has one form: no other white space, encoding, order, number or escape, and no key twice."""
+    path = directory / "manifest.json"
+    spoilt = spoil(path.read_bytes())
+    assert spoilt != path.read_bytes()
+    path.write_bytes(spoilt)
+    with pytest.raises((skl.CorruptError, skl.UnsupportedError)):
+        skl.open(directory)
+    with pytest.raises(reference.CorruptError):
+        reference.decode_cache(directory)
+
+
+@pytest.mark.parametrize("filling", [b"[]", b"{}", b"0", b'"a":[]', b"[[]]"])
+def test_what_another_form_costs(directory, filling):
+    """Of a large manifest of another form no object is made: memory stays at its bytes, whatever they would mean."""
+    path = directory / "manifest.json"
+    head = path.read_bytes().partition(b"  {")[0]
+    size = 16 << 20
+    path.write_bytes(head + b",".join([filling] * (size // (len(filling) + 1))) + b"]}")
+    tracemalloc.start()
+    with pytest.raises(skl.CorruptError, match="is not written as SPEC section 11 says, from byte"):
+        skl.open(directory)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * size
+
+
+def test_what_the_largest_costs():
+    """An honest manifest of many shards costs at most four times its bytes, in objects and all."""
+    many = 1 << 15
+    entries = [
+        Entry(Path(), f"shard-{number:07}.skl", number, number << 20, 1 << 20, 1 << 34, 1 << 36, f"{number:032x}")
+        for number in range(many)
+    ]
+    text = pack_listing(entries, Path())
+    assert len(text) * (layout.MAX_SHARDS // many) <= layout.MAX_MANIFEST_SIZE
+    tracemalloc.start()
+    assert entries == parse_listing(text, Path(), Path("manifest.json"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 3 * len(text)  # and the bytes themselves
+
+
+def test_a_newer_version_of_any_size(directory):
+    """A newer version is named as such although its form is not known."""
+    path = directory / "manifest.json"
+    text = path.read_bytes().replace(b' "version": 1', b' "version": 2')
+    for bytes_more in (0, 2 << 20):
+        path.write_bytes(text.replace(b' "shards": [', b' "shards": [' + b" " * bytes_more))
+        with pytest.raises(skl.UnsupportedError, match="manifest version 2, this library reads 1"):
+            skl.open(directory)
+
+
+def test_a_shard_listed_twice(directory):
+    """An empty shard that is listed twice is refused, although no sequence is held twice."""
+    (directory / "shard-00003.skl").write_bytes(small_shard(0, shard_number=3, first_sequence=9))
+    entries = scan_directory(directory)
+    write_manifest(directory, [*entries, dataclasses.replace(entries[3], shard_number=4)])
+    with pytest.raises(skl.CorruptError, match="lists a shard twice"):
         skl.open(directory)
 
 

@@ -115,10 +115,10 @@ def test_a_manifest_that_lies(directory):
     body["shards"][2]["num_records"] += 1
     body.pop("digest")
     body["digest"] = f"{reference.xxh128(reference.canonical_json(body)):032x}"
-    path.write_text(json.dumps(body))
+    path.write_bytes(reference.manifest_bytes(body))
     (problem,) = skl.verify(directory)
     assert problem.error == "CorruptError"
-    assert "the manifest says" in problem.message
+    assert "by the manifest, num_records is " in problem.message
 
 
 def test_nothing_to_verify(tmp_path):
