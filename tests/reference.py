@@ -288,6 +288,22 @@ def check(condition: bool, message: str) -> None:
         raise CorruptError(message)
 
 
+def nesting(text: bytes) -> int:
+    """Objects and lists inside each other in JSON, by its brackets outside of strings."""
+    deepest = depth = 0
+    in_string = escaped = False
+    for byte in text:
+        if in_string:
+            in_string = escaped or byte != ord('"')
+            escaped = byte == ord("\\") and not escaped
+        elif byte == ord('"'):
+            in_string, escaped = True, False
+        else:
+            depth += (byte in b"[{") - (byte in b"]}")
+            deepest = max(deepest, depth)
+    return deepest
+
+
 def decode_header(header: bytes) -> Settings:
     """Section 13, the rows that concern the header, behind its magic and its size."""
     major, minor, header_size, incompatible, compatible = struct.unpack_from("<HHIQQ", header, 8)
@@ -328,6 +344,7 @@ def decode_header(header: bytes) -> Settings:
     check(zero_0 == 0 and zero_1 == 0 and not any(header[148:256]), "reserved")
     check(not any(header[256 + capture_size : 4088]), "zero bytes behind the capture")
     text = header[256 : 256 + capture_size]
+    check(nesting(text) <= 32, "capture is nested too deep")
     try:
         capture = json.loads(text.decode("ascii"))
         canonical = canonical_json(capture)
@@ -428,6 +445,7 @@ def decode_shard(data: bytes) -> Shard:
     index_checksum, trailer_checksum = struct.unpack_from("<QQ", trailer, 48)
     check(trailer_checksum == xxh64(trailer[:56], seed), "trailer_checksum")
     check(num_sequences < 2**32, "num_sequences")
+    check(settings.first_sequence + num_sequences <= 2**64, "numbers of the sequences")
     check(index_offset + round_up(ROW_SIZE * num_sequences) + TRAILER_SIZE == len(data), "size of the file")
     check(index_offset >= HEADER_SIZE, "index_offset")
     index = data[index_offset : len(data) - TRAILER_SIZE]

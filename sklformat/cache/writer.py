@@ -144,6 +144,8 @@ class ShardWriter:
         number = len(self._index)
         if number >= layout.MAX_SEQUENCES - 1:
             raise ValueError(f"a shard holds fewer than {layout.MAX_SEQUENCES} sequences")
+        if (global_number := self.header.first_sequence + number) >= 1 << 64:
+            raise ValueError(f"{self.path}: sequence number {global_number} is beyond 2**64 - 1")
         try:
             data, block = encode_block(self.header, self._key, number, tokens, targets, columns)
         except ValueError as error:

@@ -1,6 +1,7 @@
 """The settings of a shard: what is refused, what is filled in, and what a damaged header says."""
 
 import dataclasses
+import json
 import struct
 
 import pytest
@@ -257,3 +258,20 @@ def test_biased_samplers():
     """Top-k and top-p are biased by design; drawn records are not."""
     made = {name: skl.Header(**BASE | {"kind": "ratios"}, sampler=name).biased for name in strategies.SAMPLERS}
     assert {"topk", "topp"} == {name for name, biased in made.items() if biased}
+
+
+@pytest.mark.parametrize(("opening", "closing"), [(b'{"a":', b"}"), (b"[", b"]")], ids=["objects", "lists"])
+def test_captures_nested_deep(opening, closing):
+    """A capture is nested at most 32 deep, for writer and reader alike and whatever the caller's stack."""
+    inside = json.loads(opening * 31 + b'"[[[{{{"' + closing * 31)  # brackets in a string count for nothing
+    header = skl.Header(**BASE, capture={"a": inside})
+    assert {"a": inside} == parse_header(header.pack()).capture
+    assert {"a": inside} == reference.decode_header(header.pack()).capture
+    with pytest.raises(ValueError, match="capture has objects and lists nested more than 32 deep"):
+        skl.Header(**BASE, capture={"a": {"a": inside}})
+    for depth in (33, 600, 3800):
+        nested = opening * (depth - 1) + b"0" + closing * (depth - 1)
+        text = b'{"a":' + nested + b"}" if len(nested) < 3800 else b"[" * depth
+        for decode, error in ((parse_header, skl.CorruptError), (reference.decode_header, reference.CorruptError)):
+            with pytest.raises(error, match="capture is nested"):
+                decode(with_capture(text))

@@ -135,3 +135,25 @@ def test_an_empty_shard(tmp_path):
     trailer[56:] = reference.xxh64(bytes(trailer[:56]), reference.shard_key_of(header)).to_bytes(8, "little")
     with pytest.raises(skl.CorruptError, match="bytes between the header and the index belong to no block"):
         open_bytes(tmp_path, header + bytes(64) + trailer)
+
+
+@pytest.mark.parametrize(("first", "sound"), [(2**64 - 3, True), (2**64 - 2, False)])
+def test_the_last_sequences_that_have_numbers(tmp_path, first, sound):
+    """Sequences are numbered below 2^64: a shard that passes it is refused, read and written, here and there."""
+    data = small_shard(3, first_sequence=first)
+    if sound:
+        assert 3 == len(open_bytes(tmp_path, data))
+        assert 3 == len(reference.decode_shard(data).sequences)
+        return
+    with pytest.raises(skl.CorruptError, match=r"3 sequences from number 18446744073709551614 on pass 2\*\*64"):
+        open_bytes(tmp_path, data)
+    with pytest.raises(reference.CorruptError):
+        reference.decode_shard(data)
+    header = skl.Header(vocab_size=20, seq_len=1, kind="counts", rounds=5, first_sequence=first)
+    targets = skl.SparseTargets(token_ids=[3], counts=[5], offsets=[0, 1])
+    with skl.ShardWriter(tmp_path / "b.skl", header=header) as writer:
+        writer.append([1, 2], targets)
+        writer.append([1, 2], targets)
+        with pytest.raises(ValueError, match="sequence number 18446744073709551616 is beyond 2"):
+            writer.append([1, 2], targets)
+    assert 2 == len(open_bytes(tmp_path, (tmp_path / "b.skl").read_bytes()))
