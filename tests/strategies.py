@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from reference import COUNTS, R24, R24W, R32, RATIOS
 
 import sklformat as skl
+from sklformat.cache.manifest import write_manifest
+from sklformat.cache.reader import scan_directory
 from sklformat.files.disk import Disk
 
 KINDS = {COUNTS: "counts", RATIOS: "ratios"}
@@ -101,6 +103,13 @@ def make_cache(directory: Path, lengths=(3, 2, 4), **changes) -> list[Path]:
         paths[-1].write_bytes(small_shard(length, shard_number=number, first_sequence=first, **changes))
         first += length
     return paths
+
+
+def make_listed_cache(directory: Path) -> Path:
+    """The same, with its manifest."""
+    make_cache(directory)
+    write_manifest(directory, scan_directory(directory))
+    return directory
 
 
 def u(bits: int):

@@ -12,7 +12,7 @@ import teacher_data
 import torch
 from capture_data import shard_bytes
 from mmap_ninja import RaggedMmap
-from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
+from teacher_data import SEQ_LEN, make_teacher
 
 import sklformat as skl
 from sklformat.capture.estimates import estimate
@@ -23,14 +23,6 @@ from sklformat.distill.teacher.calibration import calibrate
 from sklformat.distill.text.corpus import read_documents
 from sklformat.files import remote
 from sklformat.settings.estimate import EstimateConfig
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Text and a teacher."""
-    folder = tmp_path_factory.mktemp("command")
-    write_teacher(folder / "teacher", write_text(folder / "text"))
-    return folder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import teacher_data
 import torch
 import transformers
 from capture_data import shard_bytes
-from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
+from teacher_data import SEQ_LEN, make_teacher
 
 import sklformat as skl
 from sklformat.distill.models import loading, outputs, tokenization
@@ -23,14 +23,6 @@ from sklformat.distill.text.corpus import Document, TokenStore, tokenizer_finger
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.sampler import draw
 from sklformat.settings.cache import CacheConfig
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Text and a teacher."""
-    folder = tmp_path_factory.mktemp("caching")
-    write_teacher(folder / "teacher", write_text(folder / "text"))
-    return folder
 
 
 @pytest.fixture(scope="module")

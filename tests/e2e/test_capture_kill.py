@@ -42,16 +42,21 @@ def undisturbed(tmp_path_factory):
     return write_undisturbed(tmp_path_factory.mktemp("undisturbed") / "cache")
 
 
-def run_until_killed(directory, victim, after, start=None):
-    """A teacher's process that ends by a kill of it or of its writer; both are gone on return."""
+def begin(directory, victim="nobody", after=-1, *ranks, start=None, stderr=subprocess.DEVNULL):
+    """A teacher's process; its first line is the process id of its writer."""
     paths = [str(start)] if start else []
-    process = subprocess.Popen(
-        [sys.executable, str(_DATA), str(directory), victim, str(after)],
+    return subprocess.Popen(
+        [sys.executable, str(_DATA), str(directory), victim, str(after), *map(str, ranks)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([*paths, str(_DATA.parents[1])])},
     )
+
+
+def run_until_killed(directory, victim, after, start=None):
+    """A teacher's process that ends by a kill of it or of its writer; both are gone on return."""
+    process = begin(directory, victim, after, start=start, stderr=subprocess.PIPE)
     # The writer holds the same pipes: their end is the end of both processes.
     out, err = process.communicate(timeout=HANGS)
     writer = int(out)
@@ -122,12 +127,7 @@ def test_killed_again_and_again(tmp_path, undisturbed):
 
 def test_a_new_teacher_waits_for_the_old_writer(tmp_path, undisturbed, monkeypatch):
     """A run that begins while a dead teacher's writer still drains never writes beside it."""
-    process = subprocess.Popen(
-        [sys.executable, str(_DATA), str(tmp_path / "cache"), "stopped", "6"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(_DATA.parents[1])},
-    )
+    process = begin(tmp_path / "cache", "stopped", 6)
     writer = int(process.stdout.readline())
     process.wait()
     monkeypatch.setattr(session, "_TAKEOVER_SECONDS", 0.1)
@@ -180,13 +180,7 @@ def test_killed_at_any_moment(tmp_path, undisturbed):
         directory = tmp_path / str(number)
         number += 1
         while len(shard_bytes(directory)) < len(undisturbed):
-            process = subprocess.Popen(
-                [sys.executable, str(_DATA), str(directory), "nobody", "-1"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env=os.environ | {"PYTHONPATH": str(_DATA.parents[1])},
-            )
+            process = begin(directory)
             writer = int(process.stdout.readline())
             time.sleep(rng.random() * 0.5)
             with contextlib.suppress(ProcessLookupError):
@@ -211,17 +205,7 @@ def test_ranks_killed_at_any_moment(tmp_path, undisturbed):
             if len(shard_bytes(directory)) == len(undisturbed):
                 break
             world_size = rng.randint(1, 3)
-            command = [sys.executable, str(_DATA), str(directory), "nobody", "-1"]
-            ranks = [
-                subprocess.Popen(
-                    [*command, str(rank), str(world_size), f"run {run}"],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    text=True,
-                    env=os.environ | {"PYTHONPATH": str(_DATA.parents[1])},
-                )
-                for rank in range(world_size)
-            ]
+            ranks = [begin(directory, "nobody", -1, rank, world_size, f"run {run}") for rank in range(world_size)]
             writers = [int(line) for process in ranks if (line := process.stdout.readline())]
             time.sleep(rng.random() * 0.3)
             for pid in rng.sample([*(process.pid for process in ranks), *writers], rng.randint(1, len(ranks))):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from capture_data import shard_bytes
-from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
+from teacher_data import SEQ_LEN, make_teacher
 
 import sklformat as skl
 from sklformat.distill.models import loading
@@ -21,13 +21,6 @@ COUNT, ROUNDS = 14, 20
 def on_device(monkeypatch):
     """Count draws on the CPU by the device's sampler, and never by C."""
     monkeypatch.setattr(gpu_sampler, "DEVICES", ("cpu",))
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("device")
-    write_teacher(folder / "teacher", write_text(folder / "text"))
-    return folder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import reference
-from strategies import make_cache, small_shard
+from strategies import make_listed_cache, small_shard
 
 import sklformat as skl
 from sklformat.cache.manifest import read_manifest, write_manifest
@@ -18,9 +18,7 @@ from sklformat.format.listing import Entry, pack_listing, parse_listing
 
 @pytest.fixture
 def directory(tmp_path):
-    make_cache(tmp_path / "cache")
-    write_manifest(tmp_path / "cache", scan_directory(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return make_listed_cache(tmp_path / "cache")
 
 
 def change(directory, how, *, digest=True):

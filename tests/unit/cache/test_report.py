@@ -5,20 +5,16 @@ import json
 import numpy as np
 import pytest
 import reference
-from strategies import make_cache, small_sequence, small_settings, small_shard
+from strategies import make_cache, make_listed_cache, small_sequence, small_settings, small_shard
 
 import sklformat as skl
 from sklformat import native
 from sklformat.cache import report
-from sklformat.cache.manifest import write_manifest
-from sklformat.cache.reader import scan_directory
 
 
 @pytest.fixture
 def directory(tmp_path):
-    make_cache(tmp_path / "cache")
-    write_manifest(tmp_path / "cache", scan_directory(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return make_listed_cache(tmp_path / "cache")
 
 
 def test_a_sound_cache(directory):

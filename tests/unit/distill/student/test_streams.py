@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from strategies import make_cache
+from strategies import make_listed_cache
 
 import sklformat as skl
-from sklformat.cache.manifest import write_manifest
-from sklformat.cache.reader import scan_directory
 from sklformat.distill.models import tokenization
 from sklformat.distill.student import streams
 from sklformat.distill.text.packing import PackedSequences
@@ -89,9 +87,7 @@ def test_a_tokenizer_is_needed_and_must_be_the_right_one(place, tmp_path):
 @pytest.fixture
 def cache(tmp_path):
     """Nine sequences in three shards, with their manifest."""
-    make_cache(tmp_path / "cache")
-    write_manifest(tmp_path / "cache", scan_directory(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return make_listed_cache(tmp_path / "cache")
 
 
 def open_cache(place, source, **changes):
