@@ -57,9 +57,9 @@ def read(rows):
 
 CONTENDERS = {
     "read the rows": read,
-    "draw multinomial": lambda rows: draw(rows, ROUNDS),
-    "draw systematic": lambda rows: draw(rows, ROUNDS, "systematic"),
-    f"draw topk {K}": lambda rows: draw(rows, sampler="topk", k=K),
+    "draw multinomial": lambda rows: draw(rows, ROUNDS, sequence=0),
+    "draw systematic": lambda rows: draw(rows, ROUNDS, "systematic", sequence=0),
+    f"draw topk {K}": lambda rows: draw(rows, sequence=0, sampler="topk", k=K),
     "torch softmax + multinomial": torch_draw,
     f"torch softmax + topk {K}": torch_topk,
 }
@@ -91,7 +91,7 @@ def main():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         pool = make_pool(pool_bytes, dtype)
         seconds = measure(pool, turns, args.calls_a_turn)
-        unique = np.diff(draw(pool[:ROWS_A_CALL], ROUNDS).offsets).mean()
+        unique = np.diff(draw(pool[:ROWS_A_CALL], ROUNDS, sequence=0).offsets).mean()
         print(f"\n{dtype}, V = {VOCAB_SIZE}, {ROWS_A_CALL} rows per call, {unique:.1f} unique ids per position")
         print(f"{'':30}{'us/position':>12}{'positions/s':>13}{'GB/s':>7}{'x torch':>9}{'x read time':>12}")
         for name, value in seconds.items():

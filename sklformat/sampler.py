@@ -30,9 +30,9 @@ def draw(
     k: int | None = None,
     p: float | None = None,
     seed: int = 0,
-    sequence: int = 0,
-    first_position: int = 0,
     *,
+    sequence: int,
+    first_position: int = 0,
     dtype: str | None = None,
     self_normalise: bool = True,
 ) -> SparseTargets:
@@ -61,7 +61,8 @@ def draw(
         k: topk: ids to keep, 1..65535, required; equal logits go by lower id. topp: the most to keep, 65535 by default.
         p: topp: the fewest most probable ids whose mass reaches p are kept, in (0, 1], required.
         seed: 0..2**64 - 1.
-        sequence: Global number of the sequence, 0..2**64 - 1.
+        sequence: Global number of the sequence, 0..2**64 - 1; without a default, since sequences of one number and
+            seed would be drawn from by the same random numbers.
         first_position: Position of the first row; first_position + T <= 2**32.
         dtype: "bfloat16" where logits are its uint16 bits; else left out.
         self_normalise: See above; matters only where t is not 1.
@@ -153,11 +154,12 @@ def _rows(logits: Any, dtype: str | None) -> tuple[NDArray[Any], str]:
     if name not in ("float32", "float16", "bfloat16") or not array.dtype.isnative:
         raise ValueError(
             f"logits must be float32, float16 or bfloat16 in native byte order, or uint16 bits with dtype='bfloat16'; "
-            f"got {array.dtype.str if name != 'bfloat16' else name}"
+            f"got {array.dtype.str if name != 'bfloat16' else name}; convert them, as by logits.astype(numpy.float32)"
         )
     if dtype is not None and dtype != name:
         raise ValueError(f"dtype is {dtype!r}, but the logits are {name}")
     if array.ndim != 2 or not 1 <= array.shape[1] <= 1 << 24:
-        raise ValueError(f"logits must be [T, V] with V in 1..2**24, got shape {array.shape}")
+        advice = "; draw takes one sequence at a time, as logits[0]" if array.ndim == 3 else ""
+        raise ValueError(f"logits must be [T, V] with V in 1..2**24, got shape {array.shape}{advice}")
     in_place = array.strides[1] == array.itemsize and array.strides[0] >= 0 and array.strides[0] % array.itemsize == 0
     return array if in_place else np.ascontiguousarray(array), name

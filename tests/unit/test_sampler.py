@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 from reference_sampler import dense, philox, points, probabilities
 
+import sklformat as skl
 from sklformat import native
 from sklformat.errors import UnsupportedError
-from sklformat.sampler import draw
 
 torch = pytest.importorskip("torch")
+draw = functools.partial(skl.draw, sequence=0)  # of one sequence, where a test names no other
 
 
 def some_logits(positions=4, vocab_size=1000, spread=3.0, seed=0):
@@ -371,7 +373,8 @@ def test_bad_logits_are_named(bad):
         ({"dtype": "bfloat16"}, "dtype is 'bfloat16', but the logits are float32"),
         ({"logits": np.zeros(5, np.float32)}, r"\[T, V\]"),
         ({"logits": np.zeros((5, 0), np.float32)}, r"\[T, V\]"),
-        ({"logits": np.zeros((5, 3))}, "logits must be float32"),
+        ({"logits": np.zeros((5, 3))}, r"logits must be float32, .* got <f8; convert them, as by logits\.astype"),
+        ({"logits": np.zeros((1, 5, 3), np.float32)}, r"shape \(1, 5, 3\); draw takes one sequence at a time, as log"),
         ({"logits": np.zeros((5, 3), np.uint16)}, "uint16 bits with dtype='bfloat16'"),
         ({"logits": np.zeros((5, 3), ">f4")}, "native byte order"),
         ({"logits": torch.zeros((5, 3), device="meta")}, "works on the CPU"),
@@ -384,6 +387,12 @@ def test_wrong_arguments_are_named(arguments, message):
         draw(**{"logits": np.zeros((2, 3), np.float32), **arguments})
 
 
+def test_the_sequence_must_be_given():
+    """No default gives two sequences the same random numbers."""
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'sequence'"):
+        skl.draw(some_logits())
+
+
 def test_lists_are_not_guessed_at():
     """Something that is no array is a TypeError."""
     with pytest.raises(TypeError, match="numpy array or a torch tensor"):
@@ -393,6 +402,7 @@ def test_lists_are_not_guessed_at():
 def test_draw_does_not_load_torch():
     """Drawing from numpy keeps a process free of torch."""
     code = (
-        "import sys, numpy, sklformat.sampler as s; s.draw(numpy.zeros((1, 3), 'f4')); sys.exit('torch' in sys.modules)"
+        "import sys, numpy, sklformat.sampler as s; s.draw(numpy.zeros((1, 3), 'f4'), sequence=0); "
+        "sys.exit('torch' in sys.modules)"
     )
     assert 0 == subprocess.run([sys.executable, "-c", code], check=False).returncode
