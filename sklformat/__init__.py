@@ -25,6 +25,7 @@ from sklformat.errors import (
     SettingsError,
     SklError,
     TruncatedError,
+    UnfinishedError,
     UnreadableError,
     UnsupportedError,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "SklError",
     "SparseTargets",
     "TruncatedError",
+    "UnfinishedError",
     "UnreadableError",
     "UnsupportedError",
     "draw",

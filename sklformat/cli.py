@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sklformat import SklError, __version__, recover, verify
+from sklformat import SklError, UnfinishedError, __version__, recover, verify
 from sklformat.cache.report import inspect
 from sklformat.capture.session import UNFINISHED_NAME
 from sklformat.flags import UsageError, parse
@@ -30,7 +30,7 @@ from sklformat.settings.eval import EvalConfig
 from sklformat.settings.inspection import CheckConfig, InspectConfig, RecoverConfig, VerifyConfig
 from sklformat.settings.train import TrainConfig
 
-DAMAGED = 3
+UNFINISHED, DAMAGED = 1, 3
 STOPPED = 130
 
 # What installs a module that an optional part needs.
@@ -233,6 +233,7 @@ def _run_verify(name: str, arguments: list[str]) -> int:
             tell("verify", done, total)
 
         problems = verify(config.path, progress)
+    unfinished = bool(problems) and all(problem.error == UnfinishedError.__name__ for problem in problems)
     if as_json:
         _print_json(
             {"path": str(config.path), "sound": not problems, "problems": list(map(dataclasses.asdict, problems))}
@@ -240,11 +241,9 @@ def _run_verify(name: str, arguments: list[str]) -> int:
     else:
         sys.stdout.writelines(f"{problem}\n" for problem in problems)
         verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)} found" if problems else "sound"
-        sys.stdout.write(f"{config.path}: {verdict}, {checked:,} bytes checked\n")
-        if problems:
-            todo = "remove the damaged shards and manifest.json, then rerun the command that made the cache"
-            sys.stdout.write(f"to fix: {todo}\n")
-    return DAMAGED if problems else 0
+        sys.stdout.write(f"{config.path}: {'unfinished' if unfinished else verdict}, {checked:,} bytes checked\n")
+        sys.stdout.writelines(f"to fix: {action}\n" for action in dict.fromkeys(p.action for p in problems))
+    return UNFINISHED if unfinished else DAMAGED if problems else 0
 
 
 def _run_recover(name: str, arguments: list[str]) -> int:

@@ -69,6 +69,10 @@ class MissingShardError(FormatError):
     """A shard of a cache is missing; the message names the range of sequences."""
 
 
+class UnfinishedError(MissingShardError):
+    """A shard is not sealed yet, or the capture of the whole cache has not ended; nothing is damaged."""
+
+
 class AlignmentError(SklError):
     """Records are not about these tokens; ``sequence_index`` says where."""
 

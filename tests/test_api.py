@@ -12,7 +12,7 @@ from sklformat.cli import main
 NAMES = """
     AlignmentError Cache Capture CaptureError CorruptError FormatError Header InUseError LocalCopies MissingShardError
     Problem Recovered RemoteError ResumeError RingClosedError RingTimeoutError Sequence SettingsError Shard ShardWriter
-    SklError SparseTargets TruncatedError UnreadableError UnsupportedError draw open recover verify
+    SklError SparseTargets TruncatedError UnfinishedError UnreadableError UnsupportedError draw open recover verify
 """
 
 

@@ -24,7 +24,7 @@ from sklformat.cache.misalignment import likely_cause
 from sklformat.cache.payloads import Payloads
 from sklformat.cache.shard import Shard, describe
 from sklformat.checksums import alignment
-from sklformat.errors import AlignmentError, CorruptError, MissingShardError, SklError
+from sklformat.errors import AlignmentError, CorruptError, MissingShardError, SklError, UnfinishedError
 from sklformat.files.copies import LocalCopies
 from sklformat.files.places import Place, is_url, join
 from sklformat.files.regular import is_directory, list_directory
@@ -351,10 +351,10 @@ def scan_directory(path: Path, io: Io = "auto") -> list[Entry]:
     return entries
 
 
-def find_unfinished(path: Path) -> list[MissingShardError]:
+def find_unfinished(path: Path) -> list[UnfinishedError]:
     """One error for each ``.partial`` of a directory without manifest: its sequences belong to the cache, unsealed."""
     return [
-        MissingShardError(
+        UnfinishedError(
             "the shard is unfinished, so this cache is incomplete; rerun the command that started it to finish it "
             "(sklformat recover says what it keeps), or move it away to read the sealed shards alone",
             path=partial,

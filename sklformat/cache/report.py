@@ -27,6 +27,16 @@ from sklformat.files.regular import is_directory
 from sklformat.format.header import Header
 from sklformat.format.listing import Entry, check_contiguous, place_in_cache
 
+_REMAKE = "rerun the command that made the cache"
+_ACTIONS = {
+    "UnfinishedError": "rerun the command that started it to finish it",
+    "MissingShardError": f"put the shard back, or remove manifest.json and {_REMAKE}",
+    "UnsupportedError": "read it with the version of sklformat that wrote it, or move it away if it is no shard",
+    "UnreadableError": "put a regular file in its place that this process can read",
+}
+_REPLACE = f"replace the file by a sound copy, or remove it and manifest.json, then {_REMAKE}"
+_RELIST = f"remove manifest.json, then {_REMAKE}"
+_MOVE_AWAY = "move the file away, or remove manifest.json to read all shards"
 _MOST_PADDING = 4  # arrays are as wide as the longest sequence; beyond this, blocks are looked at one by one
 Progress = Callable[[int, int], None]
 """Called with (bytes checked so far, bytes in total)."""
@@ -41,6 +51,7 @@ class Problem:
         path: The file.
         error: Name of the error that a reader raises, such as "CorruptError".
         message: What is wrong, with both values.
+        action: What to do about it, a sentence without its full stop.
         offset: Byte offset in the file, or None.
         sequence: Index of the sequence in its shard, or None.
     """
@@ -48,6 +59,7 @@ class Problem:
     path: Place
     error: str
     message: str
+    action: str
     offset: int | None = None
     sequence: int | None = None
 
@@ -181,6 +193,7 @@ def _check_together(root: Path, opened: list[tuple[Entry, Header]]) -> list[Prob
             entry.path,
             "CorruptError",
             f"belongs to a different cache from {opened[0][0].name}: {'; '.join(opened[0][1].differences(header))}",
+            "move the shards of one of the two caches to a directory of their own",
         )
         for entry, header in opened
         if header.cache_key != opened[0][1].cache_key
@@ -198,18 +211,23 @@ def _check_together(root: Path, opened: list[tuple[Entry, Header]]) -> list[Prob
 def _check_listed(listed: list[Entry], found: list[Entry]) -> list[Problem]:
     by_path = {entry.path: entry for entry in found}
     problems = [
-        Problem(entry.path, "MissingShardError", "the manifest lists it, but no sound shard is there")
+        Problem(
+            entry.path,
+            "MissingShardError",
+            "the manifest lists it, but no sound shard is there",
+            _ACTIONS["MissingShardError"],
+        )
         for entry in listed
         if entry.path not in by_path
     ]
     problems += [
-        Problem(entry.path, "CorruptError", f"by the manifest, {'; '.join(faults)}")
+        Problem(entry.path, "CorruptError", f"by the manifest, {'; '.join(faults)}", _RELIST)
         for entry in listed
         if entry.path in by_path and (faults := by_path[entry.path].differences(entry))
     ]
     names = {entry.path for entry in listed}
     problems += [
-        Problem(entry.path, "CorruptError", "the manifest does not list this shard")
+        Problem(entry.path, "CorruptError", "the manifest does not list this shard", _MOVE_AWAY)
         for entry in found
         if entry.path not in names
     ]
@@ -217,10 +235,12 @@ def _check_listed(listed: list[Entry], found: list[Entry]) -> list[Problem]:
 
 
 def _problem(error: FormatError, path: Place, sequence: int | None = None, offset: int | None = None) -> Problem:
+    name = type(error).__name__
     return Problem(
         error.path or path,
-        type(error).__name__,
+        name,
         error.message if error.section is None else f"{error.section}: {error.message}",
+        _RELIST if error.section == "manifest" else _ACTIONS.get(name, _REPLACE),
         error.offset if error.offset is not None else offset,
         error.sequence if error.sequence is not None else sequence,
     )

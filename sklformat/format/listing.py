@@ -91,8 +91,11 @@ def check_contiguous(entries: list[Entry], path: Place) -> None:
                 path=path,
             )
         if entry.first_sequence < expected:
+            twin = next((other for other in entries[:place] if other.fingerprint == entry.fingerprint), None)
             raise CorruptError(
-                f"{entry.name} begins at sequence {entry.first_sequence}, which an earlier shard holds already",
+                f"{entry.name} begins at sequence {entry.first_sequence}, which an earlier shard holds already"
+                if twin is None
+                else f"{entry.name} is a copy of {twin.name}; remove one of them",
                 path=path,
             )
         if entry.shard_number != place:

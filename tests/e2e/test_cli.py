@@ -89,7 +89,7 @@ def test_damage_is_named(cache):
     data[4200] ^= 16
     shards[0].write_bytes(data)
     os.truncate(shards[1], shards[1].stat().st_size - 65)
-    shards[2].unlink()
+    gone = shards[2].rename(cache.parent / "gone")
     status, out, err = quickly("verify", cache, "--json")
     found = {(Path(p["path"]).name, p["error"]) for p in json.loads(out)["problems"]}
     assert (3, "") == (status, err)
@@ -98,6 +98,9 @@ def test_damage_is_named(cache):
         ("shard-00001.skl", "TruncatedError"),
         ("shard-00002.skl", "MissingShardError"),
     } <= found
+    status, _, err = quickly("convert", cache, cache.parent / "copy.jsonl")
+    assert (1, True) == (status, "shard-00002.skl: sequences " in err)
+    gone.rename(shards[2])
     status, _, err = quickly("convert", cache, cache.parent / "copy.jsonl")
     assert (1, True) == (status, "shard-00000.skl: block 0: byte 4096" in err)
     assert not (cache.parent / "copy.jsonl").exists()

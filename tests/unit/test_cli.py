@@ -122,12 +122,24 @@ def test_verify(capfd, cache):
     path.write_bytes(data)
     status, out, _ = run(capfd, "verify", cache)
     assert (3, 3) == (status, out.count("\n"))
-    todo = "remove the damaged shards and manifest.json, then rerun the command that made the cache"
+    todo = (
+        "replace the file by a sound copy, or remove it and manifest.json, then rerun the command that made the cache"
+    )
     assert out.endswith(f"to fix: {todo}\n")
     assert out.startswith(f"{path}: sequence 0: byte 4096: ")
     status, out, _ = run(capfd, "verify", path, "--json")
     found = json.loads(out)
     assert (3, False, ["CorruptError"]) == (status, found["sound"], [p["error"] for p in found["problems"]])
+    assert [todo] == [p["action"] for p in found["problems"]]
+
+
+def test_verify_of_what_is_not_finished(capfd, cache):
+    """A cache that is still being captured is not damaged: status 1, and how to finish it."""
+    (cache / "shard-00009.skl.partial").touch()
+    status, out, _ = run(capfd, "verify", cache)
+    assert 1 == status
+    assert f"\n{cache}: unfinished, " in out
+    assert out.endswith("to fix: rerun the command that started it to finish it\n")
 
 
 def test_verify_of_a_url(capfd):

@@ -142,8 +142,12 @@ def test_gaps_are_named(directory):
 
 
 def test_overlaps_are_named(directory):
-    """Two shards of the same sequences are refused."""
-    (directory / "copy.skl").write_bytes((directory / "shard-00001.skl").read_bytes())
+    """Two shards of the same sequences are refused, and a copy is named as one."""
+    copy = directory / "copy.skl"
+    copy.write_bytes((directory / "shard-00001.skl").read_bytes())
+    with pytest.raises(skl.CorruptError, match=r"shard-00001\.skl is a copy of copy\.skl; remove one of them"):
+        skl.open(directory)
+    copy.write_bytes(small_shard(1, shard_number=1, first_sequence=3))
     with pytest.raises(skl.CorruptError, match="begins at sequence 3, which an earlier shard holds already"):
         skl.open(directory)
 

@@ -82,7 +82,8 @@ def test_an_unfinished_shard(directory):
     assert skl.verify(directory) == []
     (directory / "manifest.json").unlink()
     (problem,) = skl.verify(directory)
-    assert (partial, "MissingShardError") == (problem.path, problem.error)
+    assert (partial, "UnfinishedError") == (problem.path, problem.error)
+    assert "rerun the command that started it to finish it" == problem.action
     with pytest.raises(skl.MissingShardError, match=r"shard-00003\.skl\.partial: the shard is unfinished"):
         report.inspect(directory)
     for shard in directory.glob("*.skl"):
