@@ -25,7 +25,7 @@ from timing import measure, processor
 from verify import write_shard
 
 import sklformat as skl
-from sklformat.cache import reader
+from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
 from sklformat.checksums import checksum
 from sklformat.distill import SparseLogitDataset
@@ -54,7 +54,7 @@ def write_small_shards(directory: Path, num_shards: int) -> None:
         with skl.ShardWriter(directory / f"shard-{number:05}.skl", header=header, disk=QuickDisk()) as writer:
             for i in range(2):
                 writer.append([number % 1000, number // 1000, i], targets)
-    write_manifest(directory, reader.scan_directory(directory))
+    write_manifest(directory, scan_directory(directory))
 
 
 def median_seconds(run: Callable[[], object], rounds: int) -> float:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import inspect
 import io
+import itertools
 import textwrap
 import typing
 from typing import Annotated, Any, TypeVar
@@ -38,6 +40,7 @@ def parse(
 
     hints = typing.get_type_hints(config_type)
     own = dataclasses.fields(config_type)  # type: ignore[arg-type]
+    _check_names(arguments, own, hints, positional=positional)
     flags: list[Any] = []
     as_argument: Any = tyro.conf.Positional
     for f in own:
@@ -64,6 +67,23 @@ def parse(
             raise UsageError(_one_line(complaint.getvalue(), config_type.__name__)) from None
         raise
     return config_type(**{f.name: getattr(parsed, f.name) for f in own}), parsed.json
+
+
+def _check_names(
+    arguments: list[str], own: tuple[dataclasses.Field[Any], ...], hints: dict[str, Any], *, positional: bool
+) -> None:
+    """Name a flag that is not known before anything else that may be wrong, with the flag that was likely meant."""
+    known = {"help", "json"}
+    for f in own:
+        if positional and f.default is dataclasses.MISSING and "flag" not in f.metadata:
+            continue
+        name = f.metadata.get("flag", f.name.replace("_", "-"))
+        known |= {name, f"no-{name}"} if hints[f.name] is bool else {name}
+    for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
+        name = argument[2:].partition("=")[0].replace("_", "-")
+        if argument.startswith("--") and name not in known:
+            meant = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(f"there is no flag --{name}" + (f"; did you mean --{meant[0]}?" if meant else ""))
 
 
 def _wrapped(text: str) -> str:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from reference import COUNTS, R24, R24W, R32, RATIOS
 
 import sklformat as skl
+from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
-from sklformat.cache.reader import scan_directory
 from sklformat.files.disk import Disk
 
 KINDS = {COUNTS: "counts", RATIOS: "ratios"}

@@ -44,6 +44,21 @@ def test_public_names():
     assert all(hasattr(skl, name) for name in skl.__all__)
 
 
+def test_help_and_wrong_flags_are_light():
+    """Help and a wrong flag are answered by every verb without loading torch."""
+    code = """
+import contextlib, io, sys
+from sklformat import cli
+for verb in cli._VERBS:
+    for flag, status in (("--help", 0), ("--bogus", 2)):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert status == cli.main([verb, flag]), (verb, flag)
+print([name for name in ("torch", "transformers", "tokenizers", "pyarrow", "matplotlib") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "[]\n" == done.stdout
+
+
 def test_import_is_light():
     """Importing the format loads no torch and nothing of another floor."""
     heavy = ["fsspec", "torch", "mmap_ninja", "pyarrow", "matplotlib", "transformers", "tokenizers", "tyro", "tqdm"]

@@ -11,8 +11,8 @@ import strategies
 
 import sklformat as skl
 from sklformat import checksums, native
+from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
-from sklformat.cache.reader import scan_directory
 from sklformat.format import layout, order
 
 TEXT = (Path(__file__).parents[1] / "SPEC.md").read_text()

@@ -1,6 +1,7 @@
 """
 Shards and caches on disk: written so that nothing acknowledged is lost, checked before they are believed.
 
+contents      which shards a cache has, by its manifest or by names
 manifest      which shards a cache has, as a file beside them
 misalignment  why tokens are not those that records were captured on
 payloads      many sequences at once, as the arrays of a training step

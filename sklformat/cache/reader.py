@@ -11,7 +11,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,19 +18,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sklformat.cache.manifest import MANIFEST_NAME, has_manifest, read_manifest
+from sklformat.cache.contents import list_shards, missing
 from sklformat.cache.misalignment import likely_cause
 from sklformat.cache.payloads import Payloads
 from sklformat.cache.shard import Shard, describe
 from sklformat.checksums import alignment
-from sklformat.errors import AlignmentError, CorruptError, MissingShardError, SklError, UnfinishedError
+from sklformat.errors import (
+    AlignmentError,
+    CorruptError,
+    SklError,
+)
 from sklformat.files.copies import LocalCopies
-from sklformat.files.places import Place, is_url, join
-from sklformat.files.regular import is_directory, list_directory
+from sklformat.files.places import Place, is_url
+from sklformat.files.regular import is_directory
 from sklformat.files.storage import Io
 from sklformat.format import layout
 from sklformat.format.header import Header
-from sklformat.format.listing import Entry, cache_fingerprint, check_contiguous, place_in_cache
+from sklformat.format.listing import Entry, cache_fingerprint
 from sklformat.format.records import Sequence
 
 MAX_OPEN_SHARDS = 64
@@ -235,7 +238,7 @@ class Cache:
         if shard is None:
             entry = self._entries[place]
             if isinstance(entry.path, Path) and not os.path.lexists(entry.path):
-                raise _missing(entry)
+                raise missing(entry)
             shard = Shard(entry.path, self.io, copies=self.copies, entry=entry)
             self._check_belongs(shard, entry)
             self._open_shards[place] = shard
@@ -256,116 +259,6 @@ class Cache:
             differing = "; ".join(self.header.differences(shard.header))
             shard.close()
             raise CorruptError(f"belongs to another cache: {differing}", path=shard.path)
-
-
-def list_shards(path: Place, io: Io = "auto", copies: LocalCopies | None = None) -> list[Entry]:
-    """
-    The shards of a cache in order: of a single file, of a manifest, or of a directory's ``.skl`` files.
-
-    Args:
-        path: File or directory, or the URL of one.
-        io: As for ``Shard``.
-        copies: As for ``Shard``.
-
-    Raises:
-        MissingShardError: Sequences are missing between shards, before the first, or behind the last where a shard is
-            unfinished and no manifest says that it does not belong; or there is no shard at all; or a URL has no
-            manifest.
-        FormatError: A shard or the manifest is damaged.
-    """
-    if isinstance(path, str):
-        if path.endswith(layout.SHARD_SUFFIX):
-            return [_entry(path, io, copies)]
-        try:
-            return read_manifest(join(path, MANIFEST_NAME))
-        except FileNotFoundError:
-            raise MissingShardError(
-                f"no {MANIFEST_NAME} here, which a cache behind a URL needs; sklformat cache and convert write it last",
-                path=path,
-            ) from None
-    if not is_directory(path):
-        return [_entry(path, io, copies)]
-    if not has_manifest(path):
-        return scan_directory(path, io)
-    entries = read_manifest(path / MANIFEST_NAME)
-    _check_listed(entries, path)
-    return entries
-
-
-def shard_files(path: Path) -> list[Path]:
-    """
-    What a directory holds by the name of a shard, whatever it is.  SPEC section 11.
-
-    Raises:
-        UnreadableError: The directory cannot be read.
-    """
-    return [file for file in list_directory(path) if file.suffix == layout.SHARD_SUFFIX]
-
-
-def _check_listed(entries: list[Entry], path: Path) -> None:
-    """A directory has the shards that its manifest lists, and no others."""
-    found, listed = {file.name for file in shard_files(path)}, {entry.name for entry in entries}
-    for entry in entries:
-        if entry.name not in found:
-            raise _missing(entry)
-    if unlisted := sorted(found - listed):
-        raise CorruptError(
-            f"the manifest does not list {unlisted[0]}, which lies beside it; move that file away, or remove the "
-            "manifest to read all shards",
-            path=path / MANIFEST_NAME,
-        )
-
-
-def _missing(entry: Entry) -> MissingShardError:
-    return MissingShardError(
-        f"sequences {entry.first_sequence}..{entry.first_sequence + entry.num_sequences - 1} are missing; "
-        "put the shard back or capture it again",
-        path=entry.path,
-    )
-
-
-def scan_directory(path: Path, io: Io = "auto") -> list[Entry]:
-    """
-    The sealed shards of a directory in order, read from the files themselves; what ``write_manifest`` takes.
-
-    Raises:
-        MissingShardError, FormatError: As ``list_shards``; CorruptError too where a shard belongs to another cache.
-    """
-    files = shard_files(path)
-    if unfinished := find_unfinished(path):
-        raise unfinished[0]
-    if not files:
-        raise MissingShardError("no .skl shards here: not a cache, or an empty one", path=path)
-    entries, first = [], None
-    for file in files:
-        with closing(Shard(file, io)) as shard:
-            first = first or shard.header
-            if first.cache_key != shard.header.cache_key:
-                raise CorruptError(
-                    f"belongs to a different cache from {files[0].name}: {'; '.join(first.differences(shard.header))}",
-                    path=file,
-                )
-            entries.append(describe(shard))
-    entries.sort(key=place_in_cache)
-    check_contiguous(entries, path)
-    return entries
-
-
-def find_unfinished(path: Path) -> list[UnfinishedError]:
-    """One error for each ``.partial`` of a directory without manifest: its sequences belong to the cache, unsealed."""
-    return [
-        UnfinishedError(
-            "the shard is unfinished, so this cache is incomplete; rerun the command that started it to finish it "
-            "(sklformat recover says what it keeps), or move it away to read the sealed shards alone",
-            path=partial,
-        )
-        for partial in sorted(path.glob(f"*.skl{layout.PARTIAL_SUFFIX}"))
-    ]
-
-
-def _entry(path: Place, io: Io, copies: LocalCopies | None) -> Entry:
-    with closing(Shard(path, io, copies=copies)) as shard:
-        return describe(shard)
 
 
 def open_cache(path: Path | str, io: Io = "auto", copies: LocalCopies | None = None) -> Cache:

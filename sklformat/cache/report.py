@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat import native
+from sklformat.cache.contents import find_unfinished, shard_files
 from sklformat.cache.manifest import MANIFEST_NAME, has_manifest, read_manifest
 from sklformat.cache.payloads import Payloads
-from sklformat.cache.reader import Cache, find_unfinished, shard_files
+from sklformat.cache.reader import Cache
 from sklformat.cache.shard import Shard, describe
 from sklformat.errors import FormatError, MissingShardError, UnsupportedError
 from sklformat.files.places import Place, is_url

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import MANIFEST_NAME, write_manifest
-from sklformat.cache.reader import scan_directory
 from sklformat.cache.report import inspect
 from sklformat.cache.writer import ShardWriter
 from sklformat.capture.plan import shard_header, shard_path, survey

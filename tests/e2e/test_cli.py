@@ -13,8 +13,8 @@ import pytest
 from system import HANGS
 
 import sklformat as skl
+from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
-from sklformat.cache.reader import scan_directory
 from sklformat.cli import main
 
 WITHOUT_TORCH = """

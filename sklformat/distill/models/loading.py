@@ -215,8 +215,15 @@ def _named(path: Path | str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
-        hint = (
-            "" if Path(path).exists() else "; it is no path here, and no such name is in the Hugging Face cache or hub"
-        )
-        raise OSError(f"{path}: cannot load a {what}{hint} ({reason})") from error
+        # A first line that ends in a colon says nothing without what it announces.
+        first, _, rest = str(error).strip().partition("\n")
+        reason = " ".join(f"{first} {rest}".split()) if first.rstrip().endswith(":") else first
+        raise OSError(f"{path}: cannot load a {what}{_hint(Path(path))} ({reason})") from error
+
+
+def _hint(path: Path) -> str:
+    """What the user may have meant by a path or name where nothing can be loaded from."""
+    if not path.exists():
+        return "; it is no path here, and no such name is in the Hugging Face cache or hub"
+    inside = path / "model"  # of a directory that sklformat train made
+    return f"; did you mean {inside}?" if (inside / "config.json").exists() else ""

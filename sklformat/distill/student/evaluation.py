@@ -152,8 +152,8 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
             indices = chosen[start : start + config.batch_size]
             tokens = torch.from_numpy(np.stack([sequences[int(index)] for index in indices]).astype(np.int64))
             tokens = tokens.to(device)
-            logits = _logits(student, tokens, facts.vocab_size)
-            reference = None if teacher is None else _logits(teacher, tokens, facts.vocab_size)
+            logits = _logits(student, tokens, facts.vocab_size, config.student)
+            reference = None if teacher is None else _logits(teacher, tokens, facts.vocab_size, str(config.teacher))
             sums.update(logits, tokens[:, 1:].flatten(), reference)
             bar.update(len(indices))
     evaluation = _result(config, sums, count)
@@ -193,9 +193,12 @@ def _load(config: EvalConfig, path: str, tokenizer: Any, facts: StoreFacts, devi
     return model
 
 
-def _logits(model: Any, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def _logits(model: Any, tokens: torch.Tensor, vocab_size: int, name: str) -> torch.Tensor:
     # A head may be padded beyond the ids that mean something.
-    return outputs.logits(model, tokens[:, :-1]).flatten(0, 1)[:, :vocab_size]
+    logits_PV = outputs.logits(model, tokens[:, :-1]).flatten(0, 1)[:, :vocab_size]
+    if not torch.isfinite(logits_PV.amax(-1)).all():  # the greatest of a row is NaN if any is
+        raise ValueError(f"{name}: gives logits that are no finite numbers; its weights are broken, use another model")
+    return logits_PV
 
 
 def _result(config: EvalConfig, sums: metrics.EvaluationSums, count: int) -> Evaluation:

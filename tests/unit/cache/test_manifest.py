@@ -10,8 +10,8 @@ import reference
 from strategies import make_listed_cache, small_shard
 
 import sklformat as skl
+from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import read_manifest, write_manifest
-from sklformat.cache.reader import scan_directory
 from sklformat.format import layout
 from sklformat.format.listing import Entry, pack_listing, parse_listing
 

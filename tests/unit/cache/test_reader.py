@@ -14,6 +14,7 @@ from strategies import make_cache, small_sequence, small_settings, small_shard
 
 import sklformat as skl
 from sklformat.cache import reader
+from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
 
 
@@ -24,7 +25,7 @@ def directory(tmp_path):
 
 
 def with_manifest(directory):
-    write_manifest(directory, reader.scan_directory(directory))
+    write_manifest(directory, scan_directory(directory))
     return directory
 
 

@@ -13,7 +13,7 @@ from system import HANGS
 from torch.utils.data import DataLoader
 
 import sklformat as skl
-from sklformat.cache import reader
+from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
 from sklformat.distill import SparseLogitDataset
 from sklformat.files import copies as copies_module
@@ -27,7 +27,7 @@ fsspec = pytest.importorskip("fsspec")
 def local(tmp_path_factory):
     directory = tmp_path_factory.mktemp("remote") / "cache"
     write_cache(directory)
-    write_manifest(directory, reader.scan_directory(directory))
+    write_manifest(directory, scan_directory(directory))
     return directory
 
 

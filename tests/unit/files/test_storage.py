@@ -15,6 +15,7 @@ from system import open_descriptors
 
 import sklformat as skl
 from sklformat.cache import reader
+from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
 from sklformat.cache.shard import Shard
 from sklformat.cache.tokens import Tokens
@@ -203,7 +204,7 @@ def test_a_file_written_over_is_an_error(directory):
 
 def test_a_replaced_file_is_refused_when_it_is_opened_again(directory, monkeypatch):
     """A file renamed over an open one leaves the reader with the old, whole content; opened again it is refused."""
-    write_manifest(directory, reader.scan_directory(directory))
+    write_manifest(directory, scan_directory(directory))
     monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
     with skl.open(directory, "pread") as cache:
         assert EXPECTED[3] == cache[3].tokens.tolist()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import sklformat as skl
+from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
-from sklformat.cache.reader import scan_directory
 from sklformat.files.disk import locked_directory
 from sklformat.interop import convert
 from sklformat.interop.columns import Row

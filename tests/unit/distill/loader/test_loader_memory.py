@@ -14,7 +14,7 @@ from strategies import FastDisk
 from torch.utils.data import DataLoader, IterableDataset
 
 import sklformat as skl
-from sklformat.cache import reader
+from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
 from sklformat.distill import SparseLogitDataset
 
@@ -43,7 +43,7 @@ def write_shards(directory, num_shards, size, positions=4):
                     offsets=np.arange(0, 2 * positions + 1, 2),
                 )
                 writer.append(rng.integers(0, 500, positions + 1), targets)
-    write_manifest(directory, reader.scan_directory(directory))
+    write_manifest(directory, scan_directory(directory))
     return directory
 
 

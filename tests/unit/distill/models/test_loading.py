@@ -105,6 +105,33 @@ def test_weights_cut_short_are_named(tokenizer, tmp_path, size):
         loading.load_model(tmp_path / "m")
 
 
+def test_a_run_is_named_for_its_model(tokenizer, tmp_path):
+    """The directory of a training run is not its model, which the message names."""
+    loading.save(tiny(), tokenizer, tmp_path / "run" / "model")
+    for load in (loading.load_model, loading.load_tokenizer):
+        with pytest.raises(OSError, match=rf"^{tmp_path}/run: cannot load a .*; did you mean {tmp_path}/run/model\?"):
+            load(tmp_path / "run")
+
+
+def test_a_reason_is_not_cut_at_its_colon(tmp_path, monkeypatch):
+    """What the first line of a reason announces is said as well; further lines are not."""
+
+    def fail(text):
+        def from_pretrained(*_, **__):
+            raise ValueError(text)
+
+        monkeypatch.setattr(loading.transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+
+    fail("Couldn't instantiate the tokenizer from one of: \n(1) a file, \n(2) a slow tokenizer.\n")
+    with pytest.raises(
+        OSError, match=r"\(Couldn't instantiate the tokenizer from one of: \(1\) a file, \(2\) a slow t.*\)$"
+    ):
+        loading.load_tokenizer(tmp_path)
+    fail("No such thing.\nMore about it")
+    with pytest.raises(OSError, match=r"cannot load a tokenizer \(No such thing\.\)$"):
+        loading.load_tokenizer(tmp_path)
+
+
 def test_what_is_no_model_is_named(tmp_path):
     """A path without model or tokenizer raises OSError, in one line with the path."""
     for load in (loading.load_model, loading.load_tokenizer):

@@ -127,3 +127,14 @@ def test_wrong_arguments_are_refused(place, changes, words):
     """A wrong argument is named with its value."""
     with pytest.raises(ValueError, match=words):
         run(place, **changes)
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_broken_weights_are_named(place, tmp_path, name):
+    """A model whose logits are NaN is named; no figure is made of them."""
+    model = loading.load_model(place / name)
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = float("nan")
+    loading.save(model, loading.load_tokenizer(place / name), tmp_path / "broken")
+    with pytest.raises(ValueError, match="broken: gives logits that are no finite numbers; its weights are broken"):
+        run(place, **{"teacher": str(place / "teacher"), name: str(tmp_path / "broken")})

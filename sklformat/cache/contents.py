@@ -1,0 +1,135 @@
+"""
+Which shards a cache has: by its manifest, or by the names in its directory.
+
+SPEC.md sections 11 and 13.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+from sklformat.cache.manifest import MANIFEST_NAME, has_manifest, read_manifest
+from sklformat.cache.shard import Shard, describe
+from sklformat.errors import CorruptError, MissingShardError, UnfinishedError, UnsupportedError
+from sklformat.files.copies import LocalCopies
+from sklformat.files.places import Place, join
+from sklformat.files.regular import is_directory, list_directory
+from sklformat.files.storage import Io
+from sklformat.format import layout
+from sklformat.format.listing import Entry, check_contiguous, place_in_cache
+
+_PLAIN_COLUMNS = (".jsonl", ".npz", ".parquet")
+
+
+def list_shards(path: Place, io: Io = "auto", copies: LocalCopies | None = None) -> list[Entry]:
+    """
+    The shards of a cache in order: of a single file, of a manifest, or of a directory's ``.skl`` files.
+
+    Args:
+        path: File or directory, or the URL of one.
+        io: As for ``Shard``.
+        copies: As for ``Shard``.
+
+    Raises:
+        MissingShardError: Sequences are missing between shards, before the first, or behind the last where a shard is
+            unfinished and no manifest says that it does not belong; or there is no shard at all; or a URL has no
+            manifest.
+        FormatError: A shard or the manifest is damaged.
+    """
+    if isinstance(path, str):
+        if path.endswith(layout.SHARD_SUFFIX):
+            return [_entry(path, io, copies)]
+        try:
+            return read_manifest(join(path, MANIFEST_NAME))
+        except FileNotFoundError:
+            raise MissingShardError(
+                f"no {MANIFEST_NAME} here, which a cache behind a URL needs; sklformat cache and convert write it last",
+                path=path,
+            ) from None
+    if not is_directory(path):
+        if path.suffix in _PLAIN_COLUMNS:
+            raise UnsupportedError("plain columns, not a cache; sklformat convert makes a cache of them", path=path)
+        return [_entry(path, io, copies)]
+    if not has_manifest(path):
+        return scan_directory(path, io)
+    entries = read_manifest(path / MANIFEST_NAME)
+    _check_listed(entries, path)
+    return entries
+
+
+def shard_files(path: Path) -> list[Path]:
+    """
+    What a directory holds by the name of a shard, whatever it is.  SPEC section 11.
+
+    Raises:
+        UnreadableError: The directory cannot be read.
+    """
+    return [file for file in list_directory(path) if file.suffix == layout.SHARD_SUFFIX]
+
+
+def _check_listed(entries: list[Entry], path: Path) -> None:
+    """A directory has the shards that its manifest lists, and no others."""
+    found, listed = {file.name for file in shard_files(path)}, {entry.name for entry in entries}
+    for entry in entries:
+        if entry.name not in found:
+            raise missing(entry)
+    if unlisted := sorted(found - listed):
+        raise CorruptError(
+            f"the manifest does not list {unlisted[0]}, which lies beside it; move that file away, or remove the "
+            "manifest to read all shards",
+            path=path / MANIFEST_NAME,
+        )
+
+
+def missing(entry: Entry) -> MissingShardError:
+    """That a listed shard is not there, named by its sequences."""
+    return MissingShardError(
+        f"sequences {entry.first_sequence}..{entry.first_sequence + entry.num_sequences - 1} are missing; "
+        "put the shard back or capture it again",
+        path=entry.path,
+    )
+
+
+def scan_directory(path: Path, io: Io = "auto") -> list[Entry]:
+    """
+    The sealed shards of a directory in order, read from the files themselves; what ``write_manifest`` takes.
+
+    Raises:
+        MissingShardError, FormatError: As ``list_shards``; CorruptError too where a shard belongs to another cache.
+    """
+    files = shard_files(path)
+    if unfinished := find_unfinished(path):
+        raise unfinished[0]
+    if not files:
+        raise MissingShardError("no .skl shards here: not a cache, or an empty one", path=path)
+    entries, first = [], None
+    for file in files:
+        with closing(Shard(file, io)) as shard:
+            first = first or shard.header
+            if first.cache_key != shard.header.cache_key:
+                raise CorruptError(
+                    f"belongs to a different cache from {files[0].name}: {'; '.join(first.differences(shard.header))}",
+                    path=file,
+                )
+            entries.append(describe(shard))
+    entries.sort(key=place_in_cache)
+    check_contiguous(entries, path)
+    return entries
+
+
+def find_unfinished(path: Path) -> list[UnfinishedError]:
+    """One error for each ``.partial`` of a directory without manifest: its sequences belong to the cache, unsealed."""
+    return [
+        UnfinishedError(
+            "the shard is unfinished, so this cache is incomplete; rerun the command that started it to finish it "
+            "(sklformat recover says what it keeps), or move it away to read the sealed shards alone",
+            path=partial,
+        )
+        for partial in sorted(path.glob(f"*.skl{layout.PARTIAL_SUFFIX}"))
+    ]
+
+
+def _entry(path: Place, io: Io, copies: LocalCopies | None) -> Entry:
+    with closing(Shard(path, io, copies=copies)) as shard:
+        return describe(shard)
