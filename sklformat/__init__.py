@@ -9,6 +9,7 @@ from sklformat.cache.reader import open_cache as open  # noqa: A004  the frozen 
 from sklformat.cache.recovery import Recovered, recover
 from sklformat.cache.report import Problem, verify
 from sklformat.cache.shard import Shard
+from sklformat.cache.sharding import CacheWriter
 from sklformat.cache.writer import ShardWriter
 from sklformat.capture import Capture
 from sklformat.errors import (
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlignmentError",
     "Cache",
+    "CacheWriter",
     "Capture",
     "CaptureError",
     "CorruptError",

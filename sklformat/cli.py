@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sklformat import SklError, UnfinishedError, __version__, recover, verify
+from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cache.report import inspect
-from sklformat.capture.session import UNFINISHED_NAME
 from sklformat.flags import UsageError, parse
 from sklformat.format.layout import PARTIAL_SUFFIX
 from sklformat.settings.cache import CacheConfig

@@ -10,9 +10,10 @@ import sklformat as skl
 from sklformat.cli import main
 
 NAMES = """
-    AlignmentError Cache Capture CaptureError CorruptError FormatError Header InUseError LocalCopies MissingShardError
-    Problem Recovered RemoteError ResumeError RingClosedError RingTimeoutError Sequence SettingsError Shard ShardWriter
-    SklError SparseTargets TruncatedError UnfinishedError UnreadableError UnsupportedError draw open recover verify
+    AlignmentError Cache CacheWriter Capture CaptureError CorruptError FormatError Header InUseError LocalCopies
+    MissingShardError Problem Recovered RemoteError ResumeError RingClosedError RingTimeoutError Sequence SettingsError
+    Shard ShardWriter SklError SparseTargets TruncatedError UnfinishedError UnreadableError UnsupportedError draw open
+    recover verify
 """
 
 

@@ -9,6 +9,7 @@ reader        a cache: one shard, or a directory of them
 recovery      what a crash left of an unsealed shard
 report        what a cache holds and what is wrong with it, as plain data
 shard         one sealed shard
+sharding      write a cache of many shards, or resume it
 tokens        the training program's own tokens, whatever holds them
 writer        write one shard, or resume what a crash left of it
 """

@@ -6,6 +6,7 @@ SPEC.md sections 11 and 13.
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import closing
 from pathlib import Path
 
@@ -13,13 +14,44 @@ from sklformat.cache.manifest import MANIFEST_NAME, has_manifest, read_manifest
 from sklformat.cache.shard import Shard, describe
 from sklformat.errors import CorruptError, MissingShardError, UnfinishedError, UnsupportedError
 from sklformat.files.copies import LocalCopies
+from sklformat.files.disk import Disk
 from sklformat.files.places import Place, join
 from sklformat.files.regular import is_directory, list_directory
 from sklformat.files.storage import Io
 from sklformat.format import layout
+from sklformat.format.header import Header
 from sklformat.format.listing import Entry, check_contiguous, place_in_cache
 
+UNFINISHED_NAME = f"capture.skl{layout.PARTIAL_SUFFIX}"
+"""Of the mark of a cache that is still being written."""
 _PLAIN_COLUMNS = (".jsonl", ".npz", ".parquet")
+
+
+def shard_path(directory: Path, number: int) -> Path:
+    """Where shard ``number`` lies once it is sealed."""
+    return directory / f"shard-{number:05d}.skl"
+
+
+def shard_header(header: Header, number: int, first_sequence: int) -> Header:
+    """The cache's settings with a shard's own place."""
+    return dataclasses.replace(header, shard_number=number, first_sequence=first_sequence)
+
+
+def mark_unfinished(directory: Path) -> None:
+    """
+    Make a directory recognisable as no whole cache until it has a manifest, also between two shards.
+
+    The mark must be older than every seal, and go after the manifest came.  SPEC section 10.5.
+    """
+    (directory / UNFINISHED_NAME).touch()
+    Disk().sync_directory(directory)
+
+
+def unmark_unfinished(directory: Path, *more: str) -> None:
+    """Remove the mark, and files of ``more`` names with it, once the manifest is durable."""
+    for name in (UNFINISHED_NAME, *more):
+        (directory / name).unlink(missing_ok=True)
+    Disk().sync_directory(directory)
 
 
 def list_shards(path: Place, io: Io = "auto", copies: LocalCopies | None = None) -> list[Entry]:

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from sklformat.cache.contents import shard_header, shard_path
 from sklformat.cache.recovery import recover
 from sklformat.capture.destinations import Target
 from sklformat.errors import CorruptError, FormatError, MissingShardError, SettingsError, TruncatedError
@@ -46,16 +47,6 @@ class ShardWork:
     def end(self) -> int:
         """Global number after its last sequence."""
         return self.first_sequence + self.num_sequences
-
-
-def shard_path(directory: Path, number: int) -> Path:
-    """Where shard ``number`` lies once it is sealed."""
-    return directory / f"shard-{number:05d}.skl"
-
-
-def shard_header(header: Header, number: int, first_sequence: int) -> Header:
-    """The cache's settings with a shard's own place."""
-    return dataclasses.replace(header, shard_number=number, first_sequence=first_sequence)
 
 
 def survey(

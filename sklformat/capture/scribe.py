@@ -10,10 +10,11 @@ from __future__ import annotations
 import sys
 import time
 
+from sklformat.cache.contents import shard_header, shard_path
 from sklformat.cache.writer import ShardWriter
 from sklformat.capture.destinations import Uploader
 from sklformat.capture.frames import Setup, unpack
-from sklformat.capture.plan import ShardWork, shard_header, shard_path
+from sklformat.capture.plan import ShardWork
 from sklformat.capture.ring import Frame, Ring
 from sklformat.errors import RingClosedError, RingTimeoutError, SklError
 

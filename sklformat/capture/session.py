@@ -19,12 +19,13 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
+from sklformat.cache.contents import mark_unfinished, unmark_unfinished
 from sklformat.capture.destinations import Target
 from sklformat.capture.frames import Setup, merge_draws, pack_draws, pack_targets
 from sklformat.capture.plan import ShardWork, places_of, sealed_entries, survey
 from sklformat.capture.ring import Ring
 from sklformat.errors import CaptureError, InUseError, RingClosedError
-from sklformat.files.disk import Disk, shared_directory
+from sklformat.files.disk import shared_directory
 from sklformat.format import layout
 from sklformat.format.header import Header
 from sklformat.format.listing import Entry
@@ -32,7 +33,6 @@ from sklformat.format.records import SparseTargets
 
 __all__ = ["Capture", "ShardWork", "merge_draws"]
 
-UNFINISHED_NAME = f"capture.skl{layout.PARTIAL_SUFFIX}"
 """An empty file that says of a directory without manifest: a capture has not ended here."""
 
 _WRITER_LOCK = ".writer.lock"
@@ -146,7 +146,7 @@ class Capture:
                 self._sealed_before = self.num_sequences
             self._todo = {work.next_sequence: work for work in self._works if work.next_sequence < work.end}
             if self._works:
-                self._mark_unfinished()
+                mark_unfinished(self.directory)
                 self._ring = held.enter_context(Ring.create(self._ring_bytes))
                 self._process = self._start(self._ring, writer_lock)
             self._held = held.pop_all()
@@ -191,18 +191,7 @@ class Capture:
 
     def unmark(self) -> None:
         """Remove the mark of an unfinished capture; done in every directory of the run, once the manifest is there."""
-        for name in (UNFINISHED_NAME, _WRITER_LOCK):
-            (self.directory / name).unlink(missing_ok=True)
-        Disk().sync_directory(self.directory)
-
-    def _mark_unfinished(self) -> None:
-        """
-        Make the directory recognisable as no whole cache until it has a manifest, also between two shards.
-
-        The mark is older than every seal of this run, and goes after the manifest came.  SPEC section 10.5.
-        """
-        (self.directory / UNFINISHED_NAME).touch()
-        Disk().sync_directory(self.directory)
+        unmark_unfinished(self.directory, _WRITER_LOCK)
 
     def shards(self) -> Iterator[ShardWork]:
         """Shards that still need sequences, in order; push those from ``next_sequence`` on, then go to the next."""

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat.cache.contents import scan_directory
+from sklformat.cache.contents import scan_directory, shard_header, shard_path
 from sklformat.cache.manifest import MANIFEST_NAME, write_manifest
 from sklformat.cache.report import inspect
 from sklformat.cache.writer import ShardWriter
-from sklformat.capture.plan import shard_header, shard_path, survey
+from sklformat.capture.plan import survey
 from sklformat.errors import CorruptError, SettingsError
 from sklformat.files.disk import Disk, lock, locked_directory, write_atomically
 from sklformat.format.header import Header

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import sklformat
+from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cache.manifest import MANIFEST_NAME
 from sklformat.capture import Capture, ShardWork, find_header
 from sklformat.capture.estimates import block_size
-from sklformat.capture.session import UNFINISHED_NAME
 from sklformat.distill.models import loading
 from sklformat.distill.models.devices import available_cores, find_device, own_devices
 from sklformat.distill.models.identities import config_fingerprint, model_fingerprint

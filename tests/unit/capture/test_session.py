@@ -235,7 +235,7 @@ def test_a_capture_stopped_between_two_shards_is_no_cache(tmp_path):
     assert {"shard-00000.skl", "capture.skl.partial", ".lock", ".writer.lock"} == names(tmp_path / "cache")
     with pytest.raises(skl.MissingShardError, match=r"capture\.skl\.partial: the shard is unfinished"):
         skl.open(tmp_path / "cache")
-    assert ["MissingShardError"] == [problem.error for problem in skl.verify(tmp_path / "cache")]
+    assert ["UnfinishedError"] == [problem.error for problem in skl.verify(tmp_path / "cache")]
     with open_capture(tmp_path / "cache") as capture:
         push_all(capture)
     assert [] == skl.verify(tmp_path / "cache")

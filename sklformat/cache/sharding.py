@@ -1,0 +1,187 @@
+"""
+Write a cache of many shards: numbered, resumed where a crash left it, and listed in a manifest at the end.
+
+One process writes; ``capture`` is for teachers that must not wait for it.  SPEC.md sections 10.5 and 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+from types import TracebackType
+
+from numpy.typing import ArrayLike
+
+from sklformat.cache.contents import (
+    UNFINISHED_NAME,
+    mark_unfinished,
+    shard_files,
+    shard_header,
+    shard_path,
+    unmark_unfinished,
+)
+from sklformat.cache.manifest import MANIFEST_NAME, has_manifest, write_manifest
+from sklformat.cache.shard import Shard, describe
+from sklformat.cache.writer import ShardWriter
+from sklformat.errors import SettingsError
+from sklformat.files.disk import locked_directory
+from sklformat.format import layout
+from sklformat.format.header import Header
+from sklformat.format.listing import Entry, check_contiguous, place_in_cache
+from sklformat.format.records import SparseTargets
+
+
+class CacheWriter:
+    """
+    Append sequences to a cache; leaving the context seals the last shard and writes the manifest.
+
+    Given the directory of a run that was stopped, it resumes: ``len(writer)`` sequences are there, and the next one to
+    append is the one of that number.  An exception leaves the directory to be resumed.
+
+    Args:
+        directory: Of the cache; made if it is missing.
+        header: Settings of all shards, with shard_number and first_sequence 0.
+        sequences_per_shard: After so many a shard is sealed and the next one begun, >= 1.
+
+    Raises:
+        FileExistsError: The directory holds a finished cache.
+        InUseError: Another process writes here.
+        SettingsError: What is here was made with other settings, or by something else; both values are shown.
+        FormatError: A shard here is damaged.
+        ValueError: A wrong argument.
+        OSError: The system's own.
+    """
+
+    def __init__(self, directory: Path | str, *, header: Header, sequences_per_shard: int = 1024) -> None:
+        if sequences_per_shard < 1:
+            raise ValueError(f"sequences_per_shard must be >= 1, got {sequences_per_shard}")
+        if header.shard_number or header.first_sequence:
+            raise ValueError(
+                "header is of all shards: shard_number and first_sequence must be 0, got "
+                f"{header.shard_number} and {header.first_sequence}"
+            )
+        self.directory = Path(directory)
+        self.header = header
+        self.sequences_per_shard = sequences_per_shard
+        self._writer: ShardWriter | None = None
+        with ExitStack() as held:
+            held.enter_context(locked_directory(self.directory))
+            if has_manifest(self.directory):
+                raise FileExistsError(
+                    f"{self.directory}: holds a finished cache ({MANIFEST_NAME}); choose another directory"
+                )
+            self._entries = self._sealed()
+            self._num_sealed = sum(entry.num_sequences for entry in self._entries)
+            self._check_partials()
+            mark_unfinished(self.directory)
+            if self._partial().exists():
+                self._writer = self._begin()
+            self._held = held.pop_all()
+        self._open = True
+
+    def _sealed(self) -> list[Entry]:
+        """The sealed shards that are here, which must be of this cache and follow each other."""
+        entries = []
+        for path in shard_files(self.directory):
+            with closing(Shard(path)) as shard:
+                if differing := shard.header.differences(self.header):
+                    raise _other_settings(path, differing)
+                entries.append(describe(shard))
+        entries.sort(key=place_in_cache)
+        check_contiguous(entries, self.directory)
+        return entries
+
+    def _check_partials(self) -> None:
+        """One shard at most is unfinished: the one after those that are sealed."""
+        for path in sorted(self.directory.glob(f"*{layout.SHARD_SUFFIX}{layout.PARTIAL_SUFFIX}")):
+            if path not in (self._partial(), self.directory / UNFINISHED_NAME):
+                raise SettingsError(
+                    f"{path}: is not the next shard, {self._partial().name}; another program began it: finish it with "
+                    "that, or choose another directory"
+                )
+
+    def _partial(self) -> Path:
+        path = shard_path(self.directory, len(self._entries))
+        return path.with_name(path.name + layout.PARTIAL_SUFFIX)
+
+    def _begin(self) -> ShardWriter:
+        number = len(self._entries)
+        header = shard_header(self.header, number, self._num_sealed)
+        return ShardWriter(shard_path(self.directory, number), header=header, resume=True)
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._open:
+            return
+        self._open = False
+        with self._held:
+            if kind is None:
+                self._finish()
+            elif self._writer is not None:
+                self._writer.close()
+
+    def _finish(self) -> None:
+        if self._writer is None and not self._entries:
+            self._writer = self._begin()  # a cache has a shard, if only an empty one
+        if self._writer is not None:
+            self._seal(self._writer)
+        write_manifest(self.directory, self._entries)
+        unmark_unfinished(self.directory)
+
+    def _seal(self, writer: ShardWriter) -> None:
+        with writer:
+            pass
+        self._writer = None
+        with closing(Shard(writer.path)) as shard:
+            self._entries.append(describe(shard))
+        self._num_sealed += self._entries[-1].num_sequences
+
+    def __len__(self) -> int:
+        """Number of sequences in the cache so far, those of an earlier run included."""
+        return self._num_sealed + (0 if self._writer is None else len(self._writer))
+
+    def append(self, tokens: ArrayLike, targets: SparseTargets, columns: Mapping[str, ArrayLike] | None = None) -> int:
+        """
+        Append one sequence; it is durable after the next ``flush``, or once its shard is full.
+
+        Args:
+            tokens: [T + 1] integer ids below vocab_size.
+            targets: Records of T positions, of the header's kind.
+            columns: One [T] array for each of header.columns.
+
+        Returns:
+            The sequence's number in the cache.
+
+        Raises:
+            ValueError: The sequence breaks a rule of the format, or the writer is closed.
+            OSError: The system could not write; leave the context and resume.
+        """
+        self._check_open()
+        if self._writer is None:
+            self._writer = self._begin()
+        number = self._num_sealed + self._writer.append(tokens, targets, columns)
+        if len(self._writer) >= self.sequences_per_shard:
+            self._seal(self._writer)
+        return number
+
+    def flush(self) -> None:
+        """Make every appended sequence durable."""
+        self._check_open()
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise ValueError(f"{self.directory}: the writer is closed")
+
+
+def _other_settings(path: Path, differing: list[str]) -> SettingsError:
+    return SettingsError(
+        f"{path}: made with other settings (there != asked for): {'; '.join(differing)}; give the same settings, or "
+        "choose another directory"
+    )
