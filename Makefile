@@ -1,6 +1,6 @@
 # make demo   set up, then run the whole pipeline: teacher, cache, students, table and plot (ARGS="--seed 1" passes flags on)
 # make test   set up, then check style, types and imports, and run the C and Python tests, C under sanitizers
-# make soak   the long tests, each with its time; SOAK_MINUTES
+# make soak   the long tests, each with its time: 15 minutes of one core, half an hour beside other work
 # make fuzz   random input under sanitizers, FUZZ_SECONDS for each target (60)
 # make bench  the benchmarks; results go to the terminal
 # make clean  remove what was built
