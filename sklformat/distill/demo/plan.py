@@ -53,6 +53,10 @@ class Size:
     )
     cached_sequences: int = 3840
     eval_sequences: int = 256
+    max_documents: int | None = None
+    """Of the standard library, from its beginning; None: all."""
+    shows: bool = True
+    """Whether a run of this size is held to what the paper shows."""
 
 
 SIZES = {
@@ -66,6 +70,8 @@ SIZES = {
                  "learning_rate": 3e-3},
         cached_sequences=64,
         eval_sequences=16,
+        max_documents=60,
+        shows=False,
     ),
 }  # fmt: skip
 

@@ -150,7 +150,9 @@ def report(
     verdicts = [f"- {'shown' if c.passed else 'NOT shown by this run'}: {c.claim} ({c.found})" for c in checks]
     missed = sum(not check.passed for check in checks)
     verdict = (
-        "This run shows all of it:"
+        "Nothing: a run of this size shows only that everything works."
+        if not checks
+        else "This run shows all of it:"
         if not missed
         else f"This run does not show {missed} of {len(checks)} (other or too little text, or too short a run):"
     )
