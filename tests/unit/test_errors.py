@@ -40,8 +40,11 @@ def test_one_family():
     names = [name for name in skl.__all__ if name.endswith("Error")]
     assert all(issubclass(getattr(skl, name), skl.SklError) for name in names)
     faults = {name for name in names if issubclass(getattr(skl, name), skl.FormatError)}
-    assert {"FormatError", "CorruptError", "TruncatedError", "UnsupportedError", "MissingShardError"} == faults
+    known = "FormatError CorruptError TruncatedError UnsupportedError MissingShardError UnfinishedError UnreadableError"
+    assert set(known.split()) == faults
     assert issubclass(skl.RingTimeoutError, TimeoutError)
+    assert issubclass(skl.UnreadableError, OSError)
+    assert issubclass(skl.UnfinishedError, skl.MissingShardError)
 
 
 def test_message_says_where():
