@@ -35,7 +35,8 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two builds: all for memory and undefined behaviour, then the ring, where alone there are threads, for data races.
+# Three builds: all for memory and undefined behaviour; the ring, where alone there are threads, for data races; and what
+# computes with floats under the flags of a hostile user.
 ctest: $(READY)
 	for sanitizer in address,undefined thread; do \
 	  tests=; test $$sanitizer = thread && tests="-R ring"; \
@@ -44,6 +45,10 @@ ctest: $(READY)
 	  $(BIN)/cmake --build build/c-$$sanitizer && \
 	  $(BIN)/ctest --test-dir build/c-$$sanitizer --output-on-failure $$tests || exit 1; \
 	done
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S csrc -B build/c-hostile -G Ninja -DSKL_TESTS=ON -DSKL_SANITIZE= -DSKL_WERROR=OFF \
+	  -DCMAKE_C_FLAGS="-ffast-math -march=native" >build/c.log
+	$(BIN)/cmake --build build/c-hostile --target test_codec test_sampler test_module module
+	$(BIN)/ctest --test-dir build/c-hostile --output-on-failure -R '^(codec|sampler|module)$$'
 
 # The tests that give C the most to do, and the fuzzer of shards, with C under ASan and UBSan in a real Python.
 sanitized: $(SANITIZED)/ready

@@ -2,6 +2,8 @@
 #ifndef SKL_BITS_H
 #define SKL_BITS_H
 
+#include "exact.h"
+
 #include <stdint.h>
 #include <string.h>
 

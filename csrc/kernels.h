@@ -2,6 +2,7 @@
 #ifndef SKL_KERNELS_H
 #define SKL_KERNELS_H
 
+#include "exact.h"
 #include "skl.h"
 
 /* Ids a block of the two-level CDF covers, and lanes of every sum inside it. */

@@ -1,6 +1,7 @@
 /* ratios.c: 7-bit ratios to the decoded predecessor, back to weights.  SPEC.md section 4.3. */
 #include "ratios.h"
 
+#include "exact.h"
 #include "faults.h"
 
 const uint32_t skl_ratio_table[128] = {
