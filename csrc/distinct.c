@@ -37,11 +37,11 @@ int skl_comes_twice(skl_id_table *table, const uint32_t *token_ids, size_t n, ui
     return 0;
 }
 
-skl_status skl_check_distinct(uint32_t num_positions, const int64_t *offsets, const uint32_t *token_ids, uint64_t *keys,
-                              size_t num_keys, skl_fault *fault)
+skl_status skl_check_distinct(uint32_t num_positions, uint64_t num_records, const int64_t *offsets,
+                              const uint32_t *token_ids, uint64_t *keys, size_t num_keys, skl_fault *fault)
 {
     skl_id_table table = {.position = 0};
-    SKL_TRY(skl_check_offsets(num_positions, offsets, (uint64_t)offsets[num_positions], fault));
+    SKL_TRY(skl_check_offsets(num_positions, offsets, num_records, fault));
     for (uint32_t t = 0; t < num_positions; t++) {
         uint64_t twice;
         const size_t n = (size_t)(offsets[t + 1] - offsets[t]);

@@ -132,13 +132,14 @@ static size_t quantise_sorted(uint64_t *keys, size_t n, uint32_t scale_log2, uin
     return kept;
 }
 
-skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const uint32_t *token_ids,
-                        const float *weights, uint32_t scale_log2, uint64_t *keys, size_t num_keys,
-                        int64_t *out_offsets, uint32_t *out_token_ids, uint8_t *out_codes, skl_fault *fault)
+skl_status skl_quantise(uint32_t num_positions, uint64_t num_records, const int64_t *offsets,
+                        const uint32_t *token_ids, const float *weights, uint32_t scale_log2, uint64_t *keys,
+                        size_t num_keys, int64_t *out_offsets, uint32_t *out_token_ids, uint8_t *out_codes,
+                        skl_fault *fault)
 {
     if (scale_log2 > 30)
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 30);
-    SKL_TRY(skl_check_offsets(num_positions, offsets, (uint64_t)offsets[num_positions], fault));
+    SKL_TRY(skl_check_offsets(num_positions, offsets, num_records, fault));
     const float scale = (float)(UINT64_C(1) << scale_log2);
     skl_id_table table = {.position = 0};
     int64_t total = 0;

@@ -54,12 +54,11 @@ int skl_expand_from(uint32_t num_positions, const int64_t *offsets, const uint8_
     return zero;
 }
 
-skl_status skl_expand(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
-                      float *weights)
+skl_status skl_expand(uint32_t num_positions, uint64_t num_records, const int64_t *offsets, const uint8_t *codes,
+                      uint32_t scale_log2, float *weights)
 {
     skl_fault fault;
-    if (scale_log2 > 30 ||
-        skl_check_offsets(num_positions, offsets, (uint64_t)offsets[num_positions], &fault) != SKL_OK)
+    if (scale_log2 > 30 || skl_check_offsets(num_positions, offsets, num_records, &fault) != SKL_OK)
         return SKL_ERR_ARG;
     skl_expand_from(num_positions, offsets, codes, scale_log2, weights);
     return SKL_OK;

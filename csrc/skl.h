@@ -122,25 +122,28 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
 
 /* Quantise the weights of one sequence into ratio codes in canonical order.
  *
- * weights in (0, 2^scale_log2], ids distinct within a position and in any order.
+ * offsets [num_positions + 1], rising from 0 to num_records.
+ * token_ids, weights [num_records]: weights in (0, 2^scale_log2], ids distinct within a position and in any order.
  * keys: scratch for the longest position, num_keys of them.
- * out_offsets [num_positions + 1]; out_token_ids, out_codes: room for offsets[num_positions].
+ * out_offsets [num_positions + 1]; out_token_ids, out_codes: room for num_records.
  * Weights too small for the code are left out.  SKL_OK, SKL_ERR_ARG with *fault, SKL_ERR_DST_SMALL (keys). */
-skl_status skl_quantise(uint32_t num_positions, const int64_t *offsets, const uint32_t *token_ids,
-                        const float *weights, uint32_t scale_log2, uint64_t *keys, size_t num_keys,
-                        int64_t *out_offsets, uint32_t *out_token_ids, uint8_t *out_codes, skl_fault *fault);
+skl_status skl_quantise(uint32_t num_positions, uint64_t num_records, const int64_t *offsets,
+                        const uint32_t *token_ids, const float *weights, uint32_t scale_log2, uint64_t *keys,
+                        size_t num_keys, int64_t *out_offsets, uint32_t *out_token_ids, uint8_t *out_codes,
+                        skl_fault *fault);
 
 /* Look for an id that comes twice in a position, which the order of kind ratios does not show.
  *
- * offsets [num_positions + 1], rising from 0; token_ids [offsets[num_positions]].
+ * offsets [num_positions + 1], rising from 0 to num_records; token_ids [num_records].
  * keys: scratch for the longest position, num_keys of them.
  * SKL_OK, SKL_ERR_CORRUPT or SKL_ERR_ARG (offsets) with *fault, SKL_ERR_DST_SMALL (keys). */
-skl_status skl_check_distinct(uint32_t num_positions, const int64_t *offsets, const uint32_t *token_ids, uint64_t *keys,
-                              size_t num_keys, skl_fault *fault);
+skl_status skl_check_distinct(uint32_t num_positions, uint64_t num_records, const int64_t *offsets,
+                              const uint32_t *token_ids, uint64_t *keys, size_t num_keys, skl_fault *fault);
 
-/* Ratio codes back to weights [offsets[num_positions]].  SKL_OK or SKL_ERR_ARG (offsets). */
-skl_status skl_expand(uint32_t num_positions, const int64_t *offsets, const uint8_t *codes, uint32_t scale_log2,
-                      float *weights);
+/* Ratio codes [num_records] back to weights [num_records]; offsets [num_positions + 1], rising from 0 to num_records.
+ * SKL_OK or SKL_ERR_ARG (offsets, or scale_log2 not in 0..30). */
+skl_status skl_expand(uint32_t num_positions, uint64_t num_records, const int64_t *offsets, const uint8_t *codes,
+                      uint32_t scale_log2, float *weights);
 
 /* ---- sampler: records from teacher logits, kernels_portable.c and sampler.c hold the arithmetic ------------- */
 

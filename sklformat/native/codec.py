@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.errors import FormatError
-from sklformat.native.door import NULL, check, ffi, lib, view
+from sklformat.native.door import NULL, check, expect, ffi, lib, view
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,14 +296,17 @@ def quantise(
         offsets [T + 1], token_ids [nnz'], codes [nnz'] with nnz' <= nnz.
 
     Raises:
-        ValueError: A weight out of range or an id that comes twice; the message names the position.
+        ValueError: A weight out of range or an id that comes twice, with the position; or offsets of other arrays.
     """
-    keys = _scratch_keys(offsets)
+    _expect_records(offsets, token_ids)
+    expect(weights, token_ids.size, np.float32)
+    keys = _scratch_keys(offsets, token_ids.size)
     out_offsets = np.empty_like(offsets)
     out_ids, out_codes = np.empty(token_ids.size, np.uint32), np.empty(token_ids.size, np.uint8)
     fault = ffi.new("skl_fault *")
     status = lib.skl_quantise(
         offsets.size - 1,
+        token_ids.size,
         view("int64_t[]", offsets),
         view("uint32_t[]", token_ids),
         view("float[]", weights),
@@ -330,11 +333,13 @@ def check_distinct(offsets: NDArray[np.int64], token_ids: NDArray[np.uint32]) ->
 
     Raises:
         CorruptError: One does; the message names the position.
+        ValueError: The offsets are those of other arrays.
     """
-    assert offsets[-1] == token_ids.size
-    keys, fault = _scratch_keys(offsets), ffi.new("skl_fault *")
+    _expect_records(offsets, token_ids)
+    keys, fault = _scratch_keys(offsets, token_ids.size), ffi.new("skl_fault *")
     status = lib.skl_check_distinct(
         offsets.size - 1,
+        token_ids.size,
         view("int64_t[]", offsets),
         view("uint32_t[]", token_ids),
         view("uint64_t[]", keys, writable=True),
@@ -344,16 +349,25 @@ def check_distinct(offsets: NDArray[np.int64], token_ids: NDArray[np.uint32]) ->
     check(status, fault)
 
 
-def _scratch_keys(offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+def _expect_records(offsets: NDArray[np.int64], token_ids: NDArray[np.uint32]) -> None:
+    expect(offsets, max(offsets.size, 1), np.int64)
+    expect(token_ids, token_ids.size, np.uint32)
+
+
+def _scratch_keys(offsets: NDArray[np.int64], num_records: int) -> NDArray[np.uint64]:
     """A key for each id of the longest position; at least one, since C has no empty arrays."""
-    return np.empty(max(int(np.diff(offsets).max(initial=0)), 1), np.uint64)
+    longest = min(int(np.diff(offsets).max(initial=0)), num_records)
+    return np.empty(max(longest, 1), np.uint64)
 
 
 def expand(offsets: NDArray[np.int64], codes: NDArray[np.uint8], scale_log2: int) -> NDArray[np.float32]:
-    """Ratio codes [nnz] back to float32 weights [nnz] in (0, 2**scale_log2].  SPEC 4.3."""
+    """Ratio codes [nnz] back to float32 weights [nnz] in (0, 2**scale_log2]; refuses offsets of others.  SPEC 4.3."""
+    expect(offsets, max(offsets.size, 1), np.int64)
+    expect(codes, codes.size, np.uint8)
     weights = np.empty(codes.size, np.float32)
     status = lib.skl_expand(
         offsets.size - 1,
+        codes.size,
         view("int64_t[]", offsets),
         view("uint8_t[]", codes),
         scale_log2,
@@ -364,7 +378,6 @@ def expand(offsets: NDArray[np.int64], codes: NDArray[np.uint8], scale_log2: int
 
 
 def _expect(shape: Shape, *arrays: NDArray[Any] | None) -> None:
-    """C trusts lengths and types; they are made sure of here."""
     positions, records = shape.num_positions, shape.num_records
     expected = (
         (positions + 1, np.int64),
@@ -374,4 +387,4 @@ def _expect(shape: Shape, *arrays: NDArray[Any] | None) -> None:
         (shape.num_columns * positions, np.uint16),
     )
     for array, (size, dtype) in zip(arrays, expected, strict=True):
-        assert array is None or (array.size == size and array.dtype == dtype and array.flags.c_contiguous)
+        expect(array, size, dtype)

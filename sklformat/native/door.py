@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.errors import STATUS_ERRORS
@@ -48,6 +49,20 @@ _REASON_TEXTS: dict[int, str] = {value: _REASONS[name] for name, value in ffi.ty
 def view(ctype: str, array: NDArray[Any] | None, *, writable: bool = False) -> Any:
     """Hand a C-contiguous array to C as ``ctype`` (such as "uint8_t[]"), NULL for None; keep the result referenced."""
     return NULL if array is None else ffi.from_buffer(ctype, array, require_writable=writable)
+
+
+def expect(array: NDArray[Any] | None, size: int, dtype: type[Any]) -> None:
+    """
+    C trusts the lengths and types of what it is handed; here they are made sure of.  None is an array that is absent.
+
+    Raises:
+        ValueError: The array has another size or type, or gaps.
+    """
+    if array is not None and not (array.size == size and array.dtype == dtype and array.flags.c_contiguous):
+        raise ValueError(
+            f"C needs {size} {np.dtype(dtype).name} in one piece, got {array.size} {array.dtype.name}; "
+            "was an array changed after it was handed over?"
+        )
 
 
 def address_of(buffer: memoryview) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat.native.door import NULL, check, ffi, lib, view
+from sklformat.native.door import NULL, check, expect, ffi, lib, view
 
 _SAMPLERS = {
     "multinomial": lib.SKL_SAMPLER_MULTINOMIAL,
@@ -121,8 +121,7 @@ def merge_draws(
     Raises:
         ValueError: A row is not sorted, or rounds is out of range; the message names the position.
     """
-    assert draws.dtype == np.uint32
-    assert draws.flags.c_contiguous
+    expect(draws, draws.size, np.uint32)
     positions, rounds = draws.shape
     if not 1 <= rounds <= 127:
         raise ValueError(f"counts hold 1..127 rounds, got {rounds}")

@@ -452,7 +452,8 @@ static void test_rows(void)
                 CHECK(batch.tokens[first + b + r.num_positions[b]] == alone.tokens[r.num_positions[b]]);
                 CHECK(memcmp(batch.token_ids + base, alone.token_ids, r.num_records[b] * sizeof *alone.token_ids) == 0);
                 if (shapes[number].kind == SKL_KIND_RATIOS) {
-                    CHECK(skl_expand(r.num_positions[b], alone.offsets, alone.codes, 3, weights) == SKL_OK);
+                    CHECK(skl_expand(r.num_positions[b], r.num_records[b], alone.offsets, alone.codes, 3, weights) ==
+                          SKL_OK);
                     CHECK(memcmp(batch.probs + base, weights, r.num_records[b] * sizeof *weights) == 0);
                 } else {
                     for (size_t i = 0; i < r.num_records[b]; i++)

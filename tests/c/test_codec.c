@@ -490,20 +490,20 @@ static void test_quantise(void)
         uint32_t *out_ids = room(n * sizeof *out_ids);
         uint8_t *codes = room(n);
         skl_fault fault;
-        CHECK(skl_quantise(positions, offsets, ids, weights, scale_log2, keys, 8, kept, out_ids, codes, &fault) ==
+        CHECK(skl_quantise(positions, n, offsets, ids, weights, scale_log2, keys, 8, kept, out_ids, codes, &fault) ==
               SKL_OK);
         CHECK(kept[positions] <= offsets[positions]);
         const size_t m = (size_t)kept[positions];
         float *decoded = room(m * sizeof *decoded);
-        CHECK(skl_expand(positions, kept, codes, scale_log2, decoded) == SKL_OK);
+        CHECK(skl_expand(positions, m, kept, codes, scale_log2, decoded) == SKL_OK);
         for (uint32_t t = 0; t < positions; t++)
             for (int64_t k = kept[t]; k < kept[t + 1]; k++)
                 CHECK(decoded[k] > 0.0f && (k == kept[t] || decoded[k] <= decoded[k - 1]));
         int64_t *kept_again = room((positions + 1) * sizeof *kept_again);
         uint32_t *ids_again = room(m * sizeof *ids_again);
         uint8_t *codes_again = room(m);
-        CHECK(skl_quantise(positions, kept, out_ids, decoded, scale_log2, keys, 8, kept_again, ids_again, codes_again,
-                           &fault) == SKL_OK);
+        CHECK(skl_quantise(positions, m, kept, out_ids, decoded, scale_log2, keys, 8, kept_again, ids_again,
+                           codes_again, &fault) == SKL_OK);
         CHECK(memcmp(kept, kept_again, (positions + 1) * sizeof *kept) == 0);
         CHECK(memcmp(out_ids, ids_again, m * sizeof *ids_again) == 0 && memcmp(codes, codes_again, m) == 0);
         free(codes_again);
@@ -532,7 +532,7 @@ static void test_left_out(void)
         uint32_t out_ids[3];
         uint8_t codes[3];
         skl_fault fault;
-        CHECK(skl_quantise(1, offsets, ids, weights, 0, keys, 3, kept, out_ids, codes, &fault) == SKL_OK);
+        CHECK(skl_quantise(1, 3, offsets, ids, weights, 0, keys, 3, kept, out_ids, codes, &fault) == SKL_OK);
         CHECK(kept[1] == (u == 19470 ? 1 : 3));
         CHECK(u == 19470 || codes[1] == 127);
     }
@@ -548,7 +548,7 @@ static void expect_quantise(float weight, uint32_t second_id, uint32_t scale_log
     uint32_t out_ids[2];
     uint8_t codes[2];
     skl_fault fault = {0};
-    CHECK(skl_quantise(1, offsets, ids, weights, scale_log2, keys, 2, kept, out_ids, codes, &fault) == status);
+    CHECK(skl_quantise(1, 2, offsets, ids, weights, scale_log2, keys, 2, kept, out_ids, codes, &fault) == status);
     CHECK(fault.reason == (uint32_t)reason);
 }
 
@@ -578,12 +578,18 @@ static void test_quantise_faults(void)
     uint32_t out_ids[2];
     uint8_t codes[2] = {0, 0};
     skl_fault fault = {0};
-    CHECK(skl_quantise(1, offsets, ids, weights, 0, keys, 1, kept, out_ids, codes, &fault) == SKL_ERR_DST_SMALL);
-    CHECK(skl_quantise(2, falling, ids, weights, 0, keys, 2, kept, out_ids, codes, &fault) == SKL_ERR_ARG);
-    CHECK(skl_expand(2, falling, codes, 0, out) == SKL_ERR_ARG);
-    CHECK(skl_expand(1, late, codes, 0, out) == SKL_ERR_ARG);
-    CHECK(skl_expand(1, offsets, codes, 31, out) == SKL_ERR_ARG);
-    CHECK(skl_expand(1, offsets, codes, 0, out) == SKL_OK && out[0] == 1.0f && out[1] == 1.0f);
+    CHECK(skl_quantise(1, 2, offsets, ids, weights, 0, keys, 1, kept, out_ids, codes, &fault) == SKL_ERR_DST_SMALL);
+    CHECK(skl_quantise(2, 1, falling, ids, weights, 0, keys, 2, kept, out_ids, codes, &fault) == SKL_ERR_ARG);
+    CHECK(skl_expand(2, 1, falling, codes, 0, out) == SKL_ERR_ARG);
+    CHECK(skl_expand(1, 2, late, codes, 0, out) == SKL_ERR_ARG);
+    CHECK(skl_expand(1, 2, offsets, codes, 31, out) == SKL_ERR_ARG);
+    CHECK(skl_expand(1, 2, offsets, codes, 0, out) == SKL_OK && out[0] == 1.0f && out[1] == 1.0f);
+    for (uint64_t n = 0; n <= 3; n++) { /* offsets that say more, or less, than there is */
+        const skl_status expected = n == 2 ? SKL_OK : SKL_ERR_ARG;
+        CHECK(skl_quantise(1, n, offsets, ids, weights, 0, keys, 2, kept, out_ids, codes, &fault) == expected);
+        CHECK(skl_check_distinct(1, n, offsets, ids, keys, 2, &fault) == expected);
+        CHECK(skl_expand(1, n, offsets, codes, 0, out) == expected);
+    }
 }
 
 /* Positions of 0 to 12 different ids; one of them, in turn, has its first id again at its end. */
@@ -600,22 +606,23 @@ static void test_distinct(void)
         for (uint32_t i = 0; i < n; i++)
             ids[offsets[t] + i] = (t * 31 + i * 20011) & 0xffffff;
     }
-    CHECK(skl_check_distinct(POSITIONS, offsets, ids, keys, LONGEST, &fault) == SKL_OK);
-    CHECK(skl_check_distinct(POSITIONS, offsets, ids, keys, LONGEST - 1, &fault) == SKL_ERR_DST_SMALL);
-    CHECK(skl_check_distinct(0, offsets, ids, keys, 0, &fault) == SKL_OK);
+    const uint64_t n_ids = (uint64_t)offsets[POSITIONS];
+    CHECK(skl_check_distinct(POSITIONS, n_ids, offsets, ids, keys, LONGEST, &fault) == SKL_OK);
+    CHECK(skl_check_distinct(POSITIONS, n_ids, offsets, ids, keys, LONGEST - 1, &fault) == SKL_ERR_DST_SMALL);
+    CHECK(skl_check_distinct(0, 0, offsets, ids, keys, 0, &fault) == SKL_OK);
     for (uint32_t t = 0; t < POSITIONS; t++) {
         if (offsets[t + 1] - offsets[t] < 2)
             continue;
         uint32_t *const last = ids + offsets[t + 1] - 1;
         const uint32_t id = *last;
         *last = ids[offsets[t]];
-        CHECK(skl_check_distinct(POSITIONS, offsets, ids, keys, LONGEST, &fault) == SKL_ERR_CORRUPT);
+        CHECK(skl_check_distinct(POSITIONS, n_ids, offsets, ids, keys, LONGEST, &fault) == SKL_ERR_CORRUPT);
         CHECK(fault.reason == SKL_REASON_ID_TWICE && fault.position == t && fault.value == *last);
         *last = id;
     }
     const int64_t falling[3] = {0, 2, 1}, late[2] = {1, 2};
-    CHECK(skl_check_distinct(2, falling, ids, keys, LONGEST, &fault) == SKL_ERR_ARG);
-    CHECK(skl_check_distinct(1, late, ids, keys, LONGEST, &fault) == SKL_ERR_ARG);
+    CHECK(skl_check_distinct(2, 1, falling, ids, keys, LONGEST, &fault) == SKL_ERR_ARG);
+    CHECK(skl_check_distinct(1, 2, late, ids, keys, LONGEST, &fault) == SKL_ERR_ARG);
 }
 
 int main(void)

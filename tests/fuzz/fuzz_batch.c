@@ -89,7 +89,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             const uint32_t *const used = batch.tokens + b * (batch.row_positions + UINT64_C(1));
             LAW(batch.tokens_given || memcmp(used, stored, (positions + 1) * sizeof *used) == 0);
             LAW(of_row.kind == SKL_KIND_COUNTS ||
-                skl_expand(of_row.num_positions, offsets, row_codes, scale_log2, weights) == SKL_OK);
+                skl_expand(of_row.num_positions, of_row.num_records, offsets, row_codes, scale_log2, weights) ==
+                    SKL_OK);
             const int64_t base = batch.offsets[first];
             for (uint64_t t = 0; t < positions; t++) {
                 LAW(batch.input_ids[first + t] == used[t] && batch.labels[first + t] == used[t + 1]);

@@ -67,7 +67,7 @@ static void check_accepted(const skl_shape *shape, const decoded *out)
     }
     if (shape->kind == SKL_KIND_RATIOS) {
         float *weights = room(shape->num_records, sizeof *weights);
-        LAW(skl_expand(shape->num_positions, out->offsets, out->codes, 0, weights) == SKL_OK);
+        LAW(skl_expand(shape->num_positions, shape->num_records, out->offsets, out->codes, 0, weights) == SKL_OK);
         for (uint32_t t = 0; t < shape->num_positions; t++)
             for (int64_t i = out->offsets[t]; i < out->offsets[t + 1]; i++)
                 LAW(weights[i] > 0.0f && weights[i] <= (i == out->offsets[t] ? 1.0f : weights[i - 1]));

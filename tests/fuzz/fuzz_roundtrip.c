@@ -22,12 +22,12 @@ static codes quantise(uint32_t positions, const int64_t *offsets, const uint32_t
     out.token_ids = room(n, sizeof *out.token_ids);
     out.codes = room(n, 1);
     skl_fault fault = {0, 0, 0};
-    out.status = skl_quantise(positions, offsets, token_ids, weights, scale_log2, keys, num_keys, out.offsets,
+    out.status = skl_quantise(positions, n, offsets, token_ids, weights, scale_log2, keys, num_keys, out.offsets,
                               out.token_ids, out.codes, &fault);
     LAW(out.status == SKL_OK || out.status == SKL_ERR_ARG || out.status == SKL_ERR_DST_SMALL);
     LAW(out.status != SKL_ERR_ARG || fault.reason != SKL_REASON_NONE);
     skl_fault twice = {0, 0, 0};
-    const skl_status distinct = skl_check_distinct(positions, offsets, token_ids, keys, num_keys, &twice);
+    const skl_status distinct = skl_check_distinct(positions, n, offsets, token_ids, keys, num_keys, &twice);
     LAW(out.status != SKL_OK || distinct == SKL_OK);
     LAW(fault.reason != SKL_REASON_ID_TWICE || (distinct == SKL_ERR_CORRUPT && twice.position == fault.position));
     free(keys);
@@ -105,20 +105,20 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         const uint64_t kept = (uint64_t)once.offsets[positions];
         LAW(kept <= n);
         float *expanded = room(kept, sizeof *expanded);
-        LAW(skl_expand(positions, once.offsets, once.codes, scale_log2, expanded) == SKL_OK);
+        LAW(skl_expand(positions, kept, once.offsets, once.codes, scale_log2, expanded) == SKL_OK);
         codes twice = quantise(positions, once.offsets, once.token_ids, expanded, scale_log2, longest);
         LAW(twice.status == SKL_OK);
         LAW(memcmp(once.offsets, twice.offsets, (positions + UINT64_C(1)) * sizeof *offsets) == 0);
         LAW(memcmp(once.token_ids, twice.token_ids, (size_t)kept * sizeof *token_ids) == 0);
         LAW(memcmp(once.codes, twice.codes, (size_t)kept) == 0);
         check_bytes(positions, &once);
-        LAW(skl_expand(positions, once.offsets, once.codes, 31, expanded) == SKL_ERR_ARG);
+        LAW(skl_expand(positions, kept, once.offsets, once.codes, 31, expanded) == SKL_ERR_ARG);
         if (kept > 0) {
             once.offsets[0] = 1;
-            LAW(skl_expand(positions, once.offsets, once.codes, scale_log2, expanded) == SKL_ERR_ARG);
+            LAW(skl_expand(positions, kept, once.offsets, once.codes, scale_log2, expanded) == SKL_ERR_ARG);
             once.offsets[0] = 0;
             once.offsets[positions] = -1;
-            LAW(skl_expand(positions, once.offsets, once.codes, scale_log2, expanded) == SKL_ERR_ARG);
+            LAW(skl_expand(positions, kept, once.offsets, once.codes, scale_log2, expanded) == SKL_ERR_ARG);
         }
         free(expanded);
         drop(&twice);

@@ -321,6 +321,21 @@ def test_a_failed_seal_lets_go(path):
     assert small_shard(2) == path.read_bytes()
 
 
+@pytest.mark.parametrize("kind", [reference.COUNTS, reference.RATIOS])
+def test_buffers_that_are_used_again_are_not_followed(path, kind):
+    """A caller that fills its buffers anew before appending is refused; nothing beyond them is read or written."""
+    settings = small_settings() if kind == reference.COUNTS else small_settings(kind=kind, rounds=0, sampler=3)
+    value = 5 if kind == reference.COUNTS else 0.5
+    targets = targets_of(kind, [[(1, value)], [(2, value)], [(3, value)]])
+    with skl.ShardWriter(path, header=header_of(settings), disk=FastDisk()) as writer:
+        for offsets in ([0, 1, 2, 1 << 40], [0, 1, 1 << 40, 3], [0, 1, 2, 4]):
+            targets.offsets[:] = offsets
+            with pytest.raises(ValueError, match="sizes contradict each other"):
+                writer.append([1, 2, 3, 4], targets)
+        targets.offsets[:] = range(4)
+        assert 0 == writer.append([1, 2, 3, 4], targets)
+
+
 def test_two_equal_runs_give_equal_bytes(tmp_path):
     """Nothing random and no time goes into a shard."""
     for name in ("a.skl", "b.skl"):

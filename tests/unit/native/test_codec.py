@@ -70,10 +70,38 @@ def test_wrong_arrays_never_reach_c():
     """An array of another length or type than the shape says is caught before C sees it."""
     out = np.zeros(200, np.uint8)
     for wrong in (IDS[:2], IDS.astype(np.int64), np.repeat(IDS, 2)[::2]):
-        with pytest.raises(AssertionError):
+        with pytest.raises(ValueError, match="C needs 3 uint32 in one piece"):
             native.encode(SHAPE, OFFSETS, wrong, COUNTS, TOKENS, COLUMN, out)
     with pytest.raises(ValueError, match="sizes contradict"):
         native.encode(SHAPE, OFFSETS, IDS, COUNTS, None, COLUMN, out)
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 1 << 40], [0, 1 << 40, 2], [0, 2, 4], [0, 3, 2], [0, 1, 1], [1, 1, 2]])
+def test_offsets_of_other_arrays_never_reach_past_these(offsets):
+    """Offsets that a caller rewrote after they were checked are refused, never followed; kind ratios as kind counts."""
+    offsets, ids, codes = np.array(offsets), np.array([1, 2], np.uint32), np.array([0, 1], np.uint8)
+    for call in (
+        lambda: native.quantise(offsets, ids, np.array([0.5, 0.5], np.float32), 0),
+        lambda: native.check_distinct(offsets, ids),
+        lambda: native.expand(offsets, codes, 0),
+        lambda: native.encode(Shape(2, 1, 1, 0, 0, 10, 0, 2, 2), offsets, ids, codes, None, None, np.zeros(99, "u1")),
+    ):
+        with pytest.raises(ValueError, match=r"sizes contradict|SKL_ERR_ARG"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["offsets", "token_ids", "weights"])
+def test_wrong_arrays_of_ratios_never_reach_c(name):
+    """Arrays of other lengths than each other, of other types or with gaps are refused, not read beyond their end."""
+    arrays = {
+        "offsets": np.array([0, 4]),
+        "token_ids": np.arange(4, dtype=np.uint32),
+        "weights": np.full(4, 0.25, np.float32),
+    }
+    native.quantise(**arrays, scale_log2=0)
+    for wrong in (arrays[name][:1], arrays[name].astype(np.float64), np.repeat(arrays[name], 2)[::2]):
+        with pytest.raises(ValueError, match=r"C needs|sizes contradict"):
+            native.quantise(**arrays | {name: wrong}, scale_log2=0)
 
 
 def test_short_payload():
