@@ -51,6 +51,13 @@ static void fill_level(const skl_row *row, skl_level *level, float *maxima)
     level->total = level->cdf[row->num_blocks];
 }
 
+/* Whether the sums alone show that no logit is too large: an exponential is at most their total, 2^100. */
+static int surely_small(const skl_level *level)
+{
+    return level->total <= LARGEST_TOTAL &&
+           (double)level->offset + 128.0 <= (double)level->scale * LARGEST_LOGIT;
+}
+
 /* First level of p^t, and the maxima of the blocks unless NULL; 0 where the row has a logit it may not have, or
  * none. */
 static int make_level(const skl_row *row, double temperature, skl_level *level, float *maxima)
@@ -63,7 +70,7 @@ static int make_level(const skl_row *row, double temperature, skl_level *level, 
         return 0;
     level->offset = rintf(level->scale * largest);
     fill_level(row, level, maxima);
-    if (level->total <= LARGEST_TOTAL)
+    if (surely_small(level))
         return 1;
     for (size_t b = 0; b < row->num_blocks; b++) {
         float most;
@@ -72,8 +79,10 @@ static int make_level(const skl_row *row, double temperature, skl_level *level, 
     }
     if (largest > LARGEST_LOGIT)
         return 0;
-    level->offset = rintf(level->scale * largest);
-    fill_level(row, level, maxima);
+    if (!(level->total <= LARGEST_TOTAL)) { /* true for NaN */
+        level->offset = rintf(level->scale * largest);
+        fill_level(row, level, maxima);
+    }
     return level->total <= LARGEST_TOTAL; /* false for NaN */
 }
 

@@ -260,6 +260,38 @@ static void test_not_finite(void)
     free(masked);
 }
 
+/* A logit that is too large is refused wherever it stands and however near to others, by every sampler; the largest that
+ * is not too large is drawn from. */
+static void test_too_large(void)
+{
+    static const double temperatures[] = {1.0, 0.001, 0.25, 100.0};
+    static const float excesses[] = {0.0f, 0.125f, 60.0f, 200.0f, 0x1p30f};
+    enum { V = 700 };
+    float *row = exactly(V * sizeof *row);
+    for (uint32_t sampler = SKL_SAMPLER_MULTINOMIAL; sampler <= SKL_SAMPLER_TOPP; sampler++)
+        for (size_t i = 0; i < 4 * 5 * 3; i++) {
+            const float excess = excesses[i % 5];
+            const size_t at = (size_t[]){0, 300, V - 1}[i / 5 % 3];
+            const int is_top = sampler >= SKL_SAMPLER_TOPK;
+            skl_sampling s = multinomial(V, 1);
+            s.sampler = sampler;
+            s.proposal_temperature = is_top ? 1.0 : temperatures[i / 15];
+            s.k = 10;
+            s.p = 0.5;
+            for (size_t id = 0; id < V; id++)
+                row[id] = id == 1 ? 0x1p20f : 3.0f;
+            row[at] = 0x1p20f + excess;
+            result r;
+            const skl_status status = draw(&s, row, V, 1, &r);
+            if (excess > 0.0f)
+                CHECK(status == SKL_ERR_ARG && r.fault.reason == SKL_REASON_NOT_FINITE && r.fault.value == at);
+            else
+                CHECK(status == SKL_OK && r.num_records > 0);
+            drop(&r);
+        }
+    free(row);
+}
+
 /* Arguments that contradict each other are refused before anything is read. */
 static void test_arguments(void)
 {
@@ -305,6 +337,7 @@ int main(void)
     test_philox();
     test_bounds();
     test_not_finite();
+    test_too_large();
     test_arguments();
     return 0;
 }

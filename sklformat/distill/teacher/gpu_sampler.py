@@ -65,10 +65,7 @@ class Draws:
             self._copied.synchronize()
         sampled: NDArray[np.int32] = self._host.numpy()
         if sampled[-1] >= 0:
-            bad_V = self._bad_V.cpu()
-            # Here a value above the limit is refused wherever it stands, in C where it spoils the sums.
-            bad_V = bad_V.masked_fill(~(bad_V <= _LARGEST_LOGIT), math.nan)
-            draw(bad_V[None], rounds=1, sequence=self._sequence, first_position=int(sampled[-1]))
+            draw(self._bad_V.cpu()[None], rounds=1, sequence=self._sequence, first_position=int(sampled[-1]))
             raise AssertionError("C draws from a row that was refused here")
         return sampled[:-1].reshape(-1, self._rounds)
 

@@ -170,11 +170,18 @@ def test_rows_that_c_refuses_are_refused_in_its_words(value, at_once, dtype):
 
 
 def test_more_rows_that_are_refused():
-    """Nothing above -2^20; and a value above 2^20 beside others that C, where its sums survive, draws from."""
+    """Nothing above -2^20; and a value above 2^20 beside others as large, first in the row or far behind."""
     with pytest.raises(ValueError, match="position 1: the logits hold NaN"):
         sample(torch.tensor([[0.0, 1.0], [-math.inf, -(2.0**20)]]), 3)
     with pytest.raises(ValueError, match=r"position 0: .* \(first at id 1\)"):
         sample(torch.tensor([[2.0**20, 2.0**20 + 1]]), 3)
+    late = torch.full((1, 400), 2.0**20)
+    late[0, 300] += 60
+    with pytest.raises(ValueError, match=r"position 0: .* \(first at id 300\)") as found:
+        sample(late, 3)
+    with pytest.raises(ValueError) as expected:
+        draw(late, 3, sequence=0)
+    assert str(expected.value) == str(found.value)
     assert [[1, 1, 1]] == sample(torch.tensor([[2.0**20 - 200, 2.0**20]]), 3).tolist()
 
 
