@@ -1,5 +1,6 @@
 /* batch.c: many sequences at once, from their payloads to the arrays of a training step.  SPEC.md section 5. */
 #include "codec.h"
+#include "environment.h"
 #include "faults.h"
 #include "kernels.h"
 
@@ -43,6 +44,7 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
                             const uint64_t *source_lens, const uint32_t *num_positions, const uint32_t *num_records,
                             const skl_batch *batch, uint8_t *codes, uint32_t *row, skl_fault *fault)
 {
+    SKL_DEFAULT_ENVIRONMENT;
     skl_shape row_shape = *shape;
     uint64_t total = 0;
     batch->offsets[0] = 0;

@@ -1,6 +1,7 @@
 /* quantise.c: positive weights as 7-bit ratios to the decoded predecessor.  SPEC.md section 4.3. */
 #include "bits.h"
 #include "distinct.h"
+#include "environment.h"
 #include "faults.h"
 #include "ratios.h"
 #include "sort.h"
@@ -137,6 +138,7 @@ skl_status skl_quantise(uint32_t num_positions, uint64_t num_records, const int6
                         size_t num_keys, int64_t *out_offsets, uint32_t *out_token_ids, uint8_t *out_codes,
                         skl_fault *fault)
 {
+    SKL_DEFAULT_ENVIRONMENT;
     if (scale_log2 > 30)
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 30);
     SKL_TRY(skl_check_offsets(num_positions, offsets, num_records, fault));

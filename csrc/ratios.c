@@ -1,6 +1,7 @@
 /* ratios.c: 7-bit ratios to the decoded predecessor, back to weights.  SPEC.md section 4.3. */
 #include "ratios.h"
 
+#include "environment.h"
 #include "exact.h"
 #include "faults.h"
 
@@ -57,6 +58,7 @@ int skl_expand_from(uint32_t num_positions, const int64_t *offsets, const uint8_
 skl_status skl_expand(uint32_t num_positions, uint64_t num_records, const int64_t *offsets, const uint8_t *codes,
                       uint32_t scale_log2, float *weights)
 {
+    SKL_DEFAULT_ENVIRONMENT;
     skl_fault fault;
     if (scale_log2 > 30 || skl_check_offsets(num_positions, offsets, num_records, &fault) != SKL_OK)
         return SKL_ERR_ARG;

@@ -18,6 +18,7 @@
  *   systematic     x = (i + u) * (Z / rounds) with the uniform of round 0
  *   offset         integer nearest to scale * m, m the largest logit of the first block that has one above -2^20;
  *                  where Z then passes 2^100, m is the row's largest */
+#include "environment.h"
 #include "faults.h"
 #include "points.h"
 #include "rows.h"
@@ -154,6 +155,7 @@ skl_status skl_draw(const skl_sampling *s, const void *logits, uint64_t num_logi
                     uint64_t num_scratch, int64_t *offsets, uint32_t *token_ids, uint8_t *counts, float *weights,
                     uint64_t num_records, skl_fault *fault)
 {
+    SKL_DEFAULT_ENVIRONMENT;
     uint64_t per_position = 0;
     SKL_TRY(check_call(s, num_logits, num_scratch, counts, weights, &per_position, fault));
     const size_t num_blocks = (s->vocab_size + SKL_BLOCK - 1) / SKL_BLOCK;

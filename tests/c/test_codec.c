@@ -1,6 +1,7 @@
 /* test_codec.c: the codec and the ratio code alone, with buffers of exactly the promised length, under sanitizers. */
 #include "skl.h"
 
+#include <fenv.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -520,6 +521,36 @@ static void test_quantise(void)
     }
 }
 
+/* A thread that rounds another way gets the same codes and weights, and goes on rounding its way. */
+static void test_rounding_modes(void)
+{
+    static const int modes[] = {FE_TONEAREST, FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO};
+    enum { N = 400 };
+    const int64_t offsets[2] = {0, N};
+    static uint32_t ids[N], out_ids[4][N];
+    static float weights[N], decoded[4][N];
+    static uint8_t codes[4][N];
+    static uint64_t keys[N];
+    int64_t kept[4][2];
+    skl_fault fault;
+    for (uint32_t i = 0; i < N; i++) {
+        ids[i] = i;
+        weights[i] = 1.0f / (float)(1 + draw(1u << draw(31)));
+    }
+    for (size_t mode = 0; mode < 4; mode++) {
+        memset(decoded[mode], 0, sizeof decoded[mode]);
+        CHECK(fesetround(modes[mode]) == 0);
+        CHECK(skl_quantise(1, N, offsets, ids, weights, 0, keys, N, kept[mode], out_ids[mode], codes[mode], &fault) ==
+              SKL_OK);
+        CHECK(skl_expand(1, (uint64_t)kept[mode][1], kept[mode], codes[mode], 0, decoded[mode]) == SKL_OK);
+        CHECK(fegetround() == modes[mode]);
+        fesetround(FE_TONEAREST);
+        CHECK(kept[mode][1] == kept[0][1] && memcmp(codes[mode], codes[0], (size_t)kept[0][1]) == 0);
+        CHECK(memcmp(out_ids[mode], out_ids[0], (size_t)kept[0][1] * sizeof *ids) == 0);
+        CHECK(memcmp(decoded[mode], decoded[0], sizeof decoded[0]) == 0);
+    }
+}
+
 /* A weight below half of the smallest step is left out, with all that follow; one at half of it is kept. */
 static void test_left_out(void)
 {
@@ -636,6 +667,7 @@ int main(void)
     test_garbage();
     test_changed_bytes();
     test_quantise();
+    test_rounding_modes();
     test_left_out();
     test_quantise_faults();
     test_distinct();

@@ -1,4 +1,5 @@
 /* The sampler under sanitizers: every row lies in memory of exactly its length, so that a read beside it is caught. */
+#include <fenv.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -292,6 +293,40 @@ static void test_too_large(void)
     free(row);
 }
 
+/* A thread that rounds another way draws the same, and goes on rounding its way. */
+static void test_rounding_modes(void)
+{
+    static const int modes[] = {FE_TONEAREST, FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO};
+    enum { V = 3000, T = 5 };
+    float *rows = exactly(V * T * sizeof *rows);
+    for (size_t i = 0; i < V * T; i++)
+        rows[i] = logit_value(i) * 0.7f;
+    for (uint32_t i = 0; i < 5; i++) {
+        skl_sampling s = multinomial(V, T);
+        s.sampler = i < 4 ? SKL_SAMPLER_MULTINOMIAL + i : SKL_SAMPLER_MULTINOMIAL;
+        s.rounds = 1000;
+        s.k = 300;
+        s.p = 0.9;
+        s.proposal_temperature = i < 4 ? 1.0 : 0.7;
+        result first = {0};
+        for (size_t mode = 0; mode < sizeof modes / sizeof *modes; mode++) {
+            result r;
+            CHECK(fesetround(modes[mode]) == 0);
+            const skl_status status = draw(&s, rows, V * T, 1, &r);
+            CHECK(status == SKL_OK && fegetround() == modes[mode]);
+            fesetround(FE_TONEAREST);
+            if (mode == 0) {
+                first = r;
+            } else {
+                CHECK(same(&first, &r));
+                drop(&r);
+            }
+        }
+        drop(&first);
+    }
+    free(rows);
+}
+
 /* Arguments that contradict each other are refused before anything is read. */
 static void test_arguments(void)
 {
@@ -338,6 +373,7 @@ int main(void)
     test_bounds();
     test_not_finite();
     test_too_large();
+    test_rounding_modes();
     test_arguments();
     return 0;
 }

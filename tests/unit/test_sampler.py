@@ -1,5 +1,7 @@
 import contextlib
+import ctypes
 import functools
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -309,18 +311,48 @@ def test_importance_weights_are_p_over_q(t):
     np.testing.assert_allclose(weights / weights.sum(1, keepdims=True), dense(normal, 400), rtol=1e-6)
 
 
-def test_flushing_subnormal_numbers_changes_nothing():
-    """A process that flushes subnormal floats to zero draws the same records: none ever matters."""
-    logits = some_logits(spread=25.0)
-    logits[:, ::3] = 1e-41
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.usefixtures("restore_kernels")
+def test_flushing_subnormal_numbers_changes_nothing(kernels):
+    """A process that flushes subnormal floats to zero draws the same records: logits that differ in these go apart."""
+    try:
+        native.use_kernels(kernels)
+    except UnsupportedError:
+        pytest.skip(f"no {kernels} here")
+    some = some_logits(spread=25.0)
+    some[:, ::3] = 1e-41
+    tiny = np.random.default_rng(0).permutation(1000).astype(np.float32)[None] * np.float32(1e-42)
     calls = [{"sampler": "multinomial"}, {"sampler": "topp", "p": 1.0}, {"proposal_temperature": 0.5}]
-    expected = [draw(logits, **call) for call in calls]
+    calls += [{"sampler": "topk", "k": 5}, {"sampler": "topp", "p": 0.01}]
+    expected = [draw(logits, **call) for call in calls for logits in (some, tiny, tiny.astype(np.float16))]
+    assert set(np.argsort(tiny[0])[-5:]) == set(draw(tiny, sampler="topk", k=5).token_ids.tolist())
     supported = torch.set_flush_denormal(True)
     try:
-        actual = [draw(logits, **call) for call in calls]
+        actual = [draw(logits, **call) for call in calls for logits in (some, tiny, tiny.astype(np.float16))]
+        still = torch.tensor([1e-41]) * 1 == 0
     finally:
         torch.set_flush_denormal(False)
-    assert expected == actual or not supported
+    if supported:
+        assert expected == actual
+        assert still.item(), "the thread's own setting is kept"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or platform.machine() != "x86_64", reason="numbers of modes")
+@pytest.mark.parametrize("mode", [0x400, 0x800, 0xC00])
+def test_how_a_thread_rounds_changes_nothing(mode):
+    """Downward, upward or toward zero: the same records, and the thread rounds its way afterwards."""
+    library = ctypes.CDLL("libm.so.6")
+    logits = some_logits(spread=5.0)
+    calls = [{}, {"proposal_temperature": 0.5}, {"sampler": "topp", "p": 0.9}, {"sampler": "systematic", "rounds": 999}]
+    expected = [draw(logits, **call) for call in calls]
+    assert 0 == library.fesetround(mode)
+    try:
+        actual = [draw(logits, **call) for call in calls]
+        found = library.fegetround()
+    finally:
+        library.fesetround(0)
+    assert expected == actual
+    assert mode == found
 
 
 def test_keys_make_different_records():

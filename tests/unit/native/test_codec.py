@@ -157,6 +157,22 @@ def test_quantise_refuses(ids, weights, message):
         native.quantise(np.array([0, 2]), np.array(ids, np.uint32), np.array(weights, np.float32), 0)
 
 
+def test_quantise_while_subnormal_numbers_are_flushed():
+    """Weights that are subnormal are above 0 and differ from each other, also where a process flushes them to zero."""
+    torch = pytest.importorskip("torch")
+    offsets, ids = np.array([0, 3, 53]), np.arange(53, dtype=np.uint32)[::-1].copy()
+    weights = np.concatenate([[1.0, 3e-41, 1e-41], np.exp2(-np.arange(50.0) * 3)]).astype(np.float32)
+    expected = native.quantise(offsets, ids, weights, 0)
+    supported = torch.set_flush_denormal(True)
+    try:
+        actual = native.quantise(offsets, ids, weights, 0)
+    finally:
+        torch.set_flush_denormal(False)
+    if supported:
+        for one, other in zip(expected, actual, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_an_id_may_come_again_elsewhere():
     """The same id in two positions is no fault; nor is a position without ids."""
     native.check_distinct(np.array([0, 2, 2, 3]), np.array([1, 2, 1], np.uint32))
