@@ -57,6 +57,8 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
         row_shape.num_records = num_records[b];
         if (row_shape.num_positions > batch->row_positions || row_shape.num_records > batch->num_records - total)
             return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, batch->row_positions);
+        if (row_shape.num_positions == 0 && row_shape.num_records > 0)
+            return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
         if (b + 1 < batch->num_rows)
             prefetch_row(sources[b + 1], source_lens[b + 1]);
         if (row_shape.num_positions > 0) {

@@ -530,6 +530,12 @@ static void test_batch_faults(void)
     other = shape;
     other.vocab_size = 0;
     expect_batch_fault(&r, &other, &batch, SKL_ERR_ARG, 0, SKL_REASON_SHAPE, 0);
+    CHECK(r.num_positions[2] == 0);
+    r.num_records[2] = 5; /* records that no position has */
+    batch.num_records += 5;
+    expect_batch_fault(&r, &shape, &batch, SKL_ERR_ARG, 2, SKL_REASON_SHAPE, 0);
+    r.num_records[2] = 0;
+    batch.num_records -= 5;
     r.lengths[1] -= 1;
     expect_batch_fault(&r, &shape, &batch, SKL_ERR_TRUNCATED, 1, SKL_REASON_NONE, 0);
     r.lengths[1] += 1;
