@@ -3,9 +3,12 @@
 #include "kernels.h"
 
 #include <fenv.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #define CHECK(condition)                                                                     \
     do {                                                                                     \
@@ -568,6 +571,90 @@ static void test_batch_faults(void)
     drop_rows(&r);
 }
 
+/* Two pages and one that cannot be read.  The first read of the second page, by whoever reads both of them in order,
+ * makes what is wrong in the first page good, as a file that is mapped can be written at any moment. */
+typedef struct changing_memory {
+    uint8_t *begin, *end; /* of the two pages */
+    size_t page;
+    volatile uint8_t *wrong; /* in the first */
+} changing_memory;
+
+static changing_memory trap;
+
+static void on_trap(int number, siginfo_t *info, void *context)
+{
+    static const char message[] = "test_changing_memory: read beyond the end\n";
+    (void)number, (void)context;
+    const uintptr_t at = (uintptr_t)info->si_addr, middle = (uintptr_t)trap.begin + trap.page;
+    if (trap.wrong == NULL || at < middle || at >= (uintptr_t)trap.end) {
+        (void)!write(2, message, sizeof message - 1);
+        _exit(1);
+    }
+    mprotect(trap.begin + trap.page, trap.page, PROT_READ | PROT_WRITE);
+    *trap.wrong = 0;
+    trap.wrong = NULL;
+}
+
+static void arm(uint8_t *wrong)
+{
+    *wrong = 1;
+    trap.wrong = wrong;
+    CHECK(wrong < trap.begin + trap.page && mprotect(trap.begin + trap.page, trap.page, PROT_NONE) == 0);
+}
+
+/* Padding and given tokens that are no longer wrong when their place is looked for: the last place is named. */
+static void test_changing_memory(void)
+{
+    trap.page = (size_t)sysconf(_SC_PAGESIZE);
+    trap.begin = mmap(NULL, 3 * trap.page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(trap.begin != MAP_FAILED && mprotect(trap.begin + 2 * trap.page, trap.page, PROT_NONE) == 0);
+    trap.end = trap.begin + 2 * trap.page;
+    struct sigaction action = {.sa_sigaction = on_trap, .sa_flags = SA_SIGINFO}, before[2];
+    CHECK(sigaction(SIGSEGV, &action, &before[0]) == 0 && sigaction(SIGBUS, &action, &before[1]) == 0);
+
+    const uint32_t positions = (uint32_t)(trap.page / 4 + 300); /* tokens on both pages */
+    skl_shape shape = {SKL_KIND_COUNTS, SKL_PROFILE_R24, 1, 0, 0, 1000, 5, 3, 0};
+    payload row = make_payload(shape, 5);
+    skl_batch batch = make_batch(1, 3, row.shape.num_records);
+    uint32_t number, num_records = (uint32_t)row.shape.num_records;
+    uint64_t size = 2 * trap.page;
+    const uint8_t *source = trap.begin;
+    uint8_t *codes = room(num_records);
+    skl_fault fault;
+    memset(batch.tokens, 0, 4 * sizeof *batch.tokens);
+    batch.tokens_given = 1;
+    memcpy(trap.begin, row.bytes, row.size);
+    arm(trap.begin + row.size);
+    CHECK(skl_decode_batch(&shape, 0, &source, &size, &row.shape.num_positions, &num_records, &batch, codes, &number,
+                           &fault) == SKL_ERR_CORRUPT);
+    CHECK(trap.wrong == NULL && fault.reason == SKL_REASON_PADDING && fault.value == size - 1);
+    free(codes);
+    free(row.bytes);
+    drop_batch(&batch);
+
+    memset(trap.begin, 0, 2 * trap.page);
+    shape.num_positions = positions;
+    row = make_payload(shape, 5);
+    batch = make_batch(1, positions, row.shape.num_records);
+    num_records = (uint32_t)row.shape.num_records;
+    codes = room(num_records);
+    source = row.bytes;
+    size = row.size;
+    uint32_t *const own_tokens = batch.tokens;
+    batch.tokens = (uint32_t *)(void *)(trap.end - 4 * (positions + 1));
+    batch.tokens_given = 1;
+    arm((uint8_t *)(batch.tokens + 2) + 3);
+    CHECK(skl_decode_batch(&shape, 0, &source, &size, &row.shape.num_positions, &num_records, &batch, codes, &number,
+                           &fault) == SKL_ERR_ARG);
+    CHECK(trap.wrong == NULL && fault.reason == SKL_REASON_TOKEN_RANGE && fault.position == positions);
+    batch.tokens = own_tokens;
+    free(codes);
+    free(row.bytes);
+    drop_batch(&batch);
+    CHECK(sigaction(SIGSEGV, &before[0], NULL) == 0 && sigaction(SIGBUS, &before[1], NULL) == 0);
+    munmap(trap.begin, 3 * trap.page);
+}
+
 int main(void)
 {
     test_tables_agree();
@@ -579,6 +666,7 @@ int main(void)
     test_rows();
     test_given_tokens();
     test_batch_faults();
+    test_changing_memory();
     puts("batch: all tests hold");
     return 0;
 }

@@ -372,6 +372,30 @@ static void test_decode_faults(void)
     free_sequence(&s);
 }
 
+/* A reserved bit that is gone when its place is looked for, since the ids are written where the records lie: the last
+ * record is named, and nothing beyond it is read. */
+static void test_changed_underneath(void)
+{
+    enum { T = 4, RECORDS = 40 };
+    const skl_shape shape = {SKL_KIND_COUNTS, SKL_PROFILE_R32, 1, 0, 0, 1u << 24, 10, T, RECORDS};
+    sequence s = empty_sequence(shape);
+    for (uint32_t i = 0; i < RECORDS; i++) {
+        s.token_ids[i] = i;
+        s.codes[i] = 1;
+    }
+    for (uint32_t t = 0; t <= T; t++)
+        s.offsets[t] = 10 * t;
+    size_t size = 0;
+    uint8_t *bytes = encoded(&s, &size);
+    bytes[T + 4 * 20 + 3] |= 0x80;
+    skl_fault fault = {0};
+    CHECK(skl_decode(&shape, bytes, size, s.offsets, (uint32_t *)(void *)(bytes + T), s.codes, NULL, NULL, &fault) ==
+          SKL_ERR_CORRUPT);
+    CHECK(fault.reason == SKL_REASON_RESERVED && fault.position == T - 1 && fault.value == RECORDS - 1);
+    free(bytes);
+    free_sequence(&s);
+}
+
 /* Shapes that mean nothing are refused by all three functions. */
 static void test_unknown_shapes(void)
 {
@@ -663,6 +687,7 @@ int main(void)
     test_small_destination();
     test_encode_faults();
     test_decode_faults();
+    test_changed_underneath();
     test_unknown_shapes();
     test_garbage();
     test_changed_bytes();
