@@ -1,6 +1,7 @@
 /* test_batch.c: decoding at length, one by one and in batches; every table of kernels gives the same bits and names the
  * same fault, under sanitizers and in buffers of exactly the promised length. */
 #include "kernels.h"
+#include "kernels_choice.h"
 
 #include <fenv.h>
 #include <signal.h>
@@ -19,9 +20,6 @@
     } while (0)
 
 enum { PADDING = 64 };
-
-static const char *const tables[] = {"portable", "avx2", "avx512"};
-enum { NUM_TABLES = sizeof tables / sizeof tables[0] };
 
 static uint64_t random_state = 1;
 
@@ -137,10 +135,10 @@ static void check_same(const skl_shape *shape, const decoded *a, const decoded *
 static skl_status check_agreement(const payload *from)
 {
     decoded truth = decode_with("portable", from);
-    for (size_t i = 1; i < NUM_TABLES; i++) {
-        if (skl_use_kernels(tables[i]) != SKL_OK)
+    for (size_t i = 1; i < NUM_KERNELS; i++) {
+        if (!try_kernels(all_kernels[i]))
             continue;
-        decoded other = decode_with(tables[i], from);
+        decoded other = decode_with(all_kernels[i], from);
         check_same(&from->shape, &truth, &other);
         drop(&other);
     }
@@ -245,10 +243,10 @@ static void test_sums(void)
                 rounds_left -= code;
             }
         }
-        for (size_t i = 0; i < NUM_TABLES; i++) {
-            if (skl_use_kernels(tables[i]) != SKL_OK)
+        for (size_t i = 0; i < NUM_KERNELS; i++) {
+            if (!try_kernels(all_kernels[i]))
                 continue;
-            const skl_scan scan = scan_with(tables[i], begin_marks, records, n, rounds);
+            const skl_scan scan = scan_with(all_kernels[i], begin_marks, records, n, rounds);
             CHECK(!sound || (scan.bad == 0 && scan.rounds_left == 0 && scan.reserved == 0));
             CHECK(sound || scan.bad != 0 || scan.rounds_left != 0);
             CHECK(sound || off_by < 0 || scan.bad != 0);
@@ -288,8 +286,8 @@ static void test_streamed(void)
         CHECK(records * 5 + positions * 8 > (size_t)1 << 24);
         CHECK(check_agreement(&made) == SKL_OK);
         decoded truth = decode_with("portable", &made);
-        for (size_t i = 1; i < NUM_TABLES; i++) {
-            if (skl_use_kernels(tables[i]) != SKL_OK)
+        for (size_t i = 1; i < NUM_KERNELS; i++) {
+            if (!try_kernels(all_kernels[i]))
                 continue;
             const size_t shift = 1 + draw(15);
             uint32_t *ids = room((records + shift) * sizeof *ids);
@@ -346,8 +344,8 @@ static void drop_batch(skl_batch *batch)
 static void test_quotients(void)
 {
     for (uint32_t rounds = 2; rounds <= 127; rounds++)
-        for (size_t table = 0; table < NUM_TABLES; table++) {
-            if (skl_use_kernels(tables[table]) != SKL_OK)
+        for (size_t table = 0; table < NUM_KERNELS; table++) {
+            if (!try_kernels(all_kernels[table]))
                 continue;
             uint8_t bytes[126 + 6 * 126 + PADDING];
             const uint32_t positions = rounds - 1;
@@ -430,8 +428,8 @@ static void test_rows(void)
     for (uint32_t number = 0; number < NUM_SHAPES; number++) {
         rows r = make_rows(shapes[number]);
         const uint32_t width = r.num_positions[3] + 2;
-        for (size_t table = 0; table < NUM_TABLES; table++) {
-            if (skl_use_kernels(tables[table]) != SKL_OK)
+        for (size_t table = 0; table < NUM_KERNELS; table++) {
+            if (!try_kernels(all_kernels[table]))
                 continue;
             skl_batch batch = make_batch(4, width, r.total);
             uint32_t row;
@@ -446,7 +444,7 @@ static void test_rows(void)
                 }
                 if (r.num_positions[b] == 0)
                     continue;
-                decoded alone = decode_with(tables[table], &r.made[next++]);
+                decoded alone = decode_with(all_kernels[table], &r.made[next++]);
                 float *weights = room(r.num_records[b] * sizeof *weights);
                 CHECK(alone.status == SKL_OK);
                 const int64_t base = batch.offsets[first];
@@ -657,6 +655,7 @@ static void test_changing_memory(void)
 
 int main(void)
 {
+    choose_kernels();
     test_tables_agree();
     test_moved_counts();
     test_sums();
@@ -664,9 +663,11 @@ int main(void)
     test_streamed();
     test_quotients();
     test_rows();
+    choose_kernels(); /* what compared them left any */
     test_given_tokens();
     test_batch_faults();
     test_changing_memory();
+    say_kernels();
     puts("batch: all tests hold");
     return 0;
 }

@@ -1,4 +1,5 @@
 /* test_codec.c: the codec and the ratio code alone, with buffers of exactly the promised length, under sanitizers. */
+#include "kernels_choice.h"
 #include "skl.h"
 
 #include <fenv.h>
@@ -682,6 +683,7 @@ static void test_distinct(void)
 
 int main(void)
 {
+    choose_kernels();
     test_round_trip();
     test_truncation();
     test_small_destination();
@@ -697,5 +699,6 @@ int main(void)
     test_quantise_faults();
     test_distinct();
     puts("codec: all tests hold");
+    say_kernels();
     return 0;
 }

@@ -1,4 +1,5 @@
 /* Sorted draws become (token id, count) pairs; anything else is refused. */
+#include "kernels_choice.h"
 #include "skl.h"
 
 #include <stdio.h>
@@ -56,8 +57,10 @@ static void refuses_unsorted(void)
 
 int main(void)
 {
+    choose_kernels();
     merges_each_row();
     counts_up_to_127();
     refuses_unsorted();
+    say_kernels();
     return 0;
 }

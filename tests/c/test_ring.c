@@ -1,5 +1,6 @@
 /* The ring: order, content, waiting, closing, and memory that something overwrote.  Built with ASan and UBSan, and with
  * TSan for the threads. */
+#include "kernels_choice.h"
 #include "skl.h"
 
 #include <linux/filter.h>
@@ -376,6 +377,7 @@ static void wakes_only_sleepers(void)
 
 int main(void)
 {
+    choose_kernels();
     wakes_only_sleepers(); /* while there is one thread */
     keeps_order_and_content();
     wraps_in_one_piece();
@@ -387,5 +389,6 @@ int main(void)
     soak();
     closing_wakes();
     sleepers_are_woken();
+    say_kernels();
     return 0;
 }
