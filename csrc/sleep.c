@@ -2,10 +2,13 @@
 #include "sleep.h"
 
 #if SKL_CAN_SLEEP
-#include <linux/futex.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+/* Of linux/futex.h, which a C library without the kernel's headers has not got. */
+#define FUTEX_WAIT 0
+#define FUTEX_WAKE 1
 
 #define SLICE_NS UINT64_C(100000000) /* longest single sleep: bounds the cost of any lost wake-up */
 

@@ -4,6 +4,7 @@ import contextlib
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from sklformat import native
 from sklformat.errors import CorruptError, TruncatedError, UnsupportedError
 from sklformat.native import Shape
 
+CSRC = Path(__file__).resolve().parents[3] / "csrc"
+BIN = Path(sys.executable).parent
 SHAPE = Shape(
     kind=1,
     profile=1,
@@ -228,12 +231,27 @@ def kernels(request):
 @pytest.mark.skipif(not (compiler := shutil.which("cc")), reason="no C compiler")
 def test_compiler_flags_do_not_choose_the_kernels():
     """What the portable kernels hold does not depend on what the compiler's flags, such as -march=native, allow."""
-    source = Path(__file__).resolve().parents[3] / "csrc/kernels_portable.c"
+    source = CSRC / "kernels_portable.c"
     plain, wide = (
         subprocess.run([compiler, "-E", "-P", *flags, source], capture_output=True, check=True).stdout
         for flags in ([], ["-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"])
     )
     assert plain == wide
+
+
+@pytest.mark.skipif(not (BIN / "cmake").exists() or not (BIN / "ninja").exists(), reason="no CMake")
+@pytest.mark.skipif(not compiler, reason="no C compiler")
+def test_the_compiler_says_whether_it_is_one_for_x86(tmp_path):
+    """A compiler for something else, on a machine that calls itself x86_64, gets the portable kernels."""
+    configure = [BIN / "cmake", "-S", CSRC, "-B", tmp_path, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={BIN / 'ninja'}"]
+    # Without this the C library's headers are not found: a configuration that goes no further than the question.
+    subprocess.run([*configure, "-DSKL_TESTS=ON", "-DCMAKE_C_FLAGS=-U__x86_64__"], capture_output=True, check=False)
+    assert "SKL_HAS_X86_KERNELS:INTERNAL=\n" in (tmp_path / "CMakeCache.txt").read_text()
+
+
+def test_c_needs_no_headers_of_the_kernel():
+    """A C library that comes without them, such as musl, compiles the ring too."""
+    assert [] == [path.name for path in CSRC.iterdir() if "#include <linux/" in path.read_text()]
 
 
 PROFILES = {"R24": (1, 1 << 17, 127), "R24W": (2, 1 << 18, 63), "R32": (3, 1 << 24, 127)}
