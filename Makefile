@@ -2,6 +2,7 @@
 # make test   set up, then check style, types and imports, and run the C and Python tests, C under sanitizers
 # make soak   the long tests, each with its time: 15 minutes of one core, half an hour beside other work
 # make fuzz   random input under sanitizers, FUZZ_SECONDS for each target (60)
+# make ports  the C tests on aarch64 (under qemu-user) and with musl, where apt has them; abi3audit of the wheel
 # make bench  the benchmarks; results go to the terminal
 # make clean  remove what was built
 # A torch that is in .venv already is kept; PYTHON=... names the interpreter for a new .venv.
@@ -22,7 +23,7 @@ MODULES := build/modules
 $(shell mkdir -p build && find sklformat -name '*.py' | sort >$(MODULES).now && \
   { cmp -s $(MODULES).now $(MODULES) && rm $(MODULES).now || mv $(MODULES).now $(MODULES); })
 
-.PHONY: demo test lint ctest sanitized pytest soak fuzz bench clean
+.PHONY: demo test lint ctest sanitized pytest soak fuzz ports bench clean
 
 demo: $(READY)
 	$(BIN)/sklformat demo $(ARGS)
@@ -78,6 +79,33 @@ fuzz: ctest $(SANITIZED)/ready
 	  build/c-address,undefined/fuzz_$$law -seconds=$(FUZZ_SECONDS) tests/fuzz/corpus/$$law || exit 1; \
 	done
 	$(RUN_SANITIZED) tests/fuzz/fuzz_shards.py --seconds $(FUZZ_SECONDS)
+
+# Each port: its name, its compiler, what runs its programs, its packages.  What cannot be had is left out, and said.
+ports: $(READY)
+	@printf '%s\n' "$$PORTS" >build/ports.txt; skipped=; \
+	while IFS='|' read -r port compiler runner packages; do \
+	  runs=$${runner%%;*}; \
+	  { command -v $$compiler && command -v $${runs:-env}; } >/dev/null || \
+	    { apt-get update && apt-get install -y --no-install-recommends $$packages; } </dev/null >build/ports.log 2>&1 || \
+	    { skipped="$$skipped\n$$port: apt has not got $$packages"; continue; }; \
+	  echo "== $$port"; \
+	  CC=$$compiler PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S csrc -B build/c-$$port -G Ninja -DSKL_TESTS=ON -DSKL_SANITIZE= \
+	    -DCMAKE_CROSSCOMPILING_EMULATOR="$$runner" >build/c.log && \
+	  $(BIN)/cmake --build build/c-$$port && \
+	  $(BIN)/ctest --test-dir build/c-$$port --output-on-failure </dev/null || exit 1; \
+	done <build/ports.txt; \
+	echo "== abi3"; rm -rf build/wheel; \
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel . || exit 1; \
+	if $(BIN)/python -m pip install --quiet --upgrade --target build/abi3audit abi3audit; then \
+	  PYTHONPATH=build/abi3audit $(BIN)/python -m abi3audit --strict --verbose build/wheel/*.whl || exit 1; \
+	else skipped="$$skipped\nabi3audit: pip has not got it"; fi; \
+	printf "left out:$${skipped:- nothing}\n"
+
+define PORTS
+aarch64|aarch64-linux-gnu-gcc|qemu-aarch64;-L;/usr/aarch64-linux-gnu|gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+musl|musl-gcc||musl-tools
+endef
+export PORTS
 
 bench: $(READY)
 	for script in $(filter-out benchmarks/timing.py,$(BENCHMARKS)); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
