@@ -13,11 +13,12 @@ import os
 import select
 import sys
 import time
-import weakref
+import warnings
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from sklformat import native
+from sklformat.capture.descriptors import Descriptors, PeerDescriptors
 from sklformat.errors import CorruptError, RingClosedError, RingTimeoutError, UnsupportedError
 
 _MIN_CAPACITY = 4096
@@ -27,8 +28,6 @@ _MAX_TYPE = 2**32 - 2  # the largest value marks padding
 _SLICE_SECONDS = 0.05
 _MAX_MESSAGE = 4096  # bytes; less than any pipe holds, so that reporting never blocks
 
-_open_rings: weakref.WeakSet[Ring] = weakref.WeakSet()
-
 
 class Frame(NamedTuple):
     """One frame; ``payload`` lies in the ring and ends with the next pop, release or close."""
@@ -37,14 +36,6 @@ class Frame(NamedTuple):
     type: int
     tag: int
     number: int
-
-
-class PeerDescriptors(NamedTuple):
-    """What the consumer's process needs to attach: hand these over (``pass_fds``), then ``close_peer``."""
-
-    memory: int
-    producer_life: int
-    consumer_life: int
 
 
 class Ring:
@@ -57,22 +48,34 @@ class Ring:
     keeps its pipe, so being slow is not death.
     """
 
-    def __init__(self, memory_fd: int, *, producer: bool, own_life: int, peer_life: int) -> None:
-        self._producer = producer
-        self._peer_fds: PeerDescriptors | None = None
-        self._own_life, self._peer_life = own_life, peer_life
+    def __init__(self, descriptors: Descriptors, *, producer: bool) -> None:
+        self._descriptors, self._producer = descriptors, producer
         self._payload: memoryview | None = None
         self._last_look = 0.0
-        self._closed = False
+        try:
+            self._map_memory(descriptors.others[0])
+        except BaseException:
+            descriptors.close()
+            raise
+        self._poll = select.poll()
+        self._poll.register(descriptors.peer_life, 0)  # a hang-up is always reported
+        self._words = native.RingWords(len(self._map) - native.RING_CONTROL_SIZE, 0, 0, 0, 0, 0, False, False)
+
+    def _map_memory(self, fd: int) -> None:
         # Populated: the first touch of a page costs more than the copy into it, and the teacher would pay.
-        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-        self._map = mmap.mmap(memory_fd, os.fstat(memory_fd).st_size, flags=flags)
+        self._map = mmap.mmap(fd, os.fstat(fd).st_size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._bytes = memoryview(self._map)
         self._memory: Any = native.ring_memory(self._map)
-        self._poll = select.poll()
-        self._poll.register(peer_life, 0)  # a hang-up is always reported
-        self._words = native.RingWords(len(self._map) - native.RING_CONTROL_SIZE, 0, 0, 0, 0, 0, False, False)
-        _open_rings.add(self)
+        if self._producer:
+            native.ring_init(self._memory)
+        else:
+            native.ring_words(self._memory)  # is it a ring?
+
+    def __del__(self) -> None:
+        descriptors = getattr(self, "_descriptors", None)
+        if descriptors is not None and not descriptors.closed:
+            warnings.warn("a ring was dropped that is not closed", ResourceWarning, stacklevel=1, source=self)
+            descriptors.close()  # to the other side it died: it said no more
 
     @classmethod
     def create(cls, size_bytes: int) -> Ring:
@@ -95,30 +98,18 @@ class Ring:
         if size_bytes < 1:
             raise ValueError(f"size_bytes must be positive, got {size_bytes}")
         capacity = max(_MIN_CAPACITY, 1 << (size_bytes - 1).bit_length())
-        with contextlib.ExitStack() as undo:
-            memory = os.memfd_create("sklformat-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            undo.callback(os.close, memory)
-            os.ftruncate(memory, native.RING_CONTROL_SIZE + capacity)
-            _seal(memory)
-            producer_read, producer_write = _pipe(undo)
-            consumer_read, consumer_write = _pipe(undo)
-            ring = cls(memory, producer=True, own_life=producer_write, peer_life=consumer_read)
-            native.ring_init(ring._memory)
-            ring._peer_fds = PeerDescriptors(memory, producer_read, consumer_write)
-            undo.pop_all()
-        return ring
+        return cls(Descriptors.of_producer(native.RING_CONTROL_SIZE + capacity), producer=True)
 
     @classmethod
     def attach(cls, memory: int, producer_life: int, consumer_life: int) -> Ring:
         """
-        Be the consumer of a ring; takes over the three descriptors of ``peer_descriptors``.
+        Be the consumer of a ring; takes over the three descriptors of ``peer_descriptors``, and closes them on failure.
 
         Raises:
             ValueError, UnsupportedError, CorruptError: The memory holds no ring of this version.
         """
-        ring = cls(memory, producer=False, own_life=consumer_life, peer_life=producer_life)
-        os.close(memory)
-        native.ring_words(ring._memory)
+        ring = cls(Descriptors(consumer_life, producer_life, (memory,)), producer=False)
+        ring._descriptors.close_others()
         return ring
 
     def __enter__(self) -> Ring:
@@ -137,16 +128,15 @@ class Ring:
         Raises:
             ValueError: This side is the consumer, or handed them over already.
         """
-        if self._peer_fds is None:
+        others = self._descriptors.others
+        peers = others if isinstance(others, PeerDescriptors) else None
+        if peers is None:
             raise ValueError("only a producer that has not handed over yet has descriptors to give")
-        return self._peer_fds
+        return peers
 
     def close_peer(self) -> None:
         """Close this process's copies of the consumer's descriptors, else its death could not be seen."""
-        if self._peer_fds is not None:
-            for fd in self._peer_fds:
-                os.close(fd)
-            self._peer_fds = None
+        self._descriptors.close_others()
 
     @property
     def capacity(self) -> int:
@@ -257,14 +247,14 @@ class Ring:
     def report(self, message: str) -> None:
         """Leave a message for the producer, up to 4096 bytes of UTF-8, that outlives this process."""
         self._check_side(producer=False)
-        os.write(self._own_life, message.encode()[:_MAX_MESSAGE])
+        os.write(self._descriptors.own_life, message.encode()[:_MAX_MESSAGE])
 
     def last_words(self) -> str:
         """What the consumer reported before it closed; waits for its end."""
         self._check_side(producer=True)
         self.close_peer()
         parts = []
-        while part := os.read(self._peer_life, _MAX_MESSAGE):
+        while part := os.read(self._descriptors.peer_life, _MAX_MESSAGE):
             parts.append(part)
         return b"".join(parts).decode(errors="replace")
 
@@ -280,7 +270,7 @@ class Ring:
         with contextlib.suppress(CorruptError, UnsupportedError):  # overwritten memory has to be let go of too
             self.finish()
             self._words = native.ring_words(self._memory)
-        self.abandon()
+        self._descriptors.close()
         native.ring_unmap(self._memory)
         # A view that somebody still holds keeps the mapping; the kernel frees it with the last one.
         with contextlib.suppress(BufferError):
@@ -289,13 +279,10 @@ class Ring:
             self._bytes.release()
             self._map.close()
 
-    def abandon(self) -> None:
-        """Close this process's descriptors without telling the other side: what a forked copy does."""
-        self._closed = True
-        _open_rings.discard(self)
-        self.close_peer()
-        os.close(self._own_life)
-        os.close(self._peer_life)
+    @property
+    def _closed(self) -> bool:
+        """Here, or in a forked copy of the process, which is no side of the ring."""
+        return self._descriptors.closed
 
     def _peek(self, wait_ns: int) -> native.RingFrame | None:
         try:
@@ -328,27 +315,3 @@ def _slices(timeout: float | None) -> Any:
         yield max(0, int(min(left, _SLICE_SECONDS) * 1e9))
         if left <= _SLICE_SECONDS:
             return
-
-
-def _seal(memory: int) -> None:
-    """Fix the size for ever: neither side can make the other fault by shrinking the file."""
-    import fcntl  # noqa: PLC0415  not everywhere that this module is imported
-
-    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-
-
-def _pipe(undo: contextlib.ExitStack) -> tuple[int, int]:
-    read, write = os.pipe()
-    undo.callback(os.close, read)
-    undo.callback(os.close, write)
-    return read, write
-
-
-def _leave_in_forked_child() -> None:
-    """A forked copy of this process is not a side of its rings: its descriptors would hide the side's death."""
-    for ring in list(_open_rings):
-        ring.abandon()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_in_forked_child)

@@ -2,10 +2,12 @@
 
 import errno
 import fcntl
+import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -197,6 +199,86 @@ def test_creating_and_closing_leaks_no_descriptor():
         producer.close()
         producer.close()
     assert open_descriptors() <= before
+
+
+def test_a_ring_that_is_dropped_is_closed_and_told():
+    """A side that nobody closes gives its descriptors back, says so, and is dead to the other side."""
+    gc.collect()
+    before = open_descriptors()
+    producer = Ring.create(4096)
+    consumer = Ring.attach(*map(os.dup, producer.peer_descriptors))
+    producer.close_peer()
+    with pytest.warns(ResourceWarning, match="a ring was dropped that is not closed"):
+        del consumer
+    with pytest.raises(RingClosedError, match="the consumer died"):
+        producer.push(b"x")
+    with pytest.warns(ResourceWarning, match="dropped"):
+        del producer
+    with pytest.warns(ResourceWarning, match="dropped"):
+        Ring.create(4096)  # with its peer's descriptors
+    assert open_descriptors() <= before
+
+
+@pytest.mark.parametrize("size", [8192, 5000, None])
+def test_a_failed_attach_closes_what_it_took(size):
+    """Whatever is wrong with the memory, also where it is none: the three descriptors are closed."""
+    gc.collect()
+    before = open_descriptors()
+    with Ring.create(4096) as ring:
+        producer_life, consumer_life = map(os.dup, ring.peer_descriptors[1:])
+        if size is None:
+            memory = os.open("/dev/null", os.O_RDWR)
+        else:
+            memory = os.memfd_create("not-a-ring")
+            os.ftruncate(memory, size)
+        with pytest.raises((UnsupportedError, ValueError, OSError)):
+            Ring.attach(memory, producer_life, consumer_life)
+    assert open_descriptors() <= before
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_while_a_ring_is_made_does_not_hide_a_death(monkeypatch):
+    """A process that another thread forks in the middle keeps no end of the pipes: the consumer's death is seen."""
+    children, forked, threads = [], threading.Event(), []
+
+    def fork():
+        child = os.fork()
+        if child == 0:
+            os.write(ready[1], b"x")  # here the child has done what it does first
+            signal.alarm(HANGS)
+            signal.pause()
+        children.append(child)
+        forked.set()
+
+    def pipe():
+        ends = os_pipe()
+        if len(threads) < 2:  # after each of the two pipes of the ring
+            threads.append(threading.Thread(target=fork))
+            threads[-1].start()
+            forked.wait(0.2)
+            forked.clear()
+        return ends
+
+    os_pipe, ready = os.pipe, os.pipe()
+    monkeypatch.setattr(os, "pipe", pipe)
+    with Ring.create(4096) as producer:
+        for thread in threads:
+            thread.join()
+        try:
+            assert b"xx" == os.read(ready[0], 1) + os.read(ready[0], 1)
+            consumer = Ring.attach(*map(os.dup, producer.peer_descriptors))
+            producer.close_peer()
+            with pytest.warns(ResourceWarning):
+                del consumer
+            with pytest.raises(RingClosedError, match="the consumer died"):
+                producer.push(b"x")
+        finally:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            for end in ready:
+                os.close(end)
+    assert 2 == len(children)
 
 
 _CONSUME = """
