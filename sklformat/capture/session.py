@@ -7,6 +7,7 @@ Knows no teacher and no sampler, and imports no torch; ``scribe`` is the other s
 from __future__ import annotations
 
 import contextlib
+import json
 import operator
 import os
 import secrets
@@ -37,7 +38,12 @@ __all__ = ["Capture", "ShardWork", "merge_draws"]
 
 _WRITER_LOCK = ".writer.lock"
 _TAKEOVER_SECONDS = 60.0
-_START = "import sys; sys.path[:] = {path!r}; from sklformat.capture.scribe import main; sys.exit(main(sys.argv[1:]))"
+_START = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from sklformat.capture.scribe import main
+sys.exit(main(sys.argv[2:]))
+"""
 
 
 class Capture:
@@ -279,9 +285,15 @@ class Capture:
 
         A session of its own: the terminal's Ctrl-C is the teacher's to handle, after which the writer finishes.
         """
+        if not sys.executable:
+            raise CaptureError(
+                "the writer process cannot be started: this Python does not know its own program (sys.executable is "
+                "empty); set sys.executable to a python that has sklformat"
+            )
         descriptors = ring.peer_descriptors
+        path = [entry for entry in sys.path if isinstance(entry, str)]  # no import looks at any other
         process = subprocess.Popen(  # noqa: S603  our own interpreter and code
-            [sys.executable, "-c", _START.format(path=sys.path), *map(str, descriptors)],
+            [sys.executable, "-c", _START, json.dumps(path), *map(str, descriptors)],
             stdin=subprocess.PIPE,
             pass_fds=[*descriptors, writer_lock],
             env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},

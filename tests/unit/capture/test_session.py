@@ -445,6 +445,22 @@ def test_a_writer_that_cannot_start_is_told(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("program", ["", None])
+def test_a_python_without_a_program_is_told(tmp_path, monkeypatch, program):
+    """An interpreter inside another program may not know how to start one: said, with what to do."""
+    monkeypatch.setattr(sys, "executable", program)
+    with pytest.raises(skl.CaptureError, match=r"sys\.executable is empty"), open_capture(tmp_path / "cache"):
+        pass
+
+
+def test_the_module_path_may_hold_anything(tmp_path, monkeypatch):
+    """What no import looks at, and names that are no UTF-8, do not keep the writer process from starting."""
+    odd = ['quote " and { brace }', os.fsdecode(b"\xff"), tmp_path, b"bytes", None]
+    monkeypatch.setattr(sys, "path", [*odd, *sys.path])
+    with open_capture(tmp_path / "cache") as capture:
+        capture.push_draws(0, tokens_of(0), draws_of(0))
+
+
 def test_neither_side_imports_torch():
     """Teacher's handle and writer process stay light: neither imports torch."""
     code = "import sys, sklformat.capture, sklformat.capture.scribe; print('torch' in sys.modules)"
