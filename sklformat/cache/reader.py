@@ -219,15 +219,20 @@ class Cache:
 
     def close(self) -> None:
         """Let go of every open shard; nothing can be read afterwards."""
+        self._keep_own_list()
         with self._lock:
             self._closed = True
             while self._open_shards:
                 self._open_shards.popitem()[1].close()
 
-    def _shard(self, place: int) -> Shard:
-        if self._pid != os.getpid():  # after a fork the maps are shared; each process keeps its own list
+    def _keep_own_list(self) -> None:
+        """After a fork: the maps are shared, but each process has its own list, and a lock that nobody else holds."""
+        if self._pid != os.getpid():
             self._open_shards, self._lock = OrderedDict(self._open_shards), threading.Lock()
             self._pid = os.getpid()
+
+    def _shard(self, place: int) -> Shard:
+        self._keep_own_list()
         with self._lock:
             return self._open_shard(place)
 

@@ -3,7 +3,9 @@
 import concurrent.futures
 import dataclasses
 import multiprocessing
+import os
 import pickle
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -336,6 +338,21 @@ def test_pickle_opens_again(directory):
             assert cache.fingerprint == again.fingerprint
             assert EXPECTED == tokens_of(again)
     assert len(data) < 400
+
+
+@pytest.mark.parametrize("act", [lambda cache: cache.close(), lambda cache: cache[0]], ids=["close", "read"])
+def test_a_fork_does_not_wait_for_the_parent(directory, act):
+    """A child that was forked while another thread of its parent held the cache's lock closes, and reads, at once."""
+    with skl.open(directory) as cache, cache._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # it would wait for ever
+            try:
+                act(cache)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert 0 == os.waitpid(child, 0)[1]
 
 
 def test_fork(directory):
