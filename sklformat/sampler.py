@@ -73,8 +73,8 @@ def draw(
 
     Raises:
         ValueError: An argument out of range, missing, or without meaning for the sampler; logits that are not 2-D, not
-            of a type above or not on the CPU; or a row that holds NaN, +inf or a value above 2**20, or none above
-            -2**20. The last names sequence, position and id.
+            of a type above, masked or not on the CPU; or a row that holds NaN, +inf or a value above 2**20, or none
+            above -2**20. The last names sequence, position and id.
         TypeError: logits are neither an array nor a tensor, or an integer argument is not an integer.
 
     Source: Anshumann et al. 2025 (arXiv 2503.16870), section 3.4; systematic sampling: Madow 1949.
@@ -89,6 +89,8 @@ def draw(
         raise ValueError(f"proposal_temperature must be in 0.001..100, got {proposal_temperature}")
     if is_top and proposal_temperature != 1:
         raise ValueError(f"sampler {sampler!r} has no proposal: proposal_temperature must be 1")
+    if self_normalise not in (False, True):
+        raise ValueError(f"self_normalise must be True or False, got {self_normalise!r}")
     if not (0 <= seed < 1 << 64 and 0 <= sequence < 1 << 64):
         raise ValueError(f"seed and sequence must be in 0..2**64 - 1, got {seed} and {sequence}")
     if not 0 <= first_position <= (1 << 32) - rows.shape[0]:
@@ -102,7 +104,7 @@ def draw(
         k=k_checked,
         p=p_checked,
         proposal_temperature=float(proposal_temperature),
-        self_normalise=self_normalise,
+        self_normalise=bool(self_normalise),
         weighted=weighted,
         seed=seed,
         sequence=sequence,
@@ -145,6 +147,8 @@ def _rows(logits: Any, dtype: str | None) -> tuple[NDArray[Any], str]:
         else:
             array = tensor.numpy()
             name = array.dtype.name
+    elif isinstance(logits, np.ma.MaskedArray):
+        raise ValueError("logits are a masked array; draw knows no masks: give logits.filled(-numpy.inf)")
     elif isinstance(logits, np.ndarray):
         array, name = logits, logits.dtype.name
     else:

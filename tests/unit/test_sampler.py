@@ -402,6 +402,13 @@ def test_bad_logits_are_named(bad):
         ({"seed": -1}, "seed and sequence"),
         ({"sequence": 2**64}, "seed and sequence"),
         ({"first_position": 2**32 - 1}, "first_position"),
+        ({"self_normalise": 2}, "self_normalise must be True or False, got 2"),
+        ({"self_normalise": None}, "self_normalise must be True or False, got None"),
+        ({"self_normalise": "no"}, "self_normalise must be True or False"),
+        (
+            {"logits": np.ma.masked_less(np.zeros((5, 3), np.float32), 1)},
+            r"masked array.*logits\.filled\(-numpy\.inf\)",
+        ),
         ({"dtype": "bfloat16"}, "dtype is 'bfloat16', but the logits are float32"),
         ({"logits": np.zeros(5, np.float32)}, r"\[T, V\]"),
         ({"logits": np.zeros((5, 0), np.float32)}, r"\[T, V\]"),
