@@ -47,7 +47,7 @@ static int known_shape(const skl_shape *shape)
            shape->profile <= SKL_PROFILE_R32 && (counts || shape->profile != SKL_PROFILE_R24W) &&
            (shape->record_count_size == 1 || shape->record_count_size == 2) &&
            (shape->token_size == 0 || (shape->token_size >= 2 && shape->token_size <= 4)) &&
-           shape->num_columns <= 2 && shape->vocab_size >= 1 &&
+           shape->columns < 2 * SKL_COLUMN_RECORD_LOGPROB && shape->vocab_size >= 1 &&
            shape->vocab_size <= UINT32_C(1) << id_bits(shape) &&
            (shape->token_size != 2 || shape->vocab_size <= UINT32_C(1) << 16) &&
            (!counts || (shape->rounds >= 1 && shape->rounds <= max_code(shape))) &&
@@ -58,6 +58,18 @@ typedef struct payload_layout {
     uint64_t records, tokens, columns, end; /* byte offsets in the payload; the numbers of records lie at 0 */
 } payload_layout;
 
+/* Bytes of the optional columns. */
+static uint64_t columns_size(const skl_shape *shape)
+{
+    const uint64_t positions = shape->num_positions;
+    uint64_t size = 0;
+    size += shape->columns & SKL_COLUMN_LABEL_LOGPROB ? 2 * positions : 0;
+    size += shape->columns & SKL_COLUMN_ENTROPY ? 2 * positions : 0;
+    size += shape->columns & SKL_COLUMN_DOCUMENT_START ? (positions + 8) / 8 : 0;
+    size += shape->columns & SKL_COLUMN_RECORD_LOGPROB ? 2 * shape->num_records : 0;
+    return size;
+}
+
 /* No overflow: every term is below 2^50. */
 static payload_layout layout_of(const skl_shape *shape)
 {
@@ -66,7 +78,7 @@ static payload_layout layout_of(const skl_shape *shape)
     layout.records = positions * shape->record_count_size;
     layout.tokens = layout.records + shape->num_records * record_size(shape);
     layout.columns = layout.tokens + (positions + 1) * shape->token_size;
-    layout.end = layout.columns + positions * 2 * shape->num_columns;
+    layout.end = layout.columns + columns_size(shape);
     return layout;
 }
 
@@ -160,11 +172,11 @@ static skl_status check_tokens(const skl_shape *shape, const uint32_t *tokens, s
 /* ---- encode ------------------------------------------------------------------------------------------------- */
 
 skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
-                      const uint8_t *codes, const uint32_t *tokens, const uint16_t *columns, uint8_t *dst,
+                      const uint8_t *codes, const uint32_t *tokens, const uint8_t *columns, uint8_t *dst,
                       size_t dst_cap, size_t *written, skl_fault *fault)
 {
     if (!known_shape(shape) || (tokens == NULL) != (shape->token_size == 0) ||
-        (columns == NULL) != (shape->num_columns == 0))
+        (columns == NULL) != (shape->columns == 0))
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
     const payload_layout layout = layout_of(shape);
     if (layout.end > dst_cap)
@@ -188,8 +200,8 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
     if (shape->token_size != 0)
         for (uint64_t i = 0; i <= shape->num_positions; i++)
             store_bytes(dst + layout.tokens + i * shape->token_size, tokens[i], shape->token_size);
-    for (uint64_t i = 0; i < (uint64_t)shape->num_columns * shape->num_positions; i++)
-        store_bytes(dst + layout.columns + 2 * i, columns[i], 2);
+    for (uint64_t i = layout.columns; i < layout.end; i++)
+        dst[i] = columns[i - layout.columns];
     *written = (size_t)layout.end;
     return SKL_OK;
 }
@@ -294,7 +306,7 @@ uint64_t skl_tokens_offset(const skl_shape *shape)
 }
 
 skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t *offsets,
-                      uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns,
+                      uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint8_t *columns,
                       skl_fault *fault)
 {
     const skl_record_arrays arrays = {.offsets = offsets, .token_ids = token_ids, .codes = codes};
@@ -306,7 +318,7 @@ skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len
         SKL_TRY(check_tokens(shape, tokens, SKL_ERR_CORRUPT, fault));
     }
     if (columns != NULL)
-        for (uint64_t i = 0; i < (uint64_t)shape->num_columns * shape->num_positions; i++)
-            columns[i] = (uint16_t)load_bytes(src + layout.columns + 2 * i, 2);
+        for (uint64_t i = layout.columns; i < layout.end; i++)
+            columns[i - layout.columns] = src[i];
     return SKL_OK;
 }

@@ -56,13 +56,21 @@ typedef struct skl_fault {
 typedef enum skl_kind { SKL_KIND_COUNTS = 1, SKL_KIND_RATIOS = 2 } skl_kind;
 typedef enum skl_profile { SKL_PROFILE_R24 = 1, SKL_PROFILE_R24W = 2, SKL_PROFILE_R32 = 3 } skl_profile;
 
+/* Optional columns, as in the header; they lie in this order, without padding. */
+typedef enum skl_column {
+    SKL_COLUMN_LABEL_LOGPROB = 1,  /* 2 bytes a position */
+    SKL_COLUMN_ENTROPY = 2,        /* 2 bytes a position */
+    SKL_COLUMN_DOCUMENT_START = 4, /* 1 bit a token, whole bytes */
+    SKL_COLUMN_RECORD_LOGPROB = 8  /* 2 bytes a record */
+} skl_column;
+
 /* Everything that fixes where the bytes of a payload lie. */
 typedef struct skl_shape {
     uint32_t kind;              /* skl_kind */
     uint32_t profile;           /* skl_profile */
     uint32_t record_count_size; /* bytes of a position's number of records: 1 or 2 */
     uint32_t token_size;        /* bytes of a token: 0 (not stored), 2, 3 or 4 */
-    uint32_t num_columns;       /* optional columns of 2 bytes a position, 0..2 */
+    uint32_t columns;           /* skl_column bits of the optional columns that are there */
     uint32_t vocab_size;        /* ids and tokens are below */
     uint32_t rounds;            /* kind counts: the counts of a position sum to it */
     uint32_t num_positions;     /* T */
@@ -75,11 +83,12 @@ skl_status skl_payload_size(const skl_shape *shape, uint64_t *size);
 /* Write one payload; codes are counts or ratio codes.
  *
  * offsets [num_positions + 1], token_ids and codes [num_records], tokens [num_positions + 1] (NULL iff token_size
- * is 0), columns [num_columns * num_positions], column after column (NULL iff there are none).
+ * is 0), columns: their bytes as they lie in the payload (NULL iff there are none); what they mean is the caller's to
+ * check, in both directions.
  * dst, dst_cap: room; *written: bytes written, skl_payload_size's.
  * Refuses every record that a reader could not trust: SKL_ERR_ARG with *fault; also SKL_ERR_DST_SMALL. */
 skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint32_t *token_ids,
-                      const uint8_t *codes, const uint32_t *tokens, const uint16_t *columns, uint8_t *dst,
+                      const uint8_t *codes, const uint32_t *tokens, const uint8_t *columns, uint8_t *dst,
                       size_t dst_cap, size_t *written, skl_fault *fault);
 
 /* Read one payload and check every record; src, src_len include the padding, which must be zero.
@@ -87,7 +96,7 @@ skl_status skl_encode(const skl_shape *shape, const int64_t *offsets, const uint
  * Outputs as in skl_encode; tokens and columns may be NULL where the caller does not want them.
  * SKL_ERR_ARG, SKL_ERR_TRUNCATED or SKL_ERR_CORRUPT with *fault; the outputs are then unspecified. */
 skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t *offsets,
-                      uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint16_t *columns,
+                      uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint8_t *columns,
                       skl_fault *fault);
 
 /* ---- batches: sequences straight into the arrays that a training step takes --------------------------------- */

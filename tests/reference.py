@@ -159,6 +159,8 @@ class Sequence:
     positions: list[list[tuple[int, int]]]
     label_logprob: list[float] | None = None
     entropy: list[float] | None = None
+    document_start: list[bool] | None = None
+    record_logprob: list[float] | None = None
     alignment: int = 0
 
     def values(self) -> list[list[int]]:
@@ -236,10 +238,20 @@ def encode_payload(settings: Settings, sequence: Sequence) -> bytes:
     tokens = b"".join(token.to_bytes(settings.token_size, "little") for token in sequence.tokens if settings.token_size)
     columns = b""
     if settings.columns & 1:
-        columns += b"".join(struct.pack("<e", value) for value in sequence.label_logprob or [])
+        columns += halves(sequence.label_logprob or [])
     if settings.columns & 2:
-        columns += b"".join(struct.pack("<e", value) for value in sequence.entropy or [])
+        columns += halves(sequence.entropy or [])
+    if settings.columns & 4:
+        bits = sum(2**i for i, starts in enumerate(sequence.document_start or []) if starts)
+        columns += bits.to_bytes((len(sequence.positions) + 8) // 8, "little")
+    if settings.columns & 8:
+        columns += halves(sequence.record_logprob or [])
     return counts + records + tokens + columns
+
+
+def halves(values: ListLike[float]) -> bytes:
+    """Section 5.1: f16, and 0 instead of -0."""
+    return b"".join(struct.pack("<e", value + 0.0) for value in values)
 
 
 def encode_block(settings: Settings, sequence: Sequence, number: int, seed: int) -> bytes:
@@ -324,7 +336,7 @@ def decode_header(header: bytes) -> Settings:
         ("profile", profile, range(1, 4)),
         ("row_convention", row_convention, range(1, 2)),
         ("sampler", sampler, range(5)),
-        ("columns", columns, range(4)),
+        ("columns", columns, range(16)),
     ):
         if value not in known:
             raise UnsupportedError(f"{name} {value}")
@@ -417,16 +429,36 @@ def decode_payload(settings: Settings, payload: bytes, num_positions: int, num_r
         first += number
     tokens = take(num_positions + 1, s.token_size) if s.token_size else None
     check(tokens is None or all(token < s.vocab_size for token in tokens), "token")
-    columns: list[list[float] | None] = [None, None]
-    for bit in (0, 1):
-        if s.columns >> bit & 1:
-            halves = take(num_positions, 2)
-            column = [struct.unpack("<e", struct.pack("<H", half))[0] for half in halves]
-            check(all(math.isfinite(value) for value in column), "column is not finite")
-            for value, number in zip(column, numbers, strict=True):
-                check(number != 0 or value == 0, "column of a position without records")
-            columns[bit] = column
-    return Sequence(tokens, positions, columns[0], columns[1])
+    label_logprob = entropy = document_start = record_logprob = None
+    if s.columns & 1:
+        label_logprob = check_halves(take(num_positions, 2), positive=False)
+        check_where_records(label_logprob, numbers)
+    if s.columns & 2:
+        entropy = check_halves(take(num_positions, 2), positive=True)
+        check_where_records(entropy, numbers)
+    if s.columns & 4:
+        octets = take((num_positions + 8) // 8, 1)
+        bits = [octet >> i & 1 for octet in octets for i in range(8)]
+        check(not any(bits[num_positions + 1 :]), "bits behind the last token")
+        document_start = [bit == 1 for bit in bits[: num_positions + 1]]
+    if s.columns & 8:
+        record_logprob = check_halves(take(num_records, 2), positive=False)
+    return Sequence(tokens, positions, label_logprob, entropy, document_start, record_logprob)
+
+
+def check_halves(words: list[int], *, positive: bool) -> list[float]:
+    """Section 5.1: f16 values of an optional column, which may be above 0 or not."""
+    check(all(word != 0x8000 for word in words), "-0 in a column")
+    values = [struct.unpack("<e", struct.pack("<H", word))[0] for word in words]
+    check(all(math.isfinite(value) for value in values), "column is not finite")
+    check(positive or all(value <= 0 for value in values), "log-probability above 0")
+    return values
+
+
+def check_where_records(column: list[float], numbers: list[int]) -> None:
+    """Section 5.1: 0 where a position has no record."""
+    for value, number in zip(column, numbers, strict=True):
+        check(number != 0 or value == 0, "column of a position without records")
 
 
 def decode_shard(data: bytes) -> Shard:
@@ -465,7 +497,9 @@ def decode_shard(data: bytes) -> Shard:
         check(1 <= positions[i] <= MAX_POSITIONS, "num_positions")
         check(settings.seq_len in (0, positions[i]), "num_positions is not seq_len")
         size = positions[i] * settings.record_count_size + records[i] * RECORD_SIZE[settings.profile]
-        size += (positions[i] + 1) * settings.token_size + 2 * positions[i] * settings.columns.bit_count()
+        size += (positions[i] + 1) * settings.token_size + 2 * positions[i] * (settings.columns & 3).bit_count()
+        size += (positions[i] + 8) // 8 if settings.columns & 4 else 0
+        size += 2 * records[i] if settings.columns & 8 else 0
         check(size <= MAX_PAYLOAD, "payload_size")
         end = at + BLOCK_HEADER_SIZE + round_up(size + 64)
         check(end <= index_offset, "the block ends behind the index")

@@ -16,7 +16,7 @@ from sklformat.files.disk import Disk
 KINDS = {COUNTS: "counts", RATIOS: "ratios"}
 PROFILES = {R24: "R24", R24W: "R24W", R32: "R32"}
 SAMPLERS = ("unknown", "multinomial", "systematic", "topk", "topp")
-COLUMNS = ("label_logprob", "entropy")
+COLUMNS = ("label_logprob", "entropy", "document_start", "record_logprob")
 
 
 class FastDisk(Disk):
@@ -70,8 +70,18 @@ def write(path: Path, settings: reference.Settings, sequences, positions=None) -
     with skl.ShardWriter(path, header=header_of(settings), disk=FastDisk()) as writer:
         for i, sequence in enumerate(sequences):
             pairs = sequence.positions if positions is None else positions[i]
-            writer.append(sequence.tokens, targets_of(settings.kind, pairs), columns_of(sequence))
+            columns = columns_of(sequence)
+            if positions is not None and "record_logprob" in columns:
+                columns["record_logprob"] = beside(pairs, sequence)
+            writer.append(sequence.tokens, targets_of(settings.kind, pairs), columns)
     return path.read_bytes()
+
+
+def beside(positions, sequence: reference.Sequence) -> list[float]:
+    """record_logprob of a sequence in the order of these pairs; what is not stored has -1."""
+    keys = [(t, token_id) for t, records in enumerate(sequence.positions) for token_id, _ in records]
+    known = dict(zip(keys, sequence.record_logprob, strict=True))
+    return [known.get((t, token_id), -1.0) for t, pairs in enumerate(positions) for token_id, _ in pairs]
 
 
 def small_settings(**changes) -> reference.Settings:
@@ -132,7 +142,7 @@ def settings(draw, kinds=(COUNTS, RATIOS)) -> reference.Settings:
         record_count_size=draw(st.sampled_from([1, 2])),
         token_size=draw(st.sampled_from([size for size in (0, 2, 3, 4) if size == 0 or vocab_size <= 256**size])),
         scale_log2=0 if kind == COUNTS else draw(st.sampled_from([0, 0, 1, 30])),
-        columns=draw(st.integers(0, 3)),
+        columns=draw(st.integers(0, 15)),
         vocab_size=vocab_size,
         seq_len=draw(st.sampled_from([0, 1, 4])),
         rounds=draw(st.sampled_from([1, 2, limit]) | st.integers(1, limit)) if kind == COUNTS else draw(u(16)),
@@ -194,14 +204,31 @@ def sequences(draw, of: reference.Settings) -> tuple:
     else:
         weighted = [draw(weighted_records(of.vocab_size, of.scale_log2)) for _ in range(length)]
         positions = [reference.encode_ratios(pairs, of.scale_log2) for pairs in weighted]
-    columns = [None, None]
-    for bit in (0, 1):
-        if of.columns >> bit & 1:
-            halves = draw(
-                st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=length, max_size=length)
-            )
-            columns[bit] = [half if records else 0.0 for half, records in zip(halves, positions, strict=True)]
-    return reference.Sequence(tokens, positions, *columns), weighted
+    return reference.Sequence(tokens, positions, **draw(columns(of, positions))), weighted
+
+
+@st.composite
+def columns(draw, of: reference.Settings, positions: list) -> dict:
+    """The optional columns that the settings name, -0 never."""
+
+    def halves(count: int, top: float | None) -> list:
+        values = st.floats(max_value=top, width=16, allow_nan=False, allow_infinity=False).map(lambda x: x + 0.0)
+        return draw(st.lists(values, min_size=count, max_size=count))
+
+    def where_records(values: list) -> list:
+        return [value if records else 0.0 for value, records in zip(values, positions, strict=True)]
+
+    length = len(positions)
+    made = {}
+    if of.columns & 1:
+        made["label_logprob"] = where_records(halves(length, 0.0))
+    if of.columns & 2:
+        made["entropy"] = where_records(halves(length, None))
+    if of.columns & 4:
+        made["document_start"] = draw(st.lists(st.booleans(), min_size=length + 1, max_size=length + 1))
+    if of.columns & 8:
+        made["record_logprob"] = halves(sum(len(records) for records in positions), 0.0)
+    return made
 
 
 @st.composite

@@ -13,7 +13,7 @@ import sklformat as skl
 from sklformat import checksums, native
 from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
-from sklformat.format import layout, order
+from sklformat.format import columns, layout, order
 
 TEXT = (Path(__file__).parents[1] / "SPEC.md").read_text()
 
@@ -147,6 +147,43 @@ def test_numbers_of_names():
     assert pairs == layout.SAMPLERS
     bits = {name: 1 << int(n) for n, name in re.findall(r"bit (\d) (\w+)", meanings["columns"])}
     assert bits == layout.COLUMNS
+
+
+@pytest.mark.parametrize("bits", range(16))
+def test_columns_lie_where_the_formulas_say(bits):
+    """Section 5.1's offsets are those of the reference's payload, and the sizes of its table those of the package."""
+    sequence = reference.Sequence(
+        list(range(10)),
+        [[(1, 1), (2, 2)], *[[(3, 3)]] * 8],
+        [-1.0] * 9,
+        [2.0] * 9,
+        [True, *[False] * 9],
+        [-3.0] * 10,
+    )
+    settings = reference.Settings(vocab_size=10, rounds=3, token_size=3, record_count_size=2, columns=bits)
+    payload = reference.encode_payload(settings, sequence)
+    a, b, T, n = 9 * 2 + 10 * 3 + 10 * 3, bits, 9, 10
+    formulas = dict(re.findall(r"^    (\w[\w ]*\w) +at (.*)$", section("5.1 Payload"), re.MULTILINE))
+    places = {}
+    for name, text in formulas.items():
+        places[name] = eval(text.replace(" mod ", " % ").replace("/", "//"), {"a": a, "b": b, "T": T, "n": n})
+    assert len(payload) == places.pop("end of payload")
+    assert list(layout.COLUMNS) == list(places)
+    names = [name for name, bit in layout.COLUMNS.items() if bits & bit]
+    ends = [*(places[name] for name in names[1:]), len(payload)][: len(names)]
+    assert [columns.size_of(name, T, n) for name in names] == [
+        end - places[name] for name, end in zip(names, ends, strict=True)
+    ]
+    first = {"label_logprob": b"\x00\xbc", "entropy": b"\x00\x40", "document_start": b"\x01\x00"}
+    for name in names:
+        assert payload[places[name] :][:2] == first.get(name, b"\x00\xc2")
+
+
+def test_columns_of_the_payload():
+    """Section 5.1's table has the columns in the order of their bits."""
+    rows = {row[0]: row[2] for row in table("5.1 Payload")[3:]}
+    assert [f"bit {i} of columns" for i in range(len(rows))] == list(rows.values())
+    assert list(layout.COLUMNS) == list(rows)
 
 
 def test_version_strings():

@@ -152,7 +152,7 @@ class CacheWriter:
         Args:
             tokens: [T + 1] integer ids below vocab_size.
             targets: Records of T positions, of the header's kind.
-            columns: One [T] array for each of header.columns.
+            columns: As ``ShardWriter.append``.
 
         Returns:
             The sequence's number in the cache.

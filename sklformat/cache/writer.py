@@ -131,7 +131,8 @@ class ShardWriter:
             tokens: [T + 1] integer ids below vocab_size; they are kept where header.store_tokens says so, and the
                 alignment checksum always is.
             targets: Records of T positions, of the header's kind.
-            columns: One [T] array for each of header.columns.
+            columns: An array for each of header.columns: document_start [T + 1] bool, record_logprob [nnz] beside
+                targets.token_ids, the others [T].
 
         Returns:
             The sequence's 0-based index in the shard.

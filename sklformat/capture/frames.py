@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from sklformat import native
 from sklformat.capture.plan import ShardWork
 from sklformat.checksums import tokens_array
-from sklformat.format.block import check_sizes, column_rows
+from sklformat.format.block import check_sizes
+from sklformat.format.columns import RECORD_LOGPROB, STARTS, typed_columns
 from sklformat.format.header import Header, parse_header
 from sklformat.format.records import SparseTargets
 
@@ -111,7 +112,7 @@ def pack_draws(
     if rounds != header.rounds:
         raise ValueError(f"{rounds} draws per position, the header's rounds is {header.rounds}")
     check_sizes(header, ids, positions)
-    rows = column_rows(header, columns, positions)
+    rows = _columns_parts(header, columns, positions, (positions, rounds))
     return _DRAWS, [_PREFIX.pack(positions, rounds, len(rows)), array, ids, *rows]
 
 
@@ -129,16 +130,26 @@ def pack_targets(
     if kind != header.kind:
         raise ValueError(f"the targets are of kind {kind!r}, the header's kind is {header.kind!r}")
     check_sizes(header, ids, positions)
-    rows = column_rows(header, columns, positions)
+    rows = _columns_parts(header, columns, positions, (targets.num_records,))
     parts = [_PREFIX.pack(positions, targets.num_records, len(rows)), targets.offsets, targets.token_ids, ids]
     if targets.counts is not None:
         return _COUNTS, [*parts, *rows, targets.counts]
     return _WEIGHTS, [*parts, targets.weights, *rows]
 
 
+def _columns_parts(
+    header: Header, columns: Mapping[str, ArrayLike] | None, positions: int, record_shape: tuple[int, ...]
+) -> list[NDArray[Any]]:
+    """Columns as a frame has them: float16 in the header's order, then document starts, a byte per token."""
+    typed = typed_columns(header.columns, columns, positions, record_shape)
+    return [values for name, values in typed.items() if name != STARTS] + [
+        values.view(np.uint8) for name, values in typed.items() if name == STARTS
+    ]
+
+
 def unpack(
     header: Header, kind: int, payload: memoryview
-) -> tuple[NDArray[np.uint32], SparseTargets, dict[str, NDArray[np.float16]]]:
+) -> tuple[NDArray[np.uint32], SparseTargets, dict[str, NDArray[Any]]]:
     """
     Tokens, targets and columns of a frame, views into it where nothing had to be merged.
 
@@ -154,19 +165,26 @@ def unpack(
         place += array.nbytes
         return array
 
-    def take_columns() -> dict[str, NDArray[np.float16]]:
+    def take_columns(num_values: int) -> dict[str, NDArray[Any]]:
         assert num_columns == len(header.columns)
-        return {name: take(positions, np.float16) for name in header.columns}
+        sizes = dict.fromkeys(header.columns, positions) | {RECORD_LOGPROB: num_values}
+        columns = {name: take(sizes[name], np.float16) for name in header.columns if name != STARTS}
+        return columns | ({STARTS: take(positions + 1, np.bool_)} if STARTS in header.columns else {})
 
     if kind == _DRAWS:
         draws = take(positions * size, np.uint32).reshape(positions, size)
         tokens = take(positions + 1, np.uint32)
-        return tokens, merge_draws(draws), take_columns()
+        targets, columns = merge_draws(draws), take_columns(draws.size)
+        if RECORD_LOGPROB in columns:  # of the first of equal draws
+            assert targets.counts is not None
+            before = np.cumsum(targets.counts, dtype=np.int64) - targets.counts
+            columns[RECORD_LOGPROB] = columns[RECORD_LOGPROB][before]
+        return tokens, targets, columns
     offsets, token_ids = take(positions + 1, np.int64), take(size, np.uint32)
     tokens = take(positions + 1, np.uint32)
     if kind == _COUNTS:
-        columns = take_columns()
+        columns = take_columns(size)
         return tokens, SparseTargets(token_ids=token_ids, counts=take(size, np.uint8), offsets=offsets), columns
     assert kind == _WEIGHTS
     weights = take(size, np.float32)
-    return tokens, SparseTargets(token_ids=token_ids, weights=weights, offsets=offsets), take_columns()
+    return tokens, SparseTargets(token_ids=token_ids, weights=weights, offsets=offsets), take_columns(size)

@@ -217,7 +217,7 @@ class Capture:
             sequence: Global number: the one after the last push, or ``next_sequence`` of a shard that has not begun.
             tokens: [T + 1] integer token ids.
             targets: Records of T positions, of the header's kind.
-            columns: One [T] array for each of header.columns.
+            columns: As ``ShardWriter.append``: record_logprob [nnz] beside targets.token_ids.
 
         Raises:
             ValueError: Another sequence is due, shapes or kinds disagree, or the sequence is larger than the ring.
@@ -236,7 +236,8 @@ class Capture:
             sequence: As in ``push``.
             tokens: [T + 1] integer token ids.
             draws: [T, header.rounds] token ids, each row ascending; uint32 or int32 are not converted.
-            columns: One [T] array for each of header.columns.
+            columns: An array for each of header.columns: document_start [T + 1] bool, record_logprob [T, rounds]
+                beside the draws, the others [T].
 
         Raises:
             ValueError, CaptureError: As ``push``; rows that are not sorted are reported by the writer process.

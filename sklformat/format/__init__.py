@@ -2,6 +2,7 @@
 What the bytes of a shard mean, as SPEC.md says; opens no file.
 
 block    one sequence as one block, with its checksums
+columns  optional columns: their sizes, what their values must be, their bytes
 header   every setting that the records of a shard were made with
 index    the end of a sealed shard: where its blocks lie, and a trailer that proves it
 layout   where each byte lies: SPEC.md's tables as data

@@ -16,6 +16,7 @@ from sklformat import native
 from sklformat.checksums import alignment, checksum, tokens_array
 from sklformat.errors import CorruptError, FormatError, TruncatedError, UnsupportedError
 from sklformat.format import layout
+from sklformat.format.columns import Columns, bits_of, find_fault, follow_records, pack, typed_columns, unpack
 from sklformat.format.header import Header
 from sklformat.format.records import Sequence, SparseTargets
 
@@ -60,7 +61,8 @@ def encode_block(
         number: 0-based place in the shard.
         tokens: [T + 1] integer ids below vocab_size, T = targets.num_positions.
         targets: Records; counts or weights as header.kind asks.
-        columns: One [T] array of finite values for each of header.columns.
+        columns: An array for each of header.columns: document_start [T + 1] bool, record_logprob [nnz] beside
+            targets.token_ids, the others [T].
 
     Returns:
         The block's bytes, and what its header says.
@@ -84,8 +86,12 @@ def encode_block(
     data = np.zeros(layout.block_size(payload_size), np.uint8)
     body = data[layout.BLOCK_HEADER_SIZE :]
     stored = ids if header.token_size else None
+    typed = typed_columns(header.columns, columns, positions, (targets.num_records,))
+    kept = follow_records(typed, (targets.offsets, targets.token_ids), (offsets, token_ids))
+    if fault := find_fault(kept, offsets):
+        raise ValueError(fault)
     try:
-        native.encode(shape, offsets, token_ids, codes, stored, _column_bits(header, columns, offsets), body)
+        native.encode(shape, offsets, token_ids, codes, stored, pack(kept), body)
     except ValueError as error:
         raise ValueError(f"{error} (vocab_size {header.vocab_size}, rounds {header.rounds})") from error
     aligned, payload_checksum = alignment(ids), checksum(body.data, key)
@@ -205,7 +211,7 @@ def decode_body(
         CorruptError: Records, tokens or columns contradict SPEC sections 4 and 5.
     """
     shape = block_shape(header, block.num_positions, block.num_records)
-    offsets, token_ids, codes, ids, bits = native.decode(shape, body, tokens=tokens, columns=columns)
+    offsets, token_ids, codes, ids, data = native.decode(shape, body, tokens=tokens, columns=columns)
     if header.kind == "counts":
         targets = SparseTargets.trusted(token_ids, codes, None, offsets)
     else:
@@ -213,12 +219,11 @@ def decode_body(
         targets = SparseTargets.trusted(token_ids, None, weights, offsets)
     if ids is not None and alignment(ids) != block.alignment:
         raise CorruptError(f"alignment checksum {block.alignment:#018x} stored, the tokens give {alignment(ids):#018x}")
-    values: dict[str, NDArray[np.float16]] = {}
-    if bits is not None:
-        values = dict(zip(header.columns, bits.view(np.float16), strict=True))
-        for name, column in values.items():
-            if fault := _column_fault(column, offsets):
-                raise CorruptError(f"column {name} holds {fault}")
+    values: Columns = {}
+    if data is not None:
+        values = unpack(header.columns, data, block.num_positions, block.num_records)
+        if fault := find_fault(values, offsets):
+            raise CorruptError(fault)
     return Sequence(ids, targets, values, block.alignment)
 
 
@@ -268,50 +273,9 @@ def block_shape(header: Header, num_positions: int, num_records: int) -> native.
         layout.PROFILES[header.profile],
         header.record_count_size,
         header.token_size,
-        len(header.columns),
+        bits_of(header.columns),
         header.vocab_size,
         header.rounds,
         num_positions,
         num_records,
     )
-
-
-def _column_bits(
-    header: Header, columns: Mapping[str, ArrayLike] | None, offsets: NDArray[np.int64]
-) -> NDArray[np.uint16] | None:
-    rows = column_rows(header, columns, offsets.size - 1)
-    for name, row in zip(header.columns, rows, strict=True):
-        if fault := _column_fault(row, offsets):
-            raise ValueError(f"column {name} holds {fault}")
-    return np.stack(rows).view(np.uint16) if rows else None
-
-
-def column_rows(header: Header, columns: Mapping[str, ArrayLike] | None, positions: int) -> list[NDArray[np.float16]]:
-    """
-    The optional columns of a sequence as float16 rows [positions], in the header's order.
-
-    Raises:
-        ValueError: Others than the header names, or one of another length.
-    """
-    given = columns or {}
-    if set(given) != set(header.columns):
-        raise ValueError(f"columns {sorted(given)} given, the header names {sorted(header.columns)}")
-    rows = []
-    for name in header.columns:
-        with np.errstate(over="ignore"):  # a block refuses what is not finite in float16
-            row = np.asarray(given[name], np.float64).astype(np.float16)
-        if row.shape != (positions,):
-            raise ValueError(f"column {name} has shape {row.shape}, must be ({positions},)")
-        rows.append(row)
-    return rows
-
-
-def _column_fault(column: NDArray[np.float16], offsets: NDArray[np.int64]) -> str | None:
-    """What SPEC section 5.1 forbids in an optional column, or None."""
-    bad = np.flatnonzero(~np.isfinite(column))
-    if bad.size:
-        return f"a value at position {bad[0]} that is not finite in float16"
-    stray = np.flatnonzero((column != 0) & (offsets[1:] == offsets[:-1]))
-    if stray.size:
-        return f"{column[stray[0]]} at position {stray[0]}, which has no record; it must be 0"
-    return None

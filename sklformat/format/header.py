@@ -18,6 +18,7 @@ from typing import Any
 from sklformat.checksums import checksum, fingerprint
 from sklformat.errors import CorruptError, TruncatedError, UnsupportedError
 from sklformat.format import layout
+from sklformat.format.columns import bits_of
 
 _NO_FINGERPRINT = "0" * 32
 _ENUMS: dict[str, dict[str, int]] = {
@@ -49,7 +50,8 @@ class Header:
         record_count_size: Bytes of a position's number of records, 1 (up to 255) or 2 (up to 65535); None: 1, or 2
             where ratios have more than 255 rounds.
         scale_log2: Ratios only: weights lie in (0, 2**scale_log2], 0..30.
-        columns: Optional float16 columns, one value per position: "label_logprob" and "entropy", in nats.
+        columns: Optional columns: "label_logprob" and "entropy" (a float16 per position, in nats), "document_start" (a
+            bit per token), "record_logprob" (a float16 per record, in nats).
         capture: What else is worth knowing about the capture; JSON, at most 3832 bytes in canonical form.
         row_convention: "next-token": the record at position t describes token t + 1.
         sampling_seed, packing_seed: 0..2**64 - 1.
@@ -209,7 +211,7 @@ class Header:
             "header_size": layout.HEADER_SIZE,
             "incompatible_flags": 0,
             "compatible_flags": 0,
-            "columns": sum(layout.COLUMNS[name] for name in self.columns),
+            "columns": bits_of(self.columns),
             "capture_size": len(capture),
             "capture": capture,
             "header_checksum": 0,

@@ -16,6 +16,7 @@ from sklformat.checksums import checksum, fingerprint_of
 from sklformat.errors import CorruptError, TruncatedError
 from sklformat.format import layout
 from sklformat.format.block import BlockHeader
+from sklformat.format.columns import size_of
 from sklformat.format.header import Header
 
 
@@ -250,9 +251,11 @@ def payload_sizes(header: Header, positions: NDArray[np.uint32], records: NDArra
     """Bytes of the payload of every block, without padding, from the plain codec's rule; SPEC section 5.1."""
     assert header.profile is not None
     positions, records = positions.astype(np.uint64), records.astype(np.uint64)
-    sizes: NDArray[np.uint64] = positions * np.uint64((header.record_count_size or 0) + 2 * len(header.columns))
+    sizes: NDArray[np.uint64] = positions * np.uint64(header.record_count_size or 0)
     sizes += records * np.uint64(layout.RECORD_SIZE[header.profile])
     sizes += (positions + np.uint64(1)) * np.uint64(header.token_size or 0)
+    for name in header.columns:
+        sizes += size_of(name, positions, records)
     return sizes
 
 

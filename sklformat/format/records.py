@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -112,13 +113,14 @@ class Sequence:
     Attributes:
         tokens: [T + 1] uint32, or None where the cache stores none.
         targets: Records of the T positions.
-        columns: Optional columns by name, each [T] float16.
+        columns: Optional columns by name: document_start [T + 1] bool, record_logprob [nnz] float16 beside
+            targets.token_ids, the others [T] float16.
         alignment: Alignment checksum of the tokens.  SPEC section 6.3.
     """
 
     tokens: NDArray[np.uint32] | None
     targets: SparseTargets
-    columns: Mapping[str, NDArray[np.float16]]
+    columns: Mapping[str, NDArray[Any]]
     alignment: int
 
     def __eq__(self, other: object) -> bool:

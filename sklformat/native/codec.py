@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ class Shape:
     profile: int
     record_count_size: int
     token_size: int
-    num_columns: int
+    columns: int
     vocab_size: int
     rounds: int
     num_positions: int
@@ -36,7 +36,7 @@ class Shape:
                 self.profile,
                 self.record_count_size,
                 self.token_size,
-                self.num_columns,
+                self.columns,
                 self.vocab_size,
                 self.rounds,
                 self.num_positions,
@@ -55,6 +55,11 @@ def payload_size(shape: Shape) -> int:
     return _payload_size(shape.to_c())
 
 
+def columns_size(shape: Shape) -> int:
+    """Bytes of the optional columns in such a payload, as ``payload_size``.  SPEC 5.1."""
+    return payload_size(shape) - payload_size(replace(shape, columns=0)) if shape.columns else 0
+
+
 def _payload_size(shape: Any) -> int:
     size = ffi.new("uint64_t *")
     check(lib.skl_payload_size(shape, size))
@@ -67,7 +72,7 @@ def encode(
     token_ids: NDArray[np.uint32],
     codes: NDArray[np.uint8],
     tokens: NDArray[np.uint32] | None,
-    columns: NDArray[np.uint16] | None,
+    columns: NDArray[np.uint8] | None,
     out: NDArray[np.uint8],
 ) -> int:
     """
@@ -79,7 +84,7 @@ def encode(
         token_ids: [nnz] uint32.
         codes: [nnz] uint8, counts or ratio codes.
         tokens: [T + 1] uint32, or None where the shape stores none.
-        columns: [num_columns, T] uint16 bits, or None where there are none.
+        columns: uint8 [columns_size(shape)], as they lie in the payload, or None where there are none.
         out: Room, at least ``payload_size(shape)`` bytes.
 
     Raises:
@@ -93,7 +98,7 @@ def encode(
         view("uint32_t[]", token_ids),
         view("uint8_t[]", codes),
         view("uint32_t[]", tokens),
-        view("uint16_t[]", columns),
+        view("uint8_t[]", columns),
         view("uint8_t[]", out, writable=True),
         out.size,
         written,
@@ -114,13 +119,14 @@ def decode(
     NDArray[np.uint32],
     NDArray[np.uint8],
     NDArray[np.uint32] | None,
-    NDArray[np.uint16] | None,
+    NDArray[np.uint8] | None,
 ]:
     """
     Read and check one payload, given with its zero padding.
 
     Returns:
-        offsets [T + 1], token_ids [nnz], codes [nnz], tokens [T + 1] or None, columns [num_columns, T] or None.
+        offsets [T + 1], token_ids [nnz], codes [nnz], tokens [T + 1] or None, columns [columns_size(shape)] or
+        None; what is in the columns is not checked.
 
     Raises:
         ValueError: The shape has no meaning.
@@ -136,7 +142,7 @@ def decode(
     token_ids = np.empty(records, np.uint32)
     codes = np.empty(records, np.uint8)
     tokens_out = np.empty(positions + 1, np.uint32) if tokens and shape.token_size else None
-    columns_out = np.empty((shape.num_columns, positions), np.uint16) if columns and shape.num_columns else None
+    columns_out = np.empty(columns_size(shape), np.uint8) if columns and shape.columns else None
     fault = ffi.new("skl_fault *")
     # Released before an error is raised: its traceback would keep the payload's file mapped.
     with ffi.from_buffer("uint8_t[]", payload) as source:
@@ -148,7 +154,7 @@ def decode(
             view("uint32_t[]", token_ids, writable=True),
             view("uint8_t[]", codes, writable=True),
             view("uint32_t[]", tokens_out, writable=True),
-            view("uint16_t[]", columns_out, writable=True),
+            view("uint8_t[]", columns_out, writable=True),
             fault,
         )
     check(status, fault)
@@ -384,7 +390,7 @@ def _expect(shape: Shape, *arrays: NDArray[Any] | None) -> None:
         (records, np.uint32),
         (records, np.uint8),
         (positions + 1, np.uint32),
-        (shape.num_columns * positions, np.uint16),
+        (columns_size(shape), np.uint8),
     )
     for array, (size, dtype) in zip(arrays, expected, strict=True):
         expect(array, size, dtype)

@@ -47,6 +47,15 @@ typedef struct payload {
     size_t size;
 } payload;
 
+/* Bytes of the optional columns, as SPEC.md 5.1 says. */
+static size_t size_of_columns(const skl_shape *shape)
+{
+    static const uint32_t per_position[4] = {0, 2, 2, 4};
+    const size_t positions = shape->num_positions;
+    return positions * per_position[shape->columns & 3] + (shape->columns & 4 ? (positions + 8) / 8 : 0) +
+           (shape->columns & 8 ? 2 * (size_t)shape->num_records : 0);
+}
+
 /* A sound payload of num_positions positions with 0..most records each. */
 static payload make_payload(skl_shape shape, uint32_t most)
 {
@@ -57,7 +66,7 @@ static payload make_payload(skl_shape shape, uint32_t most)
         offsets[t + 1] = offsets[t] + draw(most + 1);
     shape.num_records = (uint64_t)offsets[positions];
     uint32_t *ids = room(shape.num_records * sizeof *ids), *tokens = room((positions + 1) * sizeof *tokens);
-    uint16_t *columns = room((size_t)shape.num_columns * positions * sizeof *columns);
+    uint8_t *columns = room(size_of_columns(&shape));
     uint8_t *codes = room(shape.num_records);
     const uint32_t stride = shape.vocab_size / (most + 1);
     for (uint32_t t = 0; t < positions; t++) {
@@ -69,7 +78,7 @@ static payload make_payload(skl_shape shape, uint32_t most)
     }
     for (uint32_t t = 0; t <= positions; t++)
         tokens[t] = draw(shape.vocab_size);
-    memset(columns, 1, (size_t)shape.num_columns * positions * sizeof *columns);
+    memset(columns, 1, size_of_columns(&shape));
     payload made = {shape, NULL, 0};
     uint64_t size = 0;
     size_t written = 0;
@@ -79,7 +88,7 @@ static payload make_payload(skl_shape shape, uint32_t most)
     made.bytes = room(made.size);
     memset(made.bytes + size, 0, PADDING);
     CHECK(skl_encode(&shape, offsets, ids, codes, shape.token_size == 0 ? NULL : tokens,
-                     shape.num_columns == 0 ? NULL : columns, made.bytes, (size_t)size, &written, &fault) == SKL_OK);
+                     shape.columns == 0 ? NULL : columns, made.bytes, (size_t)size, &written, &fault) == SKL_OK);
     free(offsets);
     free(ids);
     free(codes);
@@ -152,7 +161,7 @@ static const skl_shape shapes[] = {
     {SKL_KIND_COUNTS, SKL_PROFILE_R24, 1, 3, 1, 128256, 50, 0, 0},
     {SKL_KIND_COUNTS, SKL_PROFILE_R24, 2, 2, 0, 60000, 127, 0, 0},
     {SKL_KIND_COUNTS, SKL_PROFILE_R24W, 1, 3, 0, 1u << 18, 63, 0, 0},
-    {SKL_KIND_COUNTS, SKL_PROFILE_R32, 1, 4, 2, 1u << 24, 100, 0, 0},
+    {SKL_KIND_COUNTS, SKL_PROFILE_R32, 1, 4, 15, 1u << 24, 100, 0, 0},
     {SKL_KIND_RATIOS, SKL_PROFILE_R24, 1, 3, 0, 1u << 17, 0, 0, 0},
     {SKL_KIND_RATIOS, SKL_PROFILE_R32, 2, 3, 0, 1u << 24, 0, 0, 0},
 };

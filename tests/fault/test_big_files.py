@@ -155,5 +155,6 @@ def test_more_positions_than_32_bits_count(tmp_path):
 def test_payloads_beyond_32_bits():
     """C computes sizes in 64 bits, whatever a shape claims."""
     positions, records = (1 << 32) - 1, 1 << 47
-    shape = native.Shape(1, layout.PROFILES["R32"], 2, 4, 2, 1 << 24, 127, positions, records)
-    assert 2 * positions + 4 * records + 4 * (positions + 1) + 4 * positions == native.payload_size(shape)
+    shape = native.Shape(1, layout.PROFILES["R32"], 2, 4, 15, 1 << 24, 127, positions, records)
+    columns = 4 * positions + (positions + 8) // 8 + 2 * records
+    assert 2 * positions + 4 * records + 4 * (positions + 1) + columns == native.payload_size(shape)

@@ -1,5 +1,6 @@
 """Shards that fit all their checksums and lie somewhere: the package accepts exactly what the reference accepts."""
 
+import dataclasses
 import struct
 import tempfile
 from pathlib import Path
@@ -19,6 +20,8 @@ RATIO_RECORDS = [[(3, 0), (4, 0), (1, 40)], [], [(19, 5), (2, 100)]]
 BASES = [
     (small_settings(columns=3), [[[(3, 2), (6, 3)], [], [(16, 5)]]] * 2),
     (RATIO, [RATIO_RECORDS] * 2),
+    (small_settings(columns=15), [[[(3, 2), (6, 3)], [], [(16, 5)]]] * 2),
+    (dataclasses.replace(RATIO, columns=12), [RATIO_RECORDS] * 2),
     (small_settings(seq_len=0, token_size=0, record_count_size=2), [[[(3, 2), (6, 3)]], [[(16, 5)]] * 4]),
 ]
 
@@ -26,7 +29,11 @@ BASES = [
 def build(of, positions):
     sequences = [
         reference.Sequence(
-            [(i * 3) % 20 for i in range(len(p) + 1)], p, *([1.0 if r else 0.0 for r in p] for _ in range(2))
+            [(i * 3) % 20 for i in range(len(p) + 1)],
+            p,
+            *([-1.0 if r else 0.0 for r in p] for _ in range(2)),
+            [i % 2 == 0 for i in range(len(p) + 1)],
+            [-1.0 for r in p for _ in r],
         )
         for p in positions
     ]
@@ -108,8 +115,15 @@ def test_the_reference_agrees(lie):
             return
         assert problems == []
         with skl.open(file.name) as cache:
-            found = [[[i for i, _ in p] for p in strategies.pairs_of(s.targets)] for s in cache]
-        assert [[[i for i, _ in p] for p in s.positions] for s in decoded.sequences] == found
+            found = [
+                (
+                    [[i for i, _ in p] for p in strategies.pairs_of(s.targets)],
+                    {name: column.tolist() for name, column in s.columns.items()},
+                )
+                for s in cache
+            ]
+        ids = [[[i for i, _ in p] for p in s.positions] for s in decoded.sequences]
+        assert found == list(zip(ids, map(strategies.columns_of, decoded.sequences), strict=True))
 
 
 @pytest.mark.parametrize("base", range(len(BASES)))

@@ -8,7 +8,7 @@ typedef struct decoded {
     int64_t *offsets;
     uint32_t *token_ids, *tokens;
     uint8_t *codes;
-    uint16_t *columns;
+    uint8_t *columns;
     skl_fault fault;
     skl_status status;
 } decoded;
@@ -23,8 +23,8 @@ static decoded decode(const skl_shape *shape, const uint8_t *src, size_t src_len
     out.codes = room(shape->num_records, 1);
     if (whole) /* also where none are stored: then they stay as they are */
         out.tokens = room(positions + 1, sizeof *out.tokens);
-    if (whole && shape->num_columns != 0)
-        out.columns = room(positions * shape->num_columns, sizeof *out.columns);
+    if (whole && shape->columns != 0)
+        out.columns = room(columns_size(shape), 1);
     out.status = skl_decode(shape, src, src_len, out.offsets, out.token_ids, out.codes, out.tokens, out.columns,
                             &out.fault);
     return out;

@@ -14,7 +14,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     shape.record_count_size = (uint32_t)take(&in, 1) % 4;
     shape.token_size = (uint32_t)take(&in, 1);
     shape.token_size = flags & 1 ? token_sizes[shape.token_size % 4] : shape.token_size % 6;
-    shape.num_columns = (uint32_t)take(&in, 1) % 4;
+    shape.columns = (uint32_t)take(&in, 1) % 17;
     shape.rounds = (uint32_t)take(&in, 1);
     shape.vocab_size = (uint32_t)take(&in, 4);
     shape.num_positions = (uint32_t)take(&in, 1) % 64;
@@ -51,10 +51,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         for (uint64_t i = 0; i <= shape.num_positions; i++)
             tokens[i] = (uint32_t)take(&in, shape.token_size > 4 ? 4 : shape.token_size);
     }
-    const uint64_t num_values = (uint64_t)shape.num_columns * shape.num_positions;
-    uint16_t *columns = shape.num_columns == 0 ? NULL : room(num_values, sizeof *columns);
-    for (uint64_t i = 0; i < num_values; i++)
-        columns[i] = (uint16_t)take(&in, 2);
+    const uint64_t num_bytes = columns_size(&shape);
+    uint8_t *columns = shape.columns == 0 ? NULL : room(num_bytes, 1);
+    for (uint64_t i = 0; i < num_bytes; i++)
+        columns[i] = (uint8_t)take(&in, 1);
 
     uint64_t payload_size = 0;
     const skl_status known = skl_payload_size(&shape, &payload_size);
@@ -76,7 +76,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         uint32_t *ids_back = room(shape.num_records, sizeof *token_ids);
         uint8_t *codes_back = room(shape.num_records, 1);
         uint32_t *tokens_back = tokens == NULL ? NULL : room(shape.num_positions + UINT64_C(1), sizeof *tokens);
-        uint16_t *columns_back = columns == NULL ? NULL : room(num_values, sizeof *columns);
+        uint8_t *columns_back = columns == NULL ? NULL : room(num_bytes, 1);
         LAW(skl_decode(&shape, src, (size_t)payload_size + 64, offsets_back, ids_back, codes_back, tokens_back,
                        columns_back, &fault) == SKL_OK);
         LAW(memcmp(offsets, offsets_back, (shape.num_positions + UINT64_C(1)) * sizeof *offsets) == 0);
@@ -84,7 +84,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         LAW(memcmp(codes, codes_back, (size_t)shape.num_records) == 0);
         LAW(tokens == NULL ||
             memcmp(tokens, tokens_back, (shape.num_positions + UINT64_C(1)) * sizeof *tokens) == 0);
-        LAW(columns == NULL || memcmp(columns, columns_back, (size_t)num_values * sizeof *columns) == 0);
+        LAW(columns == NULL || memcmp(columns, columns_back, (size_t)num_bytes) == 0);
         free(src);
         free(offsets_back);
         free(ids_back);

@@ -67,7 +67,7 @@ def some_settings(rng: random.Random, **changes) -> reference.Settings:
         "rounds": rng.choice([3, rounds]),
         "record_count_size": rng.choice([1, 2]),
         "token_size": rng.choice([size for size in (0, 2, 3, 4) if size == 0 or vocab_size <= 256**size]),
-        "columns": rng.randrange(4),
+        "columns": rng.randrange(16),
         "seq_len": rng.choice([0, 3]),
         "sampler": rng.randrange(3 if kind == COUNTS else 5),
         "scale_log2": rng.choice([0, 2]) if kind == RATIOS else 0,
@@ -89,7 +89,9 @@ def some_sequence(rng: random.Random, of: reference.Settings) -> reference.Seque
             positions.append(reference.encode_ratios([(i, rng.choice([0.5, 0.25, 0.01])) for i in ids], of.scale_log2))
     tokens = [rng.choice([rng.randrange(20), of.vocab_size - 1]) for _ in range(length + 1)]
     column = [-0.5 if records else 0.0 for records in positions]
-    return reference.Sequence(tokens, positions, column if of.columns & 1 else None, column if of.columns & 2 else None)
+    values = (column, column, [i % 3 == 0 for i in tokens], [-0.25 * len(p) for p in positions for _ in p])
+    there = [value if of.columns >> bit & 1 else None for bit, value in enumerate(values)]
+    return reference.Sequence(tokens, positions, *there)
 
 
 @functools.lru_cache(maxsize=256)
@@ -333,14 +335,13 @@ def values_of_reference(shard: reference.Shard) -> list:
         values = [code for _, code in pairs]
         if shard.settings.kind == RATIOS:
             values = [float(np.float32(v) * unit) for position in sequence.values() for v in position]
-        columns = {"label_logprob": sequence.label_logprob, "entropy": sequence.entropy}
         made.append(
             (
                 sequence.tokens,
                 [len(position) for position in sequence.positions],
                 [token_id for token_id, _ in pairs],
                 values,
-                {name: column for name, column in columns.items() if column is not None},
+                {name: getattr(sequence, name) for name in layout.COLUMNS if getattr(sequence, name) is not None},
                 sequence.alignment,
             )
         )

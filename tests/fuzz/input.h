@@ -42,6 +42,15 @@ static inline void *room(uint64_t count, size_t size)
     return memory;
 }
 
+/* Bytes of the optional columns of a shape that skl_payload_size knows. */
+static inline uint64_t columns_size(const skl_shape *shape)
+{
+    skl_shape without = *shape;
+    uint64_t size = 0, rest = 0;
+    without.columns = 0;
+    return skl_payload_size(shape, &size) == SKL_OK && skl_payload_size(&without, &rest) == SKL_OK ? size - rest : 0;
+}
+
 /* The shape as 24 bytes say; one bit of the input makes the field values known ones, and one fits num_records. */
 static inline skl_shape take_shape(input *in)
 {
@@ -52,7 +61,7 @@ static inline skl_shape take_shape(input *in)
     shape.profile = (uint32_t)take(in, 1);
     shape.record_count_size = (uint32_t)take(in, 1);
     shape.token_size = (uint32_t)take(in, 1);
-    shape.num_columns = (uint32_t)take(in, 1);
+    shape.columns = (uint32_t)take(in, 1);
     shape.rounds = (uint32_t)take(in, 2);
     shape.vocab_size = (uint32_t)take(in, 4);
     shape.num_positions = (uint32_t)take(in, 4);
@@ -62,7 +71,7 @@ static inline skl_shape take_shape(input *in)
         shape.profile = shape.kind == SKL_KIND_COUNTS ? 1 + shape.profile % 3 : shape.profile % 2 ? 3 : 1;
         shape.record_count_size = 1 + shape.record_count_size % 2;
         shape.token_size = token_sizes[shape.token_size % 4];
-        shape.num_columns %= 3;
+        shape.columns %= 16;
         shape.rounds = 1 + shape.rounds % (shape.profile == SKL_PROFILE_R24W ? 63 : 127);
         shape.vocab_size = 1 + shape.vocab_size % (UINT32_C(1) << id_bits[shape.profile]);
     }
@@ -71,7 +80,8 @@ static inline skl_shape take_shape(input *in)
         shape.num_records = 0;
         uint64_t fixed;
         if (skl_payload_size(&shape, &fixed) == SKL_OK && fixed < in->size)
-            shape.num_records = (in->size - fixed) / (shape.profile == SKL_PROFILE_R32 ? 4 : 3);
+            shape.num_records = (in->size - fixed) /
+                                ((shape.profile == SKL_PROFILE_R32 ? 4 : 3) + (shape.columns & 8 ? 2 : 0));
     }
     return shape;
 }

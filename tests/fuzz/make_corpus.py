@@ -21,7 +21,7 @@ EXACT, PADDED, PARTS = 0, 4, 8
 def shape_bytes(flags, settings, num_positions, num_records) -> bytes:
     """The 24 bytes that fuzz_decode begins with."""
     s = settings
-    head = struct.pack("<6B", flags, s.kind, s.profile, s.record_count_size, s.token_size, s.columns.bit_count())
+    head = struct.pack("<6B", flags, s.kind, s.profile, s.record_count_size, s.token_size, s.columns)
     return head + struct.pack("<HIIQ", s.rounds, s.vocab_size, num_positions, num_records)
 
 
@@ -39,7 +39,8 @@ def sequence_of(kind, vocab_size, rounds, lengths, scale=1):
     length = len(lengths)
     tokens = [(i * i * 7) % vocab_size for i in range(length)] + [vocab_size - 1]
     column = [-1.5 if n else 0.0 for n in lengths]
-    return reference.Sequence(tokens, positions, column, column)
+    records = sum(len(position) for position in positions)
+    return reference.Sequence(tokens, positions, column, column, [i % 3 == 0 for i in tokens], [-2.5] * records)
 
 
 def decode_inputs():
@@ -56,6 +57,7 @@ def decode_inputs():
             (1, 0, 0, [1]),
             (1, 4, 1, [3, 0, 12, 1]),
             (2, 3, 3, [0, 2, 25, 0, 17, 40]),
+            (1, 2 if vocab_size <= 65536 else 3, 15, [4, 0, 1, 2, 2, 2, 2, 5]),
         ):
             settings = reference.Settings(
                 kind=kind,
@@ -139,7 +141,7 @@ def encode_inputs():
     tokens = struct.pack("<HH", 1, 2)
     two = (1, 2, 0)
     yield "counts", made(0, 1, 1, two, 3, 10, [2], records((1, 1), (2, 2)) + tokens)
-    yield "counts-columns", made(0, 1, 3, (2, 4, 2), 3, 10, [1], records((9, 3)) + bytes(8) + bytes(range(4)))
+    yield "counts-columns", made(0, 1, 3, (2, 4, 15), 3, 10, [1], records((9, 3)) + bytes(8) + bytes(range(7)))
     yield "wide", made(0, 1, 2, (2, 3, 1), 63, 1 << 18, [1], records(((1 << 18) - 1, 63)) + bytes(8))
     yield "ratios", made(0, 2, 1, (1, 0, 0), 0, 1 << 17, [3], records((5, 3), (7, 0), (2, 9)))
     yield "ratios-many", made(32, 2, 3, (1, 0, 0), 0, 1 << 24, [255], bytes(5 * 300), scale=17)

@@ -53,6 +53,22 @@ def with_columns(sequences: list[Sequence]) -> list[Sequence]:
     ]
 
 
+def with_all_columns(sequences: list[Sequence]) -> list[Sequence]:
+    """The same with values in all columns; documents begin at the first and at the last token."""
+    made = []
+    for s in with_columns(sequences):
+        num_records = sum(len(records) for records in s.positions)
+        made.append(
+            dataclasses.replace(
+                s,
+                entropy=[abs(value) for value in s.entropy],
+                document_start=[True, *[False] * (len(s.tokens) - 2), True],
+                record_logprob=[(0.0, -(2.0**-24), -65504.0, -0.5)[i % 4] for i in range(num_records)],
+            )
+        )
+    return made
+
+
 def valid() -> dict[str, tuple[Settings, list[Sequence]]]:
     """Every kind with every profile, and every option once."""
     common = {"seq_len": 3, "sampler": 1, "token_size": 2}
@@ -107,6 +123,21 @@ def valid() -> dict[str, tuple[Settings, list[Sequence]]]:
         "column-entropy": (
             Settings(**common, vocab_size=100, rounds=7, columns=2),
             [dataclasses.replace(s, label_logprob=None) for s in with_columns(counts(99, 7))],
+        ),
+        "columns-all": (
+            Settings(**common, vocab_size=100, rounds=7, columns=15),
+            with_all_columns(counts(99, 7)),
+        ),
+        "columns-ratios": (
+            Settings(**common | {"token_size": 3, "sampler": 3}, kind=RATIOS, vocab_size=r24, columns=12),
+            [dataclasses.replace(s, label_logprob=None, entropy=None) for s in with_all_columns(ratios(r24 - 1, 0))],
+        ),
+        "column-document-start": (
+            Settings(**common | {"seq_len": 0}, vocab_size=100, rounds=7, columns=4),
+            [
+                Sequence([n] * (n + 1), [[(n, 7)]] * n, document_start=[i % 3 == 0 for i in range(n + 1)])
+                for n in (6, 7, 8, 16)
+            ],
         ),
         "ragged": (Settings(**common | {"seq_len": 0}, vocab_size=100, rounds=7, record_count_size=2), ragged),
         "empty-shard": (small, []),
@@ -163,6 +194,21 @@ def sequence(positions: list, tokens: tuple = (1, 2, 3, 4), **changes) -> bytes:
     return reference.encode_shard(dataclasses.replace(SETTINGS, **changes), [Sequence(list(tokens), positions)])
 
 
+def column(bit: int, data: bytes) -> bytes:
+    """A shard of one sequence with one optional column of these bytes, every checksum fitted."""
+    settings = dataclasses.replace(SETTINGS, columns=bit)
+    zeros = Sequence([1, 2, 3, 4], [[(5, 7)]] * 3, [0.0] * 3, [0.0] * 3, [False] * 4, [0.0] * 3)
+    head = reference.encode_header(settings)
+    key = reference.shard_key_of(head)
+    changed = bytearray(reference.encode_block(settings, zeros, 0, key))
+    at = 64 + 3 + 3 * 3 + 4 * 2
+    assert struct.unpack_from("<I", changed, 24)[0] == at - 64 + len(data)
+    changed[at : at + len(data)] = data
+    changed[40:48] = struct.pack("<Q", reference.xxh64(bytes(changed[64:]), key))
+    changed[56:64] = struct.pack("<Q", reference.xxh64(bytes(changed[:56]), key))
+    return reference.join_shard(head, [bytes(changed)])
+
+
 def flipped(offset: int) -> bytes:
     changed = bytearray(SHARD)
     changed[offset] ^= 0x10
@@ -216,6 +262,13 @@ def invalid() -> dict[str, bytes]:
             dataclasses.replace(SETTINGS, columns=1),
             [Sequence([1, 2, 3, 4], [full, full, []], [float("inf"), 0.0, 0.0])],
         ),
+        "unsupported-columns": header(38, b"\x10"),
+        "corrupt-column-minus-zero": column(2, b"\x00\x80" + bytes(4)),
+        "corrupt-column-above-zero": column(1, bytes(4) + b"\x01\x00"),
+        "corrupt-document-start-bit": column(4, b"\x11"),
+        "corrupt-record-logprob-infinite": column(8, bytes(4) + b"\x00\xfc"),
+        "corrupt-record-logprob-above-zero": column(8, bytes(4) + b"\x00\x3c"),
+        "corrupt-record-logprob-minus-zero": column(8, b"\x00\x80" + bytes(4)),
         "corrupt-column-without-record": reference.encode_shard(
             dataclasses.replace(SETTINGS, columns=1), [Sequence([1, 2, 3, 4], [full, full, []], [-1.0, -1.0, -1.0])]
         ),
@@ -231,10 +284,17 @@ def expected(settings: Settings, sequences: list[Sequence], data: bytes) -> dict
         "fingerprint": f"{decoded.root:032x}",
         "cache_key": f"{decoded.cache_key:032x}",
         "sequences": [
-            dataclasses.asdict(dataclasses.replace(s, alignment=reference.alignment_of(s.tokens))) | {"values": v}
+            fields_of(dataclasses.replace(s, alignment=reference.alignment_of(s.tokens))) | {"values": v}
             for s, v in zip(sequences, values, strict=True)
         ],
     }
+
+
+def fields_of(sequence: Sequence) -> dict:
+    """Its fields; the columns that came last only where they are, so that older files stay as they are."""
+    fields = dataclasses.asdict(sequence)
+    late = ("document_start", "record_logprob")
+    return {name: value for name, value in fields.items() if value is not None or name not in late}
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from system import open_descriptors, wait_for
 
 import sklformat as skl
 from sklformat.capture import Capture, ShardWork, merge_draws
+from sklformat.format import layout
 
 
 def names(directory):
@@ -76,10 +77,15 @@ def test_counts_and_draws_are_the_same(tmp_path):
 
 def test_weights_and_columns_arrive(tmp_path):
     """Weights go through the ring as they are, and so do columns; positions without a record stay without."""
-    names = ("label_logprob", "entropy")
+    names = tuple(layout.COLUMNS)
     header = skl.Header(vocab_size=1000, seq_len=3, kind="ratios", rounds=0, sampler="topk", columns=names)
     targets = skl.SparseTargets(token_ids=[5, 7, 1], weights=[0.5, 0.25, 1.0], offsets=[0, 2, 2, 3])
-    columns = {"entropy": [0.5, 0.0, 2.5], "label_logprob": np.array([-1.0, 0.0, -3.0], np.float32)}
+    columns = {
+        "entropy": [0.5, 0.0, 2.5],
+        "label_logprob": np.array([-1.0, 0.0, -3.0], np.float32),
+        "document_start": [True, False, False, True],
+        "record_logprob": [-0.5, -1.5, -0.25],
+    }
     with Capture(tmp_path / "c", header=header, num_sequences=1, sequences_per_shard=1) as capture:
         capture.push(0, [1, 2, 3, 4], targets, columns)
     sequence = skl.open(tmp_path / "c")[0]
@@ -88,6 +94,31 @@ def test_weights_and_columns_arrive(tmp_path):
     np.testing.assert_allclose([0.5, 0.25, 1.0], sequence.targets.weights, rtol=0.01)
     for name, values in columns.items():
         np.testing.assert_array_equal(values, sequence.columns[name])
+
+
+def test_columns_of_draws_arrive(tmp_path):
+    """Draws have a log-prob each; the records made of them keep that of their id, in counts pushed as pairs too."""
+    header = dataclasses.replace(HEADER, columns=tuple(layout.COLUMNS))
+    rng = np.random.default_rng(0)
+    known = -np.arange(1000) / 8  # of each id
+    tokens, draws = tokens_of(0), draws_of(0)
+    columns = {
+        "entropy": rng.random(32),
+        "label_logprob": -rng.random(32),
+        "document_start": np.arange(33) % 5 == 0,
+        "record_logprob": np.asfortranarray(known[draws]),
+    }
+    targets = merge_draws(draws)
+    for name in ("draws", "pairs"):
+        with open_capture(tmp_path / name, header=header, num_sequences=1) as capture:
+            if name == "draws":
+                capture.push_draws(0, tokens, draws, columns)
+            else:
+                capture.push(0, tokens, targets, columns | {"record_logprob": known[targets.token_ids]})
+    assert shard_bytes(tmp_path / "draws") == shard_bytes(tmp_path / "pairs")
+    sequence = skl.open(tmp_path / "draws")[0]
+    np.testing.assert_array_equal(known[targets.token_ids], sequence.columns["record_logprob"])
+    np.testing.assert_array_equal(columns["document_start"], sequence.columns["document_start"])
 
 
 def test_order_and_shapes_are_checked_before_the_ring(tmp_path):

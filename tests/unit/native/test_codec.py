@@ -22,7 +22,7 @@ SHAPE = Shape(
     profile=1,
     record_count_size=1,
     token_size=2,
-    num_columns=1,
+    columns=1,
     vocab_size=10,
     rounds=5,
     num_positions=2,
@@ -32,7 +32,7 @@ OFFSETS = np.array([0, 2, 3])
 IDS = np.array([1, 5, 9], np.uint32)
 COUNTS = np.array([2, 3, 5], np.uint8)
 TOKENS = np.array([1, 2, 3], np.uint32)
-COLUMN = np.array([[7, 8]], np.uint16)
+COLUMN = np.array([7, 8, 9, 10], np.uint8)
 
 
 def encoded() -> np.ndarray:
