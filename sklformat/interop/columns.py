@@ -5,15 +5,17 @@ One row is one sequence of L tokens with T rows of records:
 
 * ``input_ids``: L ids; ``token_ids``: T lists of ids; and, parallel to these, ``counts`` (integers that sum to the
   number of rounds) or ``logprobs`` (natural logarithms).  An empty list: no record at this position.
-* optionally ``label_logprob`` and ``entropy``: T numbers, in nats.
+* optionally ``label_logprob`` and ``entropy``: T numbers, in nats; ``document_start``: L booleans, true where a
+  document begins; ``record_logprob``: T lists parallel to ``token_ids``, the teacher's natural log-probs of these ids.
 
 Parquet: these are the columns, of lists and lists of lists.  JSONL: one JSON object per line with these keys.
 npz: flat arrays, nothing pickled, so that lists need offsets:
 
 * ``input_ids`` of all sequences one after the other; those of sequence s are
   ``input_ids[sequence_offsets[s]:sequence_offsets[s + 1]]``, with ``sequence_offsets`` int64 [S + 1];
-* ``token_ids`` and ``counts`` or ``logprobs`` of all positions; those of position i, counted over all sequences, are
-  ``token_ids[position_offsets[i]:position_offsets[i + 1]]``; each sequence has one position less than tokens.
+* ``token_ids``, ``counts`` or ``logprobs``, and ``record_logprob`` of all positions; those of position i, counted over
+  all sequences, are ``token_ids[position_offsets[i]:position_offsets[i + 1]]``; each sequence has one position less
+  than tokens.
 
 Files written here also carry a note, a JSON object with the settings of the cache they came from: the key
 ``sklformat`` of Parquet's schema, the array ``sklformat`` of an npz, a file ``<name>.sklformat.json`` beside a JSONL.
@@ -35,6 +37,7 @@ from numpy.typing import NDArray
 
 from sklformat.errors import CorruptError
 from sklformat.format import layout
+from sklformat.format.columns import STARTS
 
 NOTE = "sklformat"
 TYPES = {
@@ -43,6 +46,7 @@ TYPES = {
     "counts": np.uint8,
     "logprobs": np.float64,
     **dict.fromkeys(layout.COLUMNS, np.float32),
+    STARTS: np.bool_,
 }
 
 
@@ -56,7 +60,8 @@ class Row:
         token_ids: [nnz] integers.
         values: [nnz] counts (integers) or natural log-probs (floats).
         offsets: [T + 1] int64, records of each position; from 0 to nnz.
-        columns: Optional columns by name, each [T] floats, in nats.
+        columns: Optional columns by name: document_start [L] booleans or 0 and 1, record_logprob [nnz] floats, the
+            others [T] floats, in nats.
     """
 
     input_ids: NDArray[Any]
@@ -77,14 +82,15 @@ def in_row(path: Path, number: int) -> Iterator[None]:
 
 def typed(array: NDArray[Any], name: str) -> NDArray[Any]:
     """
-    A column's numbers, once it is sure that they are a list of numbers, of integers where the column has integers.
+    A column's values, once it is sure that they are a list of numbers, of integers where the column has integers.
 
     Raises:
         ValueError: They are not.
     """
-    integers = np.issubdtype(TYPES[name], np.integer)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in ("iu" if integers else "iuf")):
-        raise ValueError(f"{name} holds something other than {'integers' if integers else 'numbers'}")
+    kind = np.dtype(TYPES[name]).kind
+    kinds, what = {"b": ("biu", "booleans"), "f": ("iuf", "numbers")}.get(kind, ("iu", "integers"))
+    if array.ndim != 1 or (array.size and array.dtype.kind not in kinds):
+        raise ValueError(f"{name} holds something other than {what}")
     return array if array.size else array.astype(TYPES[name])
 
 

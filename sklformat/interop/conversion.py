@@ -24,6 +24,7 @@ from sklformat.cache.writer import ShardWriter
 from sklformat.capture.plan import survey
 from sklformat.errors import CorruptError, SettingsError
 from sklformat.files.disk import Disk, lock, locked_directory, write_atomically
+from sklformat.format.columns import follow_records
 from sklformat.format.header import Header
 from sklformat.format.layout import PARTIAL_SUFFIX
 from sklformat.format.records import SparseTargets
@@ -197,7 +198,9 @@ class _Stream:
                 targets = self._converted(item.targets)
             except ValueError as error:
                 raise ValueError(f"sequence {self._next}: {error}") from None
-            yield item.tokens, targets, item.columns
+            before, after = item.targets, targets
+            columns = follow_records(item.columns, (before.offsets, before.token_ids), (after.offsets, after.token_ids))
+            yield item.tokens, targets, columns
             self._next += 1
             if self._progress is not None:
                 self._progress(doing, self._next, self.source.count)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.errors import CorruptError
+from sklformat.format.columns import RECORD_LOGPROB, STARTS
 from sklformat.interop.columns import NOTE, Row, check_parallel, in_row, offsets_of, typed
 
 
@@ -73,7 +74,10 @@ def _parsed(line: dict[str, Any], values: str, columns: tuple[str, ...]) -> Row:
     token_ids, offsets = _flat(line["token_ids"], "token_ids")
     flat_values, value_offsets = _flat(line[values], values)
     check_parallel(offsets, value_offsets, values)
-    extra = {name: _numbers(line[name], name) for name in columns}
+    extra = {name: _numbers(line[name], name) for name in columns if name != RECORD_LOGPROB}
+    if RECORD_LOGPROB in columns:
+        extra[RECORD_LOGPROB], its_offsets = _flat(line[RECORD_LOGPROB], RECORD_LOGPROB)
+        check_parallel(offsets, its_offsets, RECORD_LOGPROB)
     return Row(_numbers(line["input_ids"], "input_ids"), token_ids, flat_values, offsets, extra)
 
 
@@ -101,10 +105,18 @@ class Sink:
 
     def append(self, row: Row) -> None:
         bounds = list(itertools.pairwise(row.offsets.tolist()))
+
+        def nested(values: NDArray[Any]) -> list[Any]:
+            flat = values.tolist()
+            return [flat[begin:end] for begin, end in bounds]
+
         line: dict[str, Any] = {"input_ids": row.input_ids.tolist()}
-        for name, values in zip(self._names[1:3], (row.token_ids.tolist(), row.values.tolist()), strict=True):
-            line[name] = [values[begin:end] for begin, end in bounds]
-        line |= {name: row.columns[name].astype(float).tolist() for name in self._names[3:]}
+        line |= {
+            name: nested(values) for name, values in zip(self._names[1:3], (row.token_ids, row.values), strict=True)
+        }
+        for name in self._names[3:]:
+            values = row.columns[name].astype(bool if name == STARTS else float)
+            line[name] = nested(values) if name == RECORD_LOGPROB else values.tolist()
         self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
 
     def finish(self) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.errors import CorruptError
+from sklformat.format.columns import RECORD_LOGPROB, STARTS
 from sklformat.interop.columns import NOTE, TYPES, Row, typed
 
 
@@ -45,17 +46,22 @@ def read_rows(path: Path, values: str, columns: tuple[str, ...]) -> Iterator[Row
         starts = tokens - rows_less * np.arange(count + 1)
         if positions != starts[-1] or (np.diff(starts) < 0).any():
             raise ValueError(f"{positions} positions do not fit {count} sequences of {arrays['input_ids'].size} tokens")
-        if wrong := [name for name in columns if arrays[name].size != positions]:
-            raise ValueError(f"{wrong[0]} has {arrays[wrong[0]].size} values for {positions} positions")
+        sizes = dict.fromkeys(columns, (positions, "positions"))
+        sizes |= {STARTS: (arrays["input_ids"].size, "tokens"), RECORD_LOGPROB: (arrays["token_ids"].size, "token_ids")}
+        for name in columns:
+            if arrays[name].size != sizes[name][0]:
+                raise ValueError(f"{name} has {arrays[name].size} values for {sizes[name][0]} {sizes[name][1]}")
     for s in range(count):
         first, last = int(starts[s]), int(starts[s + 1])
         begin, end = int(records[first]), int(records[last])
+        parts = dict.fromkeys(columns, slice(first, last))
+        parts |= {STARTS: slice(tokens[s], tokens[s + 1]), RECORD_LOGPROB: slice(begin, end)}
         yield Row(
             arrays["input_ids"][tokens[s] : tokens[s + 1]],
             arrays["token_ids"][begin:end],
             arrays[values][begin:end],
             records[first : last + 1] - begin,
-            {name: arrays[name][first:last] for name in columns},
+            {name: arrays[name][parts[name]] for name in columns},
         )
 
 
@@ -85,7 +91,7 @@ class Sink:
 
     def __init__(self, file: BinaryIO, names: tuple[str, ...], note: str) -> None:
         self._file, self._note = file, note
-        self._types = {name: np.dtype(TYPES[name]) for name in names}
+        self._types: dict[str, np.dtype[Any]] = {name: np.dtype(TYPES[name]) for name in names}
         self._types |= dict.fromkeys(("sequence_offsets", "position_offsets"), np.dtype(np.int64))
         beside = Path(file.name).parent  # where there is room for the file there is room for its columns
         self._spools: dict[str, Any] = {}

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sklformat.errors import CorruptError
+from sklformat.format.columns import RECORD_LOGPROB
 from sklformat.interop.columns import NOTE, TYPES, Row, check_parallel, in_row, offsets_of, typed
 
 _READ_ROWS = 16  # sequences decoded at once
@@ -41,7 +42,10 @@ def read_rows(path: Path, values: str, columns: tuple[str, ...]) -> Iterator[Row
                     token_ids, offsets = _nested(*lists["token_ids"], i, "token_ids")
                     flat_values, value_offsets = _nested(*lists[values], i, values)
                     check_parallel(offsets, value_offsets, values)
-                    extra = {name: _plain(*lists[name], i, name) for name in columns}
+                    extra = {name: _plain(*lists[name], i, name) for name in columns if name != RECORD_LOGPROB}
+                    if RECORD_LOGPROB in columns:
+                        extra[RECORD_LOGPROB], its_offsets = _nested(*lists[RECORD_LOGPROB], i, RECORD_LOGPROB)
+                        check_parallel(offsets, its_offsets, RECORD_LOGPROB)
                     row = Row(_plain(*lists["input_ids"], i, "input_ids"), token_ids, flat_values, offsets, extra)
                 yield row
                 number += 1
@@ -91,7 +95,8 @@ class Sink:
     def __init__(self, file: BinaryIO, names: tuple[str, ...], note: str) -> None:
         self._names, self._rows, self._records = names, list[Row](), 0
         types = [pa.list_(pa.from_numpy_dtype(TYPES[name])) for name in names]
-        types[1:3] = [pa.list_(inner) for inner in types[1:3]]
+        self._nested = {*names[1:3], RECORD_LOGPROB}
+        types = [pa.list_(one) if name in self._nested else one for name, one in zip(names, types, strict=True)]
         schema = pa.schema(list(zip(names, types, strict=True)), metadata={NOTE: note})
         self._writer = pq.ParquetWriter(file, schema)
 
@@ -119,7 +124,9 @@ class Sink:
             nested("token_ids", [row.token_ids for row in rows]),
             nested(self._names[2], [row.values for row in rows]),
         ]
-        arrays += [lists(name, [row.columns[name] for row in rows]) for name in self._names[3:]]
+        for name in self._names[3:]:
+            made = nested if name in self._nested else lists
+            arrays.append(made(name, [row.columns[name] for row in rows]))
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._writer.schema))
 
     def finish(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sklformat.format.columns import RECORD_LOGPROB, STARTS, find_fault, follow_records, typed_columns
 from sklformat.format.header import Header
 from sklformat.format.records import SparseTargets
 from sklformat.interop.columns import Row
@@ -21,7 +22,7 @@ _ABOVE_ONE = 1e-3  # log-probs above 0 by no more than this are rounding
 
 
 class Item(NamedTuple):
-    """One sequence: tokens [T + 1] uint32, records of T positions, optional columns [T] by name."""
+    """One sequence: tokens [T + 1] uint32, records of T positions, optional columns by name for these records."""
 
     tokens: NDArray[Any]
     targets: SparseTargets
@@ -59,8 +60,8 @@ def check_row(row: Row, header: Header, values: str, *, drop_last_row: bool, tru
         targets = _weights(ids, ordered, positions, row.offsets, header.scale)
         if not trusted:
             _check_sums(targets)
-    _check_columns(row.columns, targets.offsets)
-    return Item(row.input_ids.astype(np.uint32), targets, row.columns)
+    columns = _columns(row, targets)
+    return Item(row.input_ids.astype(np.uint32), targets, columns)
 
 
 def _next_token_rows(row: Row, *, drop_last_row: bool) -> Row:
@@ -69,7 +70,8 @@ def _next_token_rows(row: Row, *, drop_last_row: bool) -> Row:
     if drop_last_row and rows == tokens:
         offsets = row.offsets[:-1]
         end = offsets[-1]
-        columns = {name: values[:-1] for name, values in row.columns.items()}
+        ends = {STARTS: tokens, RECORD_LOGPROB: end}
+        columns = {name: values[: ends.get(name, rows - 1)] for name, values in row.columns.items()}
         row, rows = Row(row.input_ids, row.token_ids[:end], row.values[:end], offsets, columns), rows - 1
     elif drop_last_row:
         raise ValueError(f"{tokens} tokens and {rows} rows: there is no last row too many; leave out --drop-last-row")
@@ -79,8 +81,11 @@ def _next_token_rows(row: Row, *, drop_last_row: bool) -> Row:
             f"{tokens} tokens and {rows} rows of records; row t describes token t + 1, so L tokens (at least 2) have "
             f"L - 1 rows{hint if rows == tokens else ''}"
         )
-    if wrong := [name for name, values in row.columns.items() if values.size != rows]:
-        raise ValueError(f"{wrong[0]} has {row.columns[wrong[0]].size} values for {rows} rows")
+    sizes = {STARTS: (tokens, "tokens"), RECORD_LOGPROB: (row.token_ids.size, "token_ids")}
+    for name, values in row.columns.items():
+        size, what = sizes.get(name, (rows, "rows"))
+        if values.size != size:
+            raise ValueError(f"{name} has {values.size} values for {size} {what}")
     return row
 
 
@@ -147,10 +152,11 @@ def position_sums(values: NDArray[np.float64], offsets: NDArray[np.int64]) -> ND
     return np.add.reduceat(values, offsets[:-1][np.diff(offsets) > 0])
 
 
-def _check_columns(columns: Mapping[str, NDArray[Any]], offsets: NDArray[np.int64]) -> None:
-    for name, values in columns.items():
-        bad = np.flatnonzero(~np.isfinite(values) | ((values != 0) & (np.diff(offsets) == 0)))
-        if bad.size:
-            raise ValueError(
-                f"position {bad[0]}: {name} {values[bad[0]]}; it must be finite, and 0 where there is no record"
-            )
+def _columns(row: Row, targets: SparseTargets) -> dict[str, NDArray[Any]]:
+    """The row's columns for the records that it became; their values must be what a block may hold."""
+    ids = row.token_ids.astype(np.uint32)
+    columns = follow_records(row.columns, (row.offsets, ids), (targets.offsets, targets.token_ids))
+    typed = typed_columns(tuple(columns), columns, targets.num_positions, (targets.num_records,))
+    if fault := find_fault(typed, targets.offsets):
+        raise ValueError(fault)
+    return columns | {name: values for name, values in typed.items() if name == STARTS}

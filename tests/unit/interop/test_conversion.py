@@ -12,6 +12,7 @@ import sklformat as skl
 from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
 from sklformat.files.disk import locked_directory
+from sklformat.format import layout
 from sklformat.interop import convert
 from sklformat.interop.columns import Row
 from sklformat.interop.plain import check_row
@@ -40,6 +41,11 @@ def topk(rng, positions, vocab_size, k=5):
     return skl.SparseTargets(token_ids=ids, weights=weights, offsets=np.arange(positions + 1) * k)
 
 
+def logprob_of(ids):
+    """A log-prob that tells the id."""
+    return -np.asarray(ids, np.float64) / 4
+
+
 def write_cache(directory, kind="counts", sequences=5, per_shard=2, seed=0, **settings):
     """A cache with a provenance; returns its directory."""
     rng = np.random.default_rng(seed)
@@ -54,8 +60,13 @@ def write_cache(directory, kind="counts", sequences=5, per_shard=2, seed=0, **se
                 length = header.seq_len or 2 + sequence
                 targets = drawn(rng, length, 60, header.rounds) if kind == "counts" else topk(rng, length, 60)
                 has_records = np.diff(targets.offsets) > 0
-                signs = {"label_logprob": -1, "entropy": 1}
-                columns = {name: signs[name] * rng.random(length) * has_records for name in header.columns}
+                columns = {
+                    "label_logprob": -rng.random(length) * has_records,
+                    "entropy": rng.random(length) * has_records,
+                    "document_start": rng.random(length + 1) < 0.3,
+                    "record_logprob": logprob_of(targets.token_ids),
+                }
+                columns = {name: columns[name] for name in header.columns}
                 writer.append(rng.integers(0, 60, length + 1), targets, columns)
     write_manifest(directory, scan_directory(directory))
     return directory
@@ -87,9 +98,20 @@ COUNTS = {"vocab_size": 10, "rounds": 3, "sampler": "multinomial"}
         {},
         {"kind": "ratios"},
         {"seq_len": 0, "columns": ("label_logprob", "entropy")},
+        {"seq_len": 0, "columns": ("document_start",)},
+        {"columns": tuple(layout.COLUMNS)},
+        {"kind": "ratios", "columns": tuple(layout.COLUMNS)},
         {"kind": "ratios", "scale_log2": 2, "record_count_size": 2},
     ],
-    ids=["counts", "ratios", "ragged with columns", "scaled ratios"],
+    ids=[
+        "counts",
+        "ratios",
+        "ragged with columns",
+        "document starts",
+        "all columns",
+        "ratios with all columns",
+        "scaled ratios",
+    ],
 )
 def test_there_and_back_gives_the_same_bytes(tmp_path, name, settings):
     """A cache that goes through plain columns and back is byte for byte the same, for every file and kind."""
@@ -100,6 +122,55 @@ def test_there_and_back_gives_the_same_bytes(tmp_path, name, settings):
     assert (made.sequences, made.positions, made.records) == (back.sequences, back.positions, back.records)
     assert skl.open(cache).fingerprint == back.fingerprint
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_log_probs_of_records_follow_their_ids(tmp_path, name):
+    """Records are sorted otherwise in another kind and in a file of any order; each keeps its log-prob."""
+    cache = write_cache(tmp_path / "cache", columns=("document_start", "record_logprob"))
+    run(cache, tmp_path / "ratios", kind="ratios")
+    for sequence in skl.open(tmp_path / "ratios"):
+        assert logprob_of(sequence.targets.token_ids).tolist() == sequence.columns["record_logprob"].tolist()
+    run(tmp_path / "ratios", tmp_path / name)
+    run(tmp_path / name, tmp_path / "again")
+    assert contents(tmp_path / "ratios") == contents(tmp_path / "again")
+    run(tmp_path / "again", tmp_path / "back", kind="counts")
+    assert contents(cache) == contents(tmp_path / "back")
+
+
+def test_columns_of_other_peoples_files(tmp_path):
+    """Ids in any order, 0 and 1 for booleans, one row too many: the values find their places."""
+    row = {
+        "input_ids": [1, 2, 3],
+        "token_ids": [[7, 4], [], [9]],
+        "counts": [[2, 1], [], [3]],
+        "document_start": [1, 0, 1],
+        "record_logprob": [[-0.25, -1.5], [], [-3.0]],
+        "entropy": [1.0, 0, 2.0],
+    }
+    run(jsonl(tmp_path / "a.jsonl", row), tmp_path / "cache", drop_last_row=True, **COUNTS)
+    (sequence,) = skl.open(tmp_path / "cache")
+    assert {"entropy": [1.0, 0.0], "document_start": [True, False, True], "record_logprob": [-1.5, -0.25]} == {
+        name: values.tolist() for name, values in sequence.columns.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"document_start": [1, 0]}, "document_start has 2 values for 3 tokens"),
+        ({"document_start": [1, 0, 2]}, "document_start must be booleans"),
+        ({"document_start": [1, 0, 0.5]}, "document_start holds something other than booleans"),
+        ({"record_logprob": [-1, -1]}, "record_logprob is not a list of lists"),
+        ({"record_logprob": [[-1], [-1]]}, "position 0: 2 token_ids, but 1 record_logprob"),
+        ({"record_logprob": [[-1, 0.5], []]}, "record_logprob holds 0.5 at record 0; a log-probability is not above 0"),
+        ({"label_logprob": [-1, -1]}, "label_logprob holds -1.0 at position 1, which has no record"),
+    ],
+)
+def test_columns_that_cannot_be(tmp_path, change, message):
+    """What a block may not hold is refused with its row."""
+    with pytest.raises(skl.CorruptError, match=message):
+        run(jsonl(tmp_path / "a.jsonl", ROW | change), tmp_path / "cache", **COUNTS)
 
 
 def test_logprobs_of_any_float32_weight_come_back_exactly():
