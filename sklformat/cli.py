@@ -21,7 +21,7 @@ from sklformat import SklError, UnfinishedError, __version__, recover, verify
 from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cache.report import inspect
 from sklformat.flags import UsageError, parse
-from sklformat.format.layout import PARTIAL_SUFFIX
+from sklformat.format.layout import PARTIAL_SUFFIX, UNBIASED_SAMPLERS
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.convert import ConvertConfig
 from sklformat.settings.demo import DemoConfig
@@ -189,7 +189,7 @@ def _cache_table(facts: dict[str, Any]) -> dict[str, str]:
     header = facts["header"]
     drawn = f", {header['rounds']} rounds" if header["rounds"] else ""
     drawn += f", proposal p**{header['proposal_temperature']:g}" if header["proposal_temperature"] != 1 else ""
-    verdict = "yes" if facts["biased"] else "no" if header["sampler"] in ("multinomial", "systematic") else "unknown"
+    verdict = "yes" if facts["biased"] else "no" if header["sampler"] in UNBIASED_SAMPLERS else "unknown"
     if verdict == "no" and header["proposal_temperature"] != 1 and not _is_unbiased(header["capture"].get("sampler")):
         verdict = "slightly (importance weights are normalised)"
     prints = {name: header[f"{name}_fingerprint"] for name in ("tokenizer", "corpus", "teacher")}

@@ -335,7 +335,7 @@ def decode_header(header: bytes) -> Settings:
         ("kind", kind, range(1, 3)),
         ("profile", profile, range(1, 4)),
         ("row_convention", row_convention, range(1, 2)),
-        ("sampler", sampler, range(5)),
+        ("sampler", sampler, range(6)),
         ("columns", columns, range(16)),
     ):
         if value not in known:
@@ -344,7 +344,7 @@ def decode_header(header: bytes) -> Settings:
     check(token_size in (0, 2, 3, 4), "token_size")
     check(scale <= 30 and (kind == RATIOS or scale == 0), "scale_log2")
     check(profile != R24W or kind == COUNTS, "R24W holds counts only")
-    check(kind != COUNTS or sampler <= 2, "counts are drawn")
+    check(kind != COUNTS or sampler not in (3, 4), "counts are drawn")
     check(1 <= vocab_size <= 2 ** ID_BITS[profile], "vocab_size")
     check(token_size == 0 or vocab_size <= 2 ** (8 * token_size), "vocab_size does not fit token_size")
     check(seq_len <= MAX_POSITIONS, "seq_len")

@@ -15,7 +15,7 @@ from sklformat.files.disk import Disk
 
 KINDS = {COUNTS: "counts", RATIOS: "ratios"}
 PROFILES = {R24: "R24", R24W: "R24W", R32: "R32"}
-SAMPLERS = ("unknown", "multinomial", "systematic", "topk", "topp")
+SAMPLERS = ("unknown", "multinomial", "systematic", "topk", "topp", "thinned")
 COLUMNS = ("label_logprob", "entropy", "document_start", "record_logprob")
 
 
@@ -148,7 +148,7 @@ def settings(draw, kinds=(COUNTS, RATIOS)) -> reference.Settings:
         rounds=draw(st.sampled_from([1, 2, limit]) | st.integers(1, limit)) if kind == COUNTS else draw(u(16)),
         shard_number=draw(u(32)),
         first_sequence=min(draw(u(64)), 2**64 - 16),
-        sampler=draw(st.integers(0, 2 if kind == COUNTS else 4)),
+        sampler=draw(st.sampled_from((0, 1, 2, 5) if kind == COUNTS else range(6))),
         order_algorithm=draw(u(16)),
         order_version=draw(u(16)),
         proposal_temperature=1.0 if kind == COUNTS else draw(st.floats(5e-324, 100.0)),

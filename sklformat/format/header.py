@@ -39,7 +39,8 @@ class Header:
         seq_len: Positions of every sequence, 1..2**22; 0: ragged, each sequence says its own.
         kind: "counts" (records hold counts that sum to ``rounds``) or "ratios" (positive weights in 7-bit ratios).
         rounds: Draws per position, 1..127 for counts (63 for profile R24W); for ratios 0 (not drawn) to 65535.
-        sampler: "multinomial", "systematic", "topk", "topp" or "unknown"; None: multinomial where rounds > 0.
+        sampler: "multinomial", "systematic", "topk", "topp", "thinned" (from other records, the capture says which) or
+            "unknown"; None: multinomial where rounds > 0.
         proposal_temperature: Exponent t of the proposal q ∝ p**t, > 0; counts need 1.
         shard_number: Place of the shard in its cache, 0..2**32 - 1.
         first_sequence: Global number of the shard's first sequence.

@@ -48,7 +48,9 @@ PARTIAL_SUFFIX = ".partial"
 KINDS = {"counts": 1, "ratios": 2}
 PROFILES = {"R24": 1, "R24W": 2, "R32": 3}
 ROW_CONVENTIONS = {"next-token": 1}
-SAMPLERS = {"unknown": 0, "multinomial": 1, "systematic": 2, "topk": 3, "topp": 4}
+SAMPLERS = {"unknown": 0, "multinomial": 1, "systematic": 2, "topk": 3, "topp": 4, "thinned": 5}
+UNBIASED_SAMPLERS = frozenset({"multinomial", "systematic", "thinned"})
+"""Their records are made of draws."""
 COLUMNS = {"label_logprob": 1, "entropy": 2, "document_start": 4, "record_logprob": 8}
 CODECS = {"plain": 0}
 

@@ -288,7 +288,7 @@ def check_agrees(path: Path, name: str, given: object, known: object) -> None:
 def _kind_says(header: Header) -> str:
     drawn = f"counts of {header.rounds} rounds" if header.kind == "counts" else "weights in 7-bit ratios"
     bias = "biased, the rest of the distribution is left out" if header.biased else "not known to be biased"
-    bias = "unbiased" if header.sampler in ("multinomial", "systematic") else bias
+    bias = "unbiased" if header.sampler in layout.UNBIASED_SAMPLERS else bias
     return f"{drawn}, sampler {header.sampler}: {bias}"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat import native
+from sklformat.format import layout
 from sklformat.format.header import Header
 from sklformat.format.records import SparseTargets
 
@@ -53,7 +54,7 @@ def target_header(
 
 def _check_drawn(source: Header) -> None:
     refusal = None
-    if source.sampler not in ("multinomial", "systematic"):
+    if source.sampler not in layout.UNBIASED_SAMPLERS:
         refusal = f"sampler {source.sampler} drew nothing, so there are no counts"
     elif source.proposal_temperature != 1:
         refusal = f"the draws came from p**{source.proposal_temperature}, so counts do not say the weights"

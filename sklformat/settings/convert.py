@@ -51,7 +51,7 @@ class ConvertConfig:
     rounds: int | None = None
     """Draws per position, the sum of its counts; only for plain columns that do not come from sklformat."""
 
-    sampler: Literal["multinomial", "systematic", "topk", "topp", "unknown"] | None = None
+    sampler: Literal["multinomial", "systematic", "topk", "topp", "thinned", "unknown"] | None = None
     """How records were taken; topk, topp: biased. Only for plain columns that do not come from sklformat."""
 
     drop_last_row: bool = False

@@ -140,6 +140,8 @@ def valid() -> dict[str, tuple[Settings, list[Sequence]]]:
             ],
         ),
         "ragged": (Settings(**common | {"seq_len": 0}, vocab_size=100, rounds=7, record_count_size=2), ragged),
+        # Refused as an unknown sampler before there was this one.
+        "sampler-thinned": (dataclasses.replace(small, sampler=5), counts(99, 7)),
         "empty-shard": (small, []),
         "no-records": (small, [Sequence([1, 2, 3, 4], [[], [], []])]),
         "smallest-vocabulary": (
@@ -224,7 +226,7 @@ def invalid() -> dict[str, bytes]:
         "unsupported-major-version": header(8, b"\x02"),
         "unsupported-flag": header(16, b"\x01"),
         "unsupported-kind": header(32, b"\x03"),
-        "unsupported-sampler": header(64, b"\x05"),
+        "unsupported-sampler-number": header(64, b"\xff"),
         "unsupported-codec": block(4, b"\x01"),
         "corrupt-header-checksum": header(80, b"\x01", fit=False),
         "corrupt-header-reserved": header(200, b"\x01"),

@@ -112,6 +112,14 @@ def test_inspect_of_another_proposal(capfd, tmp_path):
     assert expected == dict(line.split("  ", 1) for line in out.splitlines())["biased"].strip()
 
 
+def test_inspect_of_thinned_records(capfd, tmp_path):
+    """Records thinned from unbiased ones are not biased."""
+    header = skl.Header(vocab_size=50, seq_len=4, kind="counts", rounds=3, sampler="thinned")
+    skl.ShardWriter(tmp_path / "a.skl", header=header).seal()
+    _, out, _ = run(capfd, "inspect", tmp_path / "a.skl")
+    assert "no: sampler thinned, 3 rounds" == dict(line.split("  ", 1) for line in out.splitlines())["biased"].strip()
+
+
 def test_verify(capfd, cache):
     """Verify answers 0 for a sound cache and 3 with one line for each damage."""
     status, out, _ = run(capfd, "verify", cache)

@@ -178,7 +178,7 @@ def test_other_files_are_named():
         (33, b"\x04", skl.UnsupportedError, "profile 0x4"),
         (34, b"\x02", skl.UnsupportedError, "row_convention 0x2"),
         (38, b"\x10", skl.UnsupportedError, "columns 0x10"),
-        (64, b"\x05", skl.UnsupportedError, "sampler 0x5"),
+        (64, b"\x06", skl.UnsupportedError, "sampler 0x6"),
         (35, b"\x03", skl.CorruptError, "record_count_size must be 1 or 2, got 3"),
         (36, b"\x01", skl.CorruptError, "token_size 1"),
         (37, b"\x01", skl.CorruptError, "scale_log2 belongs to kind 'ratios'"),

@@ -244,16 +244,18 @@ def test_tokens_dropped_and_given_back(tmp_path):
         run(tmp_path / "bare", tmp_path / "another", tokens=tmp_path / "short.npy")
 
 
-def test_counts_become_ratios_and_back(tmp_path):
+@pytest.mark.parametrize("sampler", ["multinomial", "thinned"])
+def test_counts_become_ratios_and_back(tmp_path, sampler):
     """Counts as ratios weigh count / rounds within the code's step; the loss is said, and the way back is exact."""
-    cache = write_cache(tmp_path / "cache")
+    cache = write_cache(tmp_path / "cache", sampler=sampler)
     made = run(cache, tmp_path / "ratios", kind="ratios")
     ratios = skl.open(tmp_path / "ratios")
-    assert ("ratios", 9, "multinomial") == (ratios.header.kind, ratios.header.rounds, ratios.header.sampler)
+    assert ("ratios", 9, sampler) == (ratios.header.kind, ratios.header.rounds, ratios.header.sampler)
     for exact, coded in zip(skl.open(cache), ratios, strict=True):
         order = np.lexsort((coded.targets.token_ids, np.repeat(np.arange(SEQ_LEN), np.diff(coded.targets.offsets))))
         assert (exact.targets.token_ids == coded.targets.token_ids[order]).all()
         np.testing.assert_allclose(coded.targets.weights[order], exact.targets.counts / 9, rtol=0.09)
+    assert f"counts of 9 rounds, sampler {sampler}: unbiased" in made.says
     assert any(sentence.startswith("lost: the ratio code changes a weight by up to") for sentence in made.says)
     run(tmp_path / "ratios", tmp_path / "back", kind="counts")
     assert contents(cache) == contents(tmp_path / "back")
