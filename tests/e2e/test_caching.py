@@ -147,6 +147,24 @@ def test_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, stop_at):
     assert [] == [batch for batch in batches if batch not in whole]
 
 
+def test_stopped_run_goes_on_to_more_sequences(config, monkeypatch):
+    """A capture of 14 sequences, stopped before its last, goes on to 22 and has the bytes of one that began so."""
+    cache_teacher(config("whole"))
+    draw_sequence = drawing.Drawer.draw
+
+    def stopping(drawer, sequence, slices):
+        if sequence == 13:
+            raise KeyboardInterrupt
+        return draw_sequence(drawer, sequence, slices)
+
+    monkeypatch.setattr(drawing.Drawer, "draw", stopping)
+    with pytest.raises(KeyboardInterrupt, match="stopped: 13 of 14 sequences"):
+        cache_teacher(config("stopped", num_sequences=14))
+    monkeypatch.setattr(drawing.Drawer, "draw", draw_sequence)
+    assert 9 == cache_teacher(config("stopped")).sequences_made
+    assert shard_bytes(config("whole").out) == shard_bytes(config("stopped").out)
+
+
 def test_killed_run_goes_on_to_the_same_bytes(config):
     """After kill -9 of the teacher's process the same command ends with the bytes of an undisturbed run."""
     cache_teacher(config("whole"))
@@ -177,6 +195,24 @@ def test_cache_of_other_settings_is_refused(config, change, both):
         cache_teacher(config(**change))
     assert re.search(both, str(raised.value))
     assert before == shard_bytes(config().out)
+
+
+def test_how_many_sequences_changes_none_of_them(config):
+    """A longer cache has the same key and begins with the same sequences; one that was stopped may become longer."""
+    for name, count in (("short", 10), ("ragged", 13), ("long", 22)):
+        cache_teacher(config(name, num_sequences=count))
+    short, ragged, long = (skl.open(config(name).out) for name in ("short", "ragged", "long"))
+    assert 1 == len({cache.header.cache_key for cache in (short, ragged, long)})
+    assert list(short) == list(long)[:10]
+    assert list(ragged) == list(long)[:13]
+    expected = shard_bytes(config("long").out)
+    for name in ("short", "ragged"):
+        if name == "ragged":
+            with pytest.raises(skl.SettingsError, match="holds 3 sequences, this capture asks for 10"):
+                cache_teacher(config(name))
+            next(path for path in config(name).out.iterdir() if path.name == "shard-00001.skl").unlink()
+        assert 12 == cache_teacher(config(name)).sequences_made
+        assert expected == shard_bytes(config(name).out)
 
 
 def test_other_text_and_other_tokenizer_are_refused(config, tokenizer, tmp_path):

@@ -274,14 +274,18 @@ def _outputs(
     Run the teacher over what is missing: number, tokens and the teacher's output of each sequence.
 
     Logits depend in their last bits on the shape of a batch, so batches are a fixed grid within the shard: a shard
-    that is resumed computes the batch of its next sequence again and skips what it has.
+    that is resumed computes the batch of its next sequence again and skips what it has.  Where the cache ends before
+    the grid of a whole shard does, the last sequence fills the batch up: nothing depends on where the cache ends.
     """
     for work in works:
+        whole = work.first_sequence + config.sequences_per_shard
         for first in range(work.first_sequence, work.end, config.batch_size):
             last = min(first + config.batch_size, work.end)
             if last <= work.next_sequence:
                 continue
-            tokens_BL = np.stack([packed[sequence] for sequence in range(first, last)])
+            rows = [packed[sequence] for sequence in range(first, last)]
+            rows += rows[-1:] * (min(first + config.batch_size, whole) - last)
+            tokens_BL = np.stack(rows)
             outputs = teacher.run(tokens_BL[:, :-1])
             for sequence in range(max(first, work.next_sequence), last):
                 yield sequence, tokens_BL[sequence - first], outputs[sequence - first]

@@ -1,7 +1,8 @@
 """
-What the header of a shard says of its capture: everything that the cache's bytes depend on.
+What the header of a shard says of its capture: everything that a sequence's bytes depend on, and nothing else.
 
-A capture with other settings is refused instead of resuming the cache.
+A capture with other settings is refused instead of resuming the cache.  How many sequences a capture makes is none of
+them, so that it may be asked for more.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def make_header(
     on_device: bool = False,
 ) -> Header:
     """
-    Everything the cache's bytes depend on.
+    Everything a sequence's bytes depend on; what the text is, its fingerprint says, and the two numbers of it.
 
     Args:
         config: What was asked for.
@@ -50,7 +51,6 @@ def make_header(
         "packing": {
             "separator_id": packed.separator_id,
             "first_sequence": packed.first,
-            "num_sequences": len(packed),
             "sequences_per_shard": config.sequences_per_shard,
             "num_documents": packed.facts.num_documents,
             "num_tokens": packed.facts.num_tokens,
