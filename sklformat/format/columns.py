@@ -150,18 +150,24 @@ def follow_records(
     after: tuple[NDArray[np.int64], NDArray[np.uint32]],
 ) -> dict[str, NDArray[Any]]:
     """
-    Columns for records that were put in another order or left out: record_logprob goes with its records.
+    Columns for records that were put in another order or left out: record_logprob goes with its records, and a position
+    that has none left has no log-prob of its label and no entropy either.
 
     Args:
-        columns: By name; record_logprob [nnz] of the records before.
+        columns: Arrays by name; record_logprob [nnz] of the records before.
         before: Offsets [T + 1] and token ids [nnz], distinct within a position.
         after: The same of the records that are left, each of which was there before.
     """
     moved = dict(columns)
-    if RECORD_LOGPROB in moved and not np.array_equal(before[1], after[1]):
+    if not moved or np.array_equal(before[1], after[1]):
+        return moved
+    if RECORD_LOGPROB in moved:
         old, new = _keys(*before), _keys(*after)
         order = np.argsort(old)
         moved[RECORD_LOGPROB] = moved[RECORD_LOGPROB][order[np.searchsorted(old, new, sorter=order)]]
+    emptied = (np.diff(after[0]) == 0) & (np.diff(before[0]) > 0)
+    for name in moved.keys() - {STARTS, RECORD_LOGPROB} if emptied.any() else ():
+        moved[name] = np.where(emptied, 0, moved[name]).astype(moved[name].dtype)
     return moved
 
 

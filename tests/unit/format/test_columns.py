@@ -119,10 +119,25 @@ def test_records_take_their_log_probs_along():
     """Sorted otherwise or left out: each record keeps its value; other columns are as they were."""
     before = (np.array([0, 3, 4]), np.array([9, 5, 7, 5], np.uint32))
     after = (np.array([0, 2, 3]), np.array([5, 9, 5], np.uint32))
-    given = {"entropy": np.ones(2), "record_logprob": np.array([-9.0, -5.0, -7.0, -55.0])}
+    given = {"entropy": np.ones(2, np.float16), "record_logprob": np.array([-9.0, -5.0, -7.0, -55.0])}
     moved = columns.follow_records(given, before, after)
     assert [-5.0, -9.0, -55.0] == moved["record_logprob"].tolist()
     assert given["entropy"] is moved["entropy"]
+
+
+def test_positions_that_lose_all_records_lose_their_values():
+    """Where every weight was too small for the code there is no record, and so the other columns are 0."""
+    names = ("label_logprob", "entropy", "document_start", "record_logprob")
+    header = skl.Header(vocab_size=20, seq_len=2, kind="ratios", rounds=0, sampler="topk", columns=names)
+    targets = skl.SparseTargets(token_ids=[3, 4], weights=[2.0**-60, 1.0], offsets=[0, 1, 2])
+    given = {"label_logprob": [-1.0, -2.0], "entropy": [1.0, 2.0], "document_start": [1, 0, 0]}
+    data, _ = encode_block(header, 7, 0, [1, 2, 3], targets, given | {"record_logprob": [-9.0, -4.0]})
+    block = parse_block_header(data, header, 7, 0)
+    sequence = decode_body(header, block, check_payload(data, block, 7))
+    assert [0, 0, 1] == sequence.targets.offsets.tolist()
+    assert [[0.0, -2.0], [0.0, 2.0], [True, False, False], [-4.0]] == [
+        values.tolist() for values in sequence.columns.values()
+    ]
 
 
 def test_a_block_of_weights_in_any_order():
