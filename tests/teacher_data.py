@@ -42,11 +42,11 @@ def signal_itself(number, draws, victims="0"):
     """Have this process send itself a signal after so many draws, if its rank is among the victims."""
     draw, left = drawing.Drawer.draw, [draws]
 
-    def struck(drawer, sequence, slices):
+    def struck(drawer, sequence, *rest):
         left[0] -= 1
         if left[0] == -1 and os.environ.get("RANK", "0") in victims:
             os.kill(os.getpid(), number)
-        return draw(drawer, sequence, slices)
+        return draw(drawer, sequence, *rest)
 
     drawing.Drawer.draw = struck
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sklformat.files.places import is_url
+from sklformat.format.layout import COLUMNS
 from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, MAX_ROUNDS
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -95,6 +96,9 @@ class CacheConfig:
     store_tokens: bool = True
     """Whether the cache holds the tokens as well (2 or 3 bytes per position), so that training needs no text."""
 
+    columns: tuple[str, ...] = ()
+    """More to store, separated by commas: label_logprob and entropy (2 bytes per position each), record_logprob (2 bytes per record), document_start (a bit per token)."""  # noqa: E501
+
     ring_mib: int = 64
     """Shared memory between the teacher and the writer process, MiB."""
 
@@ -104,6 +108,10 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if sum((bool(self.text), bool(self.dataset), self.tokens is not None)) != 1:
             raise ValueError("give either text or tokens (a token store), or a dataset")
+        names = {name for given in self.columns for name in given.split(",")}
+        if unknown := names - set(COLUMNS):
+            raise ValueError(f"columns may be {', '.join(COLUMNS)}, got {', '.join(sorted(unknown))}")
+        object.__setattr__(self, "columns", tuple(name for name in COLUMNS if name in names))
         for name in ("seq_len", "sequences_per_shard", "batch_size", "ring_mib"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")

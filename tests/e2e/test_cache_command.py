@@ -17,11 +17,14 @@ from teacher_data import SEQ_LEN, make_teacher
 import sklformat as skl
 from sklformat.capture.estimates import estimate
 from sklformat.cli import main
-from sklformat.distill.models import loading, tokenization
-from sklformat.distill.teacher import drawing, forward
+from sklformat.distill.models import loading, outputs, tokenization
+from sklformat.distill.teacher import drawing, forward, gpu_sampler
 from sklformat.distill.teacher.calibration import calibrate
+from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.distill.text.corpus import read_documents
+from sklformat.distill.text.packing import PackedSequences
 from sklformat.files import remote
+from sklformat.format import layout
 from sklformat.settings.estimate import EstimateConfig
 
 
@@ -137,10 +140,10 @@ def test_a_cache_of_other_versions_is_not_gone_on_with_silently(cache, tmp_path,
     """A newer library is told with both versions; with --keep-versions the cache goes on under its first header."""
     draw = drawing.Drawer.draw
 
-    def stopping(drawer, sequence, slices):
+    def stopping(drawer, sequence, *rest):
         if sequence == 3:
             raise KeyboardInterrupt
-        return draw(drawer, sequence, slices)
+        return draw(drawer, sequence, *rest)
 
     cache(out="whole")
     monkeypatch.setattr(drawing.Drawer, "draw", stopping)
@@ -302,6 +305,58 @@ def test_threads_draw_the_same(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(drawing.Drawer, "__init__", lambda self, **named: make(self, **named | {"threads": 3}))
     cache(out="threads")
     assert shard_bytes(tmp_path / "slices") == shard_bytes(tmp_path / "threads")
+
+
+@pytest.mark.parametrize("by", ["host", "threads", "device"])
+@pytest.mark.parametrize("flags", [{}, {"sampler": "topk", "k": 12}, {"proposal_temperature": 0.8}], ids=str)
+def test_columns_are_the_teachers(cache, place, tmp_path, monkeypatch, by, flags):
+    """Each column is what the teacher's logits and the text say, whoever draws; records and tokens stay as they are."""
+    if by == "threads":
+        make = drawing.Drawer.__init__
+        monkeypatch.setattr(drawing.Drawer, "__init__", lambda self, **named: make(self, **named | {"threads": 3}))
+    if by == "device":
+        monkeypatch.setattr(gpu_sampler, "DEVICES", ("cpu",))
+    monkeypatch.setitem(forward.LOGITS_AT_ONCE, "cpu", 280 * 5)
+    cache(out="plain", **flags)
+    names = "record_logprob,label_logprob,document_start,entropy"
+    assert 0 == cache(columns=names, **flags)[0]
+    assert [] == skl.verify(tmp_path / "cache")
+    model = loading.load_model(place / "teacher")
+    found, plain = skl.open(tmp_path / "cache"), skl.open(tmp_path / "plain")
+    assert tuple(layout.COLUMNS) == found.header.columns
+    packed = PackedSequences(tmp_path / "cache" / "tokens", seq_len=SEQ_LEN, separator_id=0, seed=0)
+    for i, sequence in enumerate(found):
+        assert (plain[i].tokens == sequence.tokens).all()
+        assert plain[i].targets == sequence.targets
+        with torch.inference_mode():
+            logits = outputs.logits(model, torch.from_numpy(sequence.tokens[None, :-1].astype(np.int64)))[0, :, :280]
+        logp = torch.log_softmax(logits.double(), -1).numpy()
+        rows = np.repeat(np.arange(SEQ_LEN), np.diff(sequence.targets.offsets))
+        expected = {
+            "label_logprob": logp[np.arange(SEQ_LEN), sequence.tokens[1:]],
+            "entropy": -(np.exp(logp) * logp).sum(-1),
+            "record_logprob": logp[rows, sequence.targets.token_ids],
+        }
+        for name, values in expected.items():
+            np.testing.assert_allclose(sequence.columns[name], values, rtol=2e-3, atol=1e-4)
+        assert packed.document_starts(i).tolist() == sequence.columns["document_start"].tolist()
+    assert any(sequence.columns["document_start"].any() for sequence in found)
+
+
+def test_labels_without_probability_have_the_least_number():
+    """A label of logit -inf has the least float16 as its log-prob, and adds nothing to the entropy."""
+    logits = torch.tensor([[0.0, -torch.inf, 0.0]])
+    taken = LogitColumns(("label_logprob", "entropy"), np.array([0, 1], np.uint32))
+    taken.add(0, logits, None, torch.tensor([[0]]))
+    values = taken.values()
+    assert [-65504.0] == values["label_logprob"].tolist()
+    assert values["entropy"][0] == np.float16(np.log(2))
+
+
+def test_a_column_that_there_is_not_is_refused(cache):
+    """The message names the columns that there are."""
+    err = refusal(cache(columns="entropy,logits"), status=2)
+    assert "columns may be label_logprob, entropy, document_start, record_logprob, got logits" in err
 
 
 def test_estimate_measures_what_it_must(place):

@@ -130,10 +130,10 @@ def test_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, stop_at):
     cache_teacher(config("whole"))
     whole = [*batches]
 
-    def stopping(drawer, sequence, slices):
+    def stopping(drawer, sequence, *rest):
         if sequence == stop_at:
             raise KeyboardInterrupt
-        return draw_sequence(drawer, sequence, slices)
+        return draw_sequence(drawer, sequence, *rest)
 
     monkeypatch.setattr(drawing.Drawer, "draw", stopping)
     with pytest.raises(KeyboardInterrupt, match=rf"stopped: {stop_at} of 22 sequences"):
@@ -152,10 +152,10 @@ def test_stopped_run_goes_on_to_more_sequences(config, monkeypatch):
     cache_teacher(config("whole"))
     draw_sequence = drawing.Drawer.draw
 
-    def stopping(drawer, sequence, slices):
+    def stopping(drawer, sequence, *rest):
         if sequence == 13:
             raise KeyboardInterrupt
-        return draw_sequence(drawer, sequence, slices)
+        return draw_sequence(drawer, sequence, *rest)
 
     monkeypatch.setattr(drawing.Drawer, "draw", stopping)
     with pytest.raises(KeyboardInterrupt, match="stopped: 13 of 14 sequences"):

@@ -23,18 +23,17 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-import sklformat
 from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cache.manifest import MANIFEST_NAME
 from sklformat.capture import Capture, ShardWork, find_header
 from sklformat.capture.estimates import block_size
 from sklformat.distill.models import loading
 from sklformat.distill.models.devices import available_cores, find_device, own_devices
-from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
 from sklformat.distill.teacher import gpu_sampler
 from sklformat.distill.teacher.drawing import Drawer
 from sklformat.distill.teacher.forward import Teacher
 from sklformat.distill.teacher.gpu_sampler import DeviceSampler, Draws
+from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.distill.teacher.provenance import agree_on_versions, make_header
 from sklformat.distill.teacher.ranks import Ranks, joined, stoppable
 from sklformat.distill.teacher.token_sources import TOKENS_NAME, TokenSource
@@ -43,6 +42,7 @@ from sklformat.errors import SettingsError
 from sklformat.files import remote
 from sklformat.files.directories import refuse_foreign
 from sklformat.files.disk import shared_directory
+from sklformat.format.columns import STARTS
 from sklformat.format.header import Header
 from sklformat.format.listing import Entry, cache_fingerprint
 from sklformat.settings.cache import CacheConfig
@@ -140,7 +140,8 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
         model = loading.load_model(config.teacher_name, dtype=dtype, device=device, revision=config.revision, over=over)
         vocab_size = loading.check_fit(tokenizer, model, seq_len=config.seq_len)
         packed = ranks.in_turn(lambda check: source.pack(check=check))
-        header = _header(config, packed, vocab_size, model, dtype, device)
+        on_device = _draws_on_device(config, device)
+        header = make_header(config, packed, vocab_size, model, dtype, device.type, on_device=on_device)
         _check_same(ranks, header)
         header = ranks.first(lambda: _begun(config, header))
         capture = Capture(
@@ -155,7 +156,7 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
             run=run,
         )
         part = _Part(config, ranks, capture, packed)
-        part.run(Teacher(model, vocab_size), on_device=_draws_on_device(config, device))
+        part.run(Teacher(model, vocab_size), on_device=on_device)
         ranks.wait()
         entries = ranks.first(lambda: capture.entries or capture.finish())
         if ranks.local_rank == 0:
@@ -217,27 +218,37 @@ class _Part:
         with Drawer(kind=config.kind, rounds=rounds, sampling=config.sampling, threads=threads) as drawer:
             for sequence, tokens, output in outputs:
                 slices = ((first, logits.cpu()) for first, logits in teacher.logits(output))
-                targets = drawer.draw(sequence, slices)
-                self._capture.push(sequence, tokens, targets)
+                taken = LogitColumns(config.columns, tokens)
+                targets = drawer.draw(sequence, slices, taken if config.columns else None)
+                self._capture.push(sequence, tokens, targets, self._columns(sequence, taken))
                 yield targets.num_records
 
     def _push_draws(self, teacher: Teacher, outputs: Iterable[_Output]) -> Iterator[int]:
         """The same with draws on the device, which moves to the next sequence before the host asks for the last."""
         config = self._config
         sampler = DeviceSampler(sampler=config.sampler, rounds=config.rounds, seed=config.seed)
-        queued: tuple[int, NDArray[np.uint32], Draws] | None = None
+        queued: tuple[int, NDArray[np.uint32], Draws, LogitColumns] | None = None
         for sequence, tokens, output in outputs:
             before = queued
-            queued = sequence, tokens, sampler.draw(sequence, len(output), teacher.logits(output))
+            taken = LogitColumns(config.columns, tokens)
+            slices = teacher.logits(output)
+            draws = sampler.draw(sequence, len(output), slices, taken if config.columns else None)
+            queued = sequence, tokens, draws, taken
             if before is not None:
                 yield self._push_queued(*before)
         if queued is not None:
             yield self._push_queued(*queued)
 
-    def _push_queued(self, sequence: int, tokens: NDArray[np.uint32], queued: Draws) -> int:
+    def _push_queued(self, sequence: int, tokens: NDArray[np.uint32], queued: Draws, taken: LogitColumns) -> int:
         draws = queued.result()
-        self._capture.push_draws(sequence, tokens, draws)
+        self._capture.push_draws(sequence, tokens, draws, self._columns(sequence, taken))
         return len(draws) + int(np.count_nonzero(draws[:, 1:] != draws[:, :-1]))
+
+    def _columns(self, sequence: int, taken: LogitColumns) -> dict[str, NDArray[Any]]:
+        """The optional columns that were asked for."""
+        if STARTS not in self._config.columns:
+            return {**taken.values()} if self._config.columns else {}
+        return {STARTS: self._packed.document_starts(sequence), **taken.values()}
 
     def _follow(self, pushed: Iterable[int], begin: float) -> None:
         """Count sequences while they are handed over, and the bytes of their records; show the progress."""
@@ -334,34 +345,6 @@ def _name_run(config: CacheConfig) -> str:
     if config.url is not None:
         refuse_foreign(config.url, remote.list_names(config.url), "cache", _PUBLISHED)
     return secrets.token_hex(8)
-
-
-def _header(
-    config: CacheConfig,
-    packed: PackedSequences,
-    vocab_size: int,
-    model: Any,
-    dtype: str,
-    device: torch.device,
-) -> Header:
-    """
-    The cache's settings.
-
-    A teacher is known by its fingerprint; a name from the hub is stored as well, a path is not: it may move.
-    """
-    teacher = {"dtype": dtype, "device": device.type, "config": config_fingerprint(model)}
-    if not Path(config.teacher_name).exists():
-        teacher["name"] = config.teacher_name
-        teacher["revision"] = getattr(model.config, "_commit_hash", None) or config.revision or "main"
-    return make_header(
-        config,
-        packed,
-        vocab_size,
-        teacher_fingerprint=model_fingerprint(model),
-        teacher=teacher,
-        versions={**loading.versions(), "sklformat": sklformat.__version__},
-        on_device=_draws_on_device(config, device),
-    )
 
 
 def _check_same(ranks: Ranks, header: Header) -> None:

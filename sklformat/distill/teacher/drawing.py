@@ -13,8 +13,10 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.format.records import SparseTargets
 from sklformat.sampler import draw
 
@@ -44,29 +46,36 @@ class Drawer:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def draw(self, sequence: int, slices: Iterable[tuple[int, Any]]) -> SparseTargets:
+    def draw(
+        self, sequence: int, slices: Iterable[tuple[int, Any]], columns: LogitColumns | None = None
+    ) -> SparseTargets:
         """
         The records of one sequence.
 
         Args:
             sequence: Its global number.
             slices: (First position, logits [positions, V]) that follow each other from position 0 on.
+            columns: Take optional columns from logits, which are tensors then, and records.
 
         Raises:
             ValueError: Logits that are not finite; names sequence, position and id.
         """
         if self._pool is None:
-            return self._joined([self._drawn(sequence, *part) for part in slices])
+            return self._joined([self._drawn(sequence, columns, *part) for part in slices])
         waiting: deque[Future[SparseTargets]] = deque()
         parts: list[SparseTargets] = []
         for part in slices:
             if len(waiting) == self._ahead:
                 parts.append(waiting.popleft().result())
-            waiting.append(self._pool.submit(self._drawn, sequence, *part))
+            waiting.append(self._pool.submit(self._drawn, sequence, columns, *part))
         return self._joined([*parts, *(future.result() for future in waiting)])
 
-    def _drawn(self, sequence: int, first_position: int, logits_TV: Any) -> SparseTargets:
-        return draw(logits_TV, rounds=self._rounds, sequence=sequence, first_position=first_position, **self._sampling)
+    def _drawn(self, sequence: int, columns: LogitColumns | None, first_position: int, logits_TV: Any) -> SparseTargets:
+        drawn = draw(logits_TV, rounds=self._rounds, sequence=sequence, first_position=first_position, **self._sampling)
+        if columns is not None:
+            rows = torch.from_numpy(np.repeat(np.arange(drawn.num_positions), np.diff(drawn.offsets)))
+            columns.add(first_position, logits_TV, rows, torch.from_numpy(drawn.token_ids.astype(np.int64)))
+        return drawn
 
     def _joined(self, parts: Sequence[SparseTargets]) -> SparseTargets:
         """The records of consecutive slices as those of one sequence, of the kind wanted."""

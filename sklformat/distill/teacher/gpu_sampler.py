@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.sampler import MAX_COUNT_ROUNDS, draw
 
 DEVICES = ("cuda",)
@@ -90,7 +91,13 @@ class DeviceSampler:
         self._constants: Tensor | None = None
 
     @torch.inference_mode()
-    def draw(self, sequence: int, positions: int, slices: Iterable[tuple[int, Tensor]]) -> Draws:
+    def draw(
+        self,
+        sequence: int,
+        positions: int,
+        slices: Iterable[tuple[int, Tensor]],
+        columns: LogitColumns | None = None,
+    ) -> Draws:
         """
         Queue the draws of one sequence.
 
@@ -99,6 +106,7 @@ class DeviceSampler:
             positions: T, >= 1.
             slices: (First position, logits [P, V] of float32, float16 or bfloat16), all on one device, that together
                 are positions 0..T - 1.
+            columns: Take optional columns from logits and draws.
 
         Returns:
             What ``Draws.result`` waits for.
@@ -119,9 +127,14 @@ class DeviceSampler:
             sampled[-1:] = torch.where(is_new, row.int() + first, sampled[-1:])
             draws_PN = self._draw_slice(logits_PV, largest_P1, points_TN[first:last])
             sampled[first * self._rounds : last * self._rounds] = draws_PN.flatten()
+            if columns is not None:
+                columns.add(first, logits_PV, None, draws_PN.clamp(max=logits_PV.shape[1] - 1))
         assert sampled is not None
         assert bad_V is not None
-        return Draws(sampled, bad_V, self._rounds, sequence)
+        draws = Draws(sampled, bad_V, self._rounds, sequence)
+        if columns is not None:
+            columns.fetch()
+        return draws
 
     def _draw_slice(self, logits_PV: Tensor, largest_P1: Tensor, points_PN: Tensor) -> Tensor:
         """int64 [P, N] ids; of no meaning, but in range of the padded row, where the row is bad."""

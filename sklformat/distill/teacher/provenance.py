@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import sklformat
+from sklformat.distill.models import loading
+from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.format import layout, order
@@ -25,10 +29,10 @@ def make_header(
     config: CacheConfig,
     packed: PackedSequences,
     vocab_size: int,
+    model: Any,
+    dtype: str,
+    device_type: str,
     *,
-    teacher_fingerprint: str,
-    teacher: Mapping[str, str],
-    versions: Mapping[str, str],
     on_device: bool = False,
 ) -> Header:
     """
@@ -38,16 +42,20 @@ def make_header(
         config: What was asked for.
         packed: The sequences.
         vocab_size: Ids that mean something.
-        teacher_fingerprint: Of config and weights.
-        teacher: What else is known of it.
-        versions: Of the libraries that logits depend on.
+        model: The teacher, known by its fingerprint; a name from the hub is stored as well, a path is not: it may move.
+        dtype: Of its weights and logits.
+        device_type: Kind of device that it runs on.
         on_device: Draws are made on the teacher's device, not by C; then the header says so.
 
     Raises:
         ValueError: Settings that contradict each other, or a vocabulary beyond every profile.
     """
+    teacher = {"dtype": dtype, "device": device_type, "config": config_fingerprint(model)}
+    if not Path(config.teacher_name).exists():
+        teacher["name"] = config.teacher_name
+        teacher["revision"] = getattr(model.config, "_commit_hash", None) or config.revision or "main"
     capture = {
-        "teacher": dict(teacher),
+        "teacher": teacher,
         "packing": {
             "separator_id": packed.separator_id,
             "first_sequence": packed.first,
@@ -62,7 +70,7 @@ def make_header(
             "unbiased": config.unbiased_weights,
             **({"draws": "device"} if on_device else {}),
         },
-        "versions": dict(versions),
+        "versions": {**loading.versions(), "sklformat": sklformat.__version__},
     }
     return Header(
         vocab_size=vocab_size,
@@ -72,6 +80,7 @@ def make_header(
         sampler=config.sampler,
         proposal_temperature=config.proposal_temperature,
         store_tokens=config.store_tokens,
+        columns=config.columns,
         record_count_size=None if config.draws else 1 + (config.k is None or config.k > _MAX_SMALL_K),
         scale_log2=_scale_log2(config, vocab_size),
         capture=capture,
@@ -81,7 +90,7 @@ def make_header(
         order_version=order.VERSION,
         tokenizer_fingerprint=packed.facts.tokenizer_fingerprint,
         corpus_fingerprint=packed.facts.corpus_fingerprint,
-        teacher_fingerprint=teacher_fingerprint,
+        teacher_fingerprint=model_fingerprint(model),
     )
 
 

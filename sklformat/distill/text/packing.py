@@ -104,6 +104,20 @@ class PackedSequences:
             place += 1
         return window
 
+    def document_starts(self, index: int) -> NDArray[np.bool_]:
+        """Where documents begin among the tokens of one sequence, [seq_len + 1]; a separator begins none."""
+        index = operator.index(index)
+        if not -self._count <= index < self._count:
+            raise IndexError(f"sequence {index} of {self._count}")
+        self._opened()
+        begin = (self.first + index % self._count) * self.seq_len
+        ends = self._stream_ends[np.searchsorted(self._stream_ends, begin) :]
+        ends = ends[: np.searchsorted(ends, begin + self.seq_len, side="right")]
+        starts = np.zeros(self.seq_len + 1, np.bool_)
+        starts[ends - begin] = True
+        starts[0] |= begin == 0
+        return starts
+
     def __getstate__(self) -> dict[str, Any]:
         dropped = ("_store", "_order", "_stream_ends")
         return {name: value for name, value in self.__dict__.items() if name not in dropped} | {"_store": None}

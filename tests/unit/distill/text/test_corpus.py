@@ -232,15 +232,19 @@ def test_packing_is_the_stream_cut_into_windows(tmp_path, texts):
     store = make_store(tmp_path / "s", texts)
     order = permute(np.arange(len(store)), len(store), seed=5)
     stream = [token for d in order for token in [*store[d].tolist(), SEPARATOR]]
+    begins = [place == 0 for d in order for place in range(len(store[d]) + 1)]
     for seq_len in (1, 7, 64, 1000):
         packed = PackedSequences(tmp_path / "s", seq_len=seq_len, separator_id=SEPARATOR, seed=5)
         assert (len(stream) - 1) // seq_len == len(packed)
         for i in range(len(packed)):
             assert stream[i * seq_len : i * seq_len + seq_len + 1] == packed[i].tolist()
+            assert begins[i * seq_len : i * seq_len + seq_len + 1] == packed.document_starts(i).tolist()
     assert np.uint32 == packed[0].dtype
     assert packed[len(packed) - 1].tolist() == packed[-1].tolist()
-    with pytest.raises(IndexError):
-        packed[len(packed)]
+    assert packed.document_starts(len(packed) - 1).tolist() == packed.document_starts(-1).tolist()
+    for refused in (packed.__getitem__, packed.document_starts):
+        with pytest.raises(IndexError):
+            refused(len(packed))
 
 
 def test_packing_depends_on_the_seed(tmp_path, texts):
@@ -257,6 +261,9 @@ def test_first_and_count_show_a_part(tmp_path, texts):
     everything = PackedSequences(tmp_path / "s", seq_len=16, separator_id=0, seed=1)
     part = PackedSequences(tmp_path / "s", seq_len=16, separator_id=0, seed=1, first=10, count=5)
     assert [everything[10 + i].tolist() for i in range(5)] == [window.tolist() for window in part]
+    assert [everything.document_starts(10 + i).tolist() for i in range(5)] == [
+        part.document_starts(i).tolist() for i in range(5)
+    ]
     assert 5 == len(part)
 
 
