@@ -3,8 +3,8 @@
  * C knows the bytes of one sequence: pure functions on the caller's memory, without allocation, files, locale or
  * threads; only the ring asks the system for anything, to sleep and to wake.  Every access is bounded by an argument.
  * Numbers are computed rounded to nearest and with subnormals, whatever the calling thread has set, and that is found
- * again afterwards.  Status is never also a length.  The text between the cffi marks is plain C that cffi reads too, so that each
- * declaration exists once. */
+ * again afterwards.  Status is never also a length.  The text between the cffi marks is plain C that cffi reads too,
+ * so that each declaration exists once. */
 #ifndef SKL_H
 #define SKL_H
 

@@ -6,6 +6,7 @@ One process writes; ``capture`` is for teachers that must not wait for it.  SPEC
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -37,7 +38,8 @@ class CacheWriter:
     Append sequences to a cache; leaving the context seals the last shard and writes the manifest.
 
     Given the directory of a run that was stopped, it resumes: ``len(writer)`` sequences are there, and the next one to
-    append is the one of that number.  An exception leaves the directory to be resumed.
+    append is the one of that number; a program that begins with the first one again gets a ``UserWarning``.  An
+    exception leaves the directory to be resumed.
 
     Args:
         directory: Of the cache; made if it is missing.
@@ -65,6 +67,7 @@ class CacheWriter:
         self.header = header
         self.sequences_per_shard = sequences_per_shard
         self._writer: ShardWriter | None = None
+        self._beginning: int | None = None  # alignment checksum of sequence 0 of a resumed cache, until one is appended
         with ExitStack() as held:
             held.enter_context(locked_directory(self.directory))
             if has_manifest(self.directory):
@@ -77,6 +80,8 @@ class CacheWriter:
             mark_unfinished(self.directory)
             if self._partial().exists():
                 self._writer = self._begin()
+            if self._beginning is None and self._writer is not None and len(self._writer):
+                self._beginning = self._writer.alignment(0)
             self._held = held.pop_all()
         self._open = True
 
@@ -88,6 +93,8 @@ class CacheWriter:
                 if differing := shard.header.differences(self.header):
                     raise _other_settings(path, differing)
                 entries.append(describe(shard))
+                if len(shard) and shard.header.first_sequence == 0:
+                    self._beginning = int(shard.index.alignment[0])
         entries.sort(key=place_in_cache)
         check_contiguous(entries, self.directory)
         return entries
@@ -164,7 +171,15 @@ class CacheWriter:
         self._check_open()
         if self._writer is None:
             self._writer = self._begin()
-        number = self._num_sealed + self._writer.append(tokens, targets, columns)
+        place = self._writer.append(tokens, targets, columns)
+        number = self._num_sealed + place
+        if self._beginning == self._writer.alignment(place):
+            warnings.warn(
+                f"{self.directory}: the cache was resumed with {number} sequences, and the first one appended now is "
+                "sequence 0 again; begin with number len(writer), or sequences are stored twice",
+                stacklevel=2,
+            )
+        self._beginning = None
         if len(self._writer) >= self.sequences_per_shard:
             self._seal(self._writer)
         return number

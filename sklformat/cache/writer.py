@@ -118,6 +118,10 @@ class ShardWriter:
         """Number of sequences appended so far, those of a resumed ``.partial`` included."""
         return len(self._index)
 
+    def alignment(self, number: int) -> int:
+        """Alignment checksum of sequence ``number`` of the shard, 0-based; IndexError where there is none."""
+        return self._index.alignment(number)
+
     @property
     def size(self) -> int:
         """Bytes written so far."""

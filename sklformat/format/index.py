@@ -35,6 +35,10 @@ class Index:
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
 
+    def alignment(self, number: int) -> int:
+        """Alignment checksum of sequence ``number``."""
+        return self._columns["alignment"][number]
+
     def pack(self) -> bytes:
         """The index's bytes: column after column, zero-padded to a multiple of 64."""
         parts = [

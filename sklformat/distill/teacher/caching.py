@@ -246,9 +246,10 @@ class _Part:
 
     def _columns(self, sequence: int, taken: LogitColumns) -> dict[str, NDArray[Any]]:
         """The optional columns that were asked for."""
-        if STARTS not in self._config.columns:
-            return {**taken.values()} if self._config.columns else {}
-        return {STARTS: self._packed.document_starts(sequence), **taken.values()}
+        if not self._config.columns:
+            return {}
+        starts = {STARTS: self._packed.document_starts(sequence)} if STARTS in self._config.columns else {}
+        return {**starts, **taken.values()}
 
     def _follow(self, pushed: Iterable[int], begin: float) -> None:
         """Count sequences while they are handed over, and the bytes of their records; show the progress."""

@@ -157,3 +157,16 @@ def test_an_empty_cache(tmp_path):
         assert (tmp_path / "a" / UNFINISHED_NAME).exists()
     assert 0 == len(skl.open(tmp_path / "a"))
     assert [] == skl.verify(tmp_path / "a")
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_a_program_that_begins_again_is_warned(tmp_path, stop):
+    """Appending sequence 0 to a resumed cache doubles what is there: said once, at the first; the right one passes."""
+    with pytest.raises(StoppedError), skl.CacheWriter(tmp_path / "a", header=HEADER, sequences_per_shard=3) as writer:
+        for number in range(stop):
+            append(writer, number)
+        raise StoppedError
+    with skl.CacheWriter(tmp_path / "a", header=HEADER, sequences_per_shard=3) as writer:
+        with pytest.warns(UserWarning, match=rf"resumed with {stop} sequences, and the first .* is sequence 0 again"):
+            append(writer, 0)
+        append(writer, 0)  # sequences may well be equal
