@@ -11,6 +11,7 @@ import itertools
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 from sklformat.checksums import checksum, fingerprint
@@ -134,10 +135,21 @@ class LocalCopies:
         if full:
             self._make_room()
 
+    def _pieces(self) -> Iterator[Path]:
+        """The pieces of all files, ``??/*/*``; what another process removes meanwhile is passed over."""
+        for folder, inside, names in os.walk(self.directory):  # ignores folders that vanish, as Path.glob does not
+            place = Path(folder)
+            parts = place.relative_to(self.directory).parts
+            if len(parts) == 2:
+                yield from (place / name for name in names)
+                inside.clear()
+            elif not parts:
+                inside[:] = [name for name in inside if len(name) == 2]
+
     def _make_room(self) -> None:
         """Remove what was not used for the longest time until the bound holds, with room for this process's share."""
         files = []
-        for place in self.directory.glob("??/*/*"):
+        for place in self._pieces():
             try:
                 facts = place.stat()
             except FileNotFoundError:

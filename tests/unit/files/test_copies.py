@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,6 +192,42 @@ def test_copies_are_bounded(url, tmp_path, monkeypatch):
     assert data[5 : 3 * PIECE] == copies.read("memory://copies-test/big", "x", len(data), 5, 3 * PIECE - 5)
     with pytest.raises(ValueError, match=r"local copies need at least \d+ bytes, got 7"):
         LocalCopies(tmp_path, 7)
+
+
+def test_directories_that_vanish_meanwhile(tmp_path, url, small_pieces, monkeypatch):
+    """Room is made although another process removes directories at the very moment in which they are looked at."""
+    data = np.random.default_rng(1).bytes(50_000)
+    fsspec.filesystem("memory").pipe_file("/copies-test/vanish", data)
+    copies = LocalCopies(tmp_path / "copies", 3 * (4096 + 8))
+    scandir = os.scandir
+    vanished = []
+
+    def vanishing(path="."):
+        if len(Path(path).parts) == len(copies.directory.parts) + 2:
+            for file in Path(path).iterdir():
+                file.unlink()
+            Path(path).rmdir()
+            vanished.append(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert data == copies.read("memory://copies-test/vanish", "x", len(data), 0, len(data))
+    assert vanished
+
+
+def test_other_files_stay(tmp_path, url, small_pieces):
+    """Whatever else lies in the directory is no piece, and is not removed to make room."""
+    data = np.random.default_rng(1).bytes(50_000)
+    fsspec.filesystem("memory").pipe_file("/copies-test/others", data)
+    others = [tmp_path / name for name in ("a.txt", "ab/b.txt", "abc/d/e.txt", "ab/c/d/e.txt")]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(9000))
+        os.utime(path, (0, 0))
+    assert data == LocalCopies(tmp_path, 3 * (4096 + 8)).read(
+        "memory://copies-test/others", "x", len(data), 0, len(data)
+    )
+    assert all(path.exists() for path in others)
 
 
 def _read_all(url, folder, bound, seed, data, failures):
