@@ -15,7 +15,7 @@ import numpy as np
 from sklformat.cache.reader import Cache
 from sklformat.cache.tokens import Tokens, TokenSource
 from sklformat.checksums import alignment
-from sklformat.errors import AlignmentError, UnsupportedError
+from sklformat.errors import AlignmentError, SettingsError, UnsupportedError
 from sklformat.format.header import Header
 from sklformat.settings.inspection import CheckConfig
 
@@ -44,6 +44,7 @@ def check(config: CheckConfig, progress: Progress) -> Checked:
 
     Raises:
         AlignmentError: At the first sequence that was captured on other tokens; names it and the likely cause.
+        SettingsError: A token store whose BOS stands elsewhere than the cache's.
         UnsupportedError: The tokens are in a form that is not known here.
         FileNotFoundError, FormatError, ValueError: Cache or tokens cannot be read.
     """
@@ -111,13 +112,20 @@ def _open_tokens(path: Path, header: Header) -> TokenSource:
                     "sequences as a .npy array or an mmap-ninja store",
                     path=path,
                 )
-            return packing.PackedSequences(
+            sequences = packing.PackedSequences(
                 path,
                 seq_len=header.seq_len,
                 separator_id=packed["separator_id"],
                 seed=header.packing_seed,
                 first=packed.get("first_sequence", 0),
             )
+            there, captured = sequences.facts.bos, packed.get("bos", {"at": "none"})["at"]
+            if there != captured:
+                raise SettingsError(
+                    f"{path}: its tokens go with --bos {there}, the cache was captured with --bos {captured}; give the "
+                    "tokens that it was captured on"
+                )
+            return sequences
     raise UnsupportedError(
         "neither a .npy array, nor an mmap-ninja store, nor a token store; sklformat.check.check_tokens takes what "
         "Python can read",

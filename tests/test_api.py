@@ -19,9 +19,9 @@ NAMES = """
 
 FLAGS = {
     "cache": """
-        batch-size columns dataset dataset-field dataset-split device device-map dtype first-sequence json k
+        batch-size bos columns dataset dataset-field dataset-split device device-map dtype first-sequence json k
         keep-versions num-sequences out p packing-seed proposal-temperature ring-mib rounds sampler seed seq-len
-        sequences-per-shard store-tokens teacher text tokens unbiased-weights work-dir
+        sequences-per-shard special-tokens store-tokens teacher text tokens unbiased-weights work-dir
     """,
     "estimate": """
         batch-size calibration-sequences device disk-tb dtype gpu-price gpus json positions positions-per-second

@@ -1,6 +1,9 @@
 """A tiny text, its tokenizer and token store, and models too small to learn much of it."""
 
+import copy
+
 import numpy as np
+import tokenizers
 
 from sklformat.distill.models import loading, tokenization
 from sklformat.distill.text.corpus import write_token_store
@@ -17,6 +20,16 @@ def make_documents(count=10, words=80):
 
 def train_tokenizer(documents, vocab_size=290):
     return tokenization.train_tokenizer([document.text for document in documents], vocab_size)
+
+
+def with_template(tokenizer, template):
+    """The same tokenizer with <bos> and <sep>, whose own call puts what ``template`` says around a text, ``$A``."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "extra_special_tokens": ["<sep>"]})
+    marks = {word: tokenizer.convert_tokens_to_ids(word) for word in template.split() if word != "$A"}
+    post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=list(marks.items()))
+    tokenizer.backend_tokenizer.post_processor = post_processor
+    return tokenizer
 
 
 def write_store(directory, tokenizer, documents):

@@ -7,5 +7,6 @@ demo        sklformat demo
 estimate    sklformat estimate
 eval        sklformat eval
 inspection  sklformat inspect, verify, recover and check
+text        what several verbs say of text
 train       sklformat train
 """

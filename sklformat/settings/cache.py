@@ -9,6 +9,7 @@ from typing import Any, Literal
 from sklformat.files.places import is_url
 from sklformat.format.layout import COLUMNS
 from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, MAX_ROUNDS
+from sklformat.settings.text import Bos, SpecialTokens
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -44,6 +45,12 @@ class CacheConfig:
 
     tokens: Path | None = None
     """Tokens to run over instead, made earlier with the teacher's tokenizer: a token store, or a RaggedMmap of mmap_ninja."""  # noqa: E501
+
+    bos: Bos = "auto"
+    """Where the token goes that begins a text: before each document, before each packed sequence (window), nowhere; auto: where the tokenizer itself puts it."""  # noqa: E501
+
+    special_tokens: SpecialTokens = "text"
+    """What the name of a special token inside text is: characters like any other (text), or the token (keep), as in chats that a template rendered already."""  # noqa: E501
 
     seq_len: int = 1024
     """Positions in a sequence; the student must train on the same."""
@@ -108,6 +115,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if sum((bool(self.text), bool(self.dataset), self.tokens is not None)) != 1:
             raise ValueError("give either text or tokens (a token store), or a dataset")
+        if self.tokens is not None and self.special_tokens != "text":
+            raise ValueError("special_tokens belongs to text or a dataset; tokens are made already")
         names = {name for given in self.columns for name in given.split(",")}
         if unknown := names - set(COLUMNS):
             raise ValueError(f"columns may be {', '.join(COLUMNS)}, got {', '.join(sorted(unknown))}")

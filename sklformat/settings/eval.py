@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sklformat.settings.text import Bos, SpecialTokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
@@ -22,6 +24,12 @@ class EvalConfig:
 
     tokens: Path | None = None
     """Token store of the held-out text, instead of the text."""
+
+    bos: Bos = "auto"
+    """With text: where the token goes that begins a text, as sklformat cache has it; a token store says it itself."""
+
+    special_tokens: SpecialTokens = "text"
+    """With text: what the name of a special token inside it is, as sklformat cache has it."""
 
     packing_seed: int = 0
     """Seed of the order in which documents are packed, and of the choice of sequences."""
@@ -59,5 +67,7 @@ class EvalConfig:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
         if bool(self.text) == (self.tokens is not None):
             raise ValueError("give either text or tokens (a token store)")
+        if self.tokens is not None and (self.bos, self.special_tokens) != ("auto", "text"):
+            raise ValueError("bos and special_tokens belong to text; the token store says how it was made")
         if (self.ce_loss is None) != (self.full_loss is None):
             raise ValueError("ce_loss and full_loss belong together: give both or none")

@@ -18,7 +18,14 @@ from sklformat.distill.models import loading, tokenization
 
 ROOT = Path(__file__).parents[2]
 # In the order of README's list, so that a page may use what an earlier one made.
-PAGES = ["README.md", "docs/capture.md", "docs/training.md", "docs/python.md", "docs/troubleshooting.md"]
+PAGES = [
+    "README.md",
+    "docs/capture.md",
+    "docs/training.md",
+    "docs/python.md",
+    "docs/troubleshooting.md",
+    "docs/your-data.md",
+]
 # What is printed at a size for use, and its size here.
 SMALLER = {"--seq-len 512": "--seq-len 32", "--steps 2000": "--steps 6", "--hidden-size 256": "--hidden-size 32"}
 NOT_RUN = re.compile(r"<!-- not run: \w.* -->")

@@ -40,7 +40,7 @@ from sklformat.distill.student import runs
 from sklformat.distill.student.evaluation import Evaluation, evaluate
 from sklformat.distill.student.training import train
 from sklformat.distill.teacher.caching import cache_teacher
-from sklformat.distill.text.corpus import write_token_store
+from sklformat.distill.text.corpus import Encoding, write_token_store
 from sklformat.distill.text.documents import (
     Document,
     cut_documents,
@@ -165,13 +165,15 @@ def _prepare_text(config: DemoConfig, size: Size) -> int:
         with published(path) as partial:
             tokenizer.save_pretrained(partial)
     tokenizer = loading.load_tokenizer(path)
+    encode = tokenization.TextEncoder(tokenizer)
     for name, part in (("tokens", training), ("held-out", held_out)):
         store = write_token_store(
             config.out / name,
             part,
-            lambda texts: tokenization.encode(tokenizer, texts),
+            encode,
             vocab_size=tokenization.num_ids(tokenizer),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            encoding=Encoding.of(encode),
         )
         sys.stderr.write(f"    {name}: {store.facts.num_documents} documents, {store.facts.num_tokens:,} tokens\n")
     return min(size.eval_sequences, _num_packed(config, size, "held-out"))

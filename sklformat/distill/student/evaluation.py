@@ -22,7 +22,7 @@ from tqdm import tqdm
 from sklformat.distill.losses import metrics
 from sklformat.distill.models import loading, outputs, tokenization
 from sklformat.distill.models.devices import find_device
-from sklformat.distill.text.corpus import StoreFacts, TokenStore, write_token_store
+from sklformat.distill.text.corpus import Encoding, StoreFacts, TokenStore, write_token_store
 from sklformat.distill.text.documents import read_documents
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.distill.text.packing import PackedSequences
@@ -47,6 +47,7 @@ class Evaluation:
 
     Attributes:
         num_sequences, num_tokens: Measured on.
+        bos: Where the token stood that begins a text: "document", "window" or "none".
         lm_loss: Nats per token.
         accuracy: Share of positions whose most likely token came next.
         calibration_error: Expected calibration error (ECE), a fraction.
@@ -59,6 +60,7 @@ class Evaluation:
 
     num_sequences: int
     num_tokens: int
+    bos: str
     lm_loss: float
     accuracy: float
     calibration_error: float
@@ -70,7 +72,10 @@ class Evaluation:
 
     def __str__(self) -> str:
         lines = [
-            f"LM loss: {self.lm_loss:.4f} nats per token, {self.num_sequences} sequences ({self.num_tokens:,} tokens)",
+            (
+                f"LM loss: {self.lm_loss:.4f} nats per token, {self.num_sequences} sequences ({self.num_tokens:,} "
+                f"tokens, --bos {self.bos})"
+            ),
             (
                 f"calibration error (ECE): {self.calibration_error:.2%}; mean confidence less accuracy "
                 f"({self.accuracy:.2%}): {100 * self.confidence_gap:+.2f} points"
@@ -115,14 +120,16 @@ def _token_store(config: EvalConfig) -> Iterator[Path]:
         yield config.tokens
         return
     tokenizer = loading.load_tokenizer(config.student)
+    encode = tokenization.TextEncoder(tokenizer, bos=config.bos, special_tokens=config.special_tokens)
     with tempfile.TemporaryDirectory(prefix="sklformat-eval-") as directory:
         store = Path(directory) / "tokens"
         write_token_store(
             store,
             read_documents(config.text),
-            lambda texts: tokenization.encode(tokenizer, texts),
+            encode,
             vocab_size=tokenization.num_ids(tokenizer),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            encoding=Encoding.of(encode),
         )
         yield store
 
@@ -156,7 +163,7 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
             reference = None if teacher is None else _logits(teacher, tokens, facts.vocab_size, str(config.teacher))
             sums.update(logits, tokens[:, 1:].flatten(), reference)
             bar.update(len(indices))
-    evaluation = _result(config, sums, count)
+    evaluation = _result(config, sums, count, facts.bos)
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(evaluation), indent=1)
@@ -201,7 +208,7 @@ def _logits(model: Any, tokens: torch.Tensor, vocab_size: int, name: str) -> tor
     return logits_PV
 
 
-def _result(config: EvalConfig, sums: metrics.EvaluationSums, count: int) -> Evaluation:
+def _result(config: EvalConfig, sums: metrics.EvaluationSums, count: int, bos: str) -> Evaluation:
     table = sums.reliability
     bins: list[ReliabilityBin] = [
         {"confidence": confidence, "accuracy": accuracy, "share": share}
@@ -215,6 +222,7 @@ def _result(config: EvalConfig, sums: metrics.EvaluationSums, count: int) -> Eva
     return Evaluation(
         num_sequences=count,
         num_tokens=sums.num_positions,
+        bos=bos,
         lm_loss=sums.lm_loss,
         accuracy=sums.accuracy,
         calibration_error=table.calibration_error,

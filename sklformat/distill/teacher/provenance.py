@@ -15,6 +15,7 @@ from typing import Any
 import sklformat
 from sklformat.distill.models import loading
 from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
+from sklformat.distill.text.facts import StoreFacts
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.format import layout, order
@@ -62,6 +63,7 @@ def make_header(
             "sequences_per_shard": config.sequences_per_shard,
             "num_documents": packed.facts.num_documents,
             "num_tokens": packed.facts.num_tokens,
+            **_encoding(packed.facts),
         },
         "batch_size": config.batch_size,
         "sampler": {
@@ -92,6 +94,12 @@ def make_header(
         corpus_fingerprint=packed.facts.corpus_fingerprint,
         teacher_fingerprint=model_fingerprint(model),
     )
+
+
+def _encoding(facts: StoreFacts) -> dict[str, Any]:
+    """How text was encoded, where it is not as it was before this was said: without BOS, names of tokens as text."""
+    bos = {} if facts.bos == "none" else {"bos": {"at": facts.bos, "id": facts.bos_id}}
+    return bos | ({"special_tokens": "keep"} if facts.special_tokens == "keep" else {})
 
 
 def agree_on_versions(header: Header, found: Header | None, *, keep: bool, place: str) -> Header:

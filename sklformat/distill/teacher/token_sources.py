@@ -7,13 +7,15 @@ Knows no model; a tokenizer comes in with its fingerprint.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sklformat.distill.models import tokenization
 from sklformat.distill.text.corpus import (
     Document,
+    Encoding,
     TokenStore,
     copy_ragged,
     is_token_store,
@@ -26,9 +28,12 @@ from sklformat.distill.text.documents import read_dataset
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.settings.cache import CacheConfig
+from sklformat.settings.text import Bos, BosPlace
 
 TOKENS_NAME = "tokens"
 """Directory of the token store inside a cache that was made from text."""
+
+_RENDERED_SHARE = 0.05  # of texts with two names of special tokens or more: more than talk about them
 
 
 class TokenSource:
@@ -96,13 +101,81 @@ class TokenSource:
             "tokenizer_fingerprint": self._fingerprint,
         }
         if self._is_store():
-            return TokenStore(path)
-        if self._is_ragged():
-            return copy_ragged(path, self._given(), **facts)
-        assert self._documents is not None
-        return write_token_store(
-            path, self._documents, lambda texts: tokenization.encode(self._tokenizer, texts), **facts
+            return self._follow(TokenStore(path))
+        encode = tokenization.TextEncoder(
+            self._tokenizer, bos=self._choose_bos(path), special_tokens=self._config.special_tokens
         )
+        if self._is_ragged():
+            encoding = Encoding(bos=encode.bos, bos_id=encode.bos_id, special_tokens="given")
+            return self._look_at(copy_ragged(path, self._given(), **facts, encoding=encoding), self._given())
+        assert self._documents is not None
+        store = write_token_store(path, self._documents, encode, **facts, encoding=Encoding.of(encode))
+        self._warn_of_names(encode)
+        return store
+
+    def _choose_bos(self, path: Path) -> Bos:
+        """As asked; with auto as the tokens were made that an earlier run left, whatever the rule was then."""
+        if self._config.bos != "auto":
+            return self._config.bos
+        if not path.exists():
+            return "none" if self._is_ragged() and self._has_bos(self._given()) else "auto"
+        facts = TokenStore(path).facts
+        if facts.bos == "none" and tokenization.template_ids(self._tokenizer)[0]:
+            _warn(
+                f"{self._config.out} was begun without BOS, which the tokenizer puts before a text, and is resumed so"
+            )
+        return cast("BosPlace", facts.bos)
+
+    def _has_bos(self, source: Path) -> bool:
+        """Whether documents that come as ids begin with what the tokenizer puts before a text."""
+        before, _ = tokenization.template_ids(self._tokenizer)
+        firsts = [ids[0] for ids in open_ragged(source) if ids.size]
+        return bool(before) and firsts.count(before[0]) * 2 > len(firsts)
+
+    def _follow(self, store: TokenStore) -> TokenStore:
+        """A token store says where its BOS goes; a flag may repeat that."""
+        if self._config.bos not in ("auto", store.facts.bos):
+            raise SettingsError(
+                f"{store.directory}: its tokens go with --bos {store.facts.bos}, asked for is --bos "
+                f"{self._config.bos}; leave --bos out, or make the tokens from the text again"
+            )
+        return self._look_at(store, store.directory)
+
+    def _look_at(self, store: TokenStore, source: Path) -> TokenStore:
+        """Warn of tokens without the BOS that the teacher is used to, and refuse to put a second one."""
+        bos_id = store.facts.bos_id
+        if store.facts.bos == "document" and store.count_beginning(cast("int", bos_id)) * 2 > len(store):
+            raise SettingsError(f"{source}: its documents begin with BOS (id {bos_id}) already; give --bos none")
+        before, _ = tokenization.template_ids(self._tokenizer)
+        if store.facts.bos != "none" or self._config.bos == "none" or not before:
+            return store
+        without = len(store) - store.count_beginning(before[0])
+        if without * 2 > len(store):
+            _warn(
+                f"{source}: {without} of {len(store)} documents do not begin with {self._name(before[0])}, which the "
+                "tokenizer puts before a text: the teacher reads what it was not trained to read; make the tokens "
+                "with it, or say --bos none"
+            )
+        return store
+
+    def _warn_of_names(self, encode: tokenization.TextEncoder) -> None:
+        """Say how often text holds the names of special tokens, and whether that looks like rendered chats."""
+        if not encode.num_names:
+            return
+        kept = self._config.special_tokens == "keep"
+        became = "the tokens themselves" if kept else "plain characters"
+        advice = ""
+        if encode.num_rendered >= max(1, encode.num_texts * _RENDERED_SHARE):
+            advice = "; this looks like chats that a template rendered: give --special-tokens keep"
+            if kept:
+                advice = "; this looks like chats that a template rendered: prompts get records like answers"
+        _warn(
+            f"the text holds {encode.num_names} names of special tokens such as {encode.example}, taken as {became}"
+            f"{advice}"
+        )
+
+    def _name(self, token_id: int) -> str:
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
 
     def _is_store(self) -> bool:
         return self._config.tokens is not None and is_token_store(self._config.tokens)
@@ -120,3 +193,7 @@ class TokenSource:
                 f"{store.directory}: made by tokenizer {store.facts.tokenizer_fingerprint}, the teacher's is "
                 f"{self._fingerprint}; make the tokens with the teacher's tokenizer"
             )
+
+
+def _warn(what: str) -> None:
+    sys.stderr.write(f"warning: {what}\n")

@@ -6,14 +6,13 @@ Knows no model and no torch; a tokenizer comes in as a function from texts to to
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
-import json
 import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from sklformat.distill.text.documents import (
     split_documents,
     standard_library_documents,
 )
+from sklformat.distill.text.facts import FACTS_NAME, STORE_VERSION, Encoding, StoreFacts, read_facts, write_facts
 from sklformat.distill.text.fingerprints import (
     corpus_fingerprint,
     document_fingerprint,
@@ -37,12 +37,13 @@ from sklformat.distill.text.fingerprints import (
     text_fingerprint,
     tokenizer_fingerprint,
 )
-from sklformat.errors import CorruptError, SettingsError, UnsupportedError
+from sklformat.errors import CorruptError, SettingsError
 from sklformat.files.directories import published
 
 __all__ = [
     "Document",
     "Encode",
+    "Encoding",
     "StoreFacts",
     "TokenStore",
     "copy_ragged",
@@ -59,8 +60,6 @@ __all__ = [
     "write_token_store",
 ]
 
-STORE_VERSION = 1
-_FACTS_NAME = "store.json"
 _TOKENS_NAME = "tokens"
 _INDEX_ROOM = 1 << 20  # for the index files of a batch, and the file system's own
 _DOCUMENTS_PER_BATCH = 256  # tokenised together, and written to the store in one go
@@ -71,32 +70,6 @@ Encode = Callable[[list[str]], Sequence[ArrayLike]]
 
 
 # --- token store ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreFacts:
-    """
-    What a token store says of itself in ``store.json``.
-
-    Attributes:
-        version: Version of the store's layout.
-        vocab_size: Every token id is below it.
-        num_documents: Documents with at least one token.
-        num_tokens: Tokens of all documents, separators not among them.
-        dtype: "uint16" when ``vocab_size`` allows, else "uint32".
-        corpus_fingerprint: ``corpus_fingerprint`` of the documents' tokens.
-        tokenizer_fingerprint: ``tokenizer_fingerprint`` of what made them.
-        text_fingerprint: XXH3-128 of the documents' names and texts.
-    """
-
-    version: int
-    vocab_size: int
-    num_documents: int
-    num_tokens: int
-    dtype: str
-    corpus_fingerprint: str
-    tokenizer_fingerprint: str
-    text_fingerprint: str
 
 
 class TokenStore:
@@ -119,7 +92,7 @@ class TokenStore:
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
-        self.facts = _read_facts(self.directory)
+        self.facts = read_facts(self.directory)
         # RaggedMmap makes a directory that is not there and believes its index, hence the checks around it.
         if not (self.directory / _TOKENS_NAME).is_dir():
             raise CorruptError("the tokens are missing; delete the store and make it again", path=self.directory)
@@ -151,6 +124,10 @@ class TokenStore:
         end = self._ends[document]
         return self._tokens[end - self.lengths[document] : end]
 
+    def count_beginning(self, token_id: int) -> int:
+        """How many documents begin with this token."""
+        return int(np.count_nonzero(self._tokens[self._ends - self.lengths] == token_id))
+
     def verify(self) -> None:
         """
         Read every token and hold it against the store's fingerprint.
@@ -165,7 +142,7 @@ class TokenStore:
 
 def is_token_store(directory: Path | str) -> bool:
     """Whether a directory says that it is a token store, sound or not."""
-    return (Path(directory) / _FACTS_NAME).exists()
+    return (Path(directory) / FACTS_NAME).exists()
 
 
 def write_token_store(
@@ -175,6 +152,7 @@ def write_token_store(
     *,
     vocab_size: int,
     tokenizer_fingerprint: str,
+    encoding: Encoding = Encoding(),  # noqa: B008  frozen
 ) -> TokenStore:
     """
     Tokenise documents once and keep them on disk; the store appears complete or not at all.
@@ -188,25 +166,27 @@ def write_token_store(
         encode: Texts to token ids.
         vocab_size: Bound of the ids, in [1, 2^32].
         tokenizer_fingerprint: ``tokenizer_fingerprint`` of what ``encode`` uses.
+        encoding: How ``encode`` works, and where packing puts BOS; the store keeps it.
 
     Returns:
         The store, opened.
 
     Raises:
         ValueError: No tokens at all, or an id outside [0, vocab_size).
-        SettingsError: A store is there that was made of other documents or by another tokenizer.
+        SettingsError: A store is there that was made of other documents, by another tokenizer or in another way.
         InUseError: Another process writes it.
         CorruptError, UnsupportedError: The store that is there cannot be read.
         OSError: As the operating system reports it.
     """
     directory = Path(directory)
     if directory.exists():
-        return _found_again(directory, vocab_size, tokenizer_fingerprint, lambda: map(text_fingerprint, documents))
-    return _write(directory, _encoded(documents, encode), vocab_size, tokenizer_fingerprint)
+        texts = map(text_fingerprint, documents)
+        return _found_again(directory, vocab_size, tokenizer_fingerprint, encoding, texts)
+    return _write(directory, _encoded(documents, encode), vocab_size, tokenizer_fingerprint, encoding)
 
 
 def copy_ragged(
-    directory: Path | str, source: Path | str, *, vocab_size: int, tokenizer_fingerprint: str
+    directory: Path | str, source: Path | str, *, vocab_size: int, tokenizer_fingerprint: str, encoding: Encoding
 ) -> TokenStore:
     """
     Make a token store of a directory that ``mmap_ninja.RaggedMmap`` wrote: one array of token ids per document.
@@ -218,6 +198,7 @@ def copy_ragged(
         source: The RaggedMmap's directory.
         vocab_size: Bound of the ids, in [1, 2^32].
         tokenizer_fingerprint: Of the tokenizer that the caller says made them.
+        encoding: Where packing puts BOS; the store keeps it.
 
     Returns:
         The store, opened.
@@ -230,14 +211,11 @@ def copy_ragged(
     directory, source = Path(directory), Path(source)
     documents = open_ragged(source)
     if directory.exists():
-        return _found_again(
-            directory,
-            vocab_size,
-            tokenizer_fingerprint,
-            lambda: (document_fingerprint(ids) for ids in documents if ids.size),
-        )
+        texts = (document_fingerprint(ids) for ids in documents if ids.size)
+        return _found_again(directory, vocab_size, tokenizer_fingerprint, encoding, texts)
     numbered = ((f"{source}: document {i}", document_fingerprint(ids), ids) for i, ids in enumerate(documents))
-    return _write(directory, (part for part in numbered if part[2].size), vocab_size, tokenizer_fingerprint)
+    found = (part for part in numbered if part[2].size)
+    return _write(directory, found, vocab_size, tokenizer_fingerprint, encoding)
 
 
 def open_ragged(source: Path) -> Iterator[NDArray[np.integer[Any]]]:
@@ -253,7 +231,7 @@ def open_ragged(source: Path) -> Iterator[NDArray[np.integer[Any]]]:
     if not kind.is_file() or kind.read_text() != "ragged":
         raise FileNotFoundError(
             f"{source} is no token store and no RaggedMmap of mmap_ninja: "
-            f"it has no {_FACTS_NAME}, and no type.ninja of a ragged one"
+            f"it has no {FACTS_NAME}, and no type.ninja of a ragged one"
         )
     try:
         ragged = RaggedMmap(source, mode="r")
@@ -270,16 +248,17 @@ def open_ragged(source: Path) -> Iterator[NDArray[np.integer[Any]]]:
 
 
 def _found_again(
-    directory: Path, vocab_size: int, tokenizer_fingerprint: str, texts: Callable[[], Iterable[str]]
+    directory: Path, vocab_size: int, tokenizer_fingerprint: str, encoding: Encoding, texts: Iterable[str]
 ) -> TokenStore:
     """The store that is there, if it is the one that would be made."""
     store = TokenStore(directory)
-    for what, there, wanted in (
-        ("by another tokenizer", store.facts.tokenizer_fingerprint, tokenizer_fingerprint),
-        ("for another vocab_size", store.facts.vocab_size, vocab_size),
-        ("of other text", store.facts.text_fingerprint, joined(texts())),
+    for what, there, value in (
+        ("by another tokenizer", store.facts.tokenizer_fingerprint, lambda: tokenizer_fingerprint),
+        ("for another vocab_size", store.facts.vocab_size, lambda: vocab_size),
+        ("in another way", str(store.facts.encoding), lambda: str(encoding)),
+        ("of other text", store.facts.text_fingerprint, lambda: joined(texts)),
     ):
-        if there != wanted:
+        if there != (wanted := value()):
             raise SettingsError(
                 f"{directory}: the tokens there were made {what} ({there}, now {wanted}); "
                 f"give what they were made with, use another directory, or delete this one"
@@ -303,7 +282,11 @@ def _check_room(directory: Path, size_bytes: int) -> None:
 
 
 def _write(
-    directory: Path, documents: Iterable[tuple[str, str, ArrayLike]], vocab_size: int, tokenizer_fingerprint: str
+    directory: Path,
+    documents: Iterable[tuple[str, str, ArrayLike]],
+    vocab_size: int,
+    tokenizer_fingerprint: str,
+    encoding: Encoding,
 ) -> TokenStore:
     if not 1 <= vocab_size <= 1 << 32:
         raise ValueError(f"vocab_size must be in [1, 2^32], got {vocab_size}")
@@ -344,8 +327,9 @@ def _write(
             corpus_fingerprint=joined(digests),
             tokenizer_fingerprint=tokenizer_fingerprint,
             text_fingerprint=joined(texts),
+            **dataclasses.asdict(encoding),
         )
-        (partial / _FACTS_NAME).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
+        write_facts(partial, facts)
         TokenStore(partial).verify()  # what was written is what was meant
     return TokenStore(directory)
 
@@ -355,22 +339,6 @@ def open_ninja(path: Path) -> Any:
     if (path / "shapes_are_flat.ninja").is_file():
         return RaggedMmap(path, mode="r")
     return ninja_arrays.open_existing(path, mode="r") if (path / "data.ninja").is_file() else None
-
-
-def _read_facts(directory: Path) -> StoreFacts:
-    path = directory / _FACTS_NAME
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{directory} is no token store: it has no {_FACTS_NAME}") from None
-    except ValueError as error:
-        raise CorruptError(f"not JSON: {error}", path=path) from None
-    if isinstance(values, dict) and isinstance(values.get("version"), int) and values["version"] > STORE_VERSION:
-        raise UnsupportedError(f"store version {values['version']}, this package reads {STORE_VERSION}", path=path)
-    types = {name: int if annotation == "int" else str for name, annotation in StoreFacts.__annotations__.items()}
-    if not isinstance(values, dict) or {name: type(value) for name, value in values.items()} != types:
-        raise CorruptError(f"must hold exactly the fields {', '.join(types)}", path=path)
-    return StoreFacts(**values)
 
 
 def _damaged(directory: Path, what: str) -> CorruptError:

@@ -12,6 +12,7 @@ def row(method, lm_loss, percent=None, ece=0.01, overlap=0.7):
     evaluation = Evaluation(
         num_sequences=1,
         num_tokens=16,
+        bos="none",
         lm_loss=lm_loss,
         accuracy=0.3,
         calibration_error=ece,

@@ -24,9 +24,10 @@ def encode(texts):
     return [list(text.encode()) for text in texts]
 
 
-def make_store(path, texts, *, vocab_size=257, fingerprint="tok"):
+def make_store(path, texts, *, vocab_size=257, fingerprint="tok", **encoding):
     documents = [corpus.Document(f"d{i}", text) for i, text in enumerate(texts)]
-    return corpus.write_token_store(path, documents, encode, vocab_size=vocab_size, tokenizer_fingerprint=fingerprint)
+    facts = {"vocab_size": vocab_size, "tokenizer_fingerprint": fingerprint}
+    return corpus.write_token_store(path, documents, encode, **facts, encoding=corpus.Encoding(**encoding))
 
 
 @pytest.fixture
@@ -218,8 +219,8 @@ def test_store_facts_are_checked(tmp_path):
     assert not path.exists()
     make_store(path, ["abc"])
     facts = json.loads((path / "store.json").read_text())
-    (path / "store.json").write_text(json.dumps(facts | {"version": 2}))
-    with pytest.raises(UnsupportedError, match="version 2, this package reads 1"):
+    (path / "store.json").write_text(json.dumps(facts | {"version": 3}))
+    with pytest.raises(UnsupportedError, match="version 3, this package reads 2"):
         corpus.TokenStore(path)
     for content in ("{", "[]", json.dumps(facts | {"more": 1}), json.dumps(facts | {"num_tokens": "3"})):
         (path / "store.json").write_text(content)
@@ -227,24 +228,54 @@ def test_store_facts_are_checked(tmp_path):
             corpus.TokenStore(path)
 
 
-def test_packing_is_the_stream_cut_into_windows(tmp_path, texts):
-    """Window i is tokens [i·L, i·L + L] of the shuffled documents, each followed by the separator; no token is lost."""
-    store = make_store(tmp_path / "s", texts)
+@pytest.mark.parametrize(
+    ("encoding", "before", "after", "front"),
+    [
+        ({}, [], [SEPARATOR], []),
+        ({"bos": "document", "bos_id": 257}, [257], [SEPARATOR], []),
+        ({"bos": "document", "bos_id": SEPARATOR}, [SEPARATOR], [], []),
+        ({"bos": "window", "bos_id": 257}, [], [SEPARATOR], [257]),
+    ],
+)
+def test_packing_is_the_stream_cut_into_windows(tmp_path, texts, encoding, before, after, front):
+    """Window i is tokens [i·L, i·L + L] of the shuffled documents, each between its marks; no token is lost."""
+    store = make_store(tmp_path / "s", texts, vocab_size=258, **encoding)
     order = permute(np.arange(len(store)), len(store), seed=5)
-    stream = [token for d in order for token in [*store[d].tolist(), SEPARATOR]]
-    begins = [place == 0 for d in order for place in range(len(store[d]) + 1)]
-    for seq_len in (1, 7, 64, 1000):
+    marked = [[*before, *store[d].tolist(), *after] for d in order]
+    stream = [token for document in marked for token in document]
+    begins = [place == 0 for document in marked for place in range(len(document))]
+    for seq_len in (1, 2, 7, 64, 1000):
         packed = PackedSequences(tmp_path / "s", seq_len=seq_len, separator_id=SEPARATOR, seed=5)
-        assert (len(stream) - 1) // seq_len == len(packed)
+        length = seq_len + 1 - len(front)
+        assert (len(stream) - length) // seq_len + 1 == len(packed)
         for i in range(len(packed)):
-            assert stream[i * seq_len : i * seq_len + seq_len + 1] == packed[i].tolist()
-            assert begins[i * seq_len : i * seq_len + seq_len + 1] == packed.document_starts(i).tolist()
+            place = slice(i * seq_len, i * seq_len + length)
+            assert [*front, *stream[place]] == packed[i].tolist()
+            assert [False] * len(front) + begins[place] == packed.document_starts(i).tolist()
     assert np.uint32 == packed[0].dtype
     assert packed[len(packed) - 1].tolist() == packed[-1].tolist()
     assert packed.document_starts(len(packed) - 1).tolist() == packed.document_starts(-1).tolist()
     for refused in (packed.__getitem__, packed.document_starts):
         with pytest.raises(IndexError):
             refused(len(packed))
+
+
+def test_store_says_how_its_text_was_encoded(tmp_path):
+    """BOS and special tokens stand in the facts; a store of before knows none, and another way is refused with both."""
+    made = {"bos": "document", "bos_id": 256}
+    assert corpus.Encoding(**made) == make_store(tmp_path / "s", ["abc"], **made).facts.encoding
+    message = r"made in another way \(--bos document \(id 256\), now --bos none --special-tokens keep\); give what"
+    with pytest.raises(SettingsError, match=message):
+        make_store(tmp_path / "s", ["abc"], special_tokens="keep")
+    path = tmp_path / "s" / "store.json"
+    facts = json.loads(path.read_text())
+    for wrong in ({"bos": "auto"}, {"bos_id": None}, {"bos": "none"}, {"special_tokens": "x"}, {"bos_id": "1"}):
+        path.write_text(json.dumps(facts | wrong))
+        with pytest.raises(CorruptError, match="must say bos, bos_id and special_tokens"):
+            corpus.TokenStore(tmp_path / "s")
+    old = {name: value for name, value in facts.items() if name not in ("bos", "bos_id", "special_tokens")}
+    path.write_text(json.dumps(old | {"version": 1}))
+    assert corpus.Encoding() == corpus.TokenStore(tmp_path / "s").facts.encoding
 
 
 def test_packing_depends_on_the_seed(tmp_path, texts):

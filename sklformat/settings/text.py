@@ -1,0 +1,17 @@
+"""What settings of several verbs say of text."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Bos = Literal["auto", "document", "window", "none"]
+"""Where the token goes that begins a text; auto: where the tokenizer itself puts it."""
+
+BosPlace = Literal["document", "window", "none"]
+"""The same, decided."""
+
+SpecialTokens = Literal["text", "keep"]
+"""What the name of a special token inside a text is: characters like any other, or the token."""
+
+BOS_PLACES: tuple[str, ...] = get_args(BosPlace)
+SPECIAL_TOKENS: tuple[str, ...] = get_args(SpecialTokens)
