@@ -15,3 +15,9 @@ SpecialTokens = Literal["text", "keep"]
 
 BOS_PLACES: tuple[str, ...] = get_args(BosPlace)
 SPECIAL_TOKENS: tuple[str, ...] = get_args(SpecialTokens)
+
+Packing = Literal["auto", "packed", "single"]
+"""Whether documents fill sequences one after the other, or each is one; auto: chats are one each, text is packed."""
+
+Truncate = Literal["end", "start"]
+"""What a document loses that is longer than a sequence."""

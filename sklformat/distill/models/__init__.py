@@ -6,5 +6,6 @@ heads         what kind of output head a model has
 identities    fingerprints of a model's weights and config
 loading       models and tokenizers, loaded, created and saved
 outputs       hidden states, logits, and the head by itself
+templates     chats rendered to ids, their answers marked
 tokenization  tokenizers trained and run over text
 """

@@ -66,6 +66,7 @@ class TextEncoder:
     Attributes:
         bos, bos_id: What ``choose_bos`` chose.
         special_tokens: As given.
+        chat_template, marks_answers: None and False; there are no chats.
         num_texts: Encoded so far.
         num_names: Names of special tokens in them.
         num_rendered: Texts with two or more of them, as a text has that was rendered by a chat template.
@@ -76,10 +77,10 @@ class TextEncoder:
         self, tokenizer: PreTrainedTokenizerBase, *, bos: Bos = "auto", special_tokens: SpecialTokens = "text"
     ) -> None:
         self._tokenizer, self.special_tokens = tokenizer, special_tokens
+        self.chat_template: str | None = None
+        self.marks_answers = False
         self.bos, self.bos_id = choose_bos(tokenizer, bos)
-        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        names = sorted((name for name in added | set(tokenizer.all_special_tokens) if name.strip()), key=len)[::-1]
-        self._names = re.compile("|".join(map(re.escape, names))) if names else None
+        self._names = special_names(tokenizer)
         self._met: Counter[str] = Counter()
         self.num_texts = self.num_rendered = 0
 
@@ -129,6 +130,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: bool)
     )
     ids: list[list[int]] = encoding["input_ids"]
     return ids
+
+
+def special_names(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Finds the names of special tokens in a text; None: there are none."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = sorted((name for name in added | set(tokenizer.all_special_tokens) if name.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def choose_bos(tokenizer: PreTrainedTokenizerBase, wanted: Bos) -> tuple[BosPlace, int | None]:

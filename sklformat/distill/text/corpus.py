@@ -7,18 +7,12 @@ Knows no model and no torch; a tokenizer comes in as a function from texts to to
 from __future__ import annotations
 
 import dataclasses
-import errno
 import itertools
-import os
-import shutil
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmap_ninja import RaggedMmap
-from mmap_ninja import numpy as ninja_arrays
 from numpy.typing import ArrayLike, NDArray
 
 from sklformat.distill.text.documents import (
@@ -37,6 +31,7 @@ from sklformat.distill.text.fingerprints import (
     text_fingerprint,
     tokenizer_fingerprint,
 )
+from sklformat.distill.text.ragged import open_ninja, open_ragged, parts_of_ragged, write_ragged
 from sklformat.errors import CorruptError, SettingsError
 from sklformat.files.directories import published
 
@@ -61,12 +56,16 @@ __all__ = [
 ]
 
 _TOKENS_NAME = "tokens"
-_INDEX_ROOM = 1 << 20  # for the index files of a batch, and the file system's own
 _DOCUMENTS_PER_BATCH = 256  # tokenised together, and written to the store in one go
 
 
 Encode = Callable[[list[str]], Sequence[ArrayLike]]
 """Texts to their token ids, without special tokens."""
+
+Encoded = tuple[str, str, ArrayLike, "NDArray[np.bool_] | None"]
+"""Name and digest of a document, its token ids, and which of them are answers, where these are marked."""
+
+_ANSWER = 1 << 31  # set in the tokens of answers, where these are marked
 
 
 # --- token store ------------------------------------------------------------------------------------------------------
@@ -93,15 +92,11 @@ class TokenStore:
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
         self.facts = read_facts(self.directory)
-        # RaggedMmap makes a directory that is not there and believes its index, hence the checks around it.
         if not (self.directory / _TOKENS_NAME).is_dir():
             raise CorruptError("the tokens are missing; delete the store and make it again", path=self.directory)
         try:
-            ragged = RaggedMmap(self.directory / _TOKENS_NAME, mode="r")
-            index = [np.asarray(part) for part in (ragged.starts, ragged.ends, ragged.flattened_shapes)]
-            shapes = np.asarray(ragged.shapes)
-            tokens = np.asarray(ragged.memmap)
-        except (FileNotFoundError, ValueError, TypeError, AttributeError, struct.error) as error:
+            index, shapes, tokens = parts_of_ragged(self.directory / _TOKENS_NAME)
+        except ValueError as error:
             raise _damaged(self.directory, f"cannot be opened: {error}") from error
         starts, ends, lengths = index
         facts = self.facts
@@ -120,13 +115,23 @@ class TokenStore:
         return self.facts.num_documents
 
     def __getitem__(self, document: int) -> NDArray[np.unsignedinteger[Any]]:
-        """Tokens of one document, a read-only view of type ``facts.dtype``."""
+        """Tokens of one document, read-only or a copy, of type ``facts.dtype``."""
+        stored = self._stored(document)
+        return stored & np.uint32(_ANSWER - 1) if self.facts.marks_answers else stored
+
+    def answers(self, document: int) -> NDArray[np.bool_]:
+        """Which tokens of a document are answers; all where none are marked."""
+        stored = self._stored(document)
+        return stored >= _ANSWER if self.facts.marks_answers else np.ones(stored.size, np.bool_)
+
+    def _stored(self, document: int) -> NDArray[np.unsignedinteger[Any]]:
         end = self._ends[document]
         return self._tokens[end - self.lengths[document] : end]
 
     def count_beginning(self, token_id: int) -> int:
         """How many documents begin with this token."""
-        return int(np.count_nonzero(self._tokens[self._ends - self.lengths] == token_id))
+        firsts = self._tokens[self._ends - self.lengths]
+        return int(np.count_nonzero((firsts & np.uint32(_ANSWER - 1)) == token_id))
 
     def verify(self) -> None:
         """
@@ -135,7 +140,7 @@ class TokenStore:
         Raises:
             CorruptError: They differ.
         """
-        digits = corpus_fingerprint(self[document] for document in range(len(self)))
+        digits = corpus_fingerprint(self._stored(document) for document in range(len(self)))
         if digits != self.facts.corpus_fingerprint:
             raise _damaged(self.directory, f"its tokens give {digits}, stored is {self.facts.corpus_fingerprint}")
 
@@ -185,6 +190,32 @@ def write_token_store(
     return _write(directory, _encoded(documents, encode), vocab_size, tokenizer_fingerprint, encoding)
 
 
+def write_encoded(
+    directory: Path | str,
+    documents: Iterable[Encoded],
+    texts: Callable[[], Iterable[str]],
+    *,
+    vocab_size: int,
+    tokenizer_fingerprint: str,
+    encoding: Encoding,
+) -> TokenStore:
+    """
+    As ``write_token_store``, of documents that are encoded already, with their answers marked.
+
+    Args:
+        directory: Where the store goes.
+        documents: Read once, in order, unless the store is there.
+        texts: Gives the digests of the same documents, in order, without encoding them.
+        vocab_size: Bound of the ids, in [1, 2^31].
+        tokenizer_fingerprint: Of the tokenizer that made them.
+        encoding: How; the store keeps it.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        return _found_again(directory, vocab_size, tokenizer_fingerprint, encoding, texts())
+    return _write(directory, documents, vocab_size, tokenizer_fingerprint, encoding)
+
+
 def copy_ragged(
     directory: Path | str, source: Path | str, *, vocab_size: int, tokenizer_fingerprint: str, encoding: Encoding
 ) -> TokenStore:
@@ -213,38 +244,9 @@ def copy_ragged(
     if directory.exists():
         texts = (document_fingerprint(ids) for ids in documents if ids.size)
         return _found_again(directory, vocab_size, tokenizer_fingerprint, encoding, texts)
-    numbered = ((f"{source}: document {i}", document_fingerprint(ids), ids) for i, ids in enumerate(documents))
+    numbered = ((f"{source}: document {i}", document_fingerprint(ids), ids, None) for i, ids in enumerate(documents))
     found = (part for part in numbered if part[2].size)
     return _write(directory, found, vocab_size, tokenizer_fingerprint, encoding)
-
-
-def open_ragged(source: Path) -> Iterator[NDArray[np.integer[Any]]]:
-    """
-    The arrays of a RaggedMmap, views into it; checked at the call.
-
-    Raises:
-        FileNotFoundError: No RaggedMmap there.
-        CorruptError: Its files contradict each other, or hold no integers.
-    """
-    # RaggedMmap makes a directory that is not there and believes its index, hence the checks around it.
-    kind = source / "type.ninja"
-    if not kind.is_file() or kind.read_text() != "ragged":
-        raise FileNotFoundError(
-            f"{source} is no token store and no RaggedMmap of mmap_ninja: "
-            f"it has no {FACTS_NAME}, and no type.ninja of a ragged one"
-        )
-    try:
-        ragged = RaggedMmap(source, mode="r")
-        starts, ends = (np.array(part, np.int64) for part in (ragged.starts, ragged.ends))
-        tokens = np.asarray(ragged.memmap)
-    except (FileNotFoundError, ValueError, TypeError, AttributeError, struct.error) as error:
-        raise CorruptError(f"cannot be opened as a RaggedMmap: {error}; make it again", path=source) from error
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise CorruptError(f"holds {tokens.dtype} of shape {tokens.shape}, must be token ids", path=source)
-    inside = starts.shape == ends.shape and (starts >= 0).all() and (starts <= ends).all()
-    if not inside or (ends.size and ends.max() > tokens.size):
-        raise CorruptError("its index points outside of its tokens; make it again", path=source)
-    return (tokens[start:end] for start, end in zip(starts, ends, strict=True))
 
 
 def _found_again(
@@ -266,56 +268,41 @@ def _found_again(
     return store
 
 
-def _encoded(documents: Iterable[Document], encode: Encode) -> Iterator[tuple[str, str, ArrayLike]]:
+def _encoded(documents: Iterable[Document], encode: Encode) -> Iterator[Encoded]:
     """Name, digest and token ids of each document."""
     for batch in _batched(documents, _DOCUMENTS_PER_BATCH):
         for document, ids in zip(batch, encode([document.text for document in batch]), strict=True):
-            yield document.name, text_fingerprint(document), ids
-
-
-def _check_room(directory: Path, size_bytes: int) -> None:
-    """RaggedMmap writes through a mapping: where the disk is full, that kills the process instead of failing."""
-    if shutil.disk_usage(directory).free < size_bytes:
-        raise OSError(
-            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}; the tokens need {size_bytes} bytes more", str(directory)
-        )
+            yield document.name, text_fingerprint(document), ids, None
 
 
 def _write(
     directory: Path,
-    documents: Iterable[tuple[str, str, ArrayLike]],
+    documents: Iterable[Encoded],
     vocab_size: int,
     tokenizer_fingerprint: str,
     encoding: Encoding,
 ) -> TokenStore:
     if not 1 <= vocab_size <= 1 << 32:
         raise ValueError(f"vocab_size must be in [1, 2^32], got {vocab_size}")
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    dtype = "uint16" if vocab_size <= 1 << 16 and not encoding.marks_answers else "uint32"
     texts: list[str] = []
     digests: list[str] = []
     num_tokens = 0
 
     def tokenised() -> Iterator[NDArray[np.unsignedinteger[Any]]]:
         nonlocal num_tokens
-        for name, text, ids in documents:
+        for name, text, ids, answers in documents:
             texts.append(text)
             tokens = _checked_ids(ids, vocab_size, name)
             if tokens.size:
+                if answers is not None:
+                    tokens |= np.where(answers, _ANSWER, 0)
                 digests.append(document_fingerprint(tokens))
                 num_tokens += tokens.size
                 yield tokens.astype(dtype)
 
-    def with_room(partial: Path) -> Iterator[NDArray[np.unsignedinteger[Any]]]:
-        pending = 0  # bytes that RaggedMmap holds back until it has a batch
-        for number, tokens in enumerate(tokenised()):
-            pending = tokens.nbytes + (pending if number % _DOCUMENTS_PER_BATCH else 0)
-            _check_room(partial, pending + _INDEX_ROOM)
-            yield tokens
-
     with published(directory) as partial:
-        RaggedMmap.from_generator(
-            partial / _TOKENS_NAME, with_room(partial), batch_size=_DOCUMENTS_PER_BATCH, verbose=False
-        )
+        write_ragged(partial / _TOKENS_NAME, tokenised(), batch_size=_DOCUMENTS_PER_BATCH)
         if not digests:
             raise ValueError("no text found: the documents hold no tokens")
         facts = StoreFacts(
@@ -332,13 +319,6 @@ def _write(
         write_facts(partial, facts)
         TokenStore(partial).verify()  # what was written is what was meant
     return TokenStore(directory)
-
-
-def open_ninja(path: Path) -> Any:
-    """An mmap-ninja store, ragged or one array, read-only, whose [i] is its i-th array; None: this is no such store."""
-    if (path / "shapes_are_flat.ninja").is_file():
-        return RaggedMmap(path, mode="r")
-    return ninja_arrays.open_existing(path, mode="r") if (path / "data.ninja").is_file() else None
 
 
 def _damaged(directory: Path, what: str) -> CorruptError:

@@ -17,14 +17,17 @@ from sklformat.settings.text import BOS_PLACES, SPECIAL_TOKENS, BosPlace, Specia
 
 FACTS_NAME = "store.json"
 STORE_VERSION = 2
+_MISSING = object()
 
 
 class Encoder(Protocol):
-    """What encodes text and says how: the encoder of ``models.tokenization``."""
+    """What encodes text and says how: the encoders of ``models``."""
 
     bos: BosPlace
     bos_id: int | None
     special_tokens: SpecialTokens
+    chat_template: str | None
+    marks_answers: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,22 +40,27 @@ class Encoding:
         bos_id: Its id; None where ``bos`` is "none".
         special_tokens: What the name of a special token inside a text became: "text", characters like any other, or
             "keep", the token itself; "given" where tokens came instead of text.
+        chat_template: XXH3-128 of the template that rendered chats; None: none did.
+        marks_answers: Whether answers are marked among the tokens; nothing else is learnt from then.
     """
 
     bos: str = "none"
     bos_id: int | None = None
     special_tokens: str = "text"
+    chat_template: str | None = None
+    marks_answers: bool = False
 
     @classmethod
     def of(cls, encoder: Encoder) -> Encoding:
         """How an encoder works."""
-        return cls(bos=encoder.bos, bos_id=encoder.bos_id, special_tokens=encoder.special_tokens)
+        return cls(**{f.name: getattr(encoder, f.name) for f in dataclasses.fields(Encoding)})
 
     def __str__(self) -> str:
         """As flags say it, with the id."""
         token = "" if self.bos_id is None else f" (id {self.bos_id})"
         kept = " --special-tokens keep" if self.special_tokens == "keep" else ""
-        return f"--bos {self.bos}{token}{kept}"
+        template = "" if self.chat_template is None else f" and chat template {self.chat_template}"
+        return f"--bos {self.bos}{token}{kept}{template}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +117,8 @@ def read_facts(directory: Path) -> StoreFacts:
     types = {f.name: int if f.type == "int" else str for f in dataclasses.fields(StoreFacts) if f.name not in added}
     if not isinstance(values, dict) or {n: type(v) for n, v in values.items() if n not in added} != types:
         raise CorruptError(f"must hold exactly the fields {', '.join(types)}", path=path)
-    if version != 1 and not _is_encoding({name: values.get(name) for name in added}):
-        raise CorruptError(f"must say bos, bos_id and special_tokens, as {Encoding()!r} does", path=path)
+    if version != 1 and not _is_encoding({name: values.get(name, _MISSING) for name in added}):
+        raise CorruptError(f"must say how text was encoded, as {Encoding()!r} does", path=path)
     return StoreFacts(**values)
 
 
@@ -125,4 +133,6 @@ def _is_encoding(values: dict[str, Any]) -> bool:
         values["bos"] in BOS_PLACES
         and values["special_tokens"] in (*SPECIAL_TOKENS, "given")
         and (values["bos_id"] is None if values["bos"] == "none" else type(values["bos_id"]) is int)
+        and (values["chat_template"] is None or isinstance(values["chat_template"], str))
+        and type(values["marks_answers"]) is bool
     )

@@ -1,5 +1,5 @@
 """
-Sequences of equal length packed from tokenised documents.
+Sequences of tokenised documents in shuffled order: packed to equal length, or whatever else ``Sequences`` can be.
 
 Knows no model and no torch.
 Source: Anshumann et al. 2025 (arXiv 2503.16870), Appendix D: documents shuffled by a seed that teacher and student
@@ -9,6 +9,8 @@ share, joined by a separator, attention not masked across documents.  Where BOS 
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +21,31 @@ from sklformat.distill.text.corpus import StoreFacts, TokenStore
 from sklformat.format.order import permute
 
 
-class PackedSequences:
+class Sequences(ABC):
     """
-    Windows of ``seq_len + 1`` tokens over all documents, shuffled by seed, each document between its marks.
+    What teacher and student read: sequences made of a token store's documents, in an order that a seed shuffles.
 
-    The stream is document after document in the order ``permute(arange(n), n, seed=seed)``. What stands around them,
-    the store says (``Encoding.bos``):
-
-    * "none": each document is followed by the separator.
-    * "document": BOS, the document, the separator; where BOS is the separator itself, it stands once between two.
-    * "window": as "none", and each window begins with BOS.
-
-    Window i holds tokens ``[i·seq_len, i·seq_len + seq_len]`` of the stream, both ends included, so neighbours share
-    one token and every token but the first is predicted exactly once. With "window" it is BOS and tokens
-    ``[i·seq_len, (i + 1)·seq_len)``, and every token is predicted exactly once. What fills no window is dropped.
-    A window is a function of (store, seed, seq_len, separator) alone. Memory: 16 bytes per document.
+    A sequence is a function of (store, seed, seq_len, separator) alone. Memory: some 16 bytes per document.
 
     Pickled, it is its arguments; the store is opened again, on first use, in the process that unpickled it.
 
     Args:
         store_path: A token store.
-        seq_len: Positions in a sequence, >= 1.
+        seq_len: Positions in a sequence, at most, >= 1.
         separator_id: Token id put after each document, >= 0.
         seed: Seed of the documents' order.
-        first: Number of the first window of the stream to show; ``self[0]`` is this one.
-        count: How many windows to show; None: all from ``first`` on.
+        first: Number of the first sequence of the text to show; ``self[0]`` is this one.
+        count: How many sequences to show; None: all from ``first`` on.
 
     Raises:
-        ValueError: An argument out of range, or a text too short for the windows asked; the message has both numbers.
+        ValueError: An argument out of range, or a text too short for the sequences asked; the message has both numbers.
         FileNotFoundError, CorruptError, UnsupportedError: As ``TokenStore``.
+
+    Attributes:
+        is_ragged: Whether each sequence has a length of its own.
     """
+
+    is_ragged = False
 
     def __init__(
         self,
@@ -73,88 +70,171 @@ class PackedSequences:
         self.first = first
         self._store: TokenStore | None = None
         self._opened()
-        num_tokens = int(self._ends[-1])
-        extra = 1 - self._window_bos  # a window's last token, unless BOS takes the place of its first
-        num_windows = (num_tokens - extra) // seq_len
-        wanted = first + (1 if count is None else count)
-        if num_windows < wanted:
-            need = wanted * seq_len + extra
-            raise ValueError(
-                f"the text is too short: {wanted} sequences of {seq_len} positions take {need} tokens, "
-                f"it has {num_tokens} (separators included); give more text or a smaller seq_len"
-            )
-        self._count = num_windows - first if count is None else count
+        available, wanted = self._num_available(), first + (1 if count is None else count)
+        if available < wanted:
+            raise ValueError(self._too_short(wanted))
+        self._count = available - first if count is None else count
 
     def __len__(self) -> int:
         return self._count
 
+    @abstractmethod
     def __getitem__(self, index: int) -> NDArray[np.uint32]:
-        """Tokens of one sequence, [seq_len + 1] uint32, a copy."""
-        start = self._start(index)
-        store = self._opened()
-        window = np.empty(self.seq_len + 1, dtype=np.uint32)
-        if self._window_bos:
-            window[0] = self._bos_id
-        stream = window[self._window_bos :]
-        end = start + stream.size
-        place = int(np.searchsorted(self._ends, start, side="right"))
-        at = start
-        while at < end:
-            tokens = store[int(self._order[place])]
-            document_end = int(self._ends[place])
-            text_end = document_end - self._after
-            text_start = text_end - tokens.size
-            if self._before and text_start > start:
-                stream[text_start - 1 - start] = self._bos_id
-            at, stop = max(at, text_start), min(end, text_end)
-            if at < stop:
-                stream[at - start : stop - start] = tokens[at - text_start : stop - text_start]
-            if self._after and document_end <= end:
-                stream[document_end - 1 - start] = self.separator_id
-            at = document_end
-            place += 1
-        return window
+        """Tokens of one sequence, [positions + 1] uint32, a copy."""
 
+    @abstractmethod
     def document_starts(self, index: int) -> NDArray[np.bool_]:
         """
-        Where documents begin among the tokens of one sequence, [seq_len + 1].
+        Where documents begin among the tokens of one sequence, [positions + 1].
 
         A document begins at its own BOS if it has one; a separator and a window's BOS begin none.
         """
-        begin = self._start(index)
-        self._opened()
-        ends = self._ends[np.searchsorted(self._ends, begin) :]
-        ends = ends[: np.searchsorted(ends, begin + self.seq_len - self._window_bos, side="right")]
-        starts = np.zeros(self.seq_len + 1, np.bool_)
-        starts[ends - begin + self._window_bos] = True
-        starts[self._window_bos] |= begin == 0
-        return starts
+
+    @abstractmethod
+    def counted(self, index: int) -> NDArray[np.bool_] | None:
+        """The positions of one sequence that are learnt from, [positions]: those that predict answers; None: all."""
+
+    def width(self, begin: int, end: int) -> int:
+        """Positions of the longest sequence of begin..end - 1, also of those behind the last that is shown."""
+        del begin, end
+        return self.seq_len
+
+    def num_positions(self) -> int:
+        """Positions that are learnt from, of all sequences together."""
+        total = 0
+        for index in range(len(self)):
+            counted = self.counted(index)
+            if counted is None:
+                return self._num_all_positions()
+            total += int(np.count_nonzero(counted))
+        return total
+
+    def _num_all_positions(self) -> int:
+        return len(self) * self.seq_len
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_order", "_ends", "_before", "_after", "_window_bos", "_bos_id")
-        return {name: value for name, value in self.__dict__.items() if name not in dropped} | {"_store": None}
+        given = ("store_path", "seq_len", "separator_id", "seed", "first", "_count", "truncate")
+        return {name: self.__dict__[name] for name in given if name in self.__dict__} | {"_store": None}
 
     @property
     def facts(self) -> StoreFacts:
         """What the token store says of itself."""
         return self._opened().facts
 
-    def _start(self, index: int) -> int:
-        """Place in the stream of a sequence's first token of it."""
-        index = operator.index(index)
-        if not -self._count <= index < self._count:
-            raise IndexError(f"sequence {index} of {self._count}")
-        return (self.first + index % self._count) * self.seq_len
-
     def _opened(self) -> TokenStore:
         if self._store is None:
             store = TokenStore(self.store_path)
-            bos, self._bos_id = store.facts.bos, store.facts.bos_id or 0
-            # Tokens around each document, and in front of each window.
-            self._before = int(bos == "document")
-            self._after = int(not (self._before and self._bos_id == self.separator_id))
-            self._window_bos = int(bos == "window")
-            self._order = permute(np.arange(len(store), dtype=np.int64), len(store), seed=self.seed)
-            self._ends = np.cumsum(store.lengths[self._order] + self._before + self._after)
+            # Tokens around each document; chats come with all that stands around them.
+            self._bos_id = store.facts.bos_id or 0
+            self._before = int(store.facts.bos == "document")
+            is_one = bool(self._before) and self._bos_id == self.separator_id
+            self._after = int(not store.facts.marks_answers and not is_one)
+            self._arrange(store)
             self._store = store
         return self._store
+
+    def _number(self, index: int) -> int:
+        """Number among all sequences of the text."""
+        index = operator.index(index)
+        if not -self._count <= index < self._count:
+            raise IndexError(f"sequence {index} of {self._count}")
+        self._opened()
+        return self.first + index % self._count
+
+    @abstractmethod
+    def _arrange(self, store: TokenStore) -> None:
+        """Bring the documents into their order."""
+
+    @abstractmethod
+    def _num_available(self) -> int:
+        """How many sequences the whole text gives."""
+
+    @abstractmethod
+    def _too_short(self, wanted: int) -> str:
+        """Why a text does not give this many."""
+
+
+class PackedSequences(Sequences):
+    """
+    Windows of ``seq_len + 1`` tokens over all documents, each document between its marks.
+
+    The stream is document after document in the order ``permute(arange(n), n, seed=seed)``. What stands around them,
+    the store says (``Encoding``):
+
+    * bos "none": each document is followed by the separator.
+    * "document": BOS, the document, the separator; where BOS is the separator itself, it stands once between two.
+    * "window": as "none", and each window begins with BOS.
+    * Where answers are marked, nothing: a chat brings all that stands around it.
+
+    Window i holds tokens ``[i·seq_len, i·seq_len + seq_len]`` of the stream, both ends included, so neighbours share
+    one token and every token but the first is predicted exactly once. With "window" it is BOS and tokens
+    ``[i·seq_len, (i + 1)·seq_len)``, and every token is predicted exactly once. What fills no window is dropped.
+
+    Args, Raises: As ``Sequences``.
+    """
+
+    def __getitem__(self, index: int) -> NDArray[np.uint32]:
+        window = np.empty(self.seq_len + 1, dtype=np.uint32)
+        start, stream = self._stream(index, window)
+        if self._window_bos:
+            window[0] = self._bos_id
+        for document, place in self._documents(start, start + stream.size):
+            tokens = self._opened()[document]
+            paste(stream, place - start, tokens)
+            if self._before:
+                paste(stream, place - 1 - start, [self._bos_id])
+            if self._after:
+                paste(stream, place + tokens.size - start, [self.separator_id])
+        return window
+
+    def document_starts(self, index: int) -> NDArray[np.bool_]:
+        window = np.zeros(self.seq_len + 1, np.bool_)
+        start, stream = self._stream(index, window)
+        for _, place in self._documents(start, start + stream.size):
+            paste(stream, place - self._before - start, [True])
+        return window
+
+    def counted(self, index: int) -> NDArray[np.bool_] | None:
+        if not self.facts.marks_answers:
+            return None
+        window = np.zeros(self.seq_len + 1, np.bool_)
+        start, stream = self._stream(index, window)
+        for document, place in self._documents(start, start + stream.size):
+            paste(stream, place - start, self._opened().answers(document))
+        return window[1:]
+
+    def _stream(self, index: int, window: NDArray[Any]) -> tuple[int, NDArray[Any]]:
+        """Where a window begins in the stream, and the part of it that the stream fills."""
+        return self._number(index) * self.seq_len, window[self._window_bos :]
+
+    def _documents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The documents in a part of the stream, and where in the stream the first token of each own stands."""
+        for place in range(int(np.searchsorted(self._ends, start, side="right")), len(self._ends)):
+            document = int(self._order[place])
+            begin = int(self._ends[place]) - self._after - int(self._opened().lengths[document])
+            if begin - self._before >= end:
+                return
+            yield document, begin
+
+    def _arrange(self, store: TokenStore) -> None:
+        self._window_bos = int(store.facts.bos == "window")
+        self._order = permute(np.arange(len(store), dtype=np.int64), len(store), seed=self.seed)
+        self._ends = np.cumsum(store.lengths[self._order] + self._before + self._after)
+
+    def _num_available(self) -> int:
+        # A window has one token more than positions, of which BOS may be one.
+        return (int(self._ends[-1]) - 1 + self._window_bos) // self.seq_len
+
+    def _too_short(self, wanted: int) -> str:
+        need = wanted * self.seq_len + 1 - self._window_bos
+        return (
+            f"the text is too short: {wanted} sequences of {self.seq_len} positions take {need} tokens, "
+            f"it has {self._ends[-1]} (separators included); give more text or a smaller seq_len"
+        )
+
+
+def paste(out: NDArray[Any], place: int, values: Any) -> None:
+    """Write values into an array from a place on, as far as they lie inside of it."""
+    begin, end = max(place, 0), min(place + len(values), out.size)
+    if begin < end:
+        out[begin:end] = values[begin - place : end - place]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from sklformat.distill.text import corpus
+from sklformat.distill.text import corpus, ragged
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import CorruptError, InUseError, SettingsError, UnsupportedError
 from sklformat.files.directories import published
@@ -269,11 +269,11 @@ def test_store_says_how_its_text_was_encoded(tmp_path):
         make_store(tmp_path / "s", ["abc"], special_tokens="keep")
     path = tmp_path / "s" / "store.json"
     facts = json.loads(path.read_text())
-    for wrong in ({"bos": "auto"}, {"bos_id": None}, {"bos": "none"}, {"special_tokens": "x"}, {"bos_id": "1"}):
+    for wrong in ({"bos": "auto"}, {"bos_id": None}, {"bos": "none"}, {"special_tokens": "x"}, {"chat_template": 0}):
         path.write_text(json.dumps(facts | wrong))
-        with pytest.raises(CorruptError, match="must say bos, bos_id and special_tokens"):
+        with pytest.raises(CorruptError, match="must say how text was encoded"):
             corpus.TokenStore(tmp_path / "s")
-    old = {name: value for name, value in facts.items() if name not in ("bos", "bos_id", "special_tokens")}
+    old = {name: value for name, value in facts.items() if not hasattr(corpus.Encoding, name)}
     path.write_text(json.dumps(old | {"version": 1}))
     assert corpus.Encoding() == corpus.TokenStore(tmp_path / "s").facts.encoding
 
@@ -358,7 +358,7 @@ def test_directory_has_one_writer(tmp_path):
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     """Where the tokens do not fit, OSError says how much they need and nothing is left; a mapping would just die."""
     usage = type("Usage", (), {"free": (1 << 20) + 1500})
-    monkeypatch.setattr(corpus.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(ragged.shutil, "disk_usage", lambda _: usage)
     make_store(tmp_path / "fits", ["x" * 500])
     make_store(tmp_path / "batches", ["xx"] * 600)  # what a batch wrote is not asked for again
     with pytest.raises(OSError, match="No space left on device; the tokens need 1050576 bytes more") as caught:
