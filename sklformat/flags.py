@@ -30,10 +30,11 @@ def parse(
     The config that the flags say, and whether JSON is wanted.
 
     A field is a flag, its docstring the help; ``positional``: required fields are arguments instead.  A field whose
-    name cannot be its flag's, or that is a flag all the same, says the flag in its metadata.
+    name cannot be its flag's, or that is a flag all the same, says the flag in its metadata.  The values of a flag that
+    takes several add up where it is repeated; metadata ``once`` refuses that, as for any flag of one value.
 
     Raises:
-        UsageError: A flag is unknown, missing or has no such value.
+        UsageError: A flag is unknown, missing, has no such value, or is repeated.
         SystemExit: Help was asked for and printed.
     """
     import tyro  # noqa: PLC0415  an extra, needed only here
@@ -41,6 +42,7 @@ def parse(
     hints = typing.get_type_hints(config_type)
     own = dataclasses.fields(config_type)  # type: ignore[arg-type]
     _check_names(arguments, own, hints, positional=positional)
+    arguments = _joined(arguments, own, hints)
     flags: list[Any] = []
     as_argument: Any = tyro.conf.Positional
     for f in own:
@@ -84,6 +86,32 @@ def _check_names(
         if argument.startswith("--") and name not in known:
             meant = difflib.get_close_matches(name, known, n=1)
             raise UsageError(f"there is no flag --{name}" + (f"; did you mean --{meant[0]}?" if meant else ""))
+
+
+def _joined(arguments: list[str], own: tuple[dataclasses.Field[Any], ...], hints: dict[str, Any]) -> list[str]:
+    """The arguments with each flag once: the values of a repeated one behind its first, where it takes several."""
+    several = {f.name for f in own if typing.get_origin(hints[f.name]) is tuple and "once" not in f.metadata}
+    boolean = {f.name for f in own if hints[f.name] is bool}
+    groups: dict[str, list[str]] = {"": []}  # of each flag, itself and what follows it
+    latest = groups[""]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    for argument in arguments[:end]:
+        if not argument.startswith("--"):
+            latest.append(argument)
+            continue
+        flag, equals, value = argument.partition("=")
+        name = flag[2:].replace("-", "_")
+        name = name[3:] if name[3:] in boolean and name.startswith("no_") else name
+        if name not in groups:
+            latest = groups[name] = [argument]
+        elif name in several:
+            latest = groups[name]
+            head, joint, first = latest[0].partition("=")
+            latest[:1] = [head, first] if joint else [head]
+            latest += [value] if equals else []
+        else:
+            raise UsageError(f"{flag} is given more than once; it takes effect once, so say it once")
+    return [*itertools.chain.from_iterable(groups.values()), *arguments[end:]]
 
 
 def _wrapped(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ class CacheConfig:
     text: tuple[Path, ...] = ()
     """Text to run over: files (UTF-8, or .jsonl with a field "text") and directories of them."""
 
-    dataset: tuple[str, ...] = ()
+    dataset: tuple[str, ...] = field(default=(), metadata={"once": True})
     """Hugging Face dataset to run over instead: name and, where it has several, configuration; or its directory."""
 
     dataset_split: str = "train"

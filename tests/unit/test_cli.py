@@ -14,6 +14,8 @@ import pytest
 
 import sklformat as skl
 from sklformat import cli
+from sklformat.flags import parse
+from sklformat.settings.cache import CacheConfig
 
 
 def write_shard(path, number=0, first=0, sequences=3, *, seal=True):
@@ -195,6 +197,9 @@ def test_convert(capfd, cache, tmp_path):
         (["train", "--step", "3"], "there is no flag --step; did you mean --steps?"),
         (["cache", "--no_store_token"], "there is no flag --no-store-token; did you mean --no-store-tokens?"),
         (["convert", "a", "b", "--form=skl"], "there is no flag --form; did you mean --from?"),
+        (["train", "--seed", "1", "--seed=2"], "--seed is given more than once"),
+        (["cache", "--store-tokens", "--no_store_tokens"], "--no_store_tokens is given more than once"),
+        (["cache", "--dataset", "one", "--dataset", "two"], "--dataset is given more than once"),
         (["verify"], "PATH"),
         (["check", "a"], "--tokens"),
         (["check", "--tokens", "a"], "PATH"),
@@ -205,6 +210,21 @@ def test_wrong_usage(capfd, words, message):
     status, out, err = run(capfd, *words)
     assert (2, "") == (status, out)
     assert message in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--text", "a", "b", "--text", "c", "--seq-len", "8"],
+        ["--text=a", "--seq-len", "8", "--text", "b", "c"],
+        ["--text", "a", "--seq-len=8", "--text=b", "--text=c"],
+        ["--seq-len", "8", "--text", "a", "--text=b", "--text", "c"],
+    ],
+)
+def test_values_of_a_repeated_flag_add_up(words):
+    """A flag that takes several values has all of them, in their order, however often it is repeated."""
+    config, _ = parse(CacheConfig, "cache", ["--teacher", "t", "--out", "o", *words])
+    assert ([Path("a"), Path("b"), Path("c")], 8) == (list(config.text), config.seq_len)
 
 
 def test_missing_extra(capfd, cache, tmp_path, monkeypatch):
