@@ -1,6 +1,7 @@
 """
 Files wherever they lie, on disks, in memory or behind URLs; knows nothing of the format.
 
+arrow        the only door to pyarrow: tables in Parquet and Arrow files
 copies       local copies of what was read behind URLs, bounded in bytes
 directories  directories that appear whole or not at all
 disk         append, sync, rename and lock, so that a crash loses nothing

@@ -1,4 +1,4 @@
-"""Plain columns as Parquet, through pyarrow, of which this is the only user; some sequences at a time."""
+"""Plain columns as Parquet, through pyarrow; some sequences at a time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sklformat.errors import CorruptError
+from sklformat.files import arrow
 from sklformat.format.columns import RECORD_LOGPROB
 from sklformat.interop.columns import NOTE, TYPES, Row, check_parallel, in_row, offsets_of, typed
 
@@ -23,7 +21,7 @@ _GROUP_RECORDS = 1 << 20  # records of one row group, about
 
 def read_head(path: Path) -> tuple[set[str], bytes | None]:
     """Names of the columns, and the note."""
-    with _opened(path) as file:
+    with arrow.opened_parquet(path) as file:
         return set(file.schema_arrow.names), (file.schema_arrow.metadata or {}).get(NOTE.encode())
 
 
@@ -31,7 +29,7 @@ def read_rows(path: Path, values: str, columns: tuple[str, ...]) -> Iterator[Row
     """As ``files.read_rows``, some sequences at a time."""
     names = ["input_ids", "token_ids", values, *columns]
     number = 0
-    with _opened(path) as file:
+    with arrow.opened_parquet(path) as file:
         missing = [name for name in names if name not in file.schema_arrow.names]
         if missing:
             raise ValueError(f"no column {missing[0]!r}, only {', '.join(file.schema_arrow.names)}")
@@ -53,28 +51,14 @@ def read_rows(path: Path, values: str, columns: tuple[str, ...]) -> Iterator[Row
         raise CorruptError("holds no sequence", path=path)
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    with path.open("rb") as stream:
-        try:
-            with pq.ParquetFile(stream) as file:
-                yield file
-        except (pa.ArrowException, ValueError) as error:
-            raise CorruptError(f"parquet: {error}", path=path) from None
-        except OSError as error:
-            if error.errno is not None:  # the system's own; pyarrow's, of a damaged file, has no number
-                raise
-            raise CorruptError(f"parquet: {error}", path=path) from None
-
-
 def _split(column: Any, name: str) -> tuple[Any, NDArray[np.int64]]:
     """An Arrow array of lists: what the lists hold, one after the other, and their offsets."""
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(is_kind(column.type) for is_kind in kinds):
+    lengths = arrow.list_lengths(column)
+    if lengths is None:
         raise ValueError(f"column {name} is {column.type}, must be a list")
     if column.null_count:
         raise ValueError(f"column {name} has empty cells (null)")
-    return column.flatten(), offsets_of(pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64))
+    return column.flatten(), offsets_of(lengths)
 
 
 def _plain(values: Any, offsets: NDArray[np.int64], i: int, name: str) -> NDArray[Any]:
@@ -94,11 +78,9 @@ class Sink:
 
     def __init__(self, file: BinaryIO, names: tuple[str, ...], note: str) -> None:
         self._names, self._rows, self._records = names, list[Row](), 0
-        types = [pa.list_(pa.from_numpy_dtype(TYPES[name])) for name in names]
         self._nested = {*names[1:3], RECORD_LOGPROB}
-        types = [pa.list_(one) if name in self._nested else one for name, one in zip(names, types, strict=True)]
-        schema = pa.schema(list(zip(names, types, strict=True)), metadata={NOTE: note})
-        self._writer = pq.ParquetWriter(file, schema)
+        columns = {name: (TYPES[name], 2 if name in self._nested else 1) for name in names}
+        self._writer = arrow.ListsWriter(file, columns, {NOTE: note})
 
     def append(self, row: Row) -> None:
         self._rows.append(row)
@@ -110,14 +92,15 @@ class Sink:
         rows, self._rows, self._records = self._rows, [], 0
 
         def lists(name: str, parts: list[NDArray[Any]]) -> Any:
-            flat = pa.array(np.concatenate(parts).astype(TYPES[name]))
-            return pa.ListArray.from_arrays(offsets_of([part.size for part in parts]).astype(np.int32), flat)
+            return arrow.list_array(
+                np.concatenate(parts).astype(TYPES[name]), offsets_of([part.size for part in parts])
+            )
 
         def nested(name: str, parts: list[NDArray[Any]]) -> Any:
-            inner = offsets_of(np.concatenate([np.diff(row.offsets) for row in rows])).astype(np.int32)
-            flat = pa.array(np.concatenate(parts).astype(TYPES[name]))
-            outer = offsets_of([row.offsets.size - 1 for row in rows]).astype(np.int32)
-            return pa.ListArray.from_arrays(outer, pa.ListArray.from_arrays(inner, flat))
+            inner = offsets_of(np.concatenate([np.diff(row.offsets) for row in rows]))
+            flat: NDArray[Any] = np.concatenate(parts).astype(TYPES[name])
+            outer = offsets_of([row.offsets.size - 1 for row in rows])
+            return arrow.list_array(arrow.list_array(flat, inner), outer)
 
         arrays = [
             lists("input_ids", [row.input_ids for row in rows]),
@@ -127,7 +110,7 @@ class Sink:
         for name in self._names[3:]:
             made = nested if name in self._nested else lists
             arrays.append(made(name, [row.columns[name] for row in rows]))
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._writer.schema))
+        self._writer.write_group(arrays)
 
     def finish(self) -> None:
         if self._rows:

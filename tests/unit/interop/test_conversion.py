@@ -495,6 +495,8 @@ def test_parquet_row_groups(tmp_path, monkeypatch):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     """The missing extra is named, and no half file stays."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "sklformat.files.arrow", raising=False)
+    monkeypatch.delattr("sklformat.files.arrow", raising=False)
     monkeypatch.delitem(sys.modules, "sklformat.interop.parquet", raising=False)
     cache = write_cache(tmp_path / "cache")
     with pytest.raises(ModuleNotFoundError) as error:
