@@ -45,6 +45,7 @@ _EXTRAS = {
     "tokenizers": "train",
     "safetensors": "train",
     "mmap_ninja": "train",
+    "zstandard": "text",
     "datasets": "datasets",
     "accelerate": "large",
 }

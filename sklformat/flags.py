@@ -31,7 +31,8 @@ def parse(
 
     A field is a flag, its docstring the help; ``positional``: required fields are arguments instead.  A field whose
     name cannot be its flag's, or that is a flag all the same, says the flag in its metadata.  The values of a flag that
-    takes several add up where it is repeated; metadata ``once`` refuses that, as for any flag of one value.
+    takes several add up where it is repeated; metadata ``once`` refuses that, as for any flag of one value.  Metadata
+    ``was`` is a flag's name of before, for who still uses that.
 
     Raises:
         UsageError: A flag is unknown, missing, has no such value, or is repeated.
@@ -84,7 +85,8 @@ def _check_names(
     for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
         name = argument[2:].partition("=")[0].replace("_", "-")
         if argument.startswith("--") and name not in known:
-            meant = difflib.get_close_matches(name, known, n=1)
+            now = [f.name for f in own if f.metadata.get("was") == name]
+            meant = now or difflib.get_close_matches(name, known, n=1)
             raise UsageError(f"there is no flag --{name}" + (f"; did you mean --{meant[0]}?" if meant else ""))
 
 

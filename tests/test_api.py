@@ -19,13 +19,15 @@ NAMES = """
 
 FLAGS = {
     "cache": """
-        batch-size bos columns dataset dataset-field dataset-split device device-map dtype first-sequence json k
-        keep-versions num-sequences out p packing-seed proposal-temperature ring-mib rounds sampler seed seq-len
-        sequences-per-shard special-tokens store-tokens teacher text tokens unbiased-weights work-dir
+        batch-size bos columns dataset dataset-split device device-map dtype encoding exclude field first-sequence
+        include json k keep-versions max-unpack-ratio num-sequences on-bad-file out p packing-seed proposal-temperature
+        ring-mib rounds sampler seed seq-len sequences-per-shard special-tokens store-tokens teacher text tokens
+        unbiased-weights work-dir
     """,
     "estimate": """
-        batch-size calibration-sequences device disk-tb dtype gpu-price gpus json positions positions-per-second
-        proposal-temperature rounds seq-len sequences-per-shard store-tokens teacher text unique-tokens vocab-size
+        batch-size calibration-sequences device disk-tb dtype encoding exclude field gpu-price gpus include json
+        max-unpack-ratio on-bad-file positions positions-per-second proposal-temperature rounds seq-len
+        sequences-per-shard store-tokens teacher text unique-tokens vocab-size
     """,
 }
 

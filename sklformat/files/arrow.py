@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from sklformat.errors import CorruptError
 
-_BUFFER_BYTES = 1 << 20  # of a column that is read; without a buffer all of a row group's is in memory
+_BUFFER_BYTES = 1 << 20  # of a column that is read; without a buffer all of a row group's column is in memory
 _ARROW_MAGIC = b"ARROW1"  # of a file with an index at its end; else it is a stream of batches
 
 
@@ -28,34 +30,53 @@ def opened_parquet(path: Path) -> Iterator[Any]:
         CorruptError: It is no such file, or what is read of it inside the context is damaged.
         OSError: The system's own.
     """
-    with path.open("rb") as stream, _named(path, "parquet"), pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES) as file:
+    with (
+        path.open("rb") as stream,
+        _named(path, "parquet"),
+        pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file,
+    ):
         yield file
 
 
 @contextlib.contextmanager
-def opened_batches(path: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
+def opened_batches(path: Path, max_rows: int) -> Iterator[tuple[list[str], Iterator[Any]]]:
     """
-    The columns of an Arrow file, or stream in a file, and its record batches; mapped, as they may be large.
+    The columns of an Arrow file, or stream in a file, and its record batches in slices of at most ``max_rows``.
+
+    A slice is valid until the next one is asked for: the file is mapped, and what was read leaves the memory again.
 
     Raises:
         CorruptError, OSError: As ``opened_parquet``.
     """
     with path.open("rb") as stream:
         indexed = stream.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
-    with _named(path, "arrow"), pa.memory_map(str(path)) as mapped:
+        if stream.seek(0, os.SEEK_END) == 0:
+            raise CorruptError("arrow: the file is empty", path=path)
+        mapped = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
+
+    def slices(batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            for start in range(0, batch.num_rows, max_rows):
+                part = batch.slice(start, max_rows)
+                part.validate(full=True)  # its offsets come from the file, and Arrow believes them
+                yield part
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    source = pa.BufferReader(pa.py_buffer(mapped))
+    with _named(path, "arrow"):
         if indexed:
-            with pa.ipc.open_file(mapped) as file:
-                yield file.schema.names, (file.get_batch(i) for i in range(file.num_record_batches))
+            with pa.ipc.open_file(source) as file:
+                yield file.schema.names, slices(file.get_batch(i) for i in range(file.num_record_batches))
         else:
-            with pa.ipc.open_stream(mapped) as batches:
-                yield batches.schema.names, iter(batches)
+            with pa.ipc.open_stream(source) as batches:
+                yield batches.schema.names, slices(batches)
 
 
 @contextlib.contextmanager
 def _named(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, ValueError) as error:
+    except pa.ArrowException as error:
         raise CorruptError(f"{kind}: {error}", path=path) from None
     except OSError as error:
         if error.errno is not None:  # the system's own; pyarrow's, of a damaged file, has no number

@@ -29,7 +29,7 @@ def read_rows(path: Path, values: str, columns: tuple[str, ...]) -> Iterator[Row
     """As ``files.read_rows``, some sequences at a time."""
     names = ["input_ids", "token_ids", values, *columns]
     number = 0
-    with arrow.opened_parquet(path) as file:
+    with arrow.opened_parquet(path) as file, _corrupt(path):
         missing = [name for name in names if name not in file.schema_arrow.names]
         if missing:
             raise ValueError(f"no column {missing[0]!r}, only {', '.join(file.schema_arrow.names)}")
@@ -49,6 +49,14 @@ def read_rows(path: Path, values: str, columns: tuple[str, ...]) -> Iterator[Row
                 number += 1
     if number == 0:
         raise CorruptError("holds no sequence", path=path)
+
+
+@contextlib.contextmanager
+def _corrupt(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise CorruptError(f"parquet: {error}", path=path) from None
 
 
 def _split(column: Any, name: str) -> tuple[Any, NDArray[np.int64]]:

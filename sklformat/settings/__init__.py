@@ -6,6 +6,7 @@ convert     sklformat convert
 demo        sklformat demo
 estimate    sklformat estimate
 eval        sklformat eval
+files       which files are read as text, and how
 inspection  sklformat inspect, verify, recover and check
 text        what several verbs say of text
 train       sklformat train

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from sklformat.files.places import is_url
 from sklformat.format.layout import COLUMNS
 from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, MAX_ROUNDS
+from sklformat.settings.files import MAX_UNPACK_RATIO, OnBadFile, TextFiles
 from sklformat.settings.text import Bos, SpecialTokens
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -32,16 +34,31 @@ class CacheConfig:
     """With a URL: local directory for the shards that are not uploaded yet."""
 
     text: tuple[Path, ...] = ()
-    """Text to run over: files (UTF-8, or .jsonl with a field "text") and directories of them."""
+    """Text to run over: plain text, .jsonl, .json, .parquet, .arrow, also packed (.gz, .zst), and directories of them."""  # noqa: E501
 
-    dataset: tuple[str, ...] = field(default=(), metadata={"once": True})
-    """Hugging Face dataset to run over instead: name and, where it has several, configuration; or its directory."""
+    field: str = dataclasses.field(default="text", metadata={"was": "dataset-field"})
+    """Field, or column, of the rows that holds the text."""
+
+    encoding: str = "utf-8"
+    """Encoding of plain text, .jsonl and .json, such as latin-1, cp1252, utf-16."""
+
+    include: tuple[str, ...] = ()
+    """Of these files only those that match one of these globs: of the name, or with a slash of the path. None: all."""
+
+    exclude: tuple[str, ...] = ()
+    """None of the files that match one of these globs."""
+
+    on_bad_file: OnBadFile = "refuse"
+    """skip: leave files out that cannot be read, and name them at the end; each is read twice then."""
+
+    max_unpack_ratio: int = MAX_UNPACK_RATIO
+    """A compressed file may unpack to this many times its size (or to 64 MiB); beyond, it is taken for a bomb."""
+
+    dataset: tuple[str, ...] = dataclasses.field(default=(), metadata={"once": True})
+    """Hugging Face dataset to run over instead: name and, where it has several, configuration; or a directory: one that save_to_disk wrote, or of data files."""  # noqa: E501
 
     dataset_split: str = "train"
     """Part of the dataset."""
-
-    dataset_field: str = "text"
-    """Column of the dataset that holds the text."""
 
     tokens: Path | None = None
     """Tokens to run over instead, made earlier with the teacher's tokenizer: a token store, or a RaggedMmap of mmap_ninja."""  # noqa: E501
@@ -117,6 +134,7 @@ class CacheConfig:
             raise ValueError("give either text or tokens (a token store), or a dataset")
         if self.tokens is not None and self.special_tokens != "text":
             raise ValueError("special_tokens belongs to text or a dataset; tokens are made already")
+        TextFiles.of(self)  # raises for what cannot be
         names = {name for given in self.columns for name in given.split(",")}
         if unknown := names - set(COLUMNS):
             raise ValueError(f"columns may be {', '.join(COLUMNS)}, got {', '.join(sorted(unknown))}")

@@ -122,10 +122,11 @@ def test_every_input_gives_the_same_cache(cache, place, tmp_path, monkeypatch):
     library = types.SimpleNamespace(load_dataset=load_dataset, load_from_disk=lambda path: {"all": rows})
     monkeypatch.setitem(sys.modules, "datasets", library)
     (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text("{}")
     for out, flags in (
-        ("disk", {"dataset": tmp_path / "saved", "dataset_split": "all", "dataset_field": "content"}),
+        ("disk", {"dataset": tmp_path / "saved", "dataset_split": "all", "field": "content"}),
         ("jsonl", {"text": tmp_path / "all.jsonl"}),
-        ("dataset", {"dataset": "my/set", "dataset_split": "all", "dataset_field": "content"}),
+        ("dataset", {"dataset": "my/set", "dataset_split": "all", "field": "content"}),
         ("store", {"tokens": tmp_path / "text" / "tokens"}),
         ("ragged", {"tokens": tmp_path / "ragged"}),
         ("ragged", {"tokens": tmp_path / "ragged"}),  # again: all there already
@@ -241,19 +242,19 @@ def test_a_missing_dataset_is_one_line(cache, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert "dataset x/none: cannot load split 'train'" in refusal(cache(dataset="x/none"))
-    assert "row 0 of split 'train' has no text in column 'text'; it has body" in refusal(cache(dataset="x/y"))
+    assert "dataset x/y: row 0 of split 'train' has no field 'text'; it has 'body'" in refusal(cache(dataset="x/y"))
 
 
 def test_a_url_from_the_command_line(cache, tmp_path):
     """A cache goes to a URL through a directory here, and has the bytes of one that stays."""
     cache(out="stays")
-    status, result, err = cache("--out", f"file://{tmp_path}/store", work_dir=tmp_path / "work")
+    status, result, err = cache(out=f"file://{tmp_path}/store", work_dir=tmp_path / "work")
     assert 0 == status, err
     assert f"file://{tmp_path}/store" == result["directory"]
     assert shard_bytes(tmp_path / "stays") == shard_bytes(tmp_path / "store")
     assert [] == skl.verify(tmp_path / "store")
     assert {".lock", "tokens"} == {path.name for path in (tmp_path / "work").iterdir()}
-    status, again, _ = cache("--out", f"file://{tmp_path}/store", work_dir=tmp_path / "work")
+    status, again, _ = cache(out=f"file://{tmp_path}/store", work_dir=tmp_path / "work")
     assert (0, 0, result["fingerprint"]) == (status, again["sequences_made"], again["fingerprint"])
 
 
@@ -269,10 +270,10 @@ def test_a_manifest_that_did_not_arrive(cache, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(remote, "upload", failing)
-        assert "the store is full" in refusal(cache("--out", f"file://{tmp_path}/store", **words))
+        assert "the store is full" in refusal(cache(out=f"file://{tmp_path}/store", **words))
     assert (tmp_path / "work" / "manifest.json").exists()
     (tmp_path / "work" / ".manifest.json.tmp").touch()
-    status, result, err = cache("--out", f"file://{tmp_path}/store", **words)
+    status, result, err = cache(out=f"file://{tmp_path}/store", **words)
     assert (0, 0) == (status, result["sequences_made"]), err
     assert [] == skl.verify(tmp_path / "store")
 
@@ -281,7 +282,7 @@ def test_a_url_with_other_files_is_refused(cache, tmp_path):
     """Files of somebody's own at the URL stay as they are."""
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "precious.txt").touch()
-    message = refusal(cache("--out", f"file://{tmp_path}/store", work_dir=tmp_path / "work"))
+    message = refusal(cache(out=f"file://{tmp_path}/store", work_dir=tmp_path / "work"))
     assert f"file://{tmp_path}/store is not empty and holds no cache (precious.txt is there)" in message
 
 

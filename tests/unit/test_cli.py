@@ -196,6 +196,7 @@ def test_convert(capfd, cache, tmp_path):
         (["verify", "a", "--nosuch"], "there is no flag --nosuch; see sklformat verify --help"),
         (["train", "--step", "3"], "there is no flag --step; did you mean --steps?"),
         (["cache", "--no_store_token"], "there is no flag --no-store-token; did you mean --no-store-tokens?"),
+        (["cache", "--dataset-field", "x"], "there is no flag --dataset-field; did you mean --field?"),
         (["convert", "a", "b", "--form=skl"], "there is no flag --form; did you mean --from?"),
         (["train", "--seed", "1", "--seed=2"], "--seed is given more than once"),
         (["cache", "--store-tokens", "--no_store_tokens"], "--no_store_tokens is given more than once"),

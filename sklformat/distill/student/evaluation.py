@@ -30,6 +30,7 @@ from sklformat.errors import SettingsError
 from sklformat.files.disk import write_atomically
 from sklformat.format import order
 from sklformat.settings.eval import EvalConfig
+from sklformat.settings.files import TextFiles
 
 
 class ReliabilityBin(TypedDict):
@@ -125,7 +126,7 @@ def _token_store(config: EvalConfig) -> Iterator[Path]:
         store = Path(directory) / "tokens"
         write_token_store(
             store,
-            read_documents(config.text),
+            read_documents(TextFiles.of(config)),
             encode,
             vocab_size=tokenization.num_ids(tokenizer),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),

@@ -10,6 +10,7 @@ from sklformat.cache.reader import open_cache
 from sklformat.distill.teacher.caching import cache_teacher
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.estimate import EstimateConfig
+from sklformat.settings.files import TextFiles
 
 
 def calibrate(config: EstimateConfig) -> EstimateConfig:
@@ -33,7 +34,7 @@ def calibrate(config: EstimateConfig) -> EstimateConfig:
                 CacheConfig(
                     teacher=config.teacher,
                     out=out,
-                    text=config.text,
+                    **dataclasses.asdict(TextFiles.of(config)),
                     seq_len=config.seq_len,
                     num_sequences=config.calibration_sequences,
                     rounds=config.rounds,

@@ -28,6 +28,7 @@ from sklformat.distill.text.documents import read_dataset
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.settings.cache import CacheConfig
+from sklformat.settings.files import TextFiles
 from sklformat.settings.text import Bos, BosPlace
 
 TOKENS_NAME = "tokens"
@@ -56,9 +57,9 @@ class TokenSource:
         self._fingerprint = tokenizer_fingerprint(tokenizer)
         self._documents: Iterator[Document] | None = None
         if config.text:
-            self._documents = read_documents(config.text)
+            self._documents = read_documents(TextFiles.of(config))
         elif config.dataset:
-            self._documents = read_dataset(config.dataset, split=config.dataset_split, field=config.dataset_field)
+            self._documents = read_dataset(config.dataset, split=config.dataset_split, field=config.field)
         elif self._is_ragged():
             open_ragged(self._given())
         else:

@@ -1,5 +1,5 @@
 """
-Text files and the standard library's source as documents, and their split into training and held-out ones.
+Files, datasets and the standard library's source as documents, and their split into training and held-out ones.
 
 Knows no tokens.
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from sklformat.distill.text.sources import hub
+from sklformat.distill.text.sources.json_rows import kind_of
+from sklformat.distill.text.sources.rows import Row, read_made
+from sklformat.settings.files import TextFiles
 
 # Parts of the standard library that are not its source proper: tests, tables, other people's packages.
 _NOT_LIBRARY = frozenset(
@@ -30,7 +34,8 @@ class Document(NamedTuple):
     One text with its name.
 
     Attributes:
-        name: Path relative to the directory given, with forward slashes; decides the held-out split.
+        name: Path relative to the directory given, with forward slashes, and the row's number; decides the held-out
+            split.
         text: The text, not empty.
     """
 
@@ -38,34 +43,35 @@ class Document(NamedTuple):
     text: str
 
 
-def read_documents(paths: Iterable[Path | str] | Path | str) -> Iterator[Document]:
+def read_documents(files: TextFiles | Iterable[Path | str] | Path | str) -> Iterator[Document]:
     """
-    Read text files, and all files of directories, as documents.
+    Read files, and all files of directories, as documents: each row is one, and so is each plain text file.
 
     A directory is read recursively in the order of relative paths; hidden files and directories are left out.
-    A file is one document of UTF-8 text; a ``.jsonl`` file is one document per line, its field "text".
-    Empty texts are left out.
+    A file is what its name ends in: .jsonl, .json (an array of rows), .parquet, .arrow, else plain text; .gz and .zst
+    behind that are unpacked.  A plain text file of more than 2^21 characters becomes several documents.  Empty texts
+    are left out.
 
     Args:
-        paths: Files and directories.
+        files: The choice, or files and directories, read as UTF-8 with rows whose field is "text".
 
     Yields:
-        Documents, in the order of ``paths``.
+        Documents, in the order of the paths; a row of ``name`` is ``name#0``, ``name#1``, … by its line or row.
 
     Raises:
         FileNotFoundError, PermissionError: A path does not exist or cannot be read; at the call for the paths given.
-        ValueError: No text found; bytes that are not UTF-8; a JSONL line without "text". Names the file.
+        ValueError: No text found; a file that is not text of its encoding, is damaged, or has a row without the field.
+            Names file and place.
+        CorruptError: A damaged Parquet or Arrow file.
+        ModuleNotFoundError: A kind of file that needs pyarrow or zstandard, which is not installed.
     """
-    given = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
-    files: list[tuple[str, Path]] = []
-    for path in given:
-        if path.is_dir():
-            found = [(file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file()]
-            files += sorted(pair for pair in found if not any(part.startswith(".") for part in pair[0].split("/")))
-        else:
-            path.stat()  # raises, with the path, when there is none
-            files.append((path.name, path))
-    return _read_files(files, source=", ".join(map(str, given)))
+    if isinstance(files, (str, Path)):
+        files = TextFiles(text=(Path(files),))
+    elif not isinstance(files, TextFiles):
+        files = TextFiles(text=tuple(Path(path) for path in files))
+    field, source = files.field, ", ".join(map(str, files.text))
+    documents = read_made(files, lambda row: _document(row, field), wanted={field})
+    return _some(documents, f"every file in {source} is empty, or cannot be read and is skipped")
 
 
 def read_dataset(words: Sequence[str], *, split: str = "train", field: str = "text") -> Iterator[Document]:
@@ -73,8 +79,7 @@ def read_dataset(words: Sequence[str], *, split: str = "train", field: str = "te
     Read a Hugging Face dataset, one document per row; empty texts are left out.
 
     Args:
-        words: A directory that ``save_to_disk`` wrote; or a name, as ``datasets.load_dataset`` knows it, and, where it
-            has several, its configuration. A name is streamed, in its own order.
+        words: As ``hub.read_dataset_rows``: a directory, or a name and, where it has several, its configuration.
         split: Part of it.
         field: Column that holds the text.
 
@@ -86,44 +91,33 @@ def read_dataset(words: Sequence[str], *, split: str = "train", field: str = "te
         FileNotFoundError: There is no such dataset, split or configuration.
         ValueError: No such column, or no text in it.
     """
-    import datasets  # noqa: PLC0415  an extra, needed only here
+    rows = hub.read_dataset_rows(words, split=split)
+    documents = (document for row in rows if (document := _document(row, field)) is not None)
+    return _some(documents, f"dataset {' '.join(words)} has none in column {field!r} of split {split!r}")
 
+
+def _document(row: Row, field: str) -> Document | None:
+    """A row's text; None: it is empty."""
+    if field not in row.values:
+        raise ValueError(f"{row.place} has no field {field!r}; it has {', '.join(map(repr, row.values)) or 'none'}")
+    text = row.values[field]
+    if not isinstance(text, str):
+        raise ValueError(f"{row.place} has {kind_of(text)} in field {field!r}, must be text")  # noqa: TRY004  the data is wrong
     try:
-        if Path(words[0]).is_dir():
-            loaded = datasets.load_from_disk(words[0])
-            rows = loaded[split] if isinstance(loaded, dict) else loaded
-        else:
-            rows = datasets.load_dataset(*words, split=split, streaming=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FileNotFoundError(f"dataset {' '.join(words)}: cannot load split {split!r} ({reason})") from error
-    return dataset_documents(rows, split=split, field=field, source=" ".join(words))
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{row.place} holds half a surrogate pair, which is no character") from None
+    return Document(row.name, text) if text else None
 
 
-def dataset_documents(
-    rows: Iterable[Mapping[str, Any]], *, split: str = "train", field: str = "text", source: str = "the dataset"
-) -> Iterator[Document]:
-    """
-    Documents of anything that gives rows; as ``read_dataset``.
-
-    Raises:
-        ValueError: A row has no such column, or no text in it; no text at all.
-    """
+def _some(documents: Iterable[Document], otherwise: str) -> Iterator[Document]:
+    """The documents; there must be one."""
     found = False
-    for number, row in enumerate(rows):
-        text = row.get(field)
-        if not isinstance(text, str):
-            raise ValueError(  # noqa: TRY004  the data is wrong, not the call
-                f"dataset {source}: row {number} of split {split!r} has no text in column {field!r}; "
-                f"it has {', '.join(sorted(map(str, row)))}"
-            )
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise ValueError(f"dataset {source}: row {number} holds half a surrogate pair, which is no character")
-        if text:
-            found = True
-            yield Document(f"{split}#{number}", text)
+    for document in documents:
+        found = True
+        yield document
     if not found:
-        raise ValueError(f"no text found: dataset {source} has none in column {field!r} of split {split!r}")
+        raise ValueError(f"no text found: {otherwise}")
 
 
 def standard_library_documents() -> Iterator[Document]:
@@ -144,11 +138,8 @@ def standard_library_documents() -> Iterator[Document]:
         for file in root.rglob("*.py")
         if _NOT_LIBRARY.isdisjoint(file.relative_to(root).parts) and not fnmatch.fnmatch(file.name, _NOT_LIBRARY_FILES)
     ]
-    return (
-        document
-        for document in _read_files(sorted(files), source=str(root))
-        if len(document.text) >= _LIBRARY_MIN_CHARS
-    )
+    documents = (Document(name, path.read_bytes().decode()) for name, path in sorted(files))
+    return _some((one for one in documents if len(one.text) >= _LIBRARY_MIN_CHARS), f"{root} holds no source")
 
 
 def is_held_out(name: str, *, one_in: int = 20) -> bool:
@@ -202,48 +193,3 @@ def cut_documents(documents: Iterable[Document], *, max_chars: int) -> Iterator[
             length += len(line)
         for number, piece in enumerate(pieces):
             yield Document(f"{document.name}#{number}", "".join(piece))
-
-
-def _read_files(files: Sequence[tuple[str, Path]], *, source: str) -> Iterator[Document]:
-    if not files:
-        raise ValueError(f"no text found: no files in {source}; give text files, .jsonl files or directories of them")
-
-    def documents() -> Iterator[Document]:
-        found = False
-        for name, path in files:
-            for document in _read_jsonl(name, path) if path.suffix == ".jsonl" else _read_text(name, path):
-                found = True
-                yield document
-        if not found:
-            raise ValueError(f"no text found: every file in {source} is empty")
-
-    return documents()
-
-
-def _read_text(name: str, path: Path) -> Iterator[Document]:
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: byte {error.start} is not UTF-8 text; convert the file, or leave it out of the paths"
-        ) from None
-    if text:
-        yield Document(name, text)
-
-
-def _read_jsonl(name: str, path: Path) -> Iterator[Document]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # not UTF-8, or not JSON
-                raise ValueError(f"{path}: line {number + 1} is not JSON: {error}") from None
-            text = record.get("text") if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise ValueError(f'{path}: line {number + 1} has no field "text" that is a string')  # noqa: TRY004
-            if any("\ud800" <= char <= "\udfff" for char in text):
-                raise ValueError(f"{path}: line {number + 1} holds half a surrogate pair, which is no character")
-            if text:
-                yield Document(f"{name}#{number}", text)

@@ -1,0 +1,48 @@
+"""The only door to datasets: rows of a Hugging Face dataset, by name, saved to disk, or a directory of data files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sklformat.distill.text.sources.rows import Row
+
+# What save_to_disk leaves in a directory: of one dataset, and of several splits.
+_SAVED = ("state.json", "dataset_dict.json")
+
+
+def read_dataset_rows(words: Sequence[str], *, split: str = "train") -> Iterator[Row]:
+    """
+    The rows of a dataset, in its own order, one at a time.
+
+    Args:
+        words: A directory that ``save_to_disk`` wrote; or a name, as ``datasets.load_dataset`` knows it, or a directory
+            of data files, and, where it has several, its configuration.
+        split: Part of it.
+
+    Yields:
+        Rows named ``split#0``, ``split#1``, …
+
+    Raises:
+        ModuleNotFoundError: ``datasets`` is not installed.
+        FileNotFoundError: There is no such dataset, split or configuration.
+    """
+    import datasets  # noqa: PLC0415  an extra, needed only here
+
+    source = " ".join(words)
+    try:
+        if any((Path(words[0]) / name).is_file() for name in _SAVED):
+            loaded = datasets.load_from_disk(words[0])
+            rows = loaded[split] if isinstance(loaded, dict) else loaded
+        else:
+            rows = datasets.load_dataset(*words, split=split, streaming=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FileNotFoundError(f"dataset {source}: cannot load split {split!r} ({reason})") from error
+    return _named(rows, source, split)
+
+
+def _named(rows: Iterable[Mapping[str, Any]], source: str, split: str) -> Iterator[Row]:
+    for number, row in enumerate(rows):
+        yield Row(f"{split}#{number}", f"dataset {source}: row {number} of split {split!r}", row)

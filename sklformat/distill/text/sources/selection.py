@@ -1,0 +1,63 @@
+"""Which files a user chose: those of the paths given, less what globs and dots leave out."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+from sklformat.settings.files import TextFiles
+
+
+class File(NamedTuple):
+    """
+    One file.
+
+    Attributes:
+        name: Path relative to the directory given, with forward slashes; of a file given, its own name.
+        path: Where it is.
+    """
+
+    name: str
+    path: Path
+
+
+def find_files(files: TextFiles) -> list[File]:
+    """
+    The files that are chosen, in the order of the paths given; those of a directory by their relative paths.
+
+    Hidden files of directories, and what hidden directories hold, are left out.  A glob with a slash is compared
+    with the relative path, any other with the file's own name; ``*`` takes slashes too.
+
+    Raises:
+        FileNotFoundError, PermissionError: A path does not exist or cannot be read.
+        ValueError: There is none, or a directory is a dataset that was saved to disk.
+    """
+    found: list[File] = []
+    num_hidden = 0
+    for path in files.text:
+        if not path.is_dir():
+            path.stat()  # raises, with the path, when there is none
+            found.append(File(path.name, path))
+            continue
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            raise ValueError(f"{path} is a dataset that save_to_disk wrote; give it as --dataset, not as --text")
+        below = sorted(File(file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
+        seen = [file for file in below if not any(part.startswith(".") for part in file.name.split("/"))]
+        num_hidden += len(below) - len(seen)
+        found += seen
+    chosen = [file for file in found if _is_chosen(file.name, files)]
+    if not chosen:
+        raise ValueError(
+            f"no text found: no files in {', '.join(map(str, files.text))} beside {len(found)} that --include and "
+            f"--exclude leave out and {num_hidden} hidden ones; give text, .jsonl, .json, .parquet or .arrow files, or "
+            "directories of them"
+        )
+    return chosen
+
+
+def _is_chosen(name: str, files: TextFiles) -> bool:
+    def matches(globs: tuple[str, ...]) -> bool:
+        return any(fnmatch.fnmatchcase(name if "/" in glob else name.rpartition("/")[2], glob) for glob in globs)
+
+    return (not files.include or matches(files.include)) and not matches(files.exclude)
