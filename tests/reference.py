@@ -28,6 +28,10 @@ RECORD_SIZE = {R24: 3, R24W: 3, R32: 4}
 MAX_POSITIONS, MAX_PAYLOAD, MAX_CAPTURE = 2**22, 2**30, 3832
 
 
+class UnreadableError(Exception):
+    """What is there is no regular file."""
+
+
 class UnsupportedError(Exception):
     """The file needs something that this reader does not know."""
 
@@ -54,9 +58,90 @@ def xxh128(data: bytes) -> int:
     return int(xxhash.xxh3_128_hexdigest(data), 16)
 
 
+# Section 7: canonical JSON
+
+
 def canonical_json(value: Any) -> bytes:
-    """Section 7: canonical JSON."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+    """A value in the one form that section 7 gives it; what a capture may not hold, ``check_capture`` knows."""
+    return json_text(value).encode("ascii")
+
+
+def json_text(value: Any, line: str = "") -> str:
+    """JSON in one line, or in the lines of a manifest, which begin with ``line``: a line feed and indentation."""
+    inner, space = (line + " ", " ") if line else ("", "")
+    if isinstance(value, dict):
+        parts = [f"{string_text(key)}:{space}{json_text(value[key], inner)}" for key in sorted(value)]
+        return "{" + ",".join(inner + part for part in parts) + line * bool(parts) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(inner + json_text(part, inner) for part in value) + line * bool(value) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int):
+        return f"{value:d}"
+    return float_text(value) if isinstance(value, float) else string_text(value)
+
+
+def string_text(text: str) -> str:
+    """ASCII between quotes; everything else as an escape, of 16 bits each."""
+    short = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    written = ""
+    for character in text:
+        if character in short:
+            written += short[character]
+        elif " " <= character <= "~":
+            written += character
+        else:
+            units = character.encode("utf-16-be", "surrogatepass")
+            written += "".join(f"\\u{int.from_bytes(units[i : i + 2], 'big'):04x}" for i in range(0, len(units), 2))
+    return f'"{written}"'
+
+
+def float_text(value: float) -> str:
+    """The fewest digits that round to the value, with a point or an exponent."""
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is not JSON")
+    sign = "-" if math.copysign(1.0, value) < 0 else ""
+    if value == 0:
+        return sign + "0.0"
+    digits, exponent = shortest(abs(value))
+    if not -4 <= exponent < 16:
+        return (
+            f"{sign}{digits[0]}{'.' * (len(digits) > 1)}{digits[1:]}e{'-' if exponent < 0 else '+'}{abs(exponent):02d}"
+        )
+    if exponent < 0:
+        return sign + "0." + "0" * (-exponent - 1) + digits
+    whole, rest = digits[: exponent + 1], digits[exponent + 1 :]
+    return sign + whole + "0" * (exponent + 1 - len(whole)) + "." + (rest or "0")
+
+
+def shortest(value: float) -> tuple[str, int]:
+    """Digits d and an exponent e: d[0].d[1]d[2]... * 10^e rounds to the value, and no fewer digits do."""
+    exact = Fraction(value)
+    exponent = len(str(exact.numerator)) - len(str(exact.denominator)) + 1
+    while Fraction(10) ** exponent > exact:
+        exponent -= 1
+    for count in range(1, 18):
+        unit = Fraction(10) ** (exponent - count + 1)
+        below = exact // unit
+        for n in sorted((below, below + 1), key=lambda n: (abs(n * unit - exact), n % 2)):
+            if float(f"{n}e{exponent - count + 1}") == value:
+                return str(n).rstrip("0"), exponent + len(str(n)) - count
+    raise AssertionError(value)
+
+
+def check_capture(value: Any) -> None:
+    """What section 7 forbids in a capture, whatever its form."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            check_capture(key)
+            check_capture(part)
+    elif isinstance(value, list):
+        for part in value:
+            check_capture(part)
+    elif isinstance(value, str):
+        check(not any(0xD800 <= ord(character) <= 0xDFFF for character in value), "half of a surrogate pair")
+    elif isinstance(value, int):
+        check(-(2**63) <= value < 2**64, "an integer beyond 64 bits")
 
 
 def round_up(size: int) -> int:
@@ -363,6 +448,7 @@ def decode_header(header: bytes) -> Settings:
     except (ValueError, RecursionError) as error:
         raise CorruptError("capture") from error
     check(isinstance(capture, dict) and canonical == text, "capture")
+    check_capture(capture)
     fingerprints = [int.from_bytes(header[at : at + 16], "little") for at in (96, 112, 128)]
     return Settings(
         kind,
@@ -465,13 +551,13 @@ def decode_shard(data: bytes) -> Shard:
     """Read and check a whole shard; section 13 in its order."""
     if data[:8] != HEADER_MAGIC[: len(data)]:
         raise UnsupportedError("magic")
-    if len(data) < HEADER_SIZE + TRAILER_SIZE:
-        raise TruncatedError("the file is shorter than header and trailer")
+    if len(data) < HEADER_SIZE:
+        raise TruncatedError("the file is shorter than a header")
     header, trailer = data[:HEADER_SIZE], data[-TRAILER_SIZE:]
     settings = decode_header(header)
     seed = shard_key_of(header)
-    if trailer[:8] != TRAILER_MAGIC:
-        raise TruncatedError("magic of the trailer")
+    if len(data) < HEADER_SIZE + TRAILER_SIZE or trailer[:8] != TRAILER_MAGIC:
+        raise TruncatedError("no trailer")
     index_offset, num_sequences, num_records = struct.unpack_from("<QQQ", trailer, 8)
     root = int.from_bytes(trailer[32:48], "little")
     index_checksum, trailer_checksum = struct.unpack_from("<QQ", trailer, 48)
@@ -528,36 +614,110 @@ def decode_shard(data: bytes) -> Shard:
 
 
 def decode_cache(directory: Path) -> list[Shard]:
-    """Read and check a whole cache; section 11."""
-    paths = [path for path in directory.iterdir() if path.name.endswith(".skl") and len(path.name) > len(".skl")]
-    if not (directory / "manifest.json").exists() and any(p.name.endswith(".skl.partial") for p in directory.iterdir()):
+    """Read and check a whole cache; sections 11 and 13 in their order."""
+    names = sorted(path.name for path in directory.iterdir())
+    files = [name for name in names if name.endswith(".skl") and name != ".skl"]
+    listed = None
+    if "manifest.json" in names:
+        listed = decode_manifest(read_file(directory / "manifest.json"), files)
+    elif any(name.endswith(".skl.partial") for name in names):
         raise MissingShardError("a shard is unfinished")
-    named = [(decode_shard(path.read_bytes()), path.name) for path in paths]
-    named.sort(key=lambda pair: (pair[0].settings.first_sequence, pair[0].settings.shard_number))
-    if not named:
+    elif not files:
         raise MissingShardError("no shard")
-    expected = 0
-    for place, (shard, name) in enumerate(named):
-        check(shard.cache_key == named[0][0].cache_key, f"{name} belongs to another cache")
-        check(shard.settings.first_sequence >= expected, f"{name} overlaps the shard before it")
-        if shard.settings.first_sequence > expected:
-            raise MissingShardError(f"no shard holds sequence {expected}")
-        check(shard.settings.shard_number == place, f"{name} has the wrong shard_number")
-        expected += len(shard.sequences)
-    manifest = directory / "manifest.json"
-    if manifest.exists():
-        check_manifest(manifest.read_bytes(), named)
+    named = [(decode_shard(read_file(directory / name)), name) for name in files]
+    named.sort(key=lambda pair: (pair[0].settings.first_sequence, pair[0].settings.shard_number))
+    entries = [entry_of(shard, name) for shard, name in named]
+    check(listed is None or listed == entries, "a shard is not what the manifest says")
+    check(len({shard.cache_key for shard, _ in named}) == 1, "shards of two caches")
+    check_follow(entries)
     return [shard for shard, _ in named]
 
 
-def check_manifest(text: bytes, named: list[tuple[Shard, str]]) -> None:
-    """Section 11: the manifest says exactly what the shards say, in the one form that there is."""
-    check(text == manifest_bytes(expected_manifest(named)), "manifest")
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file, or of one that a link leads to."""
+    if not path.is_file():
+        raise UnreadableError(path.name)
+    return path.read_bytes()
+
+
+def check_follow(entries: list[dict[str, Any]]) -> None:
+    """Section 11: each shard begins where the one before ends, and has its place as its number."""
+    expected = 0
+    for place, entry in enumerate(entries):
+        if entry["first_sequence"] > expected:
+            raise MissingShardError(f"no shard holds sequence {expected}")
+        check(entry["first_sequence"] == expected, "shards overlap")
+        check(entry["shard_number"] == place, "shard_number")
+        expected += entry["num_sequences"]
+
+
+NUMBERS = ("first_sequence", "num_records", "num_sequences", "shard_number", "size_bytes")
+
+
+def decode_manifest(text: bytes, files: list[str]) -> list[dict[str, Any]]:
+    """What a manifest says of its shards; ``files`` lie beside it.  Section 11, section 13 in its order."""
+    check(len(text) <= 2**28, "size of the manifest")
+    try:
+        body = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptError("manifest") from error
+    if not isinstance(body, dict) or body.get("format") != "sklformat cache":
+        raise UnsupportedError("format of the manifest")
+    if type(body.get("version")) is not int or body["version"] != 1:
+        raise UnsupportedError("version of the manifest")
+    check(set(body) == {"digest", "fingerprint", "format", "shards", "version"}, "keys of the manifest")
+    entries = body["shards"]
+    check(isinstance(entries, list) and 1 <= len(entries) <= 2**20, "shards of the manifest")
+    for entry in entries:
+        check(isinstance(entry, dict) and set(entry) == {"fingerprint", "name", *NUMBERS}, "keys of a shard")
+        check_hexadecimal(entry["fingerprint"])
+        check_name(entry["name"])
+        check(all(type(entry[key]) is int and 0 <= entry[key] < 2**64 for key in NUMBERS), "numbers of a shard")
+        check(entry["num_sequences"] < 2**32, "num_sequences")
+    check_hexadecimal(body["fingerprint"])
+    check(text == manifest_bytes(body), "form of the manifest")
+    digest = body.pop("digest")
+    check(digest == f"{xxh128(canonical_json(body)):032x}", "digest")
+    check_follow(entries)
+    listed = [entry["name"] for entry in entries]
+    check(len(set(listed)) == len(listed), "a shard is listed twice")
+    roots = [int(entry["fingerprint"], 16) for entry in entries]
+    check(body["fingerprint"] == f"{cache_fingerprint(roots):032x}", "fingerprint of the manifest")
+    if not set(listed) <= set(files):
+        raise MissingShardError("a listed shard")
+    check(set(files) <= set(listed), "a shard that is not listed")
+    return entries
+
+
+def check_hexadecimal(value: Any) -> None:
+    """Section 11: 32 lower-case hexadecimal digits."""
+    check(isinstance(value, str) and len(value) == 32 and set(value) <= set("0123456789abcdef"), "hexadecimal digits")
+
+
+def check_name(name: Any) -> None:
+    """Section 11: what the name of a shard may be."""
+    check(isinstance(name, str) and name.endswith(".skl") and name != ".skl", "name without .skl")
+    forbidden = {*range(0x20), *range(0x7F, 0xA0), *range(0xD800, 0xE000), ord("/"), ord("\\")}
+    check(not any(ord(character) in forbidden for character in name), "character of a name")
+    check(len(name.encode()) <= 255, "length of a name")
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:
     """The one form of a manifest."""
-    return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode("ascii")
+    return (json_text(manifest, "\n") + "\n").encode("ascii")
+
+
+def entry_of(shard: Shard, name: str) -> dict[str, Any]:
+    """What a manifest says of a shard."""
+    return {
+        "name": name,
+        "shard_number": shard.settings.shard_number,
+        "first_sequence": shard.settings.first_sequence,
+        "num_sequences": len(shard.sequences),
+        "num_records": shard.num_records,
+        "size_bytes": shard.size_bytes,
+        "fingerprint": f"{shard.root:032x}",
+    }
 
 
 def expected_manifest(named: list[tuple[Shard, str]]) -> dict[str, Any]:
@@ -566,18 +726,7 @@ def expected_manifest(named: list[tuple[Shard, str]]) -> dict[str, Any]:
         "format": "sklformat cache",
         "version": 1,
         "fingerprint": f"{cache_fingerprint([shard.root for shard, _ in named]):032x}",
-        "shards": [
-            {
-                "name": name,
-                "shard_number": shard.settings.shard_number,
-                "first_sequence": shard.settings.first_sequence,
-                "num_sequences": len(shard.sequences),
-                "num_records": shard.num_records,
-                "size_bytes": shard.size_bytes,
-                "fingerprint": f"{shard.root:032x}",
-            }
-            for shard, name in named
-        ],
+        "shards": [entry_of(shard, name) for shard, name in named],
     }
     return manifest | {"digest": f"{xxh128(canonical_json(manifest)):032x}"}
 

@@ -135,7 +135,7 @@ def settings(draw, kinds=(COUNTS, RATIOS)) -> reference.Settings:
     top = 2 ** reference.ID_BITS[profile]
     vocab_size = draw(st.sampled_from([1, 2, 300, min(top, 65536), top - 1, top]) | st.integers(1, top))
     limit = 2 ** reference.CODE_BITS[profile] - 1
-    words = st.text(max_size=5)
+    words, whole = st.text(max_size=5), st.integers(-(2**63), 2**64 - 1)
     return reference.Settings(
         kind=kind,
         profile=profile,
@@ -157,7 +157,7 @@ def settings(draw, kinds=(COUNTS, RATIOS)) -> reference.Settings:
         tokenizer_fingerprint=draw(u(128)),
         corpus_fingerprint=draw(u(128)),
         teacher_fingerprint=draw(u(128)),
-        capture=draw(st.dictionaries(words, words | st.integers() | st.floats(-1e9, 1e9) | st.lists(st.booleans()))),
+        capture=draw(st.dictionaries(words, words | whole | st.floats(-1e9, 1e9) | st.lists(st.booleans()))),
     )
 
 

@@ -7,10 +7,8 @@ Turns settings into the 4096 bytes of SPEC.md section 7 and back; reads and writ
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import operator
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 from sklformat.checksums import checksum, fingerprint
 from sklformat.errors import CorruptError, TruncatedError, UnsupportedError
 from sklformat.format import layout
+from sklformat.format.captures import canonical_json, parse_capture, plain_capture
 from sklformat.format.columns import bits_of
 
 _NO_FINGERPRINT = "0" * 32
@@ -92,8 +91,6 @@ class Header:
 
     def __post_init__(self) -> None:
         self._check_ranges()
-        if not isinstance(self.capture, Mapping):
-            raise TypeError(f"capture must be a JSON object (a dict), got {type(self.capture).__name__}")
         if self.sampler is None:
             self._set("sampler", "multinomial" if self.rounds > 0 else "unknown")
         if self.profile is None:
@@ -103,9 +100,7 @@ class Header:
         if self.token_size is None:
             self._set("token_size", self._smallest_token_size() if self.store_tokens else 0)
         self._set("columns", tuple(name for name in layout.COLUMNS if name in self.columns))
-        if _depth(self.capture) > layout.MAX_CAPTURE_DEPTH:
-            raise ValueError(f"capture has objects and lists nested more than {layout.MAX_CAPTURE_DEPTH} deep")
-        self._set("capture", json.loads(_canonical(self.capture)))
+        self._set("capture", plain_capture(self.capture))
         self._check_together()
 
     def _set(self, name: str, value: object) -> None:
@@ -184,10 +179,9 @@ class Header:
                 if self.store_tokens
                 else f"token_size must be 0 where tokens are not stored, got {self.token_size}"
             )
-        if len(_canonical(self.capture)) > layout.MAX_CAPTURE_SIZE:
+        if (size := len(canonical_json(self.capture))) > layout.MAX_CAPTURE_SIZE:
             raise ValueError(
-                f"capture takes {len(_canonical(self.capture))} bytes as JSON, the header has room for "
-                f"{layout.MAX_CAPTURE_SIZE}; shorten it"
+                f"capture takes {size} bytes as JSON, the header has room for {layout.MAX_CAPTURE_SIZE}; shorten it"
             )
 
     @property
@@ -202,7 +196,7 @@ class Header:
 
     def pack(self) -> bytes:
         """The 4096 bytes of SPEC section 7."""
-        capture = _canonical(self.capture)
+        capture = canonical_json(self.capture)
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values |= {name: choices[values[name]] for name, choices in _ENUMS.items()}
         values |= {
@@ -308,47 +302,16 @@ def _checked(values: dict[str, Any]) -> Header:
     size = values["capture_size"]
     if size > layout.MAX_CAPTURE_SIZE or any(values["capture"][size:]):
         raise CorruptError(f"capture_size {size} does not fit the capture", section="header", offset=144)
-    if (depth := _text_depth(values["capture"][:size])) > layout.MAX_CAPTURE_DEPTH:  # before a parser meets it
-        raise CorruptError(
-            f"capture is nested {depth} deep, the limit is {layout.MAX_CAPTURE_DEPTH}", section="header", offset=256
-        )
     try:
-        capture = json.loads(values["capture"][:size].decode("utf-8"))
+        capture = parse_capture(values["capture"][:size])
     except ValueError as error:
-        raise CorruptError(f"capture is not JSON: {error}", section="header", offset=256) from error
-    if not isinstance(capture, dict):
-        raise CorruptError("capture is not a JSON object", section="header", offset=256)
+        raise CorruptError(str(error), section="header", offset=256) from error
     settings = {f.name: values[f.name] for f in dataclasses.fields(Header) if f.name in values}
     settings |= {name: choices[values[name]] for name, choices in names.items()}
     settings["columns"] = tuple(name for name, bit in layout.COLUMNS.items() if values["columns"] & bit)
     settings["capture"] = capture
     settings["store_tokens"] = values["token_size"] != 0
     try:
-        header = Header(**settings)
-        if header.pack()[256:-8] != values["capture"]:
-            raise CorruptError("capture is not in canonical form", section="header", offset=256)
+        return Header(**settings)
     except ValueError as error:
         raise CorruptError(str(error), section="header") from error
-    return header
-
-
-def _depth(value: Any, limit: int = layout.MAX_CAPTURE_DEPTH) -> int:
-    """Objects and lists inside each other, counted up to one more than ``limit``."""
-    if limit < 0 or not isinstance(value, Mapping | list | tuple):
-        return 0
-    parts = value.values() if isinstance(value, Mapping) else value
-    return 1 + max((_depth(part, limit - 1) for part in parts), default=0)
-
-
-def _text_depth(text: bytes) -> int:
-    """The same of JSON as bytes, whatever else is wrong with it."""
-    deepest = depth = 0
-    for token in re.findall(rb'"(?:[^"\\]|\\.)*"|[\[{\]}]', text, re.DOTALL):
-        depth += (token in b"[{") - (token in b"]}")
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _canonical(value: Mapping[str, Any]) -> bytes:
-    """Canonical JSON: sorted keys, no white space, ASCII, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")

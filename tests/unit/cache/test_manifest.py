@@ -167,9 +167,9 @@ def test_another_form(directory, spoil):
     spoilt = spoil(path.read_bytes())
     assert spoilt != path.read_bytes()
     path.write_bytes(spoilt)
-    with pytest.raises((skl.CorruptError, skl.UnsupportedError)):
+    with pytest.raises((skl.CorruptError, skl.UnsupportedError)) as caught:
         skl.open(directory)
-    with pytest.raises(reference.CorruptError):
+    with pytest.raises(getattr(reference, type(caught.value).__name__)):
         reference.decode_cache(directory)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import struct
 
 import pytest
@@ -234,6 +235,19 @@ def test_unknown_compatible_flags_and_minor_versions_are_ignored():
         b'{"a":"\xff"}',
         b'{"a":"\xc3\xa9"}',
         b'{"a":"\\u00E9"}',
+        b'{"a":"\\ud800"}',
+        b'{"\\udfff":1}',
+        b'{"a":-0}',
+        b'{"a":01}',
+        b'{"a":1e16}',
+        b'{"a":1e-5}',
+        b'{"a":0.00001}',
+        b'{"a":0.10000000000000001}',
+        b'{"a":18446744073709551616}',
+        b'{"a":-9223372036854775809}',
+        b'{"a":' + b"9" * 3800 + b"}",
+        b'{"a":"\\/"}',
+        b'{"a":[1],}',
         b'{"a":' + b"[" * 1900 + b"]" * 1900 + b"}",
     ],
     ids=lambda text: repr(text[:16]),
@@ -244,6 +258,44 @@ def test_captures_that_are_not_canonical(text):
         parse_header(with_capture(text))
     with pytest.raises(reference.CorruptError):
         reference.decode_header(with_capture(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"{}",
+        b'{"a":[18446744073709551615,-9223372036854775808,0]}',
+        b'{"a":[-0.0,1e+16,1e-05,0.0001,9007199254740992.0,1125899906842624.2,5e-324,1.7976931348623157e+308]}',
+        b'{"a":"\\ud83d\\ude00\\u007f\\u0000\\b\\f\\n\\r\\t\\"\\\\/"}',
+        b'{"\\uffff":1,"\\ud83d\\ude00":2}',
+    ],
+)
+def test_captures_that_are_canonical(text):
+    """What SPEC section 7 allows is read, and written the same by package and reference."""
+    header = parse_header(with_capture(text))
+    assert with_capture(text) == header.pack()
+    settings = reference.decode_header(with_capture(text))
+    assert text == reference.canonical_json(settings.capture)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (2**64, "capture holds the integer 18446744073709551616, which is not in -2**63..2**64 - 1; write it as a"),
+        (-(2**63) - 1, "capture holds the integer -9223372036854775809, which is not in"),
+        ("\ud800", r"capture holds U\+D800, half of a surrogate pair, which is no character; replace it"),
+        ({"\udfff": 1}, r"capture holds U\+DFFF, half of a surrogate pair"),
+    ],
+)
+def test_captures_that_other_programs_could_not_hold(value, message):
+    """An integer beyond 64 bits and half of a surrogate pair are refused when the header is made."""
+    with pytest.raises(ValueError, match=re.escape(message) if "**" in message else message):
+        skl.Header(**BASE, capture={"a": [value]})
+
+
+def test_a_pair_of_surrogates_is_a_character():
+    """Python keeps the two halves of a pair apart; a capture has the character."""
+    assert {"a": "\U0001f600"} == skl.Header(**BASE, capture={"a": "\ud83d\ude00"}).capture
 
 
 def test_damage_is_named():
