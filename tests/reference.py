@@ -254,6 +254,19 @@ class Sequence:
 
 
 @dataclass
+class Opened:
+    """A shard without its blocks: what a reader knows once it is open."""
+
+    data: bytes
+    settings: Settings
+    seed: int
+    rows: list[tuple[int, int, int, int, int]]
+    cache_key: int
+    root: int
+    num_records: int
+
+
+@dataclass
 class Shard:
     """A decoded shard."""
 
@@ -547,8 +560,8 @@ def check_where_records(column: list[float], numbers: list[int]) -> None:
         check(number != 0 or value == 0, "column of a position without records")
 
 
-def decode_shard(data: bytes) -> Shard:
-    """Read and check a whole shard; section 13 in its order."""
+def open_shard(data: bytes) -> Opened:
+    """Read and check header, trailer and index; section 13 in its order."""
     if data[:8] != HEADER_MAGIC[: len(data)]:
         raise UnsupportedError("magic")
     if len(data) < HEADER_SIZE:
@@ -577,40 +590,57 @@ def decode_shard(data: bytes) -> Shard:
     records = struct.unpack_from(f"<{n}I", index, 28 * n)
     check(root == root_of(header, checksums), "root digest")
     check(num_records == sum(records), "num_records of the trailer")
-    sequences, at = [], HEADER_SIZE
+    at = HEADER_SIZE
     for i in range(n):
         check(offsets[i] == at, "offset")
         check(1 <= positions[i] <= MAX_POSITIONS, "num_positions")
         check(settings.seq_len in (0, positions[i]), "num_positions is not seq_len")
-        size = positions[i] * settings.record_count_size + records[i] * RECORD_SIZE[settings.profile]
-        size += (positions[i] + 1) * settings.token_size + 2 * positions[i] * (settings.columns & 3).bit_count()
-        size += (positions[i] + 8) // 8 if settings.columns & 4 else 0
-        size += 2 * records[i] if settings.columns & 8 else 0
+        size = payload_size(settings, positions[i], records[i])
         check(size <= MAX_PAYLOAD, "payload_size")
-        end = at + BLOCK_HEADER_SIZE + round_up(size + 64)
-        check(end <= index_offset, "the block ends behind the index")
-        block = data[at:end]
-        check(struct.unpack_from("<Q", block, 56)[0] == xxh64(block[:56], seed), "block_checksum")
-        check(checksums[i] == struct.unpack_from("<Q", block, 56)[0], "block_checksum of the index")
+        at += BLOCK_HEADER_SIZE + round_up(size + 64)
+    check(at == index_offset, "the blocks fill the file up to the index")
+    rows = list(zip(offsets, alignments, checksums, positions, records, strict=True))
+    return Opened(data, settings, seed, rows, cache_key_of(header), root, num_records)
+
+
+def payload_size(settings: Settings, num_positions: int, num_records: int) -> int:
+    """Section 5.1."""
+    size = num_positions * settings.record_count_size + num_records * RECORD_SIZE[settings.profile]
+    size += (num_positions + 1) * settings.token_size + 2 * num_positions * (settings.columns & 3).bit_count()
+    size += (num_positions + 8) // 8 if settings.columns & 4 else 0
+    return size + (2 * num_records if settings.columns & 8 else 0)
+
+
+def decode_shard(data: bytes) -> Shard:
+    """Read and check a whole shard; section 13 in its order."""
+    return decode_blocks(open_shard(data))
+
+
+def decode_blocks(opened: Opened) -> Shard:
+    """Read and check the blocks of a shard; section 13 in its order."""
+    settings, seed, sequences = opened.settings, opened.seed, []
+    for i, (at, index_alignment, index_checksum, positions, records) in enumerate(opened.rows):
+        size = payload_size(settings, positions, records)
+        block = opened.data[at : at + BLOCK_HEADER_SIZE + round_up(size + 64)]
         check(block[:4] == BLOCK_MAGIC, "magic of a block")
+        block_checksum = struct.unpack_from("<Q", block, 56)[0]
+        check(block_checksum == xxh64(block[:56], seed), "block_checksum")
         if block[4] != 0:
             raise UnsupportedError("codec")
         check(not any(block[5:8]) and not any(block[28:32]) and not any(block[48:56]), "reserved")
-        number, num_positions, num_block_records, payload_size = struct.unpack_from("<QIII", block, 8)
-        check(number == i, "block_number")
-        check((num_positions, num_block_records) == (positions[i], records[i]), "block header and index")
-        check(payload_size == size, "payload_size")
+        number, num_positions, num_records, stored_size = struct.unpack_from("<QIII", block, 8)
         alignment, payload_checksum = struct.unpack_from("<QQ", block, 32)
-        check(alignment == alignments[i], "alignment of the index")
+        check(number == i, "block_number")
+        check((num_positions, num_records) == (positions, records), "block header and index")
+        check(stored_size == size, "payload_size")
+        check((alignment, block_checksum) == (index_alignment, index_checksum), "block header and index")
         check(payload_checksum == xxh64(block[64:], seed), "payload_checksum")
         check(not any(block[64 + size :]), "zero bytes of a block")
-        sequence = decode_payload(settings, block[64 : 64 + size], num_positions, num_block_records)
+        sequence = decode_payload(settings, block[64 : 64 + size], num_positions, num_records)
         check(sequence.tokens is None or alignment_of(sequence.tokens) == alignment, "alignment")
         sequence.alignment = alignment
         sequences.append(sequence)
-        at = end
-    check(at == index_offset, "index_offset")
-    return Shard(settings, sequences, cache_key_of(header), root, num_records, len(data))
+    return Shard(settings, sequences, opened.cache_key, opened.root, opened.num_records, len(opened.data))
 
 
 def decode_cache(directory: Path) -> list[Shard]:
@@ -624,13 +654,13 @@ def decode_cache(directory: Path) -> list[Shard]:
         raise MissingShardError("a shard is unfinished")
     elif not files:
         raise MissingShardError("no shard")
-    named = [(decode_shard(read_file(directory / name)), name) for name in files]
+    named = [(open_shard(read_file(directory / name)), name) for name in files]
     named.sort(key=lambda pair: (pair[0].settings.first_sequence, pair[0].settings.shard_number))
-    entries = [entry_of(shard, name) for shard, name in named]
+    entries = [entry_of(opened, name) for opened, name in named]
     check(listed is None or listed == entries, "a shard is not what the manifest says")
-    check(len({shard.cache_key for shard, _ in named}) == 1, "shards of two caches")
+    check(len({opened.cache_key for opened, _ in named}) == 1, "shards of two caches")
     check_follow(entries)
-    return [shard for shard, _ in named]
+    return [decode_blocks(opened) for opened, _ in named]
 
 
 def read_file(path: Path) -> bytes:
@@ -707,15 +737,15 @@ def manifest_bytes(manifest: dict[str, Any]) -> bytes:
     return (json_text(manifest, "\n") + "\n").encode("ascii")
 
 
-def entry_of(shard: Shard, name: str) -> dict[str, Any]:
+def entry_of(shard: Opened | Shard, name: str) -> dict[str, Any]:
     """What a manifest says of a shard."""
     return {
         "name": name,
         "shard_number": shard.settings.shard_number,
         "first_sequence": shard.settings.first_sequence,
-        "num_sequences": len(shard.sequences),
+        "num_sequences": len(shard.rows if isinstance(shard, Opened) else shard.sequences),
         "num_records": shard.num_records,
-        "size_bytes": shard.size_bytes,
+        "size_bytes": len(shard.data) if isinstance(shard, Opened) else shard.size_bytes,
         "fingerprint": f"{shard.root:032x}",
     }
 

@@ -231,7 +231,7 @@ def _fault(data: bytes, place: int, path: Place) -> FormatError:
         tail = _TAIL.search(data, len(data) - 64)
         return form if tail is None or int(tail[1]) == _VERSION else _other_version(int(tail[1]), path)
     try:
-        body = json.loads(data)
+        body = json.loads(data.decode("utf-8"))  # as bytes it might be of another encoding
     except (ValueError, RecursionError) as error:
         return _corrupt(path, f"not JSON: {error}")
     if not isinstance(body, dict) or body.get("format") != _FORMAT:

@@ -214,6 +214,18 @@ def test_a_newer_version_of_any_size(directory):
             skl.open(directory)
 
 
+def test_encoding_comes_before_version(directory):
+    """What is not UTF-8, or begins with a byte order mark, is corrupt, whatever version it might have."""
+    path = directory / "manifest.json"
+    text = path.read_bytes().replace(b' "version": 1', b' "version": 2')
+    for spoilt in (b"\xef\xbb\xbf" + text, text.decode().encode("utf-16"), text.decode().encode("utf-32-le")):
+        path.write_bytes(spoilt)
+        with pytest.raises(skl.CorruptError, match="manifest: not JSON"):
+            skl.open(directory)
+        with pytest.raises(reference.CorruptError):
+            reference.decode_cache(directory)
+
+
 def test_a_shard_listed_twice(directory):
     """An empty shard that is listed twice is refused, although no sequence is held twice."""
     (directory / "shard-00003.skl").write_bytes(small_shard(0, shard_number=3, first_sequence=9))
