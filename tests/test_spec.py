@@ -24,6 +24,7 @@ from sklformat.format import columns, layout, order
 from sklformat.format.captures import canonical_json
 
 TEXT = (Path(__file__).parents[1] / "SPEC.md").read_text()
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def section(title: str) -> str:
@@ -247,6 +248,30 @@ def test_worked_shard_through_the_writer(tmp_path):
     assert worked_shard() == (tmp_path / "a.skl").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "title"), [("a", "Appendix A. A worked shard"), ("d", "Appendix D. A worked ratio shard")]
+)
+def test_worked_shards_are_frozen(name, title):
+    """The shards of the appendices are those of tests/golden/v1.0."""
+    assert worked_shard(title) == (GOLDEN / "v1.0" / f"appendix-{name}.skl").read_bytes()
+
+
+def test_golden_files_are_named():
+    """Every folder and file of tests/golden that SPEC.md names exists, and it names every folder."""
+    named = set(re.findall(r"^\* (.*)$", section("15. Conformance"), re.MULTILINE)[3:])
+    words = {
+        word.removesuffix("/*").removesuffix("/*.skl") for line in named for word in re.findall(r"`([^`]+)`", line)
+    }
+    files = {"builder.py", "digests.txt"}
+    assert files <= words
+    assert all((GOLDEN / "v1.0" / name).is_file() for name in files)
+    folders = {path for path in words - files if (GOLDEN / path).is_dir()}
+    assert folders == words - files == {"valid", "invalid", "caches/valid", "caches/invalid", "v1.0"}
+    assert {path.name for path in GOLDEN.iterdir() if path.is_dir()} - {"__pycache__"} == {
+        path.partition("/")[0] for path in folders
+    }
+
+
 def test_worked_shard_through_the_reference():
     """The reference makes and reads the worked shard."""
     assert worked_shard() == reference.encode_shard(SETTINGS, [SEQUENCE])
@@ -370,6 +395,7 @@ def test_the_manifest_of_two_shards(tmp_path):
     write_manifest(tmp_path, scan_directory(tmp_path))
     printed = re.search(r"```json\n(.*?)```", section("11. Manifest"), re.DOTALL)[1].encode()
     assert printed == (tmp_path / "manifest.json").read_bytes()
+    assert printed == (GOLDEN / "v1.0" / "appendix-e" / "manifest.json").read_bytes()
     named = [
         (reference.decode_shard(data), name) for data, name in ((worked_shard(), "a.skl"), (second_shard(), "b.skl"))
     ]

@@ -1,7 +1,8 @@
 """
 Write the frozen shards beside this file: valid ones with what they hold, invalid ones named after their fault.
 
-Run ``python tests/golden/make_golden.py`` once per format version; the test reads the files and never makes them.
+Run ``python tests/golden/make_golden.py`` to add files; those that are there stay as they are, and the test reads them
+and never makes them.
 Made by the reference alone, so that a change of the package cannot change what it is tested against.
 """
 
@@ -217,6 +218,33 @@ def flipped(offset: int) -> bytes:
     return bytes(changed)
 
 
+def with_capture(text: bytes) -> bytes:
+    """The shard with another capture."""
+    return header(144, struct.pack("<I", len(text)) + bytes(108) + text)
+
+
+def captures() -> dict[str, bytes]:
+    """Captures that say something and are not in their one form."""
+    return {
+        "key-order": b'{"b":1,"a":1}',
+        "key-twice": b'{"a":1,"a":1}',
+        "white-space": b'{"a": 1}',
+        "not-ascii": '{"a":"é"}'.encode(),
+        "upper-case-escape": b'{"a":"\\u00E9"}',
+        "escaped-slash": b'{"a":"\\/"}',
+        "half-a-pair": b'{"a":"\\ud800"}',
+        "pairs-in-utf-16-order": b'{"\\ud83d\\ude00":1,"\\uffff":1}',
+        "minus-zero": b'{"a":-0}',
+        "integer-beyond-64-bits": b'{"a":18446744073709551616}',
+        "too-many-digits": b'{"a":0.10000000000000001}',
+        "exponent": b'{"a":1e16}',
+        "infinity": b'{"a":1e999}',
+        "nan": b'{"a":NaN}',
+        "nested-too-deep": b'{"a":' + b"[" * 32 + b"]" * 32 + b"}",
+        "number": b"17",
+    }
+
+
 def invalid() -> dict[str, bytes]:
     """Names say the error first: corrupt, truncated, unsupported."""
     full = [(5, 7)]
@@ -264,6 +292,12 @@ def invalid() -> dict[str, bytes]:
             dataclasses.replace(SETTINGS, columns=1),
             [Sequence([1, 2, 3, 4], [full, full, []], [float("inf"), 0.0, 0.0])],
         ),
+        **{f"corrupt-capture-{name}": with_capture(text) for name, text in captures().items()},
+        "corrupt-capture-size": header(144, struct.pack("<I", 1)),
+        "corrupt-numbers-beyond-64-bits": reference.encode_shard(
+            dataclasses.replace(SETTINGS, first_sequence=2**64 - 1), counts(99, 7)
+        ),
+        "corrupt-block-magic": block(0, b"X"),
         "unsupported-columns": header(38, b"\x10"),
         "corrupt-column-minus-zero": column(2, b"\x00\x80" + bytes(4)),
         "corrupt-column-above-zero": column(1, bytes(4) + b"\x01\x00"),
@@ -310,12 +344,19 @@ def main() -> None:
         (HERE / folder).mkdir(exist_ok=True)
     for name, (settings, sequences) in valid().items():
         data = reference.encode_shard(settings, sequences)
-        (HERE / "valid" / f"{name}.skl").write_bytes(data)
         text = json.dumps(expected(settings, sequences, data), separators=(",", ":"))
-        (HERE / "valid" / f"{name}.json").write_text(text + "\n")
+        put(HERE / "valid" / f"{name}.skl", data)
+        put(HERE / "valid" / f"{name}.json", text.encode() + b"\n")
     for name, data in invalid().items():
         assert errors[name.split("-")[0]] is type(fault_of(data)), name
-        (HERE / "invalid" / f"{name}.skl").write_bytes(data)
+        put(HERE / "invalid" / f"{name}.skl", data)
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file that is not there, and be sure that one that is there stays as it is."""
+    if not path.exists():
+        path.write_bytes(data)
+    assert data == path.read_bytes(), path
 
 
 def fault_of(data: bytes) -> Exception | None:

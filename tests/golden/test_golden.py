@@ -1,7 +1,10 @@
-"""Frozen shards: what version 1.0 wrote stays readable, and what it must refuse stays refused."""
+"""Frozen shards and caches: what version 1.0 wrote stays readable, and what it must refuse stays refused."""
 
+import hashlib
 import json
 import re
+import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +13,15 @@ import reference
 import strategies
 
 import sklformat as skl
+from sklformat.cache.contents import scan_directory
+from sklformat.cache.manifest import write_manifest
 
 HERE = Path(__file__).parent
-VALID = sorted((HERE / "valid").glob("*.skl"))
+FROZEN = HERE / "v1.0"
+VALID = sorted([*(HERE / "valid").glob("*.skl"), *FROZEN.glob("*.skl")])
 INVALID = sorted((HERE / "invalid").glob("*.skl"))
+CACHES = sorted(path.with_suffix("") for path in (HERE / "caches" / "valid").glob("*.json"))
+NO_CACHES = sorted(path.with_suffix("") for path in (HERE / "caches" / "invalid").glob("*.json"))
 ERRORS = {"corrupt": skl.CorruptError, "truncated": skl.TruncatedError, "unsupported": skl.UnsupportedError}
 
 
@@ -22,8 +30,8 @@ def stem(path):
 
 
 def load(path):
-    """Expected settings, sequences and the rest of the JSON beside a shard."""
-    body = json.loads(path.with_suffix(".json").read_text())
+    """Expected settings, sequences and the rest of the JSON beside a shard or a cache."""
+    body = json.loads(path.with_name(f"{path.stem}.json").read_text())
     settings = reference.Settings(**body["settings"])
     sequences = []
     for item in body["sequences"]:
@@ -33,12 +41,56 @@ def load(path):
     return settings, sequences, body
 
 
+def check_sequences(settings, sequences, body, cache):
+    """What is read is what was frozen, one by one and in a row."""
+    for i, (sequence, item, got) in enumerate(zip(sequences, body["sequences"], cache, strict=True)):
+        assert got == cache[i]
+        assert (sequence.tokens if settings.token_size else None) == (
+            None if got.tokens is None else got.tokens.tolist()
+        )
+        cache.check_alignment(i, sequence.tokens)
+        assert sequence.alignment == got.alignment
+        assert strategies.columns_of(sequence) == {name: values.tolist() for name, values in got.columns.items()}
+        pairs = sequence.positions
+        if item["values"] is not None:
+            unit = 2.0 ** (settings.scale_log2 - 31)
+            pairs = [
+                [(token_id, float(np.float32(v)) * unit) for (token_id, _), v in zip(records, values, strict=True)]
+                for records, values in zip(sequence.positions, item["values"], strict=True)
+            ]
+        assert pairs == strategies.pairs_of(got.targets)
+
+
 def test_all_files_are_there():
-    """Neither folder is empty, each valid shard has its JSON, and all together stay small."""
-    assert len(VALID) == 18
-    assert len(INVALID) == 45
+    """No folder is empty, each valid shard and each cache has its JSON, and all together stay small."""
+    assert (len(VALID), len(INVALID), len(CACHES), len(NO_CACHES)) == (40, 64, 14, 52)
     assert all(path.with_suffix(".json").exists() for path in VALID)
-    assert sum(path.stat().st_size for path in HERE.rglob("*") if path.suffix != ".pyc") < 400_000
+    for folder, listed in (("valid", CACHES), ("invalid", NO_CACHES)):
+        assert sorted(path for path in (HERE / "caches" / folder).iterdir() if path.is_dir()) == listed
+    assert sum(path.stat().st_size for path in HERE.rglob("*") if path.suffix != ".pyc") < 2_000_000
+
+
+def test_no_file_was_edited():
+    """
+    Every file of version 1.0 is what its SHA-256 in v1.0/digests.txt says; files may be added beside them.
+
+    ``cd tests/golden && sha256sum -c v1.0/digests.txt`` says the same.
+    """
+    lines = [line.split("  ", 1) for line in (FROZEN / "digests.txt").read_text("utf-8").splitlines()]
+    digests = {name: digest for digest, name in lines}
+    assert digests == {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in digests}
+    frozen = {path.relative_to(HERE).as_posix() for path in FROZEN.rglob("*") if path.is_file()}
+    frozen = {name for name in frozen if "__pycache__" not in name}
+    assert frozen - {"v1.0/digests.txt"} == {name for name in digests if name.startswith("v1.0/")}
+    assert {name.partition("/")[0] for name in digests} == {"valid", "invalid", "caches", "v1.0"}
+
+
+def test_the_builder_makes_the_frozen_files():
+    """The program beside the files of version 1.0 makes each of them, byte for byte."""
+    made = runpy.run_path(str(FROZEN / "builder.py"))["files"]()
+    here = {path.relative_to(FROZEN).as_posix() for path in FROZEN.rglob("*") if path.is_file()}
+    assert here - {"builder.py", "digests.txt"} == set(made)
+    assert made == {name: (FROZEN / name).read_bytes() for name in made}
 
 
 @pytest.mark.parametrize("path", VALID, ids=stem)
@@ -51,29 +103,15 @@ def test_valid(path):
         assert strategies.header_of(settings) == shard.header
         assert (body["fingerprint"], body["cache_key"]) == (shard.fingerprint, shard.header.cache_key)
         assert settings.first_sequence == cache.first_sequence
-        for i, (sequence, item, got) in enumerate(zip(sequences, body["sequences"], cache, strict=True)):
-            assert (sequence.tokens if settings.token_size else None) == (
-                None if got.tokens is None else got.tokens.tolist()
-            )
-            cache.check_alignment(i, sequence.tokens)
-            assert sequence.alignment == got.alignment
-            assert strategies.columns_of(sequence) == {name: values.tolist() for name, values in got.columns.items()}
-            pairs = sequence.positions
-            if item["values"] is not None:
-                unit = 2.0 ** (settings.scale_log2 - 31)
-                pairs = [
-                    [(token_id, float(np.float32(v)) * unit) for (token_id, _), v in zip(records, values, strict=True)]
-                    for records, values in zip(sequence.positions, item["values"], strict=True)
-                ]
-            assert pairs == strategies.pairs_of(got.targets)
+        check_sequences(settings, sequences, body, cache)
 
 
 @pytest.mark.parametrize("path", VALID, ids=stem)
 def test_valid_is_written_again(path, tmp_path):
-    """The package writes the frozen bytes from what they hold, where it can: flags it ignores it does not write."""
+    """The package writes the frozen bytes from what they hold, but for flags and codes that it reads only."""
     settings, sequences, body = load(path)
     assert path.read_bytes() == reference.encode_shard(settings, sequences)
-    if settings.compatible_flags:
+    if settings.compatible_flags or path.stem == "other-codes":
         return
     weights = None
     if settings.kind == reference.RATIOS:
@@ -104,3 +142,73 @@ def test_invalid(path):
         assert {error.__name__} == {problem.error for problem in skl.verify(path)}
     with pytest.raises(getattr(reference, error.__name__)):
         reference.decode_shard(path.read_bytes())
+
+
+# Caches
+
+
+def copied(path, tmp_path):
+    """A copy of a cache under a name of its own, so that nothing is written beside the frozen files."""
+    return shutil.copytree(path, tmp_path / path.name)
+
+
+@pytest.mark.parametrize("path", [*CACHES, FROZEN / "appendix-e"], ids=lambda path: path.name)
+def test_cache(path):
+    """A whole directory is read, iterated, verified and read by the reference, mapped and not, as it was frozen."""
+    if path.parent == FROZEN:
+        settings, sequences, body = load(FROZEN / "appendix-a.skl")
+        sequences, body = sequences * 2, body | {"sequences": body["sequences"] * 2, "shards": [1, 1]}
+        body["fingerprint"] = json.loads((path / "manifest.json").read_text())["fingerprint"]
+    else:
+        settings, sequences, body = load(path)
+    assert skl.verify(path) == []
+    for io in ("mmap", "pread"):
+        with skl.open(path, io=io) as cache:
+            assert (len(sequences), body["fingerprint"]) == (len(cache), cache.fingerprint)
+            assert strategies.header_of(settings) == cache.header
+            assert body["cache_key"] == cache.header.cache_key
+            assert body["shards"] == [len(shard) for shard in cache.shards()]
+            check_sequences(settings, sequences, body, cache)
+    decoded = reference.decode_cache(path)
+    assert body["shards"] == [len(shard.sequences) for shard in decoded]
+    assert [s.positions for s in sequences] == [s.positions for shard in decoded for s in shard.sequences]
+
+
+@pytest.mark.parametrize("path", [path for path in CACHES if (path / "manifest.json").exists()], ids=stem)
+def test_a_manifest_is_written_again(path, tmp_path):
+    """From the shards the package makes the frozen manifest byte for byte."""
+    directory = copied(path, tmp_path)
+    for name in ("manifest.json", "d.skl.partial"):
+        (directory / name).unlink(missing_ok=True)
+    write_manifest(directory, scan_directory(directory))
+    assert (path / "manifest.json").read_bytes() == (directory / "manifest.json").read_bytes()
+
+
+def refusal(look):
+    """What looking at a cache raises, or None."""
+    try:
+        look()
+    except skl.FormatError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("path", NO_CACHES, ids=stem)
+def test_no_cache(path):
+    """A directory with one fault is refused by name: opened, iterated, by cache[i], verified, and by the reference."""
+    body = json.loads(path.with_name(f"{path.name}.json").read_text())
+    expected = getattr(skl, body["error"])
+    with pytest.raises(expected, match=re.escape(body["message"])) as caught, skl.open(path) as cache:
+        list(cache)
+    assert caught.value.path is not None
+    refused = refusal(lambda: skl.open(path).close())
+    if refused is None:
+        with skl.open(path) as cache:
+            refused = next(filter(None, (refusal(lambda i=i: cache[i]) for i in range(len(cache)))))
+    assert str(caught.value) == str(refused)
+    problems: list[skl.Problem] = []
+    refused = refusal(lambda: problems.extend(skl.verify(path)))
+    found = [type(refused)] if refused else [getattr(skl, problem.error) for problem in problems]
+    assert any(issubclass(error, expected) for error in found)
+    with pytest.raises(getattr(reference, body["error"])):
+        reference.decode_cache(path)
