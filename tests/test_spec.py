@@ -189,6 +189,19 @@ def test_columns_lie_where_the_formulas_say(bits):
         assert payload[places[name] :][:2] == first.get(name, b"\x00\xc2")
 
 
+def test_the_index_lies_where_the_formula_says(tmp_path):
+    """Section 8's formula gives the place of each value of the index that the package reads."""
+    formula = re.search(r"begins at byte (index_offset [\w+* ]+)\.", section("8. Index"))[1]
+    (tmp_path / "x.skl").write_bytes(data := strategies.small_shard(3))
+    with skl.open(tmp_path / "x.skl") as cache:
+        shard = next(cache.shards())
+    for offset, size, _, name in ((int(row[0]), int(row[1]), *row[2:4]) for row in table("8. Index")):
+        for i in range(3):
+            names = {"index_offset": shard.trailer.index_offset, "N": 3, "offset": offset, "i": i, "size": size}
+            place = eval(formula, names)
+            assert int(getattr(shard.index, name)[i]) == int.from_bytes(data[place : place + size], "little")
+
+
 def test_columns_of_the_payload():
     """Section 5.1's table has the columns in the order of their bits."""
     rows = {row[0]: row[2] for row in table("5.1 Payload")[3:]}

@@ -97,7 +97,8 @@ def shard_files(path: Path) -> list[Path]:
     Raises:
         UnreadableError: The directory cannot be read.
     """
-    return [file for file in list_directory(path) if file.suffix == layout.SHARD_SUFFIX]
+    suffix = layout.SHARD_SUFFIX
+    return [file for file in list_directory(path) if file.name.endswith(suffix) and file.name != suffix]
 
 
 def _check_listed(entries: list[Entry], path: Path) -> None:

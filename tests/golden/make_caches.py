@@ -75,6 +75,7 @@ def valid() -> dict[str, Files]:
         "only-an-empty-shard": listed(shards(SETTINGS, [[]])),
         "names-in-another-order": listed(shards(SETTINGS, [[sequence(0)], [sequence(1)]], "zb")),
         "names-beyond-ascii": listed(shards(SETTINGS, [[sequence(0)], [sequence(1)]], ["ß 1", "日\U0001f600"])),
+        "names-that-begin-with-dots": shards(SETTINGS, [[sequence(0)], [sequence(1)]], [".", ".a"]),
         "others-beside": shards(SETTINGS, [[sequence(0)], [sequence(1)]]) | beside,
         "unfinished-beside-a-manifest": listed(THREE, ("d.skl.partial", b""), *beside.items()),
     }
