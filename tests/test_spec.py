@@ -592,6 +592,8 @@ def two_shards(directory: Path, *faults: str) -> None:
         (directory / "a.skl").unlink()
     if "unlisted" in faults:
         (directory / "c.skl").write_bytes(b"")
+    if "cut" in faults:
+        (directory / "c.skl").write_bytes(worked_shard()[:4096])
     if "partial" in faults:
         (directory / "c.skl.partial").write_bytes(b"")
 
@@ -604,6 +606,7 @@ def two_shards(directory: Path, *faults: str) -> None:
         (("header", "gap"), "CorruptError"),
         (("gap",), "MissingShardError"),
         (("other key",), "CorruptError"),
+        (("other key", "cut"), "TruncatedError"),
         (("manifest", "digest", "listed"), "CorruptError"),
         (("listed", "unlisted"), "MissingShardError"),
         (("unlisted", "header"), "CorruptError"),

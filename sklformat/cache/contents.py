@@ -136,16 +136,18 @@ def scan_directory(path: Path, io: Io = "auto") -> list[Entry]:
         raise unfinished[0]
     if not files:
         raise MissingShardError("no .skl shards here: not a cache, or an empty one", path=path)
-    entries, first = [], None
+    entries, first, other = [], None, None
     for file in files:
         with closing(Shard(file, io)) as shard:
             first = first or shard.header
-            if first.cache_key != shard.header.cache_key:
-                raise CorruptError(
+            if other is None and first.cache_key != shard.header.cache_key:
+                other = CorruptError(
                     f"belongs to a different cache from {files[0].name}: {'; '.join(first.differences(shard.header))}",
                     path=file,
                 )
             entries.append(describe(shard))
+    if other is not None:
+        raise other
     entries.sort(key=place_in_cache)
     check_contiguous(entries, path)
     return entries

@@ -29,7 +29,7 @@ _HEAD = re.compile(
 )
 _LINES = ",\n".join(f'   "{key}": {_VALUES[key]}' for key in sorted(_VALUES))
 _SHARD = re.compile(f"  {{\n{_LINES}\n  }}(,|)\n".encode())
-_TAIL = re.compile(rb' \],\n "version": ([0-9]{1,9})\n}\n')
+_TAIL = re.compile(rb' \],\n "version": (0|[1-9][0-9]{0,8})\n}\n')
 _EXPLAINED_SIZE = 1 << 20  # bytes of a manifest whose fault is found by a parser of all JSON
 _BAD_IN_NAME = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -166,7 +166,11 @@ def parse_listing(data: bytes, directory: Place, path: Place) -> list[Entry]:
         match = _SHARD.match(data, place)
         if match is None or len(entries) == layout.MAX_SHARDS:
             raise _fault(data, place, path)
-        entries.append(_entry(match, directory, path))
+        entry = _entry(match, directory, path)
+        if isinstance(entry, CorruptError):
+            fault = _fault(data, place, path)
+            raise fault if isinstance(fault, UnsupportedError) else entry
+        entries.append(entry)
         place, more = match.end(), match[8] == b","
     tail = _TAIL.fullmatch(data, place)
     if tail is None or int(tail[1]) != _VERSION:
@@ -182,19 +186,20 @@ def parse_listing(data: bytes, directory: Place, path: Place) -> list[Entry]:
     return entries
 
 
-def _entry(match: re.Match[bytes], directory: Place, path: Place) -> Entry:
+def _entry(match: re.Match[bytes], directory: Place, path: Place) -> Entry | CorruptError:
+    """A shard of a manifest, or what is wrong with it."""
     root, first, stored, *rest = (group.decode() for group in match.groups()[:-1])
     records, sequences, number, size = map(int, rest)
     name = json.loads(stored)
     if json.dumps(name) != stored:
-        raise _corrupt(path, f"shard name {stored} is not in canonical form")
+        return _corrupt(path, f"shard name {stored} is not in canonical form")
     if fault := _name_fault(name):
-        raise _corrupt(path, f"shard name {name!r} {fault}")
+        return _corrupt(path, f"shard name {name!r} {fault}")
     numbers = {"first_sequence": int(first), "num_records": records, "shard_number": number, "size_bytes": size}
     if max(numbers.values()) >= 1 << 64:
-        raise _corrupt(path, f"a number of {name} is not in 0..2**64 - 1")
+        return _corrupt(path, f"a number of {name} is not in 0..2**64 - 1")
     if sequences >= layout.MAX_SEQUENCES:
-        raise _corrupt(path, f"{name} has {sequences} sequences, the limit is {layout.MAX_SEQUENCES - 1}")
+        return _corrupt(path, f"{name} has {sequences} sequences, the limit is {layout.MAX_SEQUENCES - 1}")
     return Entry(directory, name, fingerprint=root, num_sequences=sequences, **numbers)
 
 

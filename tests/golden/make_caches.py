@@ -234,6 +234,7 @@ def invalid() -> dict[str, tuple[Files, str, str]]:
             "a number of",
         ),
         "manifest-with-a-leading-zero": (rewritten((b'"shard_number": 1', b'"shard_number": 01')), corrupt, "not JSON"),
+        "manifest-of-version-01": (rewritten((b'"version": 1', b'"version": 01')), corrupt, "not JSON"),
         "manifest-with-a-number-beyond-64-bits": (
             changed(entry(0, size_bytes=2**64)),
             corrupt,

@@ -154,6 +154,7 @@ def test_names_that_no_shard_may_have(directory, name):
         lambda text: text + b"\n",
         lambda text: text.replace(b'"version": 1', b'"version":  1'),
         lambda text: text.replace(b'"version": 1', b'"version": 1.0'),
+        lambda text: text.replace(b'"version": 1', b'"version": 01'),
         lambda text: text.replace(b'"num_records": ', b'"num_records": 0', 1),
         lambda text: text.replace(b'"shard_number": 0', b'"shard_number": -0'),
         lambda text: text.replace(b'"name": "s', b'"name": "\\u0073', 1),
@@ -224,6 +225,19 @@ def test_encoding_comes_before_version(directory):
             skl.open(directory)
         with pytest.raises(reference.CorruptError):
             reference.decode_cache(directory)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [shard(0, name="../a.skl"), shard(0, size_bytes=2**64), shard(0, name="a.bin"), shard(0, num_sequences=2**32)],
+)
+def test_version_comes_before_what_shards_say(directory, how):
+    """A later version may have other rules for names and numbers, so it is named first."""
+    change(directory, lambda body: [how(body), body.update(version=2)])
+    with pytest.raises(skl.UnsupportedError, match="manifest version 2, this library reads 1"):
+        skl.open(directory)
+    with pytest.raises(reference.UnsupportedError):
+        reference.decode_cache(directory)
 
 
 def test_a_shard_listed_twice(directory):
