@@ -15,6 +15,7 @@ import strategies
 import sklformat as skl
 from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
+from sklformat.format.listing import parse_listing
 
 HERE = Path(__file__).parent
 FROZEN = HERE / "v1.0"
@@ -184,13 +185,34 @@ def test_a_manifest_is_written_again(path, tmp_path):
     assert (path / "manifest.json").read_bytes() == (directory / "manifest.json").read_bytes()
 
 
-def refusal(look):
+def refusal(look, errors=skl.FormatError):
     """What looking at a cache raises, or None."""
     try:
         look()
-    except skl.FormatError as error:
+    except errors as error:
         return error
     return None
+
+
+def neighbours(text):
+    """A text with one byte removed, replaced or inserted, anywhere."""
+    for at in range(len(text)):
+        yield text[:at] + text[at + 1 :]
+        for byte in (b"0", b"A", b" ", b"\xff"):
+            yield text[:at] + byte + text[at + 1 :]
+            yield text[:at] + byte + text[at:]
+
+
+def test_every_change_of_a_manifest():
+    """Whatever byte is removed, replaced or inserted, package and reference refuse the manifest, with one error."""
+    path = FROZEN / "appendix-e" / "manifest.json"
+    text, files = path.read_bytes(), ["a.skl", "b.skl"]
+    assert len(parse_listing(text, path.parent, path)) == len(reference.decode_manifest(text, files)) == 2
+    errors = (reference.CorruptError, reference.UnsupportedError, reference.MissingShardError)
+    for changed in set(neighbours(text)) - {text}:
+        ours = refusal(lambda text=changed: parse_listing(text, path.parent, path))
+        theirs = refusal(lambda text=changed: reference.decode_manifest(text, files), errors)
+        assert type(ours).__name__ == type(theirs).__name__ != "NoneType", changed
 
 
 @pytest.mark.parametrize("path", NO_CACHES, ids=stem)
