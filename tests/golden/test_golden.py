@@ -42,6 +42,23 @@ def load(path):
     return settings, sequences, body
 
 
+def refusal(look, errors=skl.FormatError):
+    """What looking at a cache raises, or None."""
+    try:
+        look()
+    except errors as error:
+        return error
+    return None
+
+
+def first_refusal(path, io):
+    """What opening raises, or the first ``cache[i]`` that raises."""
+    if refused := refusal(lambda: skl.open(path, io=io).close()):
+        return refused
+    with skl.open(path, io=io) as cache:
+        return next(filter(None, (refusal(lambda i=i: cache[i]) for i in range(len(cache)))))
+
+
 def check_sequences(settings, sequences, body, cache):
     """What is read is what was frozen, one by one and in a row."""
     for i, (sequence, item, got) in enumerate(zip(sequences, body["sequences"], cache, strict=True)):
@@ -96,15 +113,19 @@ def test_the_builder_makes_the_frozen_files():
 
 @pytest.mark.parametrize("path", VALID, ids=stem)
 def test_valid(path):
-    """The package finds the settings, sequences, weights and fingerprints that were frozen."""
+    """Package, mapped and not, and reference find the settings, sequences, weights and digests that were frozen."""
     settings, sequences, body = load(path)
     assert skl.verify(path) == []
-    with skl.open(path) as cache:
-        shard = next(cache.shards())
-        assert strategies.header_of(settings) == shard.header
-        assert (body["fingerprint"], body["cache_key"]) == (shard.fingerprint, shard.header.cache_key)
-        assert settings.first_sequence == cache.first_sequence
-        check_sequences(settings, sequences, body, cache)
+    for io in ("mmap", "pread"):
+        with skl.open(path, io=io) as cache:
+            shard = next(cache.shards())
+            assert strategies.header_of(settings) == shard.header
+            assert (body["fingerprint"], body["cache_key"]) == (shard.fingerprint, shard.header.cache_key)
+            assert settings.first_sequence == cache.first_sequence
+            check_sequences(settings, sequences, body, cache)
+    decoded = reference.decode_shard(path.read_bytes())
+    assert settings == decoded.settings
+    assert [s.positions for s in sequences] == [s.positions for s in decoded.sequences]
 
 
 @pytest.mark.parametrize("path", VALID, ids=stem)
@@ -129,10 +150,11 @@ def test_valid_is_written_again(path, tmp_path):
 
 @pytest.mark.parametrize("path", INVALID, ids=stem)
 def test_invalid(path):
-    """A file with one fault raises the error that its name begins with; verify lists or raises it."""
+    """A file with one fault raises the error that its name begins with, mapped and not; verify lists or raises it."""
     error = ERRORS[path.stem.split("-")[0]]
     with pytest.raises(skl.FormatError) as caught, skl.open(path) as cache:
         list(cache)
+    assert str(caught.value) == str(first_refusal(path, "mmap")) == str(first_refusal(path, "pread"))
     assert error is type(caught.value)
     assert path == caught.value.path
     assert caught.value.section is not None
@@ -185,15 +207,6 @@ def test_a_manifest_is_written_again(path, tmp_path):
     assert (path / "manifest.json").read_bytes() == (directory / "manifest.json").read_bytes()
 
 
-def refusal(look, errors=skl.FormatError):
-    """What looking at a cache raises, or None."""
-    try:
-        look()
-    except errors as error:
-        return error
-    return None
-
-
 def neighbours(text):
     """A text with one byte removed, replaced or inserted, anywhere."""
     for at in range(len(text)):
@@ -223,11 +236,7 @@ def test_no_cache(path):
     with pytest.raises(expected, match=re.escape(body["message"])) as caught, skl.open(path) as cache:
         list(cache)
     assert caught.value.path is not None
-    refused = refusal(lambda: skl.open(path).close())
-    if refused is None:
-        with skl.open(path) as cache:
-            refused = next(filter(None, (refusal(lambda i=i: cache[i]) for i in range(len(cache)))))
-    assert str(caught.value) == str(refused)
+    assert str(caught.value) == str(first_refusal(path, "mmap")) == str(first_refusal(path, "pread"))
     problems: list[skl.Problem] = []
     refused = refusal(lambda: problems.extend(skl.verify(path)))
     found = [type(refused)] if refused else [getattr(skl, problem.error) for problem in problems]
