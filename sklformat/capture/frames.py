@@ -24,9 +24,9 @@ from sklformat.format.columns import RECORD_LOGPROB, STARTS, typed_columns
 from sklformat.format.header import Header, parse_header
 from sklformat.format.records import SparseTargets
 
-# Number of positions, number of pairs or of rounds, number of columns; arrays follow, the widest type first, so that
-# each lies on a multiple of its size.
-_PREFIX = struct.Struct("<QQQ40x")
+# Number of positions, number of pairs or of rounds, number of columns, number of positions with draws; arrays follow,
+# the widest type first, so that each lies on a multiple of its size.
+_PREFIX = struct.Struct("<QQQQ32x")
 _DRAWS, _COUNTS, _WEIGHTS = 1, 2, 3
 
 
@@ -97,10 +97,21 @@ def draws_array(draws: ArrayLike) -> NDArray[np.uint32]:
 
 
 def pack_draws(
-    header: Header, tokens: ArrayLike, draws: ArrayLike, columns: Mapping[str, ArrayLike] | None
+    header: Header,
+    tokens: ArrayLike,
+    draws: ArrayLike,
+    columns: Mapping[str, ArrayLike] | None,
+    counted: ArrayLike | None = None,
 ) -> tuple[int, list[Any]]:
     """
     A frame's type and parts for a sequence with its sorted draws.
+
+    Args:
+        header: Of the cache.
+        tokens: [T + 1].
+        draws: [K, rounds], of the positions that count.
+        columns: By name; record_logprob [K, rounds].
+        counted: [T] bool, K of them True; None: all.
 
     Raises:
         ValueError: Shapes disagree with each other or with the header.
@@ -108,12 +119,19 @@ def pack_draws(
     if header.kind != "counts":
         raise ValueError(f"draws become counts, the header's kind is {header.kind!r}; push targets with weights")
     ids, array = tokens_array(tokens), draws_array(draws)
-    positions, rounds = array.shape
+    drawn, rounds = array.shape
     if rounds != header.rounds:
         raise ValueError(f"{rounds} draws per position, the header's rounds is {header.rounds}")
-    check_sizes(header, ids, positions)
-    rows = _columns_parts(header, columns, positions, (positions, rounds))
-    return _DRAWS, [_PREFIX.pack(positions, rounds, len(rows)), array, ids, *rows]
+    mask = np.ones(drawn, np.bool_) if counted is None else np.ascontiguousarray(counted)
+    if mask.ndim != 1 or mask.dtype != np.bool_ or np.count_nonzero(mask) != drawn:
+        raise ValueError(
+            f"counted must be booleans [T], True at {drawn} positions as there are draws, got {mask.dtype} of shape "
+            f"{mask.shape} with {np.count_nonzero(mask)}"
+        )
+    check_sizes(header, ids, mask.size)
+    rows = _columns_parts(header, columns, mask.size, (drawn, rounds))
+    masks = [mask.view(np.uint8)] if drawn < mask.size else []
+    return _DRAWS, [_PREFIX.pack(mask.size, rounds, len(rows), drawn), array, ids, *rows, *masks]
 
 
 def pack_targets(
@@ -131,7 +149,7 @@ def pack_targets(
         raise ValueError(f"the targets are of kind {kind!r}, the header's kind is {header.kind!r}")
     check_sizes(header, ids, positions)
     rows = _columns_parts(header, columns, positions, (targets.num_records,))
-    parts = [_PREFIX.pack(positions, targets.num_records, len(rows)), targets.offsets, targets.token_ids, ids]
+    parts = [_PREFIX.pack(positions, targets.num_records, len(rows), 0), targets.offsets, targets.token_ids, ids]
     if targets.counts is not None:
         return _COUNTS, [*parts, *rows, targets.counts]
     return _WEIGHTS, [*parts, targets.weights, *rows]
@@ -156,7 +174,7 @@ def unpack(
     Raises:
         ValueError: The draws are not sorted; names the position.
     """
-    positions, size, num_columns = _PREFIX.unpack_from(payload)
+    positions, size, num_columns, drawn = _PREFIX.unpack_from(payload)
     place = _PREFIX.size
 
     def take(count: int, dtype: type[np.generic]) -> NDArray[Any]:
@@ -172,13 +190,15 @@ def unpack(
         return columns | ({STARTS: take(positions + 1, np.bool_)} if STARTS in header.columns else {})
 
     if kind == _DRAWS:
-        draws = take(positions * size, np.uint32).reshape(positions, size)
+        draws = take(drawn * size, np.uint32).reshape(drawn, size)
         tokens = take(positions + 1, np.uint32)
         targets, columns = merge_draws(draws), take_columns(draws.size)
         if RECORD_LOGPROB in columns:  # of the first of equal draws
             assert targets.counts is not None
             before = np.cumsum(targets.counts, dtype=np.int64) - targets.counts
             columns[RECORD_LOGPROB] = columns[RECORD_LOGPROB][before]
+        if drawn < positions:
+            targets = _spread(targets, take(positions, np.bool_))
         return tokens, targets, columns
     offsets, token_ids = take(positions + 1, np.int64), take(size, np.uint32)
     tokens = take(positions + 1, np.uint32)
@@ -188,3 +208,11 @@ def unpack(
     assert kind == _WEIGHTS
     weights = take(size, np.float32)
     return tokens, SparseTargets(token_ids=token_ids, weights=weights, offsets=offsets), take_columns(size)
+
+
+def _spread(targets: SparseTargets, counted: NDArray[np.bool_]) -> SparseTargets:
+    """The targets of the positions that count, at their places among all of them."""
+    offsets = np.zeros(counted.size + 1, np.int64)
+    offsets[1:][counted] = np.diff(targets.offsets)
+    np.cumsum(offsets, out=offsets)
+    return SparseTargets.trusted(targets.token_ids, targets.counts, None, offsets)

@@ -227,7 +227,12 @@ class Capture:
         self._send(sequence, *pack_targets(self.header, tokens, targets, columns))
 
     def push_draws(
-        self, sequence: int, tokens: ArrayLike, draws: ArrayLike, columns: Mapping[str, ArrayLike] | None = None
+        self,
+        sequence: int,
+        tokens: ArrayLike,
+        draws: ArrayLike,
+        columns: Mapping[str, ArrayLike] | None = None,
+        counted: ArrayLike | None = None,
     ) -> None:
         """
         Hand over one sequence with its sorted draws; the writer process counts them.
@@ -235,15 +240,17 @@ class Capture:
         Args:
             sequence: As in ``push``.
             tokens: [T + 1] integer token ids.
-            draws: [T, header.rounds] token ids, each row ascending; uint32 or int32 are not converted.
-            columns: An array for each of header.columns: document_start [T + 1] bool, record_logprob [T, rounds]
-                beside the draws, the others [T].
+            draws: [K, header.rounds] token ids of the K positions that count, each row ascending; uint32 or int32 are
+                not converted.
+            columns: An array for each of header.columns: document_start [T + 1] bool, record_logprob [K, rounds]
+                beside the draws, the others [T], 0 where a position does not count.
+            counted: Which positions get records, [T] bool; None: all, K = T.
 
         Raises:
             ValueError, CaptureError: As ``push``; rows that are not sorted are reported by the writer process.
         """
         self._check_due(sequence)
-        self._send(sequence, *pack_draws(self.header, tokens, draws, columns))
+        self._send(sequence, *pack_draws(self.header, tokens, draws, columns, counted))
 
     @property
     def num_own_sequences(self) -> int:

@@ -348,7 +348,7 @@ def test_labels_without_probability_have_the_least_number():
     """A label of logit -inf has the least float16 as its log-prob, and adds nothing to the entropy."""
     logits = torch.tensor([[0.0, -torch.inf, 0.0]])
     taken = LogitColumns(("label_logprob", "entropy"), np.array([0, 1], np.uint32))
-    taken.add(0, logits, None, torch.tensor([[0]]))
+    taken.add(np.array([0]), logits, None, torch.tensor([[0]]))
     values = taken.values()
     assert [-65504.0] == values["label_logprob"].tolist()
     assert values["entropy"][0] == np.float16(np.log(2))

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cache.manifest import MANIFEST_NAME
-from sklformat.capture import Capture, ShardWork, find_header
+from sklformat.capture import Capture, find_header
 from sklformat.capture.estimates import block_size
 from sklformat.distill.models import loading
 from sklformat.distill.models.devices import available_cores, find_device, own_devices
@@ -33,6 +33,7 @@ from sklformat.distill.teacher import gpu_sampler
 from sklformat.distill.teacher.drawing import Drawer
 from sklformat.distill.teacher.forward import Teacher
 from sklformat.distill.teacher.gpu_sampler import DeviceSampler, Draws
+from sklformat.distill.teacher.grid import Output, outputs_of
 from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.distill.teacher.provenance import agree_on_versions, make_header
 from sklformat.distill.teacher.ranks import Ranks, joined, stoppable
@@ -54,7 +55,6 @@ _BEFORE_SHARDS = re.compile(rf"\.lock|\.writer\.lock|{re.escape(UNFINISHED_NAME)
 _BEFORE_PUBLISHED = re.compile(rf"{_BEFORE_SHARDS.pattern}|(\.?){re.escape(MANIFEST_NAME)}(\.tmp)?")
 _PUBLISHED = re.compile(rf"{_SHARD.pattern}|{re.escape(MANIFEST_NAME)}")
 _DRAW_THREADS = 8  # at most; beside a GPU one core cannot keep up
-_Output: TypeAlias = tuple[int, NDArray[np.uint32], torch.Tensor]  # of one sequence: number, tokens, teacher's output
 _LOG_SECONDS = 60.0  # between two lines of progress where nobody watches a terminal
 
 
@@ -198,7 +198,7 @@ class _Part:
                 cuts = [work.cut for work in works if work.cut is not None]
                 sys.stderr.writelines(f"{cut}; captured again from there\n" for cut in cuts)
                 self._there = self._total - sum(work.end - work.next_sequence for work in works)
-                outputs = _outputs(self._config, teacher, self._packed, works)
+                outputs = outputs_of(self._config, teacher, self._packed, works)
                 push = self._push_draws if on_device else self._push_records
                 self._follow(push(teacher, outputs), begin)
         except KeyboardInterrupt:
@@ -209,39 +209,39 @@ class _Part:
             raise KeyboardInterrupt(f"{who}stopped{kept}; run the same command again to resume") from None
         self.waited, self.seconds = self._capture.wait_seconds, time.perf_counter() - begin
 
-    def _push_records(self, teacher: Teacher, outputs: Iterable[_Output]) -> Iterator[int]:
+    def _push_records(self, teacher: Teacher, outputs: Iterable[Output]) -> Iterator[int]:
         """Draw on the host and hand over sequence after sequence; the number of records of each."""
         config, threads = self._config, 1
         if teacher.device.type != "cpu":
             threads = max(1, min(_DRAW_THREADS, available_cores() // self._ranks.local_world_size))
         rounds = config.rounds if config.draws else 0
         with Drawer(kind=config.kind, rounds=rounds, sampling=config.sampling, threads=threads) as drawer:
-            for sequence, tokens, output in outputs:
-                slices = ((first, logits.cpu()) for first, logits in teacher.logits(output))
+            for sequence, tokens, counted, made in outputs:
+                slices = ((first, logits.cpu()) for first, logits in teacher.logits(made, counted))
                 taken = LogitColumns(config.columns, tokens)
-                targets = drawer.draw(sequence, slices, taken if config.columns else None)
+                targets = drawer.draw(sequence, slices, taken if config.columns else None, counted)
                 self._capture.push(sequence, tokens, targets, self._columns(sequence, taken))
                 yield targets.num_records
 
-    def _push_draws(self, teacher: Teacher, outputs: Iterable[_Output]) -> Iterator[int]:
+    def _push_draws(self, teacher: Teacher, outputs: Iterable[Output]) -> Iterator[int]:
         """The same with draws on the device, which moves to the next sequence before the host asks for the last."""
         config = self._config
         sampler = DeviceSampler(sampler=config.sampler, rounds=config.rounds, seed=config.seed)
-        queued: tuple[int, NDArray[np.uint32], Draws, LogitColumns] | None = None
-        for sequence, tokens, output in outputs:
+        queued: tuple[Output, Draws, LogitColumns] | None = None
+        for output in outputs:
             before = queued
-            taken = LogitColumns(config.columns, tokens)
-            slices = teacher.logits(output)
-            draws = sampler.draw(sequence, len(output), slices, taken if config.columns else None)
-            queued = sequence, tokens, draws, taken
+            taken = LogitColumns(config.columns, output.tokens)
+            slices, columns = teacher.logits(output.made, output.counted), taken if config.columns else None
+            draws = sampler.draw(output.sequence, len(output.made), slices, columns, output.counted)
+            queued = output, draws, taken
             if before is not None:
                 yield self._push_queued(*before)
         if queued is not None:
             yield self._push_queued(*queued)
 
-    def _push_queued(self, sequence: int, tokens: NDArray[np.uint32], queued: Draws, taken: LogitColumns) -> int:
-        draws = queued.result()
-        self._capture.push_draws(sequence, tokens, draws, self._columns(sequence, taken))
+    def _push_queued(self, output: Output, queued: Draws, taken: LogitColumns) -> int:
+        draws, columns = queued.result(), self._columns(output.sequence, taken)
+        self._capture.push_draws(output.sequence, output.tokens, draws, columns, output.counted)
         return len(draws) + int(np.count_nonzero(draws[:, 1:] != draws[:, :-1]))
 
     def _columns(self, sequence: int, taken: LogitColumns) -> dict[str, NDArray[Any]]:
@@ -277,30 +277,6 @@ class _Part:
             disable=seen and self._ranks.local_rank > 0,
             **({} if seen else {"delay": _LOG_SECONDS, "mininterval": _LOG_SECONDS, "ascii": True}),
         )
-
-
-def _outputs(
-    config: CacheConfig, teacher: Teacher, packed: PackedSequences, works: Sequence[ShardWork]
-) -> Iterator[_Output]:
-    """
-    Run the teacher over what is missing: number, tokens and the teacher's output of each sequence.
-
-    Logits depend in their last bits on the shape of a batch, so batches are a fixed grid within the shard: a shard
-    that is resumed computes the batch of its next sequence again and skips what it has.  Where the cache ends before
-    the grid of a whole shard does, the last sequence fills the batch up: nothing depends on where the cache ends.
-    """
-    for work in works:
-        whole = work.first_sequence + config.sequences_per_shard
-        for first in range(work.first_sequence, work.end, config.batch_size):
-            last = min(first + config.batch_size, work.end)
-            if last <= work.next_sequence:
-                continue
-            rows = [packed[sequence] for sequence in range(first, last)]
-            rows += rows[-1:] * (min(first + config.batch_size, whole) - last)
-            tokens_BL = np.stack(rows)
-            outputs = teacher.run(tokens_BL[:, :-1])
-            for sequence in range(max(first, work.next_sequence), last):
-                yield sequence, tokens_BL[sequence - first], outputs[sequence - first]
 
 
 def _devices(config: CacheConfig, ranks: Ranks) -> tuple[torch.device, list[int]]:

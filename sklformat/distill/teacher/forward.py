@@ -59,9 +59,15 @@ class Teacher:
         return outputs.logits(self._model, ids_BT)[..., : self._vocab_size]
 
     @torch.inference_mode()
-    def logits(self, output_T: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """One sequence of what ``run`` gave as (first position, logits [positions, V] where the head lies)."""
+    def logits(self, output_T: Tensor, counted_T: NDArray[np.bool_] | None = None) -> Iterator[tuple[int, Tensor]]:
+        """
+        One sequence of what ``run`` gave as (first position, logits [positions, V] where the head lies).
+
+        Slices lie on a fixed grid, whatever counts in them; those where no position counts are left out.
+        """
         for first in range(0, output_T.shape[0], self._positions):
+            if counted_T is not None and not counted_T[first : first + self._positions].any():
+                continue
             part = output_T[first : first + self._positions]
             if self._weight_VD is not None:
                 part = part.to(self._weight_VD.device) @ self._weight_VD.T

@@ -7,8 +7,9 @@ exponentials round in another order, so that a draw whose point lies within roun
 fall to the neighbour.  Equal logits in equal slices give equal draws on one kind of device, not on two.
 
 Nothing here waits for the device, and no shape depends on data: a sequence is queued and asked for later (``Draws``).
-Knows no model and no file.  Shape letters: T positions, P positions of one slice, V vocabulary, N rounds, C blocks of
-256 ids, W the 256 ids of one.  Source: SPEC.md section 2; Salmon et al. 2011 (Philox4x32-10), section 3.3.
+Knows no model and no file.  Shape letters: T positions, K of them that count, P positions of one slice, V vocabulary,
+N rounds, C blocks of 256 ids, W the 256 ids of one.
+Source: SPEC.md section 2; Salmon et al. 2011 (Philox4x32-10), section 3.3.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sklformat.distill.teacher.drawing import counted_places
 from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.sampler import MAX_COUNT_ROUNDS, draw
 
@@ -41,7 +43,7 @@ class Draws:
     The draws of one sequence, queued on a device and on their way to the host.
 
     Args:
-        sampled: int32 [T * N + 1] on the device: draws, and the first position that may not be drawn from, or -1.
+        sampled: int32 [K * N + 1] on the device: draws, and the first position that may not be drawn from, or -1.
         bad_V: The logits of that position, on the device.
         rounds: N.
         sequence: Global number of the sequence.
@@ -57,7 +59,7 @@ class Draws:
 
     def result(self) -> NDArray[np.int32]:
         """
-        Wait for the device: [T, N] ids, each row ascending.
+        Wait for the device: [K, N] ids, each row ascending.
 
         Raises:
             ValueError: Logits that ``skl.draw`` refuses; the message is its own and names sequence, position and id.
@@ -97,6 +99,7 @@ class DeviceSampler:
         positions: int,
         slices: Iterable[tuple[int, Tensor]],
         columns: LogitColumns | None = None,
+        counted_T: NDArray[np.bool_] | None = None,
     ) -> Draws:
         """
         Queue the draws of one sequence.
@@ -105,32 +108,41 @@ class DeviceSampler:
             sequence: Its global number, 0..2**64 - 1.
             positions: T, >= 1.
             slices: (First position, logits [P, V] of float32, float16 or bfloat16), all on one device, that together
-                are positions 0..T - 1.
+                are positions 0..T - 1; one may be left out where it has no position that counts.
             columns: Take optional columns from logits and draws.
+            counted_T: Which positions are drawn from, [T]; None: all.
 
         Returns:
             What ``Draws.result`` waits for.
         """
-        sampled = points_TN = bad_V = None
-        for first, logits_PV in slices:
-            if sampled is None or points_TN is None or bad_V is None:
-                sampled = logits_PV.new_full((positions * self._rounds + 1,), -1, dtype=torch.int32)
-                points_TN = self._points(logits_PV.device, sequence, positions)
-                bad_V = logits_PV.new_zeros(logits_PV.shape[1])
-            last = first + len(logits_PV)
+        places_K = counted_places(counted_T, 0, positions)
+        sampled, bad_V = torch.full((1,), -1, dtype=torch.int32), torch.zeros(1)
+        points_KN = on_device_K = None
+        for start, slice_PV in slices:
+            first, last = np.searchsorted(places_K, (start, start + len(slice_PV))).tolist()
+            if first == last:
+                continue
+            logits_PV = slice_PV
+            if points_KN is None or on_device_K is None:
+                on_device_K = _to_device(places_K, slice_PV.device)
+                sampled = slice_PV.new_full((places_K.size * self._rounds + 1,), -1, dtype=torch.int32)
+                points_KN = self._points(sequence, on_device_K)
+                bad_V = slice_PV.new_zeros(slice_PV.shape[1])
+            if last - first < len(slice_PV):
+                logits_PV = slice_PV.index_select(0, on_device_K[first:last] - start)
             largest_P1 = logits_PV.amax(-1, keepdim=True).float()
             # Both comparisons are false for NaN, which amax hands on.
             is_bad_P = ~((largest_P1 > -_LARGEST_LOGIT) & (largest_P1 <= _LARGEST_LOGIT))[:, 0]
             row = is_bad_P.int().argmax(keepdim=True)  # the first, as a tensor
             is_new = is_bad_P.any() & (sampled[-1] < 0)
             bad_V = torch.where(is_new, logits_PV.index_select(0, row)[0], bad_V)
-            sampled[-1:] = torch.where(is_new, row.int() + first, sampled[-1:])
-            draws_PN = self._draw_slice(logits_PV, largest_P1, points_TN[first:last])
+            sampled[-1:] = torch.where(is_new, on_device_K[first:last].index_select(0, row).int(), sampled[-1:])
+            draws_PN = self._draw_slice(logits_PV, largest_P1, points_KN[first:last])
             sampled[first * self._rounds : last * self._rounds] = draws_PN.flatten()
             if columns is not None:
-                columns.add(first, logits_PV, None, draws_PN.clamp(max=logits_PV.shape[1] - 1))
-        assert sampled is not None
-        assert bad_V is not None
+                columns.add(places_K[first:last], logits_PV, None, draws_PN.clamp(max=logits_PV.shape[1] - 1))
+        if columns is not None and not places_K.size:
+            columns.add(places_K, torch.empty(0, 1), None, torch.empty((0, self._rounds), dtype=torch.int64))
         draws = Draws(sampled, bad_V, self._rounds, sequence)
         if columns is not None:
             columns.fetch()
@@ -162,41 +174,48 @@ class DeviceSampler:
         ]
         return block_PN * _BLOCK + torch.cat(parts)
 
-    def _points(self, device: torch.device, sequence: int, positions: int) -> Tensor:
+    def _points(self, sequence: int, places_K: Tensor) -> Tensor:
         """
         Places of the draws, ascending.
 
         Returns:
-            points_TN: float64. Multinomial: shares of the total, in [0, 1). Systematic: of total / N, in [0, N).
+            points_KN: float64. Multinomial: shares of the total, in [0, 1). Systematic: of total / N, in [0, N).
         """
-        words_TN = self._uniforms(device, sequence, positions, 1 if self._systematic else self._rounds)
+        words_KN = self._uniforms(sequence, places_K, 1 if self._systematic else self._rounds)
         if self._systematic:
-            return words_TN.double() * 2.0**-53 + torch.arange(self._rounds, device=device)
-        return words_TN.sort(-1).values.double() * 2.0**-53  # integers below 2^53 are exact
+            return words_KN.double() * 2.0**-53 + torch.arange(self._rounds, device=places_K.device)
+        return words_KN.sort(-1).values.double() * 2.0**-53  # integers below 2^53 are exact
 
-    def _uniforms(self, device: torch.device, sequence: int, positions: int, rounds: int) -> Tensor:
+    def _uniforms(self, sequence: int, places_K: Tensor, rounds: int) -> Tensor:
         """
-        int64 [T, rounds] uniforms of 53 bits; points.c has their order and their keys.
+        int64 [K, rounds] uniforms of 53 bits; points.c has their order and their keys.
 
         Words of 32 bits lie in int64.  A product of two wraps, as two's complement does; its bits are the right ones.
         Words 0 and 2 of the counter, and 1 and 3, are handled together: each half of Philox is the other's mirror.
         """
+        device = places_K.device
         if self._constants is None or self._constants.device != device:  # a copy that waits, so once
             keys = [(self._seed & _MASK, self._seed >> 32)]
             for _ in range(9):
                 keys.append(((keys[-1][0] + _KEY_STEPS[0]) & _MASK, (keys[-1][1] + _KEY_STEPS[1]) & _MASK))
             self._constants = torch.tensor([_MULTIPLIERS, *keys], device=device)[:, :, None, None]
         blocks = (rounds + 1) // 2
-        even = torch.empty((2, positions, blocks), dtype=torch.int64, device=device)
+        even = torch.empty((2, len(places_K), blocks), dtype=torch.int64, device=device)
         odd = torch.empty_like(even)
         even[0] = torch.arange(blocks, device=device)
-        odd[0] = torch.arange(positions, device=device)[:, None]
+        odd[0] = places_K[:, None]
         even[1], odd[1] = sequence & _MASK, sequence >> 32
         for key in self._constants[1:]:
             product = (even * self._constants[0]).flip(0)
             even, odd = ((product >> 32) ^ odd ^ key) & _MASK, product & _MASK
         words = (odd << 21) | (even >> 11)  # the upper 53 of 64 bits, word 1 or 3 above word 0 or 2
         return words.permute(1, 2, 0).flatten(1)[:, :rounds].contiguous()
+
+
+def _to_device(places_K: NDArray[np.int64], device: torch.device) -> Tensor:
+    """A copy that waits for nothing that the device still does."""
+    places = torch.from_numpy(places_K)
+    return (places.pin_memory() if device.type == "cuda" else places).to(device, non_blocking=True)
 
 
 def _running(values: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class Sequences(ABC):
         seed: Seed of the documents' order.
         first: Number of the first sequence of the text to show; ``self[0]`` is this one.
         count: How many sequences to show; None: all from ``first`` on.
+        isolated: Whether documents do not see each other, so that nothing predicts their first tokens.
 
     Raises:
         ValueError: An argument out of range, or a text too short for the sequences asked; the message has both numbers.
@@ -56,6 +57,7 @@ class Sequences(ABC):
         seed: int,
         first: int = 0,
         count: int | None = None,
+        isolated: bool = False,
     ) -> None:
         if seq_len < 1:
             raise ValueError(f"seq_len must be >= 1, got {seq_len}")
@@ -68,6 +70,7 @@ class Sequences(ABC):
         self.separator_id = separator_id
         self.seed = seed
         self.first = first
+        self.isolated = isolated
         self._store: TokenStore | None = None
         self._opened()
         available, wanted = self._num_available(), first + (1 if count is None else count)
@@ -92,7 +95,11 @@ class Sequences(ABC):
 
     @abstractmethod
     def counted(self, index: int) -> NDArray[np.bool_] | None:
-        """The positions of one sequence that are learnt from, [positions]: those that predict answers; None: all."""
+        """
+        The positions of one sequence that are learnt from, [positions]; None: all.
+
+        Those that predict answers, if these are marked, and of isolated documents none that predicts a first token.
+        """
 
     def width(self, begin: int, end: int) -> int:
         """Positions of the longest sequence of begin..end - 1, also of those behind the last that is shown."""
@@ -101,19 +108,16 @@ class Sequences(ABC):
 
     def num_positions(self) -> int:
         """Positions that are learnt from, of all sequences together."""
-        total = 0
-        for index in range(len(self)):
-            counted = self.counted(index)
-            if counted is None:
-                return self._num_all_positions()
-            total += int(np.count_nonzero(counted))
-        return total
+        if not self.facts.marks_answers:
+            return self._num_all_positions()
+        counted = (self.counted(index) for index in range(len(self)))
+        return sum(int(np.count_nonzero(positions)) for positions in counted)
 
     def _num_all_positions(self) -> int:
         return len(self) * self.seq_len
 
     def __getstate__(self) -> dict[str, Any]:
-        given = ("store_path", "seq_len", "separator_id", "seed", "first", "_count", "truncate")
+        given = ("store_path", "seq_len", "separator_id", "seed", "first", "isolated", "_count", "truncate")
         return {name: self.__dict__[name] for name in given if name in self.__dict__} | {"_store": None}
 
     @property
@@ -195,13 +199,20 @@ class PackedSequences(Sequences):
         return window
 
     def counted(self, index: int) -> NDArray[np.bool_] | None:
+        borders = self.document_starts(index)[1:] if self.isolated else None
         if not self.facts.marks_answers:
-            return None
+            return None if borders is None else ~borders
         window = np.zeros(self.seq_len + 1, np.bool_)
         start, stream = self._stream(index, window)
         for document, place in self._documents(start, start + stream.size):
             paste(stream, place - start, self._opened().answers(document))
-        return window[1:]
+        return window[1:] if borders is None else window[1:] & ~borders
+
+    def _num_all_positions(self) -> int:
+        first = self.first * self.seq_len + 1 - self._window_bos  # place in the stream of the first that is predicted
+        end = first + len(self) * self.seq_len
+        starts = np.concatenate([[0], self._ends[:-1]]) if self.isolated else []
+        return end - first - int(np.subtract(*np.searchsorted(starts, (end, first))))
 
     def _stream(self, index: int, window: NDArray[Any]) -> tuple[int, NDArray[Any]]:
         """Where a window begins in the stream, and the part of it that the stream fills."""

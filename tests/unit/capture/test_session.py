@@ -121,6 +121,34 @@ def test_columns_of_draws_arrive(tmp_path):
     np.testing.assert_array_equal(columns["document_start"], sequence.columns["document_start"])
 
 
+@pytest.mark.parametrize("kept", [0, 1, 20, 32])
+def test_positions_that_do_not_count_get_no_records(tmp_path, kept):
+    """Draws of some positions alone stand at their places; the others have no record, no log-prob and no entropy."""
+    header = dataclasses.replace(HEADER, columns=("entropy", "record_logprob"))
+    counted = np.isin(np.arange(32), np.random.default_rng(kept).choice(32, kept, replace=False))
+    known = -np.arange(1000) / 8
+    tokens, draws = tokens_of(0), draws_of(0)
+    entropy = np.where(counted, np.arange(32) / 8, 0)
+    columns = {"entropy": entropy, "record_logprob": known[draws[counted]]}
+    with open_capture(tmp_path / "cache", header=header, num_sequences=1) as capture:
+        for wrong in (counted[1:], counted.astype(int), ~counted, counted[None]):
+            if wrong.ndim != 1 or wrong.dtype != np.bool_ or wrong.sum() != kept:
+                with pytest.raises(ValueError, match=f"counted must be booleans .T., True at {kept} positions"):
+                    capture.push_draws(0, tokens, draws[counted], columns, wrong)
+        capture.push_draws(0, tokens, draws[counted], columns, counted)
+    assert [] == skl.verify(tmp_path / "cache")
+    found = skl.open(tmp_path / "cache")[0]
+    every, rows = merge_draws(draws), np.flatnonzero(counted)
+    assert np.where(counted, np.diff(every.offsets), 0).tolist() == np.diff(found.targets.offsets).tolist()
+    for row in rows:
+        begin, end = found.targets.offsets[row : row + 2]
+        part = slice(*every.offsets[row : row + 2])
+        assert every.token_ids[part].tolist() == found.targets.token_ids[begin:end].tolist()
+        assert every.counts[part].tolist() == found.targets.counts[begin:end].tolist()
+    assert entropy.tolist() == found.columns["entropy"].tolist()
+    assert known[found.targets.token_ids].tolist() == found.columns["record_logprob"].tolist()
+
+
 def test_order_and_shapes_are_checked_before_the_ring(tmp_path):
     """Sequences come in order within a shard, and what cannot fit the header is refused at once; nothing is lost."""
     expected = write_undisturbed(tmp_path / "plain")

@@ -18,9 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sklformat.capture import merge_draws
 from sklformat.distill.teacher import gpu_sampler
+from sklformat.distill.teacher.drawing import Drawer
 from sklformat.distill.teacher.gpu_sampler import DeviceSampler
+from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.sampler import draw
 
+NAMES = ("label_logprob", "entropy", "record_logprob")
 BIG = {"seed": 2**64 - 3, "sequence": 2**40 + 7}
 
 
@@ -47,7 +50,7 @@ def by_c(logits, rounds, sampler, seed=0, sequence=0):
 def test_uniforms_are_the_keyed_ones(rounds):
     """Philox in int64, with a seed and a sequence beyond 32 bits: all 53 bits of every position and round."""
     sampler = DeviceSampler(sampler="multinomial", rounds=rounds, seed=BIG["seed"])
-    words = sampler._uniforms(torch.device("cpu"), BIG["sequence"], 5, rounds)
+    words = sampler._uniforms(BIG["sequence"], torch.arange(5), rounds)
     for position in range(5):
         expected = uniforms(rounds, seed=BIG["seed"], sequence=BIG["sequence"], position=position)
         assert (expected * 2.0**53).astype(np.int64).tolist() == words[position].tolist()
@@ -75,6 +78,61 @@ def test_slices_of_positions_change_nothing(sampler, monkeypatch):
     monkeypatch.setattr(gpu_sampler, "_SECOND_LEVEL", 3 * 20 * 256)
     assert np.array_equal(whole, sample(logits, 20, sampler, at_once=7))
     assert np.array_equal(whole, sample(logits, 20, sampler, at_once=1))
+
+
+COUNTED = [np.arange(50) % 3 > 0, np.arange(50) == 49, np.arange(50) < 0, np.arange(50) >= 0]
+
+
+@pytest.mark.parametrize("counted", COUNTED)
+@pytest.mark.parametrize("at_once", [50, 7])
+def test_positions_that_do_not_count_are_passed_over(counted, at_once):
+    """The others have the draws and columns that they have among all; a slice where none counts may be left out."""
+    logits, tokens = random_logits(50, 1000), np.arange(51, dtype=np.uint32)
+    every = LogitColumns(NAMES, tokens)
+    whole = sampled(logits, at_once, every, None)
+    spoilt = torch.where(torch.from_numpy(counted)[:, None], logits, math.nan)  # so nothing looks at them
+    taken = LogitColumns(NAMES, tokens)
+    found = sampled(spoilt, at_once, taken, counted)
+    assert np.array_equal(whole[counted], found)
+    expected, columns = every.values(), taken.values()
+    assert np.array_equal(expected["record_logprob"][counted], columns["record_logprob"])
+    for name in ("entropy", "label_logprob"):
+        assert np.array_equal(np.where(counted, expected[name], 0), columns[name])
+
+
+def sampled(logits, at_once, columns, counted):
+    starts = [at for at in range(0, 50, at_once) if counted is None or counted[at : at + at_once].any()]
+    slices = ((at, logits[at : at + at_once]) for at in starts)
+    return DeviceSampler(sampler="multinomial", rounds=20, seed=1).draw(7, 50, slices, columns, counted).result()
+
+
+@pytest.mark.parametrize("counted", COUNTED)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "sampling"),
+    [("counts", {"sampler": "multinomial"}), ("ratios", {"sampler": "topk", "k": 5})],
+    ids=["draws", "topk"],
+)
+def test_the_host_passes_over_the_same(counted, threads, kind, sampling):
+    """Drawer gives a position that counts the records it has among all, the others none, on any number of threads."""
+    logits, tokens = random_logits(50, 1000), np.arange(51, dtype=np.uint32)
+    spoilt = torch.where(torch.from_numpy(counted)[:, None], logits, math.nan)
+    found, columns = [], []
+    with Drawer(kind=kind, rounds=20 if kind == "counts" else 0, sampling=sampling, threads=threads) as drawer:
+        for rows, mask in ((logits, None), (spoilt, counted)):
+            taken = LogitColumns(NAMES, tokens)
+            starts = [at for at in range(0, 50, 7) if mask is None or mask[at : at + 7].any()]
+            found.append(drawer.draw(7, ((at, rows[at : at + 7]) for at in starts), taken, mask))
+            columns.append(taken.values())
+    whole, some = found
+    lengths = np.diff(whole.offsets)
+    kept = np.repeat(counted, lengths)
+    assert np.where(counted, lengths, 0).tolist() == np.diff(some.offsets).tolist()
+    assert whole.token_ids[kept].tolist() == some.token_ids.tolist()
+    values = "counts" if kind == "counts" else "weights"
+    assert getattr(whole, values)[kept].tolist() == getattr(some, values).tolist()
+    assert columns[0]["record_logprob"][kept].tolist() == columns[1]["record_logprob"].tolist()
+    assert np.where(counted, columns[0]["entropy"], 0).tolist() == columns[1]["entropy"].tolist()
 
 
 @pytest.mark.parametrize("sampler", ["multinomial", "systematic"])

@@ -286,6 +286,22 @@ def test_packing_depends_on_the_seed(tmp_path, texts):
     assert packed[0][3].tolist() != packed[2][3].tolist()
 
 
+def test_isolated_documents_do_not_predict_each_other(tmp_path, texts):
+    """Tokens stay; the positions that predict a document's first token do not count, separators before them do."""
+    make_store(tmp_path / "s", texts)
+    together = PackedSequences(tmp_path / "s", seq_len=16, separator_id=0, seed=1)
+    isolated = PackedSequences(tmp_path / "s", seq_len=16, separator_id=0, seed=1, isolated=True)
+    assert [window.tolist() for window in together] == [window.tolist() for window in isolated]
+    borders = 0
+    for i in range(len(isolated)):
+        counted, starts = isolated.counted(i), isolated.document_starts(i)
+        assert together.counted(i) is None
+        assert (~starts[1:]).tolist() == counted.tolist()
+        assert (isolated[i][:-1][~counted] == 0).all()
+        borders += int((~counted).sum())
+    assert borders > 5
+
+
 def test_first_and_count_show_a_part(tmp_path, texts):
     """A part shows the same windows under numbers that start at 0."""
     make_store(tmp_path / "s", texts)

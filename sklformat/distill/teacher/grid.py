@@ -1,0 +1,62 @@
+"""
+A teacher's passes over the sequences that a capture still needs, in batches of a fixed grid.
+
+Draws nothing.
+Shape letters: B sequences, T positions, L = T + 1 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sklformat.capture import ShardWork
+from sklformat.distill.teacher.forward import Teacher
+from sklformat.distill.text.packing import PackedSequences
+from sklformat.settings.cache import CacheConfig
+
+
+class Output(NamedTuple):
+    """
+    Of one sequence.
+
+    Attributes:
+        sequence: Its number.
+        tokens: [T + 1].
+        counted: Which positions get records, [T]; None: all.
+        made: What the teacher gave, [T, …].
+    """
+
+    sequence: int
+    tokens: NDArray[np.uint32]
+    counted: NDArray[np.bool_] | None
+    made: Tensor
+
+
+def outputs_of(
+    config: CacheConfig, teacher: Teacher, packed: PackedSequences, works: Sequence[ShardWork]
+) -> Iterator[Output]:
+    """
+    Run the teacher over what is missing.
+
+    Logits depend in their last bits on the shape of a batch, so batches are a fixed grid within the shard: a shard
+    that is resumed computes the batch of its next sequence again and skips what it has.  Where the cache ends before
+    the grid of a whole shard does, the last sequence fills the batch up: nothing depends on where the cache ends.
+    """
+    for work in works:
+        whole = work.first_sequence + config.sequences_per_shard
+        for first in range(work.first_sequence, work.end, config.batch_size):
+            last = min(first + config.batch_size, work.end)
+            if last <= work.next_sequence:
+                continue
+            rows = [packed[sequence] for sequence in range(first, last)]
+            rows += rows[-1:] * (min(first + config.batch_size, whole) - last)
+            tokens_BL = np.stack(rows)
+            outputs = teacher.run(tokens_BL[:, :-1])
+            for sequence in range(max(first, work.next_sequence), last):
+                row = sequence - first
+                yield Output(sequence, tokens_BL[row], packed.counted(sequence), outputs[row])
