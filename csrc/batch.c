@@ -4,6 +4,8 @@
 #include "faults.h"
 #include "kernels.h"
 
+#include <string.h>
+
 #define ROW_AHEAD 8192
 
 /* The tokens of row b to inputs and labels; from src unless they are given. */
@@ -22,6 +24,38 @@ static skl_status fill_tokens(const skl_shape *shape, const uint8_t *src, const 
     while (bad + 1 < n && tokens[bad] < shape->vocab_size)
         bad++;
     return skl_fail(status, fault, SKL_REASON_TOKEN_RANGE, bad, tokens[bad]);
+}
+
+/* A position without record carries no target: no label either.  The numbers of records lie at the payload's begin. */
+static void ignore_empty(const skl_shape *shape, const uint8_t *src, int64_t *labels, int64_t ignored_label)
+{
+    const size_t n = shape->num_positions;
+    if (shape->record_count_size == 1) {
+        const uint8_t *const first = memchr(src, 0, n);
+        for (size_t t = first == NULL ? n : (size_t)(first - src); t < n; t++)
+            labels[t] = src[t] ? labels[t] : ignored_label;
+    } else {
+        for (size_t t = 0; t < n; t++)
+            labels[t] = src[2 * t] | src[2 * t + 1] ? labels[t] : ignored_label;
+    }
+}
+
+/* Where documents begin in row b, and how far each input is from there. */
+static skl_status fill_starts(const skl_shape *shape, const uint8_t *src, const skl_batch *batch, uint32_t b,
+                              skl_fault *fault)
+{
+    const uint64_t n = shape->num_positions, first = (uint64_t)b * batch->row_positions;
+    const uint64_t at = n > 0 ? skl_starts_offset(shape) : 0;
+    int64_t place = 0;
+    if ((n + 1) % 8 != 0 && n > 0 && src[at + (n + 1) / 8] >> (n + 1) % 8 != 0)
+        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_PADDING, n, at + (n + 1) / 8);
+    for (uint64_t t = 0; t < batch->row_positions; t++) {
+        const uint8_t start = t < n && src[at + t / 8] >> t % 8 & 1;
+        place = start ? 0 : place;
+        batch->starts[first + t] = start;
+        batch->positions[first + t] = place++;
+    }
+    return SKL_OK;
 }
 
 /* Ask for the beginning of a row while the one before is decoded, which asks for the rest itself. */
@@ -49,7 +83,8 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
     uint64_t total = 0;
     batch->offsets[0] = 0;
     *row = 0;
-    if ((!batch->tokens_given && shape->token_size == 0) || scale_log2 > 30)
+    if ((!batch->tokens_given && shape->token_size == 0) || scale_log2 > 30 ||
+        (batch->starts != NULL && !(shape->columns & SKL_COLUMN_DOCUMENT_START)))
         return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
     for (uint32_t b = 0; b < batch->num_rows; b++) {
         *row = b;
@@ -69,7 +104,11 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
                                               .probs = batch->probs};
             SKL_TRY(skl_decode_records(&row_shape, scale_log2, sources[b], source_lens[b], &arrays, fault));
             SKL_TRY(fill_tokens(&row_shape, sources[b], batch, b, fault));
+            ignore_empty(&row_shape, sources[b], batch->labels + (uint64_t)b * batch->row_positions,
+                         batch->ignored_label);
         }
+        if (batch->starts != NULL)
+            SKL_TRY(fill_starts(&row_shape, sources[b], batch, b, fault));
         total += row_shape.num_records;
         pad_row(batch, (uint64_t)b * batch->row_positions, row_shape.num_positions);
     }

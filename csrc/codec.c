@@ -305,6 +305,13 @@ uint64_t skl_tokens_offset(const skl_shape *shape)
     return layout_of(shape).tokens;
 }
 
+uint64_t skl_starts_offset(const skl_shape *shape)
+{
+    skl_shape before = *shape;
+    before.columns &= SKL_COLUMN_LABEL_LOGPROB | SKL_COLUMN_ENTROPY;
+    return layout_of(&before).end;
+}
+
 skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t *offsets,
                       uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint8_t *columns,
                       skl_fault *fault)

@@ -110,10 +110,13 @@ typedef struct skl_batch {
     uint32_t tokens_given;  /* 0: tokens are taken from the payloads */
     uint32_t *tokens;       /* [B, T + 1]: given, or written; undefined where padded */
     int64_t *input_ids;     /* [B, T]: tokens but the last; 0 where padded */
-    int64_t *labels;        /* [B, T]: tokens but the first; ignored_label where padded */
+    int64_t *labels;        /* [B, T]: tokens but the first; ignored_label where padded or without record */
     int64_t *offsets;       /* [B * T + 1]: records of each position; none where padded */
     uint32_t *token_ids;    /* [num_records] */
     float *probs;           /* [num_records]: count / rounds, or the weight; NULL: not wanted */
+    uint8_t *starts;        /* [B, T]: 1 where an input begins a document, else 0; NULL: not wanted */
+    int64_t *positions;     /* [B, T]: place of each input in its document, or in what the row has of it; from 0 on where
+                             * a row begins, and on where it is padded; NULL with starts */
 } skl_batch;
 
 /* Decode and check the payloads of a batch.
@@ -123,7 +126,7 @@ typedef struct skl_batch {
  * row that is empty.
  * codes: scratch, num_records bytes.  *row: the row at fault.
  * As skl_decode; SKL_ERR_ARG too where the rows do not fit the batch, there are no tokens, tokens given are not below
- * vocab_size, or scale_log2 is not in 0..30. */
+ * vocab_size, scale_log2 is not in 0..30, or starts are wanted that the shape does not have. */
 skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const uint8_t *const *sources,
                             const uint64_t *source_lens, const uint32_t *num_positions, const uint32_t *num_records,
                             const skl_batch *batch, uint8_t *codes, uint32_t *row, skl_fault *fault);

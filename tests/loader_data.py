@@ -20,7 +20,17 @@ def make_targets(rng, positions):
     return skl.SparseTargets(token_ids=np.concatenate(token_ids), counts=np.concatenate(counts), offsets=offsets)
 
 
-def write_cache(directory, *, seq_len=POSITIONS, lengths=None, store_tokens=True, seed=7):
+def labels_of(tokens, targets):
+    """The tokens but the first; -100 where a position has no record."""
+    return np.where(np.diff(targets.offsets) > 0, tokens[1:], -100).tolist()
+
+
+def starts_of(i, length):
+    """Where documents begin in sequence i, [length + 1]: at uneven distances, not always at its first token."""
+    return (np.arange(length + 1) + i) % 7 == i % 3
+
+
+def write_cache(directory, *, seq_len=POSITIONS, lengths=None, store_tokens=True, seed=7, columns=(), capture=None):
     """Two shards of SEQUENCES sequences; returns what went in."""
     rng = np.random.default_rng(seed)
     data, shard_size = [], 15
@@ -34,12 +44,15 @@ def write_cache(directory, *, seq_len=POSITIONS, lengths=None, store_tokens=True
             shard_number=number,
             first_sequence=first,
             store_tokens=store_tokens,
+            columns=columns,
+            capture=capture or {},
         )
         with skl.ShardWriter(directory / f"shard-{number:05d}.skl", header=header) as writer:
             for i in range(first, min(first + shard_size, SEQUENCES)):
                 length = POSITIONS if lengths is None else lengths[i]
                 tokens, targets = rng.integers(0, VOCAB, length + 1), make_targets(rng, length)
-                writer.append(tokens, targets)
+                values = {"entropy": np.zeros(length), "document_start": starts_of(i, length)}
+                writer.append(tokens, targets, {name: values[name] for name in columns})
                 data.append((tokens, targets))
     return data
 

@@ -52,6 +52,8 @@ class Payloads:
         tokens: NDArray[np.uint32] | None = None,
         ignored_label: int = -100,
         arena: Arena | None = None,
+        *,
+        starts: bool = False,
     ) -> BatchArrays:
         """
         Decode every row and check it: records, tokens, and that the tokens give the alignment checksums.
@@ -61,6 +63,7 @@ class Payloads:
             tokens: [B, T + 1] tokens of the rows, checked already, instead of the stored ones.
             ignored_label: Label where there is none.
             arena: As for ``native.decode_batch``.
+            starts: Whether document starts and positions are wanted, of shards that store them.
 
         Returns:
             Arrays of B rows and T positions, T as ``row_positions`` says.
@@ -81,6 +84,7 @@ class Payloads:
                 self.row_positions(header),
                 ignored_label,
                 arena,
+                starts=starts,
             )
         except RowError as error:
             if isinstance(error.__cause__, FormatError):

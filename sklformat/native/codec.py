@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.errors import FormatError
-from sklformat.native.door import NULL, check, expect, ffi, lib, view
+from sklformat.native.door import check, expect, ffi, lib, view
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +172,8 @@ def decode_batch(
     row_positions: int,
     ignored_label: int,
     arena: Arena | None = None,
+    *,
+    starts: bool = False,
 ) -> BatchArrays:
     """
     Decode and check the payloads of B sequences straight into the arrays of a training step.
@@ -188,6 +190,7 @@ def decode_batch(
         ignored_label: Label where there is none.
         arena: Memory for the result, which then lasts until the arena is used again, and has no probs; None: the
             result's own.
+        starts: Whether document starts and positions are wanted, of a shape that has the column.
 
     Raises:
         RowError: Around the ValueError, TruncatedError or CorruptError of one row.
@@ -204,12 +207,11 @@ def decode_batch(
         new((rows * row_positions + 1,), np.int64),
         new((total,), np.uint32),
         new((total if arena is None else 0,), np.float32),
+        np.empty((rows, row_positions), np.bool_) if starts else None,
+        np.empty((rows, row_positions), np.int64) if starts else None,
     )
-    codes = new((total,), np.uint8)
-    arrays: tuple[NDArray[Any], ...] = out
+    arrays: tuple[NDArray[Any] | None, ...] = out if arena is None else (*out[:5], None, *out[6:])
     views = [view(c, a, writable=True) for c, a in zip(_BATCH_TYPES, arrays, strict=True)]
-    if arena is not None:
-        views[-1] = NULL
     batch = ffi.new("skl_batch *", [rows, row_positions, total, ignored_label, tokens is not None, *views])
     row, fault = ffi.new("uint32_t *"), ffi.new("skl_fault *")
     pointers = ffi.cast("uint8_t **", view("uint64_t[]", sources))
@@ -221,7 +223,7 @@ def decode_batch(
         view("uint32_t[]", num_positions),
         view("uint32_t[]", num_records),
         batch,
-        view("uint8_t[]", codes, writable=True),
+        view("uint8_t[]", new((total,), np.uint8), writable=True),  # scratch
         row,
         fault,
     )
@@ -264,7 +266,7 @@ _ARENA_ALIGN = 64
 class BatchArrays(NamedTuple):
     """
     tokens uint32 [B, T + 1]; input_ids, labels int64 [B, T]; offsets int64 [B * T + 1]; token_ids uint32, probs
-    float32 [nnz].
+    float32 [nnz]; where they were wanted, document_starts bool and position_ids int64 [B, T].
     """
 
     tokens: NDArray[np.uint32]
@@ -273,9 +275,11 @@ class BatchArrays(NamedTuple):
     offsets: NDArray[np.int64]
     token_ids: NDArray[np.uint32]
     probs: NDArray[np.float32]
+    document_starts: NDArray[np.bool_] | None
+    position_ids: NDArray[np.int64] | None
 
 
-_BATCH_TYPES = ("uint32_t[]", "int64_t[]", "int64_t[]", "int64_t[]", "uint32_t[]", "float[]")
+_BATCH_TYPES = ("uint32_t[]", *3 * ("int64_t[]",), "uint32_t[]", "float[]", "uint8_t[]", "int64_t[]")
 
 
 class RowError(Exception):

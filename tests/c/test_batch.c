@@ -460,7 +460,8 @@ static void test_rows(void)
                 for (size_t t = 0; t < r.num_positions[b]; t++) {
                     CHECK(batch.offsets[first + t + 1] == base + alone.offsets[t + 1]);
                     CHECK(batch.input_ids[first + t] == alone.tokens[t]);
-                    CHECK(batch.labels[first + t] == alone.tokens[t + 1]);
+                    const int empty = alone.offsets[t + 1] == alone.offsets[t];
+                    CHECK(batch.labels[first + t] == (empty ? IGNORED : (int64_t)alone.tokens[t + 1]));
                     CHECK(batch.tokens[first + b + t] == alone.tokens[t]);
                 }
                 CHECK(batch.tokens[first + b + r.num_positions[b]] == alone.tokens[r.num_positions[b]]);
@@ -487,7 +488,7 @@ static void test_given_tokens(void)
 {
     rows r = make_rows(shapes[0]);
     const uint32_t width = r.num_positions[3];
-    skl_batch batch = make_batch(4, width, r.total);
+    skl_batch batch = make_batch(4, width, r.total), stored = make_batch(4, width, r.total);
     float *const probs = batch.probs;
     uint32_t row;
     skl_fault fault;
@@ -496,11 +497,14 @@ static void test_given_tokens(void)
     for (size_t i = 0; i < 4 * (size_t)(width + 1); i++)
         batch.tokens[i] = (uint32_t)i;
     CHECK(decode_rows(&r, &shapes[0], &batch, &row, &fault) == SKL_OK);
+    CHECK(decode_rows(&r, &shapes[0], &stored, &row, &fault) == SKL_OK);
     for (uint32_t b = 0; b < 4; b++)
         for (size_t t = 0; t < r.num_positions[b]; t++) {
-            CHECK(batch.input_ids[(size_t)b * width + t] == (int64_t)((size_t)b * (width + 1) + t));
-            CHECK(batch.labels[(size_t)b * width + t] == (int64_t)((size_t)b * (width + 1) + t + 1));
+            const size_t at = (size_t)b * width + t;
+            CHECK(batch.input_ids[at] == (int64_t)((size_t)b * (width + 1) + t));
+            CHECK(batch.labels[at] == (stored.labels[at] == IGNORED ? IGNORED : batch.input_ids[at] + 1));
         }
+    drop_batch(&stored);
     batch.tokens[width + 1 + 5] = shapes[0].vocab_size;
     CHECK(decode_rows(&r, &shapes[0], &batch, &row, &fault) == SKL_ERR_ARG);
     CHECK(row == 1 && fault.reason == SKL_REASON_TOKEN_RANGE && fault.position == 5);
@@ -517,6 +521,41 @@ static void expect_batch_fault(const rows *r, const skl_shape *shape, const skl_
     skl_fault fault = {0, 0, 0};
     CHECK(decode_rows(r, shape, batch, &row, &fault) == status);
     CHECK(row == expected_row && fault.reason == (uint32_t)reason && fault.position == position);
+}
+
+/* Starts and positions of every document, in rows of any length; without the column they are refused. */
+static void test_starts(void)
+{
+    for (uint32_t number = 0; number < 2; number++) {
+        skl_shape shape = shapes[3];
+        shape.columns = number == 0 ? SKL_COLUMN_DOCUMENT_START : shape.columns; /* or columns on both sides of it */
+        rows r = make_rows(shape);
+        const uint32_t width = r.num_positions[3] + 11;
+        skl_batch batch = make_batch(4, width, r.total);
+        batch.starts = room(4 * (size_t)width);
+        batch.positions = room(4 * (size_t)width * sizeof *batch.positions);
+        uint32_t row;
+        skl_fault fault;
+        CHECK(decode_rows(&r, &shape, &batch, &row, &fault) == SKL_OK);
+        for (uint32_t b = 0; b < 4; b++)
+            for (uint32_t t = 0, place = 0; t < width; t++) {
+                const int start = t < r.num_positions[b] && t % 8 == 0; /* make_payload sets one bit of each byte */
+                place = start ? 0 : place;
+                CHECK(batch.starts[(size_t)b * width + t] == start);
+                CHECK(batch.positions[(size_t)b * width + t] == (int64_t)place++);
+            }
+        const payload *const second = &r.made[1];
+        const size_t behind = PADDING + (number == 0 ? 0 : 2 * (size_t)second->shape.num_records);
+        CHECK((r.num_positions[1] + 1) % 8 != 0);
+        second->bytes[second->size - behind - 1] |= 128; /* a bit behind the last token */
+        expect_batch_fault(&r, &shape, &batch, SKL_ERR_CORRUPT, 1, SKL_REASON_PADDING, r.num_positions[1]);
+        shape.columns &= ~(uint32_t)SKL_COLUMN_DOCUMENT_START;
+        expect_batch_fault(&r, &shape, &batch, SKL_ERR_ARG, 0, SKL_REASON_SHAPE, 0);
+        free(batch.starts);
+        free(batch.positions);
+        drop_batch(&batch);
+        drop_rows(&r);
+    }
 }
 
 /* Every way in which a batch can fail, with its row, reason and position. */
@@ -674,6 +713,7 @@ int main(void)
     test_rows();
     choose_kernels(); /* what compared them left any */
     test_given_tokens();
+    test_starts();
     test_batch_faults();
     test_changing_memory();
     say_kernels();

@@ -55,6 +55,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     batch.offsets = room(cells + 1, sizeof *batch.offsets);
     batch.token_ids = room(n, sizeof *batch.token_ids);
     batch.probs = room(n, sizeof *batch.probs);
+    const int with_starts = (shape.columns & SKL_COLUMN_DOCUMENT_START) != 0 && size % 2 == 0;
+    batch.starts = with_starts ? room(cells, 1) : NULL;
+    batch.positions = with_starts ? room(cells, sizeof *batch.positions) : NULL;
     uint8_t *codes = room(n, 1);
     const uint64_t num_tokens = (uint64_t)num_rows * (batch.row_positions + UINT64_C(1));
     batch.tokens = room(num_tokens, sizeof *batch.tokens);
@@ -93,7 +96,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                     SKL_OK);
             const int64_t base = batch.offsets[first];
             for (uint64_t t = 0; t < positions; t++) {
-                LAW(batch.input_ids[first + t] == used[t] && batch.labels[first + t] == used[t + 1]);
+                LAW(batch.input_ids[first + t] == used[t]);
+                LAW(batch.labels[first + t] == (offsets[t + 1] == offsets[t] ? -100 : (int64_t)used[t + 1]));
+                LAW(!with_starts || batch.positions[first + t] ==
+                                        (t == 0 || batch.starts[first + t] ? 0 : batch.positions[first + t - 1] + 1));
                 LAW(used[t] < shape.vocab_size && used[t + 1] < shape.vocab_size);
                 LAW(batch.offsets[first + t + 1] == base + offsets[t + 1]);
             }
@@ -109,7 +115,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                 else
                     LAW(fabsf(prob - (float)row_codes[i] / (float)shape.rounds) <= 1e-7f);
             }
-        } else if (status == SKL_ERR_CORRUPT && row == b) {
+        } else if (status == SKL_ERR_CORRUPT && row == b && !(with_starts && expected == SKL_OK)) {
             LAW(expected == SKL_ERR_CORRUPT && alone.reason == fault.reason && alone.position == fault.position);
         }
         free(offsets);
@@ -125,6 +131,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     free(batch.offsets);
     free(batch.token_ids);
     free(batch.probs);
+    free(batch.starts);
+    free(batch.positions);
     free(codes);
     free(batch.tokens);
     return 0;

@@ -9,7 +9,7 @@ Shape letters: B sequences, T positions, nnz records of a batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,28 +51,39 @@ class Batch:
 
     Attributes:
         input_ids: [B, T] int64, the tokens but the last of each sequence; 0 where padded.
-        labels: [B, T] int64, the tokens but the first; -100 where there is none.
+        labels: [B, T] int64, the tokens but the first; -100 where there is none, and where a position has no record.
         targets: The teacher's distributions of the labels.
         state: Where the stream stands after this batch, for ``SparseLogitDataset.load_state_dict``.
+        position_ids: [B, T] int64, each input's place in its document, or in what the sequence has of it; None where
+            the cache does not say where documents begin. For models whose documents do not see each other
+            (``SparseLogitDataset.isolated``) only.
+        document_starts: [B, T] bool, whether an input begins a document; None as position_ids.
     """
 
     input_ids: Tensor
     labels: Tensor
     targets: Targets
     state: dict[str, Any]
+    position_ids: Tensor | None = None
+    document_starts: Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Copy the tensors to a device; see ``Targets.to``."""
-        return Batch(
-            self.input_ids.to(device, non_blocking=non_blocking),
-            self.labels.to(device, non_blocking=non_blocking),
-            self.targets.to(device, non_blocking=non_blocking),
-            self.state,
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Copy the tensors to page-locked memory."""
-        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(), self.targets.pin_memory(), self.state)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, copy: Callable[[Any], Any]) -> Batch:
+        return Batch(
+            copy(self.input_ids),
+            copy(self.labels),
+            Targets(*(copy(getattr(self.targets, f.name)) for f in dataclasses.fields(Targets))),
+            self.state,
+            None if self.position_ids is None else copy(self.position_ids),
+            None if self.document_starts is None else copy(self.document_starts),
+        )
 
 
 def collate(sequences: Sequence[Batch]) -> Batch:
@@ -80,7 +91,7 @@ def collate(sequences: Sequence[Batch]) -> Batch:
     One batch of single sequences, as ``SparseLogitDataset(..., batch_size=None)`` gives them.
 
     For trainers that batch by themselves: ``DataLoader(ds, batch_size=8, collate_fn=collate)``.  Shorter sequences are
-    padded on the right with input 0, label -100 and no records.
+    padded on the right with input 0, label -100 and no records; their positions count on.
 
     Args:
         sequences: At least one; input_ids and labels [T], each with a T of its own.
@@ -92,19 +103,28 @@ def collate(sequences: Sequence[Batch]) -> Batch:
         order for any number of workers; collated after that, their states stay exact.
 
     Raises:
-        ValueError: No sequence, or batches among them.
+        ValueError: No sequence, or batches among them; or some say where documents begin and others do not.
     """
     if not sequences or any(sequence.input_ids.ndim != 1 for sequence in sequences):
         shapes = [tuple(sequence.input_ids.shape) for sequence in sequences]
         raise ValueError(f"collate takes single sequences, at least one, of input_ids [T]; got the shapes {shapes}")
+    with_starts = {sequence.document_starts is not None for sequence in sequences}
+    if len(with_starts) > 1:
+        raise ValueError("some of these sequences have document_starts and others not; collate those of one cache")
     rows, width = len(sequences), max(sequence.input_ids.numel() for sequence in sequences)
     input_ids = torch.zeros((rows, width), dtype=torch.int64)
     labels = torch.full((rows, width), IGNORED_LABEL, dtype=torch.int64)
     counts = torch.zeros((rows, width), dtype=torch.int64)
+    starts = torch.zeros((rows, width), dtype=torch.bool)
+    positions = torch.arange(width).repeat(rows, 1)
     for row, sequence in enumerate(sequences):
         length = sequence.input_ids.numel()
         input_ids[row, :length], labels[row, :length] = sequence.input_ids, sequence.labels
         counts[row, :length] = torch.diff(sequence.targets.offsets)
+        if sequence.position_ids is not None and sequence.document_starts is not None:
+            starts[row, :length] = sequence.document_starts
+            positions[row] += int(sequence.position_ids[-1]) + 1 - length  # of the padding
+            positions[row, :length] = sequence.position_ids
     offsets = torch.zeros(rows * width + 1, dtype=torch.int64)
     torch.cumsum(counts.flatten(), 0, out=offsets[1:])
     targets = Targets(
@@ -113,4 +133,5 @@ def collate(sequences: Sequence[Batch]) -> Batch:
         offsets=offsets,
     )
     info = get_worker_info()
-    return Batch(input_ids, labels, targets, sequences[-1].state if info is None or info.num_workers == 1 else {})
+    state = sequences[-1].state if info is None or info.num_workers == 1 else {}
+    return Batch(input_ids, labels, targets, state, *((positions, starts) if True in with_starts else ()))

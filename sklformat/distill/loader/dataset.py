@@ -26,6 +26,7 @@ from sklformat.distill.loader.batches import Batch, Targets
 from sklformat.distill.loader.prefetch import made_ahead
 from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.errors import AlignmentError, ResumeError
+from sklformat.format.columns import STARTS
 from sklformat.format.order import Schedule
 
 STATE_VERSION = 2
@@ -137,6 +138,17 @@ class SparseLogitDataset(IterableDataset[Batch]):
                 sequence_index=available,
             )
 
+    @property
+    def isolated(self) -> bool:
+        """
+        Whether documents did not see each other when the teacher ran: then they must not in training either.
+
+        Give the model ``batch.position_ids`` then, and no attention mask: transformers keeps attention within each
+        document where its positions begin at 0 again.
+        """
+        packing = self.cache.header.capture.get("packing")
+        return isinstance(packing, Mapping) and packing.get("isolated") is True
+
     def __len__(self) -> int:
         """Batches of one epoch on this rank; the same on all ranks."""
         return self.schedule.num_batches(0)
@@ -246,18 +258,24 @@ class SparseLogitDataset(IterableDataset[Batch]):
         numbers = np.where(places < 0, places, places + first) if first else places
         payloads = self.cache.payloads(numbers)
         given = None if self.tokens is None else self._given(numbers, payloads)
-        arrays = payloads.decode(self.cache.header, given, IGNORED_LABEL)
-        input_ids, labels = torch.from_numpy(arrays.input_ids), torch.from_numpy(arrays.labels)
+        header = self.cache.header
+        arrays = payloads.decode(header, given, IGNORED_LABEL, starts=STARTS in header.columns)
         return Batch(
-            input_ids=input_ids[0] if self._single else input_ids,
-            labels=labels[0] if self._single else labels,
+            input_ids=self._tensor(arrays.input_ids),
+            labels=self._tensor(arrays.labels),
             targets=Targets(
                 token_ids=torch.from_numpy(arrays.token_ids.view(np.int32)),
                 probs=torch.from_numpy(arrays.probs),
                 offsets=torch.from_numpy(arrays.offsets),
             ),
             state=self._state(*self.schedule.after(epoch, consumed)),
+            position_ids=None if arrays.position_ids is None else self._tensor(arrays.position_ids),
+            document_starts=None if arrays.document_starts is None else self._tensor(arrays.document_starts),
         )
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor[0] if self._single else tensor
 
     def _given(self, numbers: NDArray[np.int64], payloads: Payloads) -> NDArray[np.uint32]:
         """The training program's own tokens of a batch, proven to be those of the records."""
