@@ -111,7 +111,7 @@ class Sequences(ABC):
         if not self.facts.marks_answers:
             return self._num_all_positions()
         counted = (self.counted(index) for index in range(len(self)))
-        return sum(int(np.count_nonzero(positions)) for positions in counted)
+        return sum(int(positions.sum()) for positions in counted if positions is not None)
 
     def _num_all_positions(self) -> int:
         return len(self) * self.seq_len
@@ -211,7 +211,7 @@ class PackedSequences(Sequences):
     def _num_all_positions(self) -> int:
         first = self.first * self.seq_len + 1 - self._window_bos  # place in the stream of the first that is predicted
         end = first + len(self) * self.seq_len
-        starts = np.concatenate([[0], self._ends[:-1]]) if self.isolated else []
+        starts = np.concatenate([[0], self._ends[:-1]]) if self.isolated else np.zeros(0, np.int64)
         return end - first - int(np.subtract(*np.searchsorted(starts, (end, first))))
 
     def _stream(self, index: int, window: NDArray[Any]) -> tuple[int, NDArray[Any]]:
