@@ -19,34 +19,49 @@ from timing import measure, processor
 import sklformat as skl
 
 ROUNDS = 50
+COLUMNS = ("label_logprob", "entropy", "document_start", "record_logprob")
 SHARDS: dict[str, dict[str, Any]] = {
     "R24 counts": {},
     "R24 counts without tokens": {"store_tokens": False},
-    "R24 counts with both columns": {"columns": ("label_logprob", "entropy")},
+    "R24 counts with label_logprob and entropy": {"columns": ("label_logprob", "entropy")},
+    "R24 counts with document_start and record_logprob": {"columns": ("document_start", "record_logprob")},
     "R24W counts": {"vocab_size": 200_000},
     "R32 counts": {"vocab_size": 400_000},
     "R24 ratios": {"kind": "ratios", "rounds": 0},
+    "R24 ratios with all columns": {"kind": "ratios", "rounds": 0, "columns": COLUMNS},
     "R24 counts, 64 positions": {"seq_len": 64},
+    "R24 ratios, 64 positions, all columns": {"kind": "ratios", "rounds": 0, "seq_len": 64, "columns": COLUMNS},
+    "R24 counts, 16 to 1024 positions": {"seq_len": 0},
 }
 
 
 def write_shard(path: Path, size_bytes: int, settings: dict[str, Any]) -> None:
     """Sequences with 4 to 20 records per position, 12 on average, until the shard is so large."""
     header = skl.Header(**{"vocab_size": 128_256, "seq_len": 1024, "kind": "counts", "rounds": ROUNDS} | settings)
-    positions, vocab_size = header.seq_len, header.vocab_size
+    vocab_size = header.vocab_size
     rng = np.random.default_rng(0)
-    lengths = rng.integers(4, 21, positions)
+    lengths = rng.integers(4, 21, header.seq_len or 1024)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     stride = vocab_size // 20
     ids = np.concatenate([np.arange(n) * stride for n in lengths])
     counts = np.ones(offsets[-1], np.uint8)
     counts[offsets[:-1]] = ROUNDS - lengths + 1
     pairs = {"weights": rng.uniform(1e-3, 1.0, ids.size)} if header.kind == "ratios" else {"counts": counts}
-    columns = {name: np.full(positions, -1.0) for name in header.columns}
     with skl.ShardWriter(path, header=header) as writer:
         while writer.size < size_bytes:
-            targets = skl.SparseTargets(token_ids=ids + rng.integers(0, stride), offsets=offsets, **pairs)
-            writer.append(rng.integers(0, vocab_size, positions + 1), targets, columns)
+            positions = header.seq_len or int(2 ** rng.uniform(4, 10))
+            some, records = slice(positions + 1), slice(offsets[positions])
+            targets = skl.SparseTargets(
+                token_ids=ids[records] + rng.integers(0, stride),
+                offsets=offsets[some],
+                **{name: values[records] for name, values in pairs.items()},
+            )
+            tokens = rng.integers(0, vocab_size, positions + 1)
+            sizes = {"document_start": positions + 1, "record_logprob": targets.num_records}
+            columns = {name: np.full(sizes.get(name, positions), -1.0) for name in header.columns}
+            if "document_start" in columns:
+                columns["document_start"] = tokens % 256 == 0
+            writer.append(tokens, targets, columns)
 
 
 def main() -> None:

@@ -312,6 +312,11 @@ uint64_t skl_starts_offset(const skl_shape *shape)
     return layout_of(&before).end;
 }
 
+uint64_t skl_columns_offset(const skl_shape *shape)
+{
+    return layout_of(shape).columns;
+}
+
 skl_status skl_decode(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t *offsets,
                       uint32_t *token_ids, uint8_t *codes, uint32_t *tokens, uint8_t *columns,
                       skl_fault *fault)

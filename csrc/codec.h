@@ -24,6 +24,9 @@ skl_status skl_decode_records(const skl_shape *shape, uint32_t scale_log2, const
 /* Where the tokens lie in a payload, in bytes; shape is one that skl_payload_size knows. */
 uint64_t skl_tokens_offset(const skl_shape *shape);
 
+/* Where the columns do. */
+uint64_t skl_columns_offset(const skl_shape *shape);
+
 /* Where the column document_start lies, if the shape has it. */
 uint64_t skl_starts_offset(const skl_shape *shape);
 

@@ -131,6 +131,36 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
                             const uint64_t *source_lens, const uint32_t *num_positions, const uint32_t *num_records,
                             const skl_batch *batch, uint8_t *codes, uint32_t *row, skl_fault *fault);
 
+/* ---- blocks: whether many are sound, SPEC.md sections 5 and 6 ------------------------------------------------- */
+
+/* XXH3-64 of len bytes. */
+uint64_t skl_checksum(const uint8_t *src, size_t len, uint64_t seed);
+
+/* The same of each source, to checksums [num_sources]. */
+void skl_checksums(uint64_t num_sources, const uint8_t *const *sources, const uint64_t *source_lens, uint64_t seed,
+                   uint64_t *checksums);
+
+/* What is the same in every block of a shard. */
+typedef struct skl_block_layout {
+    uint64_t key;             /* seed of both checksums */
+    uint64_t max_size;        /* of a whole block, in bytes */
+    uint32_t header_size;     /* bytes before the payload; the last 8 are the checksum of the others */
+    uint32_t checksum_offset; /* in the header: where the 8 bytes of the payload's checksum begin */
+} skl_block_layout;
+
+/* Whether blocks have the headers that are expected, and both checksums are right.
+ *
+ * blocks, block_lens [num_blocks]: with their padding; expected [num_blocks * header_size]: the headers, of which the
+ * payload's checksum is not looked at.  *block: the first that is not sound.
+ * SKL_OK, SKL_ERR_CORRUPT, or SKL_ERR_ARG (a layout without room for two checksums). */
+skl_status skl_check_blocks(const skl_block_layout *layout, uint64_t num_blocks, const uint8_t *const *blocks,
+                            const uint64_t *block_lens, const uint8_t *expected, uint64_t *block);
+
+/* Whether the columns of a batch hold what SPEC.md section 5.1 allows; arguments as in skl_decode_batch.
+ * SKL_OK, SKL_ERR_CORRUPT, SKL_ERR_ARG or SKL_ERR_TRUNCATED. */
+skl_status skl_check_columns(const skl_shape *shape, uint32_t num_rows, const uint8_t *const *sources,
+                             const uint64_t *source_lens, const uint32_t *num_positions, const uint32_t *num_records);
+
 /* ---- ratios: weights as 7-bit ratios to the decoded predecessor, SPEC.md section 4.3 ------------------------ */
 
 /* Quantise the weights of one sequence into ratio codes in canonical order.

@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from sklformat import native
 from sklformat.cache.shard import Shard
-from sklformat.checksums import checksum
 from sklformat.errors import CorruptError, FormatError
 from sklformat.files.places import Place
 from sklformat.format.block import block_shape, locate
 from sklformat.format.header import Header
-from sklformat.native import Arena, BatchArrays, RowError, decode_batch
+from sklformat.native import Arena, BatchArrays, RowError
 
 
 class Payloads:
@@ -73,7 +73,7 @@ class Payloads:
             ValueError: A token given is not below vocab_size; names the row.
         """
         try:
-            arrays = decode_batch(
+            arrays = native.decode_batch(
                 block_shape(header, 0, 0),
                 header.scale_log2,
                 self.sources,
@@ -94,6 +94,11 @@ class Payloads:
             self._check_tokens(arrays)
         return arrays
 
+    def columns_are_sound(self, header: Header) -> bool:
+        """Whether the optional columns of every row hold what the format allows; decoding does not look at them."""
+        shape = block_shape(header, 0, 0)
+        return native.columns_are_sound(shape, self.sources, self.sizes, self.num_positions, self.num_records)
+
     def no_tokens(self, header: Header) -> NDArray[np.uint32]:
         """Tokens to decode with where the shards store none and only the records matter."""
         return np.zeros((self.sources.size, self.row_positions(header) + 1), np.uint32)
@@ -104,16 +109,14 @@ class Payloads:
 
     def _check_tokens(self, arrays: BatchArrays) -> None:
         """The stored tokens give the alignment checksums."""
-        lengths, alignments = self.num_positions.tolist(), self.alignment.tolist()
-        tokens, width = arrays.tokens.astype("<u4", copy=False).data.cast("B"), 4 * arrays.tokens.shape[1]
-        for row, (length, expected) in enumerate(zip(lengths, alignments, strict=True)):
-            if length == 0:
-                continue
-            computed = checksum(tokens[width * row : width * row + 4 * (length + 1)])
-            if computed != expected:
-                raise self._located(
-                    row, CorruptError(f"alignment checksum {expected:#018x} stored, the tokens give {computed:#018x}")
-                )
+        tokens, rows = arrays.tokens.astype("<u4", copy=False), np.flatnonzero(self.num_positions)
+        at = rows.astype(np.uint64) * np.uint64(tokens.strides[0]) + np.uint64(native.address_of(tokens.data))
+        sizes = (self.num_positions[rows].astype(np.uint64) + np.uint64(1)) * np.uint64(tokens.itemsize)
+        computed, expected = native.checksums(at, sizes), self.alignment[rows]
+        for wrong in np.flatnonzero(computed != expected)[:1]:
+            stored, given = int(expected[wrong]), int(computed[wrong])
+            error = CorruptError(f"alignment checksum {stored:#018x} stored, the tokens give {given:#018x}")
+            raise self._located(int(rows[wrong]), error)
 
     def _located(self, row: int, error: FormatError) -> FormatError:
         """Say of which file, block and byte a fault in a row is."""

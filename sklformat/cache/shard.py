@@ -18,12 +18,12 @@ from sklformat.files.copies import LocalCopies
 from sklformat.files.places import Place, directory_of, is_url, name_of
 from sklformat.files.storage import Io, OpenFile, RemoteFile, open_file
 from sklformat.format import layout
-from sklformat.format.block import BlockHeader, check_payload, decode_body, is_sound, locate, parse_block_header
+from sklformat.format.block import BlockHeader, check_payload, decode_body, find_unsound, locate, parse_block_header
 from sklformat.format.header import Header, parse_header
 from sklformat.format.index import SealedIndex, Trailer, expected_headers, parse_index, parse_trailer, payload_sizes
 from sklformat.format.listing import Entry
 from sklformat.format.records import Sequence
-from sklformat.native import address_of
+from sklformat.native import address_of, memory_at
 
 
 class Shard:
@@ -154,55 +154,60 @@ class Shard:
         Raises:
             FormatError: As ``shard[number]``.
         """
-        begins, ends = self.index.offset[numbers], self._ends[numbers]
+        begins = self.index.offset[numbers]
+        lengths = self._ends[numbers] - begins
         skipped = np.uint64(layout.BLOCK_HEADER_SIZE)
         file = self._opened()
         try:
             if copied or file.address is None:
-                memory, places = self._read_blocks(file, numbers, begins, ends)
-                return places + skipped, ends - begins - skipped, memory
-            new = numbers[~self._checked[numbers]]
-            for number, expected in zip(new.tolist(), self._expected(new), strict=True):
-                offset = self.index.offset.item(number)
-                with file.read(offset, self._ends.item(number) - offset) as whole:
-                    self._check(number, whole, expected)
-                self._checked[number] = True
-            return begins + skipped + np.uint64(file.address), ends - begins - skipped, file
+                memory, at = self._read_blocks(file, numbers, begins, lengths)
+                return at + skipped, lengths - skipped, memory
+            at = begins + np.uint64(file.address)
+            new = ~self._checked[numbers]
+            self._check(numbers[new], at[new], lengths[new])
+            self._checked[numbers] = True
+            return at + skipped, lengths - skipped, file
         finally:
             del file  # as above
 
     def _read_blocks(
-        self, file: OpenFile, numbers: NDArray[np.int64], begins: NDArray[np.uint64], ends: NDArray[np.uint64]
+        self, file: OpenFile, numbers: NDArray[np.int64], begins: NDArray[np.uint64], lengths: NDArray[np.uint64]
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
         """Blocks in memory of their own and the address of each, checked; those that lie together in one read."""
-        lengths = ends - begins
         order = np.argsort(begins, kind="stable")
         starts = np.zeros(numbers.size, np.uint64)
         starts[order[1:]] = np.cumsum(lengths[order])[:-1]
         memory = np.empty(int(lengths.sum()), np.uint8)
-        cuts = np.flatnonzero(ends[order[:-1]] != begins[order[1:]]) + 1
+        cuts = np.flatnonzero(begins[order[:-1]] + lengths[order[:-1]] != begins[order[1:]]) + 1
         for run in np.split(order, cuts):
             first, last = run[0], run[-1]
             with memory[int(starts[first]) : int(starts[last] + lengths[last])].data as out:
                 file.read_into(int(begins[first]), out)
         del file
-        places = zip(numbers.tolist(), starts.tolist(), lengths.tolist(), self._expected(numbers), strict=True)
-        for number, start, length, expected in places:
-            with memory[start : start + length].data as whole:
-                self._check(number, whole, expected)
-        return memory, starts + np.uint64(address_of(memory.data))
+        at = starts + np.uint64(address_of(memory.data))
+        self._check(numbers, at, lengths)
+        return memory, at
 
-    def _expected(self, numbers: NDArray[np.int64]) -> list[bytes]:
-        return expected_headers(self.index, self._payload_sizes, numbers) if numbers.size else []
+    def _check(self, numbers: NDArray[np.int64], at: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
+        """
+        Check headers and payloads of blocks against the index; what is wrong is then named by the full check.
 
-    def _check(self, number: int, whole: memoryview, expected: bytes) -> None:
-        """Check header and payload of a block against the index; what is wrong is then named by the full check."""
-        # The index proves the header, and the header its payload.
-        if is_sound(whole, expected, self.key):
+        Args:
+            numbers: [n] blocks of this shard.
+            at: [n] addresses of these in memory.
+            lengths: [n] their bytes.
+        """
+        if not numbers.size:
             return
-        offset = self.index.offset.item(number)
+        # The index proves the header, and the header its payload.
+        unsound = find_unsound(at, lengths, expected_headers(self.index, self._payload_sizes, numbers), self.key)
+        if unsound is None:
+            return
+        number = int(numbers[unsound])
+        offset = int(self.index.offset[number])
         try:
-            check_payload(whole, self._header_of(number, whole), self.key).release()
+            with memory_at(int(at[unsound]), int(lengths[unsound])) as whole:
+                check_payload(whole, self._header_of(number, whole), self.key).release()
             raise CorruptError("a fault that the full check does not find")
         except FormatError as error:
             raise locate(error, path=self.path, section="block", sequence=number, offset=offset) from None

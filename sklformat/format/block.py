@@ -21,9 +21,7 @@ from sklformat.format.header import Header
 from sklformat.format.records import Sequence, SparseTargets
 
 _MAX_SIZE = layout.block_size(layout.MAX_PAYLOAD_SIZE)
-_CHECKSUM_BEGIN, _CHECKSUM_END = next(
-    (field.offset, field.offset + field.size) for field in layout.BLOCK_FIELDS if field.name == "payload_checksum"
-)
+_CHECKSUM_OFFSET = next(field.offset for field in layout.BLOCK_FIELDS if field.name == "payload_checksum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,25 +160,22 @@ def parse_block_header(data: bytes | memoryview, header: Header, key: int, numbe
     )
 
 
-def is_sound(data: memoryview, expected: bytes, key: int) -> bool:
+def find_unsound(
+    blocks: NDArray[np.uint64], sizes: NDArray[np.uint64], expected: NDArray[np.uint8], key: int
+) -> int | None:
     """
-    Whether a whole block has the expected header and both checksums are right; what is wrong is not named.
+    Look for a block that has not the expected header, or of which a checksum is wrong; what is wrong is not named.
 
     Args:
-        data: The block with its padding.
-        expected: Its header as the index implies it, but for the payload's checksum.
+        blocks: [n] addresses of whole blocks.
+        sizes: [n] their bytes, padding included.
+        expected: [n, 64] their headers as the index implies them, but for the payload's checksum.
         key: The shard's.
+
+    Returns:
+        The place of the first, or None.
     """
-    head = bytes(data[: layout.BLOCK_HEADER_SIZE])
-    begin, end = _CHECKSUM_BEGIN, _CHECKSUM_END
-    with data[layout.BLOCK_HEADER_SIZE :] as body:
-        return (
-            data.nbytes <= _MAX_SIZE
-            and head[:begin] == expected[:begin]
-            and head[end:] == expected[end:]
-            and checksum(head[:-8], key) == int.from_bytes(head[-8:], "little")
-            and checksum(body, key) == int.from_bytes(head[begin:end], "little")
-        )
+    return native.find_unsound(blocks, sizes, expected, key=key, max_size=_MAX_SIZE, checksum_offset=_CHECKSUM_OFFSET)
 
 
 def check_payload(data: memoryview | bytes, block: BlockHeader, key: int) -> memoryview:

@@ -233,7 +233,9 @@ _BLOCK_HEADER = np.dtype(
 )
 
 
-def expected_headers(index: SealedIndex, payload_sizes: NDArray[np.uint64], numbers: NDArray[np.int64]) -> list[bytes]:
+def expected_headers(
+    index: SealedIndex, payload_sizes: NDArray[np.uint64], numbers: NDArray[np.int64]
+) -> NDArray[np.uint8]:
     """
     The 64 bytes before each payload as the index implies them, but for the payload's checksum, which is 0 here.
 
@@ -241,14 +243,16 @@ def expected_headers(index: SealedIndex, payload_sizes: NDArray[np.uint64], numb
         index: Of the shard.
         payload_sizes: Of every block, as ``payload_sizes`` gives them.
         numbers: [k] blocks.
+
+    Returns:
+        [k, 64] uint8.
     """
     heads = np.zeros(numbers.size, _BLOCK_HEADER)
     heads["magic"], heads["codec"] = layout.BLOCK_MAGIC, layout.CODECS["plain"]
     heads["block_number"], heads["payload_size"] = numbers, payload_sizes[numbers]
     for name in ("num_positions", "num_records", "alignment", "block_checksum"):
         heads[name] = getattr(index, name)[numbers]
-    packed, size = heads.tobytes(), layout.BLOCK_HEADER_SIZE
-    return [packed[start : start + size] for start in range(0, len(packed), size)]
+    return heads.view(np.uint8).reshape(numbers.size, layout.BLOCK_HEADER_SIZE)
 
 
 def payload_sizes(header: Header, positions: NDArray[np.uint32], records: NDArray[np.uint32]) -> NDArray[np.uint64]:

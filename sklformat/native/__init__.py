@@ -1,12 +1,18 @@
 """
 The only door to C: arrays in, arrays out, status to exception.
 
-codec  payloads of sequences to arrays and back: codec.c, batch.c, ratios.c, quantise.c, distinct.c
-door   hands arrays to C and turns its status into an exception
-draws  records from logits, and from sorted draws: sampler.c, merge.c
-rings  control words and frames of a shared-memory ring: ring.c
+blocks  whether whole blocks are sound: blocks.c, checksum.c
+codec   payloads of sequences to arrays and back: codec.c, batch.c, ratios.c, quantise.c, distinct.c
+door    hands arrays to C and turns its status into an exception
+draws   records from logits, and from sorted draws: sampler.c, merge.c
+rings   control words and frames of a shared-memory ring: ring.c
 """
 
+from sklformat.native.blocks import (
+    checksums,
+    columns_are_sound,
+    find_unsound,
+)
 from sklformat.native.codec import (
     Arena,
     BatchArrays,
@@ -24,6 +30,7 @@ from sklformat.native.door import (
     address_of,
     check,
     kernels_name,
+    memory_at,
     use_kernels,
     view,
 )
@@ -57,12 +64,16 @@ __all__ = [
     "address_of",
     "check",
     "check_distinct",
+    "checksums",
+    "columns_are_sound",
     "decode",
     "decode_batch",
     "draw",
     "encode",
     "expand",
+    "find_unsound",
     "kernels_name",
+    "memory_at",
     "merge_draws",
     "payload_size",
     "quantise",

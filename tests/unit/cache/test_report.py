@@ -167,3 +167,36 @@ def test_memory_follows_the_file_not_the_longest_sequence(tmp_path, monkeypatch)
     monkeypatch.setattr(native.Arena, "reset", lambda arena, size: (asked.append(size), reset(arena, size))[1])
     assert [] == skl.verify(path)
     assert max(asked, default=0) < 16 * path.stat().st_size
+
+
+COLUMNS = ("label_logprob", "entropy", "document_start", "record_logprob")
+
+
+@pytest.mark.parametrize("settings", [{"kind": "counts", "rounds": 5}, {"kind": "ratios", "rounds": 0}])
+@pytest.mark.parametrize("columns", [(), COLUMNS])
+def test_sound_blocks_are_looked_at_together(tmp_path, monkeypatch, settings, columns):
+    """Sequences of any lengths, with whatever columns, are not decoded one by one unless something is wrong."""
+    path = tmp_path / "a.skl"
+    header = skl.Header(vocab_size=20, seq_len=0, columns=columns, **settings)
+    pairs = {"counts": np.array([5])} if settings["rounds"] else {"weights": np.array([0.5])}
+    with skl.ShardWriter(path, header=header) as writer:
+        for length in [1, 300, 2, 1000, 7, 64, 5000] * 3:
+            targets = skl.SparseTargets(token_ids=[3], offsets=np.minimum(np.arange(length + 1), 1), **pairs)
+            sizes = {"document_start": length + 1, "record_logprob": 1}
+            writer.append(
+                np.zeros(length + 1, np.int64),
+                targets,
+                {
+                    name: np.zeros(sizes.get(name, length), np.float16 if name != "document_start" else bool)
+                    for name in columns
+                },
+            )
+    one_by_one = []
+    monkeypatch.setattr(report, "_block_problems", lambda shard, numbers: one_by_one.extend(numbers) or [])
+    assert [] == skl.verify(path)
+    assert one_by_one == []
+    damaged = bytearray(path.read_bytes())
+    damaged[4096 + 70] ^= 1
+    path.write_bytes(damaged)
+    skl.verify(path)
+    assert one_by_one == list(range(21))
