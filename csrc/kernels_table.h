@@ -2,8 +2,8 @@
  *
  * The including file has the sampler's kernels: group_totals, and widen_as, maxima_as, cdf_as and exponentials_as, of
  * which one copy is made here for each type of logits.  It defines one of SKL_KERNELS_PORTABLE, SKL_KERNELS_AVX2 and
- * SKL_KERNELS_AVX512, which alone chooses kernels_records_<set>.h, and what is taken of kernels_stripes.h: the compiler's
- * flags, such as -march=native, do not.  In the former, each instruction set has
+ * SKL_KERNELS_AVX512, which alone chooses kernels_records_<set>.h and a part of kernels_stripes.h: the compiler's
+ * flags, such as -march=native, do not.  In the first, each instruction set has
  *
  *   pack_steps, sum_steps, unpack_steps, widen_steps
  *                    what the plain loops of kernels_pack.h and kernels_records.h do, for as many items as make whole

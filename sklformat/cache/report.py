@@ -113,7 +113,7 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
     refused: list[FormatError] = []
     for file, size in zip(files, sizes, strict=True):
         try:
-            shard = Shard(file)
+            shard = Shard(file, "pread")  # a byte of a bad disk is then an error; in a mapping it ends the process
         except FormatError as error:
             refused.append(error)
             problems.append(_problem(error, file))

@@ -1,6 +1,10 @@
 """verify finds every damage and names it; inspect says what a cache holds."""
 
+import errno
 import json
+import os
+import tracemalloc
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from strategies import make_cache, make_listed_cache, small_sequence, small_sett
 import sklformat as skl
 from sklformat import native
 from sklformat.cache import report
+from sklformat.cache.shard import Shard
 
 
 @pytest.fixture
@@ -200,3 +205,40 @@ def test_sound_blocks_are_looked_at_together(tmp_path, monkeypatch, settings, co
     path.write_bytes(damaged)
     skl.verify(path)
     assert one_by_one == list(range(21))
+
+
+def test_a_byte_that_the_disk_cannot_read(directory, monkeypatch):
+    """A block of which the system cannot read a byte is a problem of its own, and the rest is looked at."""
+    shard, whole = directory / "shard-00001.skl", os.preadv
+    with closing(Shard(shard)) as opened:
+        bad = int(opened.index.offset[1]) + 70
+    of_shard = shard.stat().st_ino
+
+    def read(fd, views, offset):
+        if os.fstat(fd).st_ino == of_shard and offset <= bad < offset + len(views[0]):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    (problem,) = skl.verify(directory)
+    assert ("UnreadableError", shard, 1) == (problem.error, problem.path, problem.sequence)
+
+
+def test_memory_does_not_grow_with_the_number_of_sequences(tmp_path):
+    """Four times as many sequences are verified in about as much memory, a small part of the shard's size."""
+    peaks = []
+    for number in (30, 120):
+        path = tmp_path / f"{number}.skl"
+        header = skl.Header(vocab_size=20, seq_len=1 << 16, kind="counts", rounds=5)
+        targets = skl.SparseTargets(token_ids=[], counts=[], offsets=np.zeros((1 << 16) + 1, np.int64))
+        with skl.ShardWriter(path, header=header) as writer:
+            for _ in range(number):
+                writer.append(np.zeros((1 << 16) + 1, np.int64), targets)
+        tracemalloc.start()
+        try:
+            assert [] == skl.verify(path)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
+    assert peaks[1] < path.stat().st_size / 2
