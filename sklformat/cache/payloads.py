@@ -46,6 +46,17 @@ class Payloads:
         self.alignment[rows] = index.alignment[numbers]
         self._places.append((shard.path, rows, numbers, index.offset[numbers]))
 
+    def select(self, rows: NDArray[np.int64]) -> Payloads:
+        """Some of the rows, by themselves."""
+        some = Payloads(rows.size)
+        some.sources, some.sizes, some.alignment = self.sources[rows], self.sizes[rows], self.alignment[rows]
+        some.num_positions, some.num_records = self.num_positions[rows], self.num_records[rows]
+        some._memory = self._memory
+        places = np.full(self.sources.size, -1)
+        places[rows] = np.arange(rows.size)
+        some._places = [(path, places[at], numbers, offsets) for path, at, numbers, offsets in self._places]
+        return some
+
     def decode(
         self,
         header: Header,

@@ -121,7 +121,7 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
             with closing(shard):
                 arena = native.Arena()
                 for numbers in _groups(shard):
-                    if not all(_are_sound(shard, alike, arena) for alike in _of_like_length(shard, numbers)):
+                    if not _are_sound(shard, numbers, arena):
                         problems += _block_problems(shard, numbers)
                     if progress is not None:
                         progress(done + int(shard.index.offset[numbers[-1]]), total)
@@ -151,25 +151,24 @@ def _groups(shard: Shard) -> Iterator[NDArray[np.int64]]:
     return (piece for piece in np.split(np.arange(len(shard)), starts) if piece.size)
 
 
-def _of_like_length(shard: Shard, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """The same sequences apart by length, within a factor of 2: arrays are as wide as the longest of them."""
-    if shard.header.seq_len:
-        return iter((numbers,))
-    digits = np.frexp(shard.index.num_positions[numbers])[1]  # in base 2
-    return (numbers[digits == some] for some in np.unique(digits))
-
-
 def _are_sound(shard: Shard, numbers: NDArray[np.int64], arena: native.Arena) -> bool:
     """The quick check of many blocks: everything that ``verify`` checks, without naming what is wrong."""
-    payloads = Payloads(numbers.size)
+    header, payloads = shard.header, Payloads(numbers.size)
     try:
         payloads.fill(np.arange(numbers.size), shard, numbers)
-        unstored = None if shard.header.token_size else payloads.no_tokens(shard.header)
-        arrays = payloads.decode(shard.header, unstored, arena=arena)
-        _check_distinct(shard.header, arrays.offsets, arrays.token_ids)
+        for rows in _of_like_length(payloads.num_positions):
+            some = payloads.select(rows)
+            arrays = some.decode(header, None if header.token_size else some.no_tokens(header), arena=arena)
+            _check_distinct(header, arrays.offsets, arrays.token_ids)
     except FormatError:
         return False
-    return not shard.header.columns or payloads.columns_are_sound(shard.header)
+    return not header.columns or payloads.columns_are_sound(header)
+
+
+def _of_like_length(lengths: NDArray[np.uint32]) -> Iterator[NDArray[np.int64]]:
+    """Rows apart by length, within a factor of 4, since arrays are as wide as the longest of their rows."""
+    classes = np.frexp(lengths)[1] // 2
+    return (np.flatnonzero(classes == some) for some in np.unique(classes))
 
 
 def _block_problems(shard: Shard, numbers: NDArray[np.int64]) -> list[Problem]:
