@@ -1,4 +1,4 @@
-/* blocks.c: whether whole blocks are sound: their headers, their checksums and their columns.  SPEC.md section 5.
+/* blocks.c: whether whole blocks are sound: their headers, checksums, tokens and columns.  SPEC.md sections 5 and 6.
  *
  * Says which block is not, and leaves it to others to say why. */
 #include "codec.h"
@@ -35,6 +35,27 @@ skl_status skl_check_blocks(const skl_block_layout *layout, uint64_t num_blocks,
     for (uint64_t i = 0; i < num_blocks; i++) {
         *block = i;
         if (!is_sound(layout, blocks[i], block_lens[i], expected + i * layout->header_size))
+            return SKL_ERR_CORRUPT;
+    }
+    return SKL_OK;
+}
+
+/* ---- tokens ------------------------------------------------------------------------------------------------- */
+
+skl_status skl_check_tokens(uint32_t num_rows, uint32_t row_positions, const uint32_t *tokens,
+                            const uint32_t *num_positions, const uint64_t *alignment, uint32_t *row,
+                            uint64_t *computed)
+{
+    const size_t width = (size_t)row_positions + 1;
+    for (uint32_t b = 0; b < num_rows; b++) {
+        *row = b;
+        if (num_positions[b] > row_positions)
+            return SKL_ERR_ARG;
+        if (num_positions[b] == 0)
+            continue;
+        const uint8_t *const of_row = (const uint8_t *)(tokens + b * width);
+        *computed = skl_checksum(of_row, ((size_t)num_positions[b] + 1) * sizeof *tokens, 0);
+        if (*computed != alignment[b])
             return SKL_ERR_CORRUPT;
     }
     return SKL_OK;

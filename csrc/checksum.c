@@ -155,10 +155,3 @@ uint64_t skl_checksum(const uint8_t *src, size_t len, uint64_t seed)
         return of_1_to_3(src, len, seed);
     return spread_far(seed ^ skl_load_word(plain_secret + 56) ^ skl_load_word(plain_secret + 64));
 }
-
-void skl_checksums(uint64_t num_sources, const uint8_t *const *sources, const uint64_t *source_lens, uint64_t seed,
-                   uint64_t *checksums)
-{
-    for (uint64_t i = 0; i < num_sources; i++)
-        checksums[i] = skl_checksum(sources[i], (size_t)source_lens[i], seed);
-}

@@ -136,9 +136,15 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
 /* XXH3-64 of len bytes. */
 uint64_t skl_checksum(const uint8_t *src, size_t len, uint64_t seed);
 
-/* The same of each source, to checksums [num_sources]. */
-void skl_checksums(uint64_t num_sources, const uint8_t *const *sources, const uint64_t *source_lens, uint64_t seed,
-                   uint64_t *checksums);
+/* Whether the tokens of each row of a batch give its alignment checksum.
+ *
+ * tokens [num_rows, row_positions + 1]: little-endian, whatever the processor; num_positions [num_rows]: at most
+ * row_positions, 0 for a row that is not looked at; alignment [num_rows].
+ * *row: the first whose tokens do not, *computed: what they give.
+ * SKL_OK, SKL_ERR_CORRUPT, or SKL_ERR_ARG (a row of more positions). */
+skl_status skl_check_tokens(uint32_t num_rows, uint32_t row_positions, const uint32_t *tokens,
+                            const uint32_t *num_positions, const uint64_t *alignment, uint32_t *row,
+                            uint64_t *computed);
 
 /* What is the same in every block of a shard. */
 typedef struct skl_block_layout {

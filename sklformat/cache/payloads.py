@@ -120,14 +120,12 @@ class Payloads:
 
     def _check_tokens(self, arrays: BatchArrays) -> None:
         """The stored tokens give the alignment checksums."""
-        tokens, rows = arrays.tokens.astype("<u4", copy=False), np.flatnonzero(self.num_positions)
-        at = rows.astype(np.uint64) * np.uint64(tokens.strides[0]) + np.uint64(native.address_of(tokens.data))
-        sizes = (self.num_positions[rows].astype(np.uint64) + np.uint64(1)) * np.uint64(tokens.itemsize)
-        computed, expected = native.checksums(at, sizes), self.alignment[rows]
-        for wrong in np.flatnonzero(computed != expected)[:1]:
-            stored, given = int(expected[wrong]), int(computed[wrong])
+        found = native.find_misaligned(arrays.tokens, self.num_positions, self.alignment)
+        if found is not None:
+            row, given = found
+            stored = int(self.alignment[row])
             error = CorruptError(f"alignment checksum {stored:#018x} stored, the tokens give {given:#018x}")
-            raise self._located(int(rows[wrong]), error)
+            raise self._located(row, error)
 
     def _located(self, row: int, error: FormatError) -> FormatError:
         """Say of which file, block and byte a fault in a row is."""

@@ -9,8 +9,8 @@ rings   control words and frames of a shared-memory ring: ring.c
 """
 
 from sklformat.native.blocks import (
-    checksums,
     columns_are_sound,
+    find_misaligned,
     find_unsound,
 )
 from sklformat.native.codec import (
@@ -64,13 +64,13 @@ __all__ = [
     "address_of",
     "check",
     "check_distinct",
-    "checksums",
     "columns_are_sound",
     "decode",
     "decode_batch",
     "draw",
     "encode",
     "expand",
+    "find_misaligned",
     "find_unsound",
     "kernels_name",
     "memory_at",

@@ -11,28 +11,41 @@ from sklformat.native.codec import Shape
 from sklformat.native.door import check, expect, ffi, lib, view
 
 
-def checksums(sources: NDArray[np.uint64], source_lens: NDArray[np.uint64], seed: int = 0) -> NDArray[np.uint64]:
+def find_misaligned(
+    tokens: NDArray[np.uint32], num_positions: NDArray[np.uint32], alignment: NDArray[np.uint64]
+) -> tuple[int, int] | None:
     """
-    XXH3-64 of many pieces of memory.  SPEC section 6.
+    The first row of which the tokens do not give the alignment checksum.  SPEC section 6.3.
 
     Args:
-        sources: [n] uint64 addresses, of memory that the caller keeps alive.
-        source_lens: [n] uint64 bytes.
-        seed: Of all of them.
+        tokens: [B, T + 1] uint32.
+        num_positions: [B] uint32, at most T; 0 for a row that is not looked at.
+        alignment: [B] uint64.
 
     Returns:
-        [n] uint64.
+        The row and what its tokens give, or None where all do.
+
+    Raises:
+        ValueError: A row of more than T positions.
     """
-    found = np.empty(sources.size, np.uint64)
-    expect(source_lens, sources.size, np.uint64)
-    lib.skl_checksums(
-        sources.size,
-        _pointers(sources),
-        view("uint64_t[]", source_lens),
-        seed,
-        view("uint64_t[]", found, writable=True),
+    rows, width = tokens.shape
+    for array, dtype in ((num_positions, np.uint32), (alignment, np.uint64)):
+        expect(array, rows, dtype)
+    little = tokens.astype("<u4", copy=False)
+    row, computed = ffi.new("uint32_t *"), ffi.new("uint64_t *")
+    status = lib.skl_check_tokens(
+        rows,
+        width - 1,
+        view("uint32_t[]", little),
+        view("uint32_t[]", num_positions),
+        view("uint64_t[]", alignment),
+        row,
+        computed,
     )
-    return found
+    if status == lib.SKL_ERR_CORRUPT:
+        return int(row[0]), int(computed[0])
+    check(status)
+    return None
 
 
 def find_unsound(

@@ -154,6 +154,36 @@ static void test_blocks(void)
     free(expected);
 }
 
+/* ---- tokens ----------------------------------------------------------------------------------------------------- */
+
+/* Rows of 1, 0 and 3 positions; what lies behind the tokens of a row does not count. */
+static void test_tokens(void)
+{
+    enum { ROWS = 3, WIDTH = 4 };
+    const uint32_t positions[ROWS] = {1, 0, 3};
+    uint32_t *const tokens = (uint32_t *)(void *)room(ROWS * WIDTH * sizeof *tokens), row = 9;
+    uint64_t alignment[ROWS] = {0}, computed = 0;
+    for (uint32_t i = 0; i < ROWS * WIDTH; i++)
+        tokens[i] = 1000 * i;
+    for (size_t b = 0; b < ROWS; b++)
+        alignment[b] = skl_checksum((const uint8_t *)(tokens + b * WIDTH), (positions[b] + 1) * sizeof *tokens, 0);
+    alignment[1] = 5;
+    CHECK(skl_check_tokens(ROWS, WIDTH - 1, tokens, positions, alignment, &row, &computed) == SKL_OK);
+    CHECK(skl_check_tokens(0, 0, NULL, NULL, NULL, &row, &computed) == SKL_OK);
+    for (uint32_t i = 0; i < ROWS * WIDTH; i++) {
+        const uint32_t b = i / WIDTH;
+        const int counts = positions[b] > 0 && i % WIDTH <= positions[b];
+        tokens[i] ^= 1;
+        CHECK(skl_check_tokens(ROWS, WIDTH - 1, tokens, positions, alignment, &row, &computed) ==
+              (counts ? SKL_ERR_CORRUPT : SKL_OK));
+        CHECK(!counts || (row == b && computed != alignment[b]));
+        tokens[i] ^= 1;
+    }
+    CHECK(skl_check_tokens(ROWS, WIDTH - 2, tokens, positions, alignment, &row, &computed) != SKL_OK);
+    CHECK(skl_check_tokens(1, 0, tokens, positions, alignment, &row, &computed) == SKL_ERR_ARG && row == 0);
+    free(tokens);
+}
+
 /* ---- columns ---------------------------------------------------------------------------------------------------- */
 
 static void test_columns(void)
@@ -206,6 +236,7 @@ int main(void)
     choose_kernels();
     test_every_byte_counts();
     test_blocks();
+    test_tokens();
     test_columns();
     puts("blocks: all tests hold");
     say_kernels();

@@ -1,5 +1,6 @@
-/* fuzz_blocks.c: any bytes have one checksum, whichever kernels make it; a block is sound where its header is the one
- * expected and both checksums are right, and nowhere else; columns are sound where each value is, looked at by itself.
+/* fuzz_blocks.c: any bytes have one checksum, whichever kernels make it, and so do tokens; a block is sound where its
+ * header is the one expected and both checksums are right, and nowhere else; columns are sound where each value is,
+ * looked at by itself.
  *
  * Input: 24 bytes of shape, 4 of block (header's size, place of the checksum, key, what is changed), then the bytes. */
 #include "input.h"
@@ -26,11 +27,22 @@ static void check_checksums(const uint8_t *bytes, size_t size, uint64_t seed)
     for (size_t i = 1; i < sizeof tables / sizeof *tables; i++)
         if (skl_use_kernels(tables[i]) == SKL_OK)
             LAW(skl_checksum(bytes, size, seed) == expected);
-    const uint8_t *const sources[2] = {bytes, bytes};
-    const uint64_t lens[2] = {size, size / 2};
-    uint64_t both[2];
-    skl_checksums(2, sources, lens, seed, both);
-    LAW(both[0] == expected && both[1] == skl_checksum(bytes, size / 2, seed));
+    const uint32_t width = (uint32_t)(size / 8); /* two rows, of which the second is a token shorter */
+    if (width < 2)
+        return;
+    uint32_t *const tokens = room(2 * width, sizeof *tokens), positions[2] = {width - 1, width - 2}, row = 9;
+    memcpy(tokens, bytes, 2 * width * sizeof *tokens);
+    const uint64_t second = skl_checksum((const uint8_t *)(tokens + width), (width - 1) * sizeof *tokens, 0);
+    const uint64_t alignment[2] = {skl_checksum((const uint8_t *)tokens, width * sizeof *tokens, 0), second};
+    uint64_t computed = 0;
+    LAW(skl_check_tokens(2, width - 1, tokens, positions, alignment, &row, &computed) == SKL_OK);
+    tokens[width] ^= 1;
+    const int looked_at = positions[1] > 0;
+    LAW(skl_check_tokens(2, width - 1, tokens, positions, alignment, &row, &computed) ==
+        (looked_at ? SKL_ERR_CORRUPT : SKL_OK));
+    LAW(!looked_at || (row == 1 && computed != second));
+    LAW(skl_check_tokens(1, width - 2, tokens, positions, alignment, &row, &computed) == SKL_ERR_ARG && row == 0);
+    free(tokens);
 }
 
 /* The bytes as a block of which only what `change` says is wrong; then as they are. */

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import sklformat as skl
 from sklformat.cache import reader
 from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
+from sklformat.cache.payloads import Payloads
+from sklformat.cache.shard import Shard
 
 
 @pytest.fixture
@@ -390,3 +393,16 @@ def test_ratios_of_the_reference(tmp_path):
     with skl.open(tmp_path / "a.skl") as cache:
         assert cache.header.scale == 4.0
         assert [[(3, 4.0), (5, 2.0), (1, 1.0)], [], [(2, 0.25)]] == strategies.pairs_of(cache[0].targets)
+
+
+def test_selected_rows_name_their_own_block(directory):
+    """Some rows of many decode as all of them do, and a fault in one is said of its sequence."""
+    with closing(Shard(directory / "shard-00000.skl")) as shard:
+        payloads = Payloads(3)
+        payloads.fill(np.arange(3), shard, np.arange(3))
+        tokens = payloads.decode(shard.header).tokens
+        assert np.array_equal(tokens[[2, 0]], payloads.select(np.array([2, 0])).decode(shard.header).tokens)
+        payloads.alignment[2] ^= np.uint64(1)
+        with pytest.raises(skl.CorruptError, match=r"shard-00000\.skl: block 2: byte \d+: alignment checksum"):
+            payloads.select(np.array([0, 2])).decode(shard.header)
+        assert payloads.select(np.array([0, 1])).decode(shard.header).offsets[-1] == 6

@@ -8,9 +8,11 @@ import pytest
 import xxhash
 
 from sklformat import native
+from sklformat.checksums import alignment
 from sklformat.errors import TruncatedError, UnsupportedError
 from sklformat.format.columns import find_fault, unpack
 from sklformat.native import Shape
+from sklformat.native.door import ffi, lib
 
 SHAPE = Shape(
     kind=1,
@@ -46,10 +48,26 @@ def addresses(*arrays):
 def test_checksums_are_xxh3(kernels, seed):
     """Every length around every boundary of the algorithm, and some long ones, give what the xxhash package gives."""
     data = np.random.default_rng(seed % 1000).integers(0, 256, 70_000, np.uint8)
-    lengths = [*range(1200), *range(2040, 2060), 8192, 8193, 69_999]
-    pieces = [data[length % 7 : length % 7 + length] for length in lengths]
-    expected = [xxhash.xxh3_64_intdigest(piece.data, seed) for piece in pieces]
-    assert expected == native.checksums(*addresses(*pieces), seed).tolist()
+    for length in [*range(1200), *range(2040, 2060), 8192, 8193, 69_990]:
+        piece = data[length % 7 : length % 7 + length]
+        expected = xxhash.xxh3_64_intdigest(piece.data, seed)
+        assert expected == lib.skl_checksum(ffi.from_buffer("uint8_t[]", piece), length, seed), length
+
+
+@pytest.mark.parametrize("widths", [(1, 5, 2), (300, 0, 7)])
+def test_tokens_give_their_alignment_checksum(widths):
+    """Each row's own tokens do, as ``alignment`` has it; the first row with another one is named with its checksum."""
+    positions = np.array(widths, np.uint32)
+    tokens = np.random.default_rng(1).integers(0, 2**32, (3, max(widths) + 1), np.uint32)
+    expected = np.array([alignment(tokens[b, : n + 1]) if n else 3 for b, n in enumerate(widths)], np.uint64)
+    assert native.find_misaligned(tokens, positions, expected) is None
+    tokens[0, widths[0]] ^= 1
+    tokens[2, 0] ^= 1
+    assert native.find_misaligned(tokens, positions, expected) == (0, alignment(tokens[0, : widths[0] + 1]))
+    with pytest.raises(ValueError, match="SKL_ERR_ARG"):
+        native.find_misaligned(tokens, positions + np.uint32(max(widths)), expected)
+    with pytest.raises(ValueError, match="C needs 3 uint64"):
+        native.find_misaligned(tokens, positions, expected.astype(np.int64))
 
 
 def make_block(number, payload):
@@ -97,7 +115,7 @@ def test_wrong_arguments_never_reach_c():
     with pytest.raises(ValueError, match="C needs 24 uint8"):
         native.find_unsound(sources, sizes, np.repeat(expected, 2, axis=0), **rules)
     with pytest.raises(ValueError, match="C needs 1 uint64"):
-        native.checksums(sources.astype(np.int64), sizes)
+        native.find_unsound(sources.astype(np.int64), sizes, expected, **rules)
     for offset in (9, 2**32 - 1):
         with pytest.raises(ValueError, match="SKL_ERR_ARG"):
             native.find_unsound(sources, sizes, expected, **rules | {"checksum_offset": offset})
