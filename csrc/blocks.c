@@ -1,6 +1,7 @@
 /* blocks.c: whether whole blocks are sound: their headers, checksums, tokens and columns.  SPEC.md sections 5 and 6.
  *
  * Says which block is not, and leaves it to others to say why. */
+#include "checksum.h"
 #include "codec.h"
 #include "faults.h"
 #include "kernels.h"
@@ -9,21 +10,13 @@
 
 /* ---- headers and checksums ---------------------------------------------------------------------------------- */
 
-static uint64_t load_checksum(const uint8_t *from)
-{
-    uint64_t checksum = 0;
-    for (uint32_t i = 0; i < 8; i++)
-        checksum |= (uint64_t)from[i] << 8 * i;
-    return checksum;
-}
-
 static int is_sound(const skl_block_layout *layout, const uint8_t *block, uint64_t block_len, const uint8_t *expected)
 {
     const size_t size = layout->header_size, begin = layout->checksum_offset, end = begin + 8;
     return block_len >= size && block_len <= layout->max_size && memcmp(block, expected, begin) == 0 &&
            memcmp(block + end, expected + end, size - end) == 0 &&
-           skl_checksum(block, size - 8, layout->key) == load_checksum(block + size - 8) &&
-           skl_checksum(block + size, (size_t)block_len - size, layout->key) == load_checksum(block + begin);
+           skl_checksum(block, size - 8, layout->key) == skl_load_word(block + size - 8) &&
+           skl_checksum(block + size, (size_t)block_len - size, layout->key) == skl_load_word(block + begin);
 }
 
 skl_status skl_check_blocks(const skl_block_layout *layout, uint64_t num_blocks, const uint8_t *const *blocks,
