@@ -11,7 +11,7 @@ from sklformat.files.places import is_url
 from sklformat.format.layout import COLUMNS
 from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, MAX_ROUNDS
 from sklformat.settings.files import MAX_UNPACK_RATIO, OnBadFile, TextFiles
-from sklformat.settings.text import Bos, SpecialTokens
+from sklformat.settings.text import Bos, Packing, SpecialTokens, Truncate
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -70,7 +70,13 @@ class CacheConfig:
     """What the name of a special token inside text is: characters like any other (text), or the token (keep), as in chats that a template rendered already."""  # noqa: E501
 
     seq_len: int = 1024
-    """Positions in a sequence; the student must train on the same."""
+    """Positions in a sequence, at most where each document is one; the student must train on the same."""
+
+    packing: Packing = "auto"
+    """packed: documents fill sequences one after the other; single: each is a sequence of its own length; auto: chats are single, text is packed."""  # noqa: E501
+
+    truncate: Truncate = "end"
+    """What a document loses that is longer than seq_len and a sequence of its own: its end or its start."""
 
     num_sequences: int | None = None
     """How many sequences to cache. None: all that the text gives."""

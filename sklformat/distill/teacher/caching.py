@@ -38,7 +38,7 @@ from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.distill.teacher.provenance import agree_on_versions, make_header
 from sklformat.distill.teacher.ranks import Ranks, joined, stoppable
 from sklformat.distill.teacher.token_sources import TOKENS_NAME, TokenSource
-from sklformat.distill.text.packing import PackedSequences
+from sklformat.distill.text.packing import Sequences
 from sklformat.errors import SettingsError
 from sklformat.files import remote
 from sklformat.files.directories import refuse_foreign
@@ -68,7 +68,7 @@ class Cached:
         fingerprint: Identity of its content.
         sequences: Sequences in it.
         sequences_made: Sequences that this run added; the others were there.
-        positions: Positions in it.
+        positions: Positions in it that are learnt from; those that predict what is no answer are not.
         unique_tokens: Records per position, mean.
         bytes_per_position: Bytes on disk per position, tokens and checksums included.
         seconds: Time this run took, teacher's loading not included; of several ranks, the longest.
@@ -161,7 +161,8 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
         entries = ranks.first(lambda: capture.entries or capture.finish())
         if ranks.local_rank == 0:
             capture.unmark()  # with a URL, each machine may have a directory of its own
-    return _cached(config, entries, ranks.gather((part.made, part.seconds, part.waited)))
+    positions = ranks.first(packed.num_positions)
+    return _cached(config, entries, positions, ranks.gather((part.made, part.positions, part.seconds, part.waited)))
 
 
 class _Part:
@@ -170,13 +171,14 @@ class _Part:
 
     Attributes:
         made: Sequences that it handed over.
+        positions: Positions of these that are learnt from.
         seconds: Time that it took.
         waited: Seconds of these in which it waited for its writer.
     """
 
-    def __init__(self, config: CacheConfig, ranks: Ranks, capture: Capture, packed: PackedSequences) -> None:
+    def __init__(self, config: CacheConfig, ranks: Ranks, capture: Capture, packed: Sequences) -> None:
         self._config, self._ranks, self._capture, self._packed = config, ranks, capture, packed
-        self.made, self.seconds, self.waited = 0, 0.0, 0.0
+        self.made, self.positions, self.seconds, self.waited = 0, 0, 0.0, 0.0
         self._total = len(packed)
         self._there: int | None = None  # sequences that an earlier run left; unknown until it has looked
         self._bytes = 0
@@ -209,21 +211,22 @@ class _Part:
             raise KeyboardInterrupt(f"{who}stopped{kept}; run the same command again to resume") from None
         self.waited, self.seconds = self._capture.wait_seconds, time.perf_counter() - begin
 
-    def _push_records(self, teacher: Teacher, outputs: Iterable[Output]) -> Iterator[int]:
-        """Draw on the host and hand over sequence after sequence; the number of records of each."""
+    def _push_records(self, teacher: Teacher, outputs: Iterable[Output]) -> Iterator[tuple[Output, int]]:
+        """Draw on the host and hand over sequence after sequence; each with the number of its records."""
         config, threads = self._config, 1
         if teacher.device.type != "cpu":
             threads = max(1, min(_DRAW_THREADS, available_cores() // self._ranks.local_world_size))
         rounds = config.rounds if config.draws else 0
         with Drawer(kind=config.kind, rounds=rounds, sampling=config.sampling, threads=threads) as drawer:
-            for sequence, tokens, counted, made in outputs:
+            for output in outputs:
+                sequence, tokens, counted, made = output
                 slices = ((first, logits.cpu()) for first, logits in teacher.logits(made, counted))
                 taken = LogitColumns(config.columns, tokens)
                 targets = drawer.draw(sequence, slices, taken if config.columns else None, counted)
                 self._capture.push(sequence, tokens, targets, self._columns(sequence, taken))
-                yield targets.num_records
+                yield output, targets.num_records
 
-    def _push_draws(self, teacher: Teacher, outputs: Iterable[Output]) -> Iterator[int]:
+    def _push_draws(self, teacher: Teacher, outputs: Iterable[Output]) -> Iterator[tuple[Output, int]]:
         """The same with draws on the device, which moves to the next sequence before the host asks for the last."""
         config = self._config
         sampler = DeviceSampler(sampler=config.sampler, rounds=config.rounds, seed=config.seed)
@@ -239,10 +242,10 @@ class _Part:
         if queued is not None:
             yield self._push_queued(*queued)
 
-    def _push_queued(self, output: Output, queued: Draws, taken: LogitColumns) -> int:
+    def _push_queued(self, output: Output, queued: Draws, taken: LogitColumns) -> tuple[Output, int]:
         draws, columns = queued.result(), self._columns(output.sequence, taken)
         self._capture.push_draws(output.sequence, output.tokens, draws, columns, output.counted)
-        return len(draws) + int(np.count_nonzero(draws[:, 1:] != draws[:, :-1]))
+        return output, len(draws) + int(np.count_nonzero(draws[:, 1:] != draws[:, :-1]))
 
     def _columns(self, sequence: int, taken: LogitColumns) -> dict[str, NDArray[Any]]:
         """The optional columns that were asked for."""
@@ -251,14 +254,14 @@ class _Part:
         starts = {STARTS: self._packed.document_starts(sequence)} if STARTS in self._config.columns else {}
         return {**starts, **taken.values()}
 
-    def _follow(self, pushed: Iterable[int], begin: float) -> None:
+    def _follow(self, pushed: Iterable[tuple[Output, int]], begin: float) -> None:
         """Count sequences while they are handed over, and the bytes of their records; show the progress."""
-        seq_len = self._config.seq_len
         with self._progress() as progress:
-            for num_records in pushed:
+            for output, num_records in pushed:
                 self.made += 1
-                self._bytes += block_size(self._capture.header, seq_len, num_records)
-                seconds, positions = time.perf_counter() - begin, self.made * seq_len
+                self.positions += output.num_counted
+                self._bytes += block_size(self._capture.header, output.tokens.size - 1, num_records)
+                seconds, positions = time.perf_counter() - begin, self.positions
                 progress.set_postfix_str(
                     f"{positions / seconds:,.0f} positions/s, {self._bytes / positions:.1f} bytes per position, "
                     f"waited {self._capture.wait_seconds / seconds:.1%}",
@@ -340,19 +343,19 @@ def _begun(config: CacheConfig, header: Header) -> Header:
     return agree_on_versions(header, found, keep=config.keep_versions, place=str(config.out))
 
 
-def _cached(config: CacheConfig, entries: Sequence[Entry], parts: Sequence[tuple[int, float, float]]) -> Cached:
-    sequences = sum(entry.num_sequences for entry in entries)
-    positions = sequences * config.seq_len
-    made, seconds = sum(part[0] for part in parts), max(part[1] for part in parts)
+def _cached(
+    config: CacheConfig, entries: Sequence[Entry], positions: int, parts: Sequence[tuple[int, int, float, float]]
+) -> Cached:
+    made, seconds = sum(part[0] for part in parts), max(part[2] for part in parts)
     return Cached(
         directory=config.out,
         fingerprint=cache_fingerprint(entry.fingerprint for entry in entries),
-        sequences=sequences,
+        sequences=sum(entry.num_sequences for entry in entries),
         sequences_made=made,
         positions=positions,
         unique_tokens=sum(entry.num_records for entry in entries) / positions,
         bytes_per_position=sum(entry.size_bytes for entry in entries) / positions,
         seconds=seconds,
-        positions_per_second=made * config.seq_len / seconds,
-        waited_share=sum(part[2] for part in parts) / sum(part[1] for part in parts) if made else 0.0,
+        positions_per_second=sum(part[1] for part in parts) / seconds,
+        waited_share=sum(part[3] for part in parts) / sum(part[2] for part in parts) if made else 0.0,
     )

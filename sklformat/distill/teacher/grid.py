@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sklformat.capture import ShardWork
 from sklformat.distill.teacher.forward import Teacher
-from sklformat.distill.text.packing import PackedSequences
+from sklformat.distill.text.packing import Sequences
 from sklformat.settings.cache import CacheConfig
 
 
@@ -36,9 +36,14 @@ class Output(NamedTuple):
     counted: NDArray[np.bool_] | None
     made: Tensor
 
+    @property
+    def num_counted(self) -> int:
+        """Positions that get records."""
+        return self.tokens.size - 1 if self.counted is None else int(self.counted.sum())
+
 
 def outputs_of(
-    config: CacheConfig, teacher: Teacher, packed: PackedSequences, works: Sequence[ShardWork]
+    config: CacheConfig, teacher: Teacher, packed: Sequences, works: Sequence[ShardWork]
 ) -> Iterator[Output]:
     """
     Run the teacher over what is missing.
@@ -53,10 +58,14 @@ def outputs_of(
             last = min(first + config.batch_size, work.end)
             if last <= work.next_sequence:
                 continue
+            end = min(first + config.batch_size, whole)
             rows = [packed[sequence] for sequence in range(first, last)]
-            rows += rows[-1:] * (min(first + config.batch_size, whole) - last)
-            tokens_BL = np.stack(rows)
+            rows += rows[-1:] * (end - last)
+            # No token sees a later one, so what shorter rows are filled up with is seen by none that counts.
+            tokens_BL = np.full((len(rows), packed.width(first, end) + 1), packed.separator_id, np.uint32)
+            for row, tokens in enumerate(rows):
+                tokens_BL[row, : tokens.size] = tokens
             outputs = teacher.run(tokens_BL[:, :-1])
             for sequence in range(max(first, work.next_sequence), last):
-                row = sequence - first
-                yield Output(sequence, tokens_BL[row], packed.counted(sequence), outputs[row])
+                tokens, made = rows[sequence - first], outputs[sequence - first]
+                yield Output(sequence, tokens, packed.counted(sequence), made[: tokens.size - 1])

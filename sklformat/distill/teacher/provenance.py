@@ -16,7 +16,7 @@ import sklformat
 from sklformat.distill.models import loading
 from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
 from sklformat.distill.text.facts import StoreFacts
-from sklformat.distill.text.packing import PackedSequences
+from sklformat.distill.text.packing import Sequences
 from sklformat.errors import SettingsError
 from sklformat.format import layout, order
 from sklformat.format.header import Header
@@ -28,7 +28,7 @@ _RAREST_LOG2 = 60  # 2^-60: less probable ids are not met in 10^12 positions
 
 def make_header(
     config: CacheConfig,
-    packed: PackedSequences,
+    packed: Sequences,
     vocab_size: int,
     model: Any,
     dtype: str,
@@ -64,6 +64,7 @@ def make_header(
             "num_documents": packed.facts.num_documents,
             "num_tokens": packed.facts.num_tokens,
             **_encoding(packed.facts),
+            **({"single": {"seq_len": packed.seq_len, "truncate": config.truncate}} if packed.is_ragged else {}),
         },
         "batch_size": config.batch_size,
         "sampler": {
@@ -76,7 +77,7 @@ def make_header(
     }
     return Header(
         vocab_size=vocab_size,
-        seq_len=config.seq_len,
+        seq_len=0 if packed.is_ragged else config.seq_len,
         kind=config.kind,
         rounds=config.rounds if config.draws else 0,
         sampler=config.sampler,
@@ -88,8 +89,8 @@ def make_header(
         capture=capture,
         sampling_seed=config.seed,
         packing_seed=config.packing_seed,
-        order_algorithm=order.ALGORITHM,
-        order_version=order.VERSION,
+        order_algorithm=0 if packed.is_ragged else order.ALGORITHM,
+        order_version=0 if packed.is_ragged else order.VERSION,
         tokenizer_fingerprint=packed.facts.tokenizer_fingerprint,
         corpus_fingerprint=packed.facts.corpus_fingerprint,
         teacher_fingerprint=model_fingerprint(model),
@@ -98,8 +99,14 @@ def make_header(
 
 def _encoding(facts: StoreFacts) -> dict[str, Any]:
     """How text was encoded, where it is not as it was before this was said: without BOS, names of tokens as text."""
-    bos = {} if facts.bos == "none" else {"bos": {"at": facts.bos, "id": facts.bos_id}}
-    return bos | ({"special_tokens": "keep"} if facts.special_tokens == "keep" else {})
+    said: dict[str, Any] = {}
+    if facts.bos != "none":
+        said["bos"] = {"at": facts.bos, "id": facts.bos_id}
+    if facts.special_tokens == "keep":
+        said["special_tokens"] = "keep"
+    if facts.marks_answers:
+        said["answers"] = {"chat_template": facts.chat_template}
+    return said
 
 
 def agree_on_versions(header: Header, found: Header | None, *, keep: bool, place: str) -> Header:

@@ -6,6 +6,7 @@ Knows no model; a tokenizer comes in with its fingerprint.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from sklformat.distill.models import tokenization
+from sklformat.distill.models.templates import ChatEncoder, Marked
+from sklformat.distill.text.chats import Chat, Text, read_dataset_texts, read_texts
 from sklformat.distill.text.corpus import (
     Document,
     Encoding,
@@ -20,12 +23,13 @@ from sklformat.distill.text.corpus import (
     copy_ragged,
     is_token_store,
     open_ragged,
-    read_documents,
     tokenizer_fingerprint,
+    write_encoded,
     write_token_store,
 )
-from sklformat.distill.text.documents import read_dataset
-from sklformat.distill.text.packing import PackedSequences
+from sklformat.distill.text.fingerprints import text_fingerprint
+from sklformat.distill.text.packing import Sequences
+from sklformat.distill.text.singles import SingleSequences, open_sequences
 from sklformat.errors import SettingsError
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.files import TextFiles
@@ -55,17 +59,17 @@ class TokenSource:
     def __init__(self, config: CacheConfig, tokenizer: Any) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._fingerprint = tokenizer_fingerprint(tokenizer)
-        self._documents: Iterator[Document] | None = None
+        self._texts: Iterator[Text] | None = None
         if config.text:
-            self._documents = read_documents(TextFiles.of(config))
+            self._texts = read_texts(TextFiles.of(config))
         elif config.dataset:
-            self._documents = read_dataset(config.dataset, split=config.dataset_split, field=config.field)
+            self._texts = read_dataset_texts(config.dataset, split=config.dataset_split, field=config.field)
         elif self._is_ragged():
             open_ragged(self._given())
         else:
             self._check_tokenizer(TokenStore(self._given()))
 
-    def pack(self, *, check: bool) -> PackedSequences:
+    def pack(self, *, check: bool) -> Sequences:
         """
         The sequences to run over.
 
@@ -83,18 +87,23 @@ class TokenSource:
         if check:
             self._make(path).verify()
         try:
-            return PackedSequences(
+            sequences = open_sequences(
                 path,
+                packing=self._config.packing,
+                truncate=self._config.truncate,
                 seq_len=self._config.seq_len,
                 separator_id=tokenization.separator_id(self._tokenizer),
                 seed=self._config.packing_seed,
                 first=self._config.first_sequence,
                 count=self._config.num_sequences,
             )
+            if check and isinstance(sequences, SingleSequences):
+                self._warn_of_length(sequences)
         except ValueError:
             if made_now:  # else the next run, with more text, would be refused because of it
                 shutil.rmtree(path)
             raise
+        return sequences
 
     def _make(self, path: Path) -> TokenStore:
         facts: dict[str, Any] = {
@@ -103,16 +112,46 @@ class TokenSource:
         }
         if self._is_store():
             return self._follow(TokenStore(path))
+        if self._is_ragged():
+            encode = tokenization.TextEncoder(self._tokenizer, bos=self._choose_bos(path))
+            encoding = Encoding(bos=encode.bos, bos_id=encode.bos_id, special_tokens="given")
+            return self._look_at(copy_ragged(path, self._given(), **facts, encoding=encoding), self._given())
+        assert self._texts is not None
+        first = next(self._texts)
+        texts = itertools.chain([first], self._texts)
+        if isinstance(first, Chat):
+            return self._make_of_chats(path, first, cast("Iterator[Chat]", texts), facts)
         encode = tokenization.TextEncoder(
             self._tokenizer, bos=self._choose_bos(path), special_tokens=self._config.special_tokens
         )
-        if self._is_ragged():
-            encoding = Encoding(bos=encode.bos, bos_id=encode.bos_id, special_tokens="given")
-            return self._look_at(copy_ragged(path, self._given(), **facts, encoding=encoding), self._given())
-        assert self._documents is not None
-        store = write_token_store(path, self._documents, encode, **facts, encoding=Encoding.of(encode))
+        documents = cast("Iterator[Document]", texts)
+        store = write_token_store(path, documents, encode, **facts, encoding=Encoding.of(encode))
         self._warn_of_names(encode)
         return store
+
+    def _make_of_chats(self, path: Path, first: Chat, chats: Iterator[Chat], facts: dict[str, Any]) -> TokenStore:
+        if self._config.bos not in ("auto", "none"):
+            raise SettingsError(f"bos {self._config.bos}: a chat begins as its template says; leave --bos out")
+        encoder = ChatEncoder(
+            self._tokenizer, special_tokens=self._config.special_tokens, is_completion=not first.messages
+        )
+
+        def encode(chat: Chat) -> Marked:
+            try:
+                if chat.messages:
+                    return encoder.encode_chat(chat.messages, chat.tools)
+                return encoder.encode_completion(chat.prompt, chat.completion)
+            except ValueError as error:
+                raise ValueError(f"{chat.place}: {error}") from None
+
+        store = write_encoded(
+            path,
+            ((chat.name, text_fingerprint((chat.name, chat.text)), *encode(chat)) for chat in chats),
+            lambda: (text_fingerprint((chat.name, chat.text)) for chat in chats),
+            **facts,
+            encoding=Encoding.of(encoder),
+        )
+        return self._look_at(store, path)
 
     def _choose_bos(self, path: Path) -> Bos:
         """As asked; with auto as the tokens were made that an earlier run left, whatever the rule was then."""
@@ -158,6 +197,15 @@ class TokenSource:
                 "with it, or say --bos none"
             )
         return store
+
+    def _warn_of_length(self, sequences: SingleSequences) -> None:
+        """Say how many documents are longer than a sequence, and what becomes of them."""
+        if sequences.num_truncated:
+            lost = f"; {sequences.num_lost} of them lose all answers so and are left out" if sequences.num_lost else ""
+            _warn(
+                f"{sequences.num_truncated} of {sequences.facts.num_documents} documents are longer than seq_len "
+                f"{sequences.seq_len} and lose their {self._config.truncate}{lost}"
+            )
 
     def _warn_of_names(self, encode: tokenization.TextEncoder) -> None:
         """Say how often text holds the names of special tokens, and whether that looks like rendered chats."""

@@ -1,21 +1,24 @@
 """
 Chats as rows hold them, in one shape: messages with roles, or a prompt and its completion.
 
-Knows no tokenizer; reads no files.
+Knows no tokenizer.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CHAT_FIELDS = ("messages", "conversations")
-"""Columns that hold messages."""
+from sklformat.distill.text.documents import Document, document_of, some
+from sklformat.distill.text.sources import hub
+from sklformat.distill.text.sources.json_rows import kind_of
+from sklformat.distill.text.sources.rows import Row, read_made
+from sklformat.settings.files import TextFiles
 
-PROMPT, COMPLETION = "prompt", "completion"
-
+_MESSAGES = ("messages", "conversations")
+_PROMPT, _COMPLETION, _TOOLS = "prompt", "completion", "tools"
 _ANSWERS = "assistant"
 # What ShareGPT's rows call roles.
 _ROLES = {
@@ -33,6 +36,7 @@ class Chat:
 
     Attributes:
         name: As of a document; decides the held-out split.
+        place: Of its row, for messages.
         messages: Each with "role" and what the chat template knows: "content", "tool_calls", …; empty where ``prompt``
             and ``completion`` are text without a template.
         tools: Descriptions of the tools that the template shows.
@@ -40,6 +44,7 @@ class Chat:
     """
 
     name: str
+    place: str
     messages: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Any, ...] = ()
     prompt: str = ""
@@ -51,12 +56,68 @@ class Chat:
         return json.dumps([self.messages, self.tools, self.prompt, self.completion], sort_keys=True, ensure_ascii=False)
 
 
-def find_chat_field(row: Mapping[str, Any]) -> str | None:
-    """The column of a row that holds a chat; None: it holds none."""
-    for field in CHAT_FIELDS:
-        if isinstance(row.get(field), (list, tuple)):
-            return field
-    return PROMPT if PROMPT in row and COMPLETION in row else None
+Text = Document | Chat
+"""What a row becomes."""
+
+
+def read_texts(files: TextFiles) -> Iterator[Text]:
+    """
+    The rows of files as documents or as chats, whichever the first row is; all others must be the same.
+
+    A row's field (``files.field``) is a document where it holds text, and a chat where it holds messages. A row that
+    has no field "text" is a chat if it has "messages", "conversations", or "prompt" and "completion".
+
+    Args:
+        files: The choice.
+
+    Raises:
+        ValueError: As ``read_documents``, and for rows that are no such thing, or another than the first; names them.
+    """
+    source = ", ".join(map(str, files.text))
+    wanted = {files.field, *_MESSAGES, _PROMPT, _COMPLETION, _TOOLS}
+    texts: Iterator[Text] = read_made(files, _Reader(files.field), wanted=wanted)
+    return some(texts, f"every file in {source} is empty, or cannot be read and is skipped")
+
+
+def read_dataset_texts(words: Sequence[str], *, split: str = "train", field: str = "text") -> Iterator[Text]:
+    """The same of a Hugging Face dataset; arguments and errors as ``read_dataset``."""
+    reader = _Reader(field)
+    texts = (text for row in hub.read_dataset_rows(words, split=split) if (text := reader(row)) is not None)
+    return some(texts, f"dataset {' '.join(words)} has none in column {field!r} of split {split!r}")
+
+
+class _Reader:
+    """Makes of each row what it made of the first."""
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+        self._first: tuple[str | None, str] | None = None  # its chat's field, None of a document; where it stood
+
+    def __call__(self, row: Row) -> Text | None:
+        chat_field = self._chat_field(row)
+        if self._first is None:
+            self._first = (chat_field, row.place)
+        if chat_field != self._first[0]:
+            there, here = (f"a chat in {field!r}" if field else "text" for field in (self._first[0], chat_field))
+            raise ValueError(f"{row.place} holds {here}, {self._first[1]} holds {there}; give files of one kind")
+        if chat_field is None:
+            return document_of(row, self._field)
+        return read_chat(row.name, row.values, chat_field, row.place)
+
+    def _chat_field(self, row: Row) -> str | None:
+        given = row.values.get(self._field)
+        if isinstance(given, (list, tuple)):
+            return self._field
+        found = [name for name in _MESSAGES if isinstance(row.values.get(name), (list, tuple))]
+        if not found and _PROMPT in row.values and _COMPLETION in row.values:
+            found = [_PROMPT]
+        if self._field != "text" or not found:
+            return None
+        if isinstance(given, str):
+            raise ValueError(  # noqa: TRY004  the data is wrong
+                f"{row.place} has text in 'text' and a chat in {found[0]!r}; say which with --field"
+            )
+        return found[0]
 
 
 def read_chat(name: str, row: Mapping[str, Any], field: str, where: str) -> Chat:
@@ -72,19 +133,19 @@ def read_chat(name: str, row: Mapping[str, Any], field: str, where: str) -> Chat
     Raises:
         ValueError: The row holds no such chat; names row, field and what is wrong there.
     """
-    tools = _decoded(row.get("tools") or (), f"{where}: field 'tools'")
-    if field == PROMPT:
-        prompt, completion = row.get(PROMPT), row.get(COMPLETION)
+    tools = _decoded(row.get(_TOOLS) or (), f"{where}: field 'tools'")
+    if field == _PROMPT:
+        prompt, completion = row.get(_PROMPT), row.get(_COMPLETION)
         if isinstance(prompt, str) and isinstance(completion, str):
             if not completion:
                 raise ValueError(f"{where}: field 'completion' is empty; there is no answer to learn from")
-            return Chat(name, prompt=prompt, completion=completion)
+            return Chat(name, where, prompt=prompt, completion=completion)
         if not isinstance(prompt, (list, tuple)) or not isinstance(completion, (list, tuple)):
             raise ValueError(
-                f"{where}: prompt is {_kind(prompt)} and completion {_kind(completion)}; both must be text, or both "
-                "lists of messages"
+                f"{where}: prompt is {kind_of(prompt)} and completion {kind_of(completion)}; both must be text, or "
+                "both lists of messages"
             )
-        parts = {PROMPT: prompt, COMPLETION: completion}
+        parts = {_PROMPT: prompt, _COMPLETION: completion}
         messages = tuple(
             _message(message, f"{where}: field {part!r}, message {number}")
             for part, given in parts.items()
@@ -93,18 +154,18 @@ def read_chat(name: str, row: Mapping[str, Any], field: str, where: str) -> Chat
     else:
         given = row.get(field)
         if not isinstance(given, (list, tuple)):
-            raise ValueError(f"{where}: field {field!r} is {_kind(given)}, must be a list of messages")
+            raise ValueError(f"{where}: field {field!r} is {kind_of(given)}, must be a list of messages")
         messages = tuple(
             _message(message, f"{where}: field {field!r}, message {number}") for number, message in enumerate(given)
         )
     if not messages:
         raise ValueError(f"{where}: field {field!r} is an empty chat")
-    return Chat(name, messages, tuple(tools))
+    return Chat(name, where, messages, tuple(tools))
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise ValueError(f"{where} is {_kind(message)}, must have role and content")  # noqa: TRY004  the data is wrong
+        raise ValueError(f"{where} is {kind_of(message)}, must have role and content")  # noqa: TRY004  the data is wrong
     kept = {key: value for key, value in message.items() if value is not None}
     if "from" in kept and "role" not in kept:
         speaker = kept.pop("from")
@@ -116,7 +177,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if "tool_calls" in kept:
         kept["tool_calls"] = [_without_none(call) for call in _decoded(kept["tool_calls"], f"{where}, 'tool_calls'")]
     if "content" in kept and not isinstance(kept["content"], (str, list, tuple)):
-        raise ValueError(f"{where}: content is {_kind(kept['content'])}, must be text")
+        raise ValueError(f"{where}: content is {kind_of(kept['content'])}, must be text")
     if kept.get("content") is None and not kept.get("tool_calls"):
         raise ValueError(f"{where} ({kept['role']}) has neither content nor tool_calls")
     return kept
@@ -137,17 +198,5 @@ def _decoded(value: Any, where: str) -> list[Any]:
         except ValueError as error:
             raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{where} is {_kind(value)}, must be a list")  # noqa: TRY004  the data is wrong
+        raise ValueError(f"{where} is {kind_of(value)}, must be a list")  # noqa: TRY004  the data is wrong
     return [_without_none(inner) for inner in value]
-
-
-def _kind(value: Any) -> str:
-    names = {
-        str: "text",
-        dict: "an object",
-        list: "a list",
-        tuple: "a list",
-        bool: "a truth value",
-        type(None): "missing",
-    }
-    return names.get(type(value), f"a {type(value).__name__}")

@@ -11,7 +11,7 @@ import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from sklformat.distill.text.sources import hub
 from sklformat.distill.text.sources.json_rows import kind_of
@@ -27,6 +27,9 @@ _NOT_LIBRARY = frozenset(
 )
 _NOT_LIBRARY_FILES = "_sysconfigdata*"
 _LIBRARY_MIN_CHARS = 200
+
+
+Made = TypeVar("Made")
 
 
 class Document(NamedTuple):
@@ -70,8 +73,8 @@ def read_documents(files: TextFiles | Iterable[Path | str] | Path | str) -> Iter
     elif not isinstance(files, TextFiles):
         files = TextFiles(text=tuple(Path(path) for path in files))
     field, source = files.field, ", ".join(map(str, files.text))
-    documents = read_made(files, lambda row: _document(row, field), wanted={field})
-    return _some(documents, f"every file in {source} is empty, or cannot be read and is skipped")
+    documents = read_made(files, lambda row: document_of(row, field), wanted={field})
+    return some(documents, f"every file in {source} is empty, or cannot be read and is skipped")
 
 
 def read_dataset(words: Sequence[str], *, split: str = "train", field: str = "text") -> Iterator[Document]:
@@ -92,11 +95,11 @@ def read_dataset(words: Sequence[str], *, split: str = "train", field: str = "te
         ValueError: No such column, or no text in it.
     """
     rows = hub.read_dataset_rows(words, split=split)
-    documents = (document for row in rows if (document := _document(row, field)) is not None)
-    return _some(documents, f"dataset {' '.join(words)} has none in column {field!r} of split {split!r}")
+    documents = (document for row in rows if (document := document_of(row, field)) is not None)
+    return some(documents, f"dataset {' '.join(words)} has none in column {field!r} of split {split!r}")
 
 
-def _document(row: Row, field: str) -> Document | None:
+def document_of(row: Row, field: str) -> Document | None:
     """A row's text; None: it is empty."""
     if field not in row.values:
         raise ValueError(f"{row.place} has no field {field!r}; it has {', '.join(map(repr, row.values)) or 'none'}")
@@ -110,8 +113,8 @@ def _document(row: Row, field: str) -> Document | None:
     return Document(row.name, text) if text else None
 
 
-def _some(documents: Iterable[Document], otherwise: str) -> Iterator[Document]:
-    """The documents; there must be one."""
+def some(documents: Iterable[Made], otherwise: str) -> Iterator[Made]:
+    """The documents, or chats; there must be one."""
     found = False
     for document in documents:
         found = True
@@ -139,7 +142,7 @@ def standard_library_documents() -> Iterator[Document]:
         if _NOT_LIBRARY.isdisjoint(file.relative_to(root).parts) and not fnmatch.fnmatch(file.name, _NOT_LIBRARY_FILES)
     ]
     documents = (Document(name, path.read_bytes().decode()) for name, path in sorted(files))
-    return _some((one for one in documents if len(one.text) >= _LIBRARY_MIN_CHARS), f"{root} holds no source")
+    return some((one for one in documents if len(one.text) >= _LIBRARY_MIN_CHARS), f"{root} holds no source")
 
 
 def is_held_out(name: str, *, one_in: int = 20) -> bool:

@@ -1,0 +1,214 @@
+"""Chats: from rows of messages to records of answers alone, one chat a sequence or packed."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import sklformat as skl
+from sklformat.cli import main
+from sklformat.distill.loader.dataset import SparseLogitDataset
+from sklformat.distill.models import loading
+from sklformat.sampler import draw
+
+SEQ_LEN = 64
+TEMPLATE = (
+    "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<sep>\n{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+)
+
+
+TEXT = "<bos>user\nalpha<sep>\n<bos>assistant\nbeta<sep>\n"
+ANSWER = {"role": "assistant", "content": "beta"}
+
+
+def make_chats(count=9):
+    rng = np.random.default_rng(0)
+
+    def words():
+        return " ".join(rng.choice(tiny.WORDS, int(rng.integers(1, 4))))
+
+    def turns(pairs):
+        return [{"role": r, "content": words()} for _ in range(pairs) for r in ("user", "assistant")]
+
+    return [{"messages": turns(1 + i % 2)} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A teacher with a chat template, and chats."""
+    root = tmp_path_factory.mktemp("chats")
+    tokenizer = tiny.with_template(tiny.train_tokenizer(tiny.make_documents()), "<bos> $A")
+    tokenizer.chat_template = TEMPLATE
+    tiny.write_model(root / "teacher", tokenizer)
+    (root / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in make_chats()))
+    return root
+
+
+@pytest.fixture
+def cache(place, tmp_path, capfd):
+    """Run ``sklformat cache``: status, parsed stdout or None, stderr."""
+
+    def run(out, text, *words):
+        flags = ("--text", text, "--out", tmp_path / out, "--seq-len", SEQ_LEN, "--rounds", 5)
+        status = main(["cache", "--teacher", str(place / "teacher"), *map(str, (*flags, *words)), "--json"])
+        printed, err = capfd.readouterr()
+        return status, json.loads(printed) if printed else None, err
+
+    return run
+
+
+def refusal(result):
+    assert (1, None, 1) == (result[0], result[1], result[2].count("\n")), result
+    return result[2]
+
+
+def expected_chats(place):
+    """Tokens of each chat and the places of its answers, by the template's own words."""
+    tokenizer = loading.load_tokenizer(place / "teacher")
+    end = tokenizer.convert_tokens_to_ids("<sep>")
+    for chat in make_chats():
+        ids = tokenizer.apply_chat_template(chat["messages"])["input_ids"]
+        begin = np.cumsum(np.array(ids) == tokenizer.bos_token_id)  # 1, 2, …: which message
+        head = len(tokenizer("assistant\n", add_special_tokens=False)["input_ids"]) + 1
+        answers = np.zeros(len(ids), bool)
+        for message in range(2, len(chat["messages"]) + 1, 2):
+            places = np.flatnonzero(begin == message)
+            answers[places[head : list(np.array(ids)[places]).index(end) + 1]] = True
+        yield ids, answers
+
+
+def test_only_answers_have_records(place, cache, tmp_path):
+    """One chat is one sequence; positions that predict answers have the draws they would have, others have none."""
+    status, result, err = cache("cache", place / "chats.jsonl", "--batch-size", 1)
+    assert (0, 9) == (status, result["sequences"]), err
+    assert [] == skl.verify(tmp_path / "cache")
+    found = skl.open(tmp_path / "cache")
+    assert 0 == found.header.seq_len
+    chats = {tuple(ids): answers for ids, answers in expected_chats(place)}
+    assert 9 == len(found) == len(chats)
+    model = loading.load_model(place / "teacher")
+    for i, sequence in enumerate(found):
+        answers = chats.pop(tuple(sequence.tokens.tolist()))
+        has_records = np.diff(sequence.targets.offsets) > 0
+        assert answers[1:].tolist() == has_records.tolist()
+        with torch.no_grad():
+            logits = model(torch.from_numpy(sequence.tokens[None, :-1].astype(np.int64))).logits[0]
+        drawn = draw(logits, rounds=5, sequence=i)
+        is_of_answer = np.repeat(has_records, np.diff(drawn.offsets))
+        assert drawn.token_ids[is_of_answer].tolist() == sequence.targets.token_ids.tolist()
+        assert drawn.counts[is_of_answer].tolist() == sequence.targets.counts.tolist()
+    assert {} == chats
+    assert result["positions"] == sum(int((np.diff(s.targets.offsets) > 0).sum()) for s in found)
+
+
+def test_prompts_are_no_labels(place, cache, tmp_path):
+    """Training sees answers alone, for every method."""
+    cache("cache", place / "chats.jsonl")
+    for batch in SparseLogitDataset(tmp_path / "cache", batch_size=3):
+        has_records = batch.targets.offsets.diff() > 0
+        assert (batch.labels.flatten() != -100).tolist() == has_records.tolist()
+        assert has_records.any()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "alpha"}, {"role": "assistant", "content": "beta"}]},
+        {"conversations": [{"from": "human", "value": "alpha"}, {"from": "gpt", "value": "beta"}]},
+        {"prompt": [{"role": "user", "content": "alpha"}], "completion": [{"role": "assistant", "content": "beta"}]},
+        {"dialog": [{"role": "user", "content": "alpha", "name": None}, {"role": "assistant", "content": "beta"}]},
+    ],
+)
+def test_rows_of_every_shape(place, cache, tmp_path, row):
+    """Each common shape of a row is the same chat."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    words = ("--field", "dialog") if "dialog" in row else ()
+    status, _, err = cache("cache", tmp_path / "rows.jsonl", *words)
+    assert 0 == status, err
+    [sequence] = skl.open(tmp_path / "cache")
+    assert TEXT == loading.load_tokenizer(place / "teacher").decode(sequence.tokens)
+
+
+def test_prompt_and_completion_as_text(place, cache, tmp_path):
+    """Text without a template: the prompt is read, the completion and the end of text are learnt from."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "alpha ", "completion": "beta"}) + "\n")
+    status, _, err = cache("cache", tmp_path / "rows.jsonl")
+    assert 0 == status, err
+    [sequence] = skl.open(tmp_path / "cache")
+    tokenizer = loading.load_tokenizer(place / "teacher")
+    assert "<bos>alpha beta<|endoftext|>" == tokenizer.decode(sequence.tokens)
+    has_records = np.diff(sequence.targets.offsets) > 0
+    assert "beta<|endoftext|>" == tokenizer.decode(sequence.tokens[1:][has_records])
+
+
+def test_packed_chats(place, cache, tmp_path):
+    """--packing packed: chats fill sequences one after the other, and answers alone have records."""
+    status, _, err = cache("cache", place / "chats.jsonl", "--packing", "packed", "--columns", "document_start")
+    assert 0 == status, err
+    found = skl.open(tmp_path / "cache")
+    assert SEQ_LEN == found.header.seq_len
+    chats = {tuple(ids): answers for ids, answers in expected_chats(place)}
+    tokens = np.concatenate([found[0].tokens, *(s.tokens[1:] for s in list(found)[1:])])
+    has_records = np.concatenate([[False], *(np.diff(s.targets.offsets) > 0 for s in found)])
+    starts = np.concatenate(
+        [found[0].columns["document_start"], *(s.columns["document_start"][1:] for s in list(found)[1:])]
+    )
+    borders = np.flatnonzero(starts)
+    for begin, end in itertools.pairwise(borders):
+        assert chats.pop(tuple(tokens[begin:end].tolist())).tolist() == has_records[begin:end].tolist()
+    assert len(chats) <= 3
+
+
+def test_long_chats_are_truncated(cache, place, tmp_path):
+    """What they lose is said; one that loses all answers is left out; the other side may be cut instead."""
+    for side, kept, lost in (("end", 8, "; 1 of them lose all answers so and are left out"), ("start", 9, "")):
+        rows = [*make_chats(8), {"messages": [{"role": "user", "content": "mu " * 90}, ANSWER]}]
+        (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        status, result, err = cache(side, tmp_path / "long.jsonl", "--truncate", side)
+        assert (0, kept) == (status, result["sequences"])
+        assert f"warning: 1 of 9 documents are longer than seq_len {SEQ_LEN} and lose their {side}{lost}\n" in err
+    lengths = [sequence.tokens.size for sequence in skl.open(tmp_path / "start")]
+    assert SEQ_LEN + 1 == max(lengths)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "message"),
+    [
+        ([{"messages": []}], (), "line 1: field 'messages' is an empty chat"),
+        ([{"messages": ["hello"]}], (), "line 1: field 'messages', message 0 is text, must have role and content"),
+        ([{"messages": [{"content": "x"}]}], (), "message 0 has no role; it has content"),
+        ([{"messages": [{"role": "user"}]}], (), "message 0 (user) has neither content nor tool_calls"),
+        ([{"messages": [{"role": "user", "content": 4}]}], (), "message 0: content is a number, must be text"),
+        (
+            [{"conversations": [{"from": "alien", "value": "x"}]}],
+            (),
+            "message 0 is from 'alien'; known are assistant, b",
+        ),
+        (
+            [{"prompt": "a", "completion": []}],
+            (),
+            "prompt is text and completion a list; both must be text, or both li",
+        ),
+        ([{"prompt": "a", "completion": ""}], (), "field 'completion' is empty; there is no answer to learn from"),
+        ([{"messages": [{"role": "user", "content": "x"}], "tools": "{"}], (), "field 'tools' is not JSON"),
+        (
+            [{"messages": [{"role": "user", "content": "x"}], "tools": 4}],
+            (),
+            "field 'tools' is a number, must be a list",
+        ),
+        ([{"messages": [{"role": "user", "content": "x"}]}], (), "line 1: no message is the assistant's; there is no"),
+        ([{"text": "x", "messages": []}], (), "has text in 'text' and a chat in 'messages'; say which with --field"),
+        ([*make_chats(1), {"text": "x"}], (), "line 2 holds text, "),
+        ([{"text": "x"}, *make_chats(1)], (), "line 2 holds a chat in 'messages', "),
+        (make_chats(1), ("--bos", "document"), "bos document: a chat begins as its template says; leave --bos out"),
+    ],
+)
+def test_what_is_no_chat_is_refused(cache, tmp_path, rows, words, message):
+    """One line with file, row and field."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert message in refusal(cache("cache", tmp_path / "rows.jsonl", *words))
+    assert not list((tmp_path / "cache").glob("*.skl*"))
