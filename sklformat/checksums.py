@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Buffer = bytes | bytearray | memoryview
 
-__all__ = ["alignment", "checksum", "fingerprint", "fingerprint_of", "tokens_array"]
+__all__ = ["Fingerprint", "alignment", "checksum", "fingerprint", "fingerprint_of", "tokens_array"]
 
 
 def checksum(data: Buffer, seed: int = 0) -> int:
@@ -35,6 +35,21 @@ def fingerprint_of(parts: Iterable[Buffer]) -> str:
     for part in parts:
         state.update(part)
     return str(state.hexdigest())
+
+
+class Fingerprint:
+    """``fingerprint_of`` parts that come one at a time."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def update(self, part: Buffer) -> None:
+        """Add a part."""
+        self._state.update(part)
+
+    def digits(self) -> str:
+        """Of the parts so far, 32 hexadecimal digits."""
+        return str(self._state.hexdigest())
 
 
 def tokens_array(tokens: ArrayLike) -> NDArray[np.uint32]:

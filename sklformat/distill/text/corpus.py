@@ -7,14 +7,14 @@ Knows no model and no torch; a tokenizer comes in as a function from texts to to
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sklformat.checksums import Fingerprint
 from sklformat.distill.text.documents import (
     Document,
     cut_documents,
@@ -56,8 +56,12 @@ __all__ = [
 ]
 
 _TOKENS_NAME = "tokens"
-_DOCUMENTS_PER_BATCH = 256  # tokenised together, and written to the store in one go
+_DOCUMENTS_PER_BATCH = 256  # tokenised together, and written to the store in one go, unless they are large:
+_CHARS_PER_BATCH = 1 << 21  # to tokenise takes some 150 bytes of memory per character
+_TOKENS_PER_BATCH = 1 << 22
 
+
+Item = TypeVar("Item")
 
 Encode = Callable[[list[str]], Sequence[ArrayLike]]
 """Texts to their token ids, without special tokens."""
@@ -270,7 +274,7 @@ def _found_again(
 
 def _encoded(documents: Iterable[Document], encode: Encode) -> Iterator[Encoded]:
     """Name, digest and token ids of each document."""
-    for batch in _batched(documents, _DOCUMENTS_PER_BATCH):
+    for batch in _batched(documents, lambda document: len(document.text), _CHARS_PER_BATCH):
         for document, ids in zip(batch, encode([document.text for document in batch]), strict=True):
             yield document.name, text_fingerprint(document), ids, None
 
@@ -285,35 +289,35 @@ def _write(
     if not 1 <= vocab_size <= 1 << 32:
         raise ValueError(f"vocab_size must be in [1, 2^32], got {vocab_size}")
     dtype = "uint16" if vocab_size <= 1 << 16 and not encoding.marks_answers else "uint32"
-    texts: list[str] = []
-    digests: list[str] = []
-    num_tokens = 0
+    texts, digests = Fingerprint(), Fingerprint()
+    num_documents = num_tokens = 0
 
     def tokenised() -> Iterator[NDArray[np.unsignedinteger[Any]]]:
-        nonlocal num_tokens
+        nonlocal num_documents, num_tokens
         for name, text, ids, answers in documents:
-            texts.append(text)
+            texts.update(text.encode("ascii"))
             tokens = _checked_ids(ids, vocab_size, name)
             if tokens.size:
                 if answers is not None:
                     tokens |= np.where(answers, _ANSWER, 0)
-                digests.append(document_fingerprint(tokens))
+                digests.update(document_fingerprint(tokens).encode("ascii"))
+                num_documents += 1
                 num_tokens += tokens.size
                 yield tokens.astype(dtype)
 
     with published(directory) as partial:
-        write_ragged(partial / _TOKENS_NAME, tokenised(), batch_size=_DOCUMENTS_PER_BATCH)
-        if not digests:
+        write_ragged(partial / _TOKENS_NAME, _batched(tokenised(), len, _TOKENS_PER_BATCH))
+        if not num_documents:
             raise ValueError("no text found: the documents hold no tokens")
         facts = StoreFacts(
             version=STORE_VERSION,
             vocab_size=vocab_size,
-            num_documents=len(digests),
+            num_documents=num_documents,
             num_tokens=num_tokens,
             dtype=dtype,
-            corpus_fingerprint=joined(digests),
+            corpus_fingerprint=digests.digits(),
             tokenizer_fingerprint=tokenizer_fingerprint,
-            text_fingerprint=joined(texts),
+            text_fingerprint=texts.digits(),
             **dataclasses.asdict(encoding),
         )
         write_facts(partial, facts)
@@ -335,7 +339,14 @@ def _checked_ids(ids: ArrayLike, vocab_size: int, name: str) -> NDArray[np.int64
     return tokens
 
 
-def _batched(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    iterator = iter(documents)
-    while batch := list(itertools.islice(iterator, size)):
+def _batched(items: Iterable[Item], size_of: Callable[[Item], int], max_size: int) -> Iterator[list[Item]]:
+    """Lists of at most ``_DOCUMENTS_PER_BATCH``, and of at most ``max_size`` together, unless one alone is larger."""
+    batch, size = list[Item](), 0
+    for item in items:
+        if batch and (len(batch) == _DOCUMENTS_PER_BATCH or size + size_of(item) > max_size):
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += size_of(item)
+    if batch:
         yield batch

@@ -25,22 +25,20 @@ _INDEX_ROOM = 1 << 20  # for the index files of a batch, and the file system's o
 _FAULTS = (FileNotFoundError, ValueError, TypeError, AttributeError, struct.error)
 
 
-def write_ragged(directory: Path, arrays: Iterable[NDArray[Any]], *, batch_size: int) -> None:
+def write_ragged(directory: Path, batches: Iterable[list[NDArray[Any]]]) -> None:
     """
-    Write arrays into a new directory, one after the other.
+    Write arrays into a new directory, one after the other; a batch, which is not empty, in one go.
 
     Raises:
         OSError: The disk is full; noticed before, since RaggedMmap writes through a mapping, which kills the process.
     """
-
-    def with_room() -> Iterator[NDArray[Any]]:
-        pending = 0  # bytes that RaggedMmap holds back until it has a batch
-        for number, array in enumerate(arrays):
-            pending = array.nbytes + (pending if number % batch_size else 0)
-            _check_room(directory.parent, pending + _INDEX_ROOM)
-            yield array
-
-    RaggedMmap.from_generator(directory, with_room(), batch_size=batch_size, verbose=False)
+    ragged = None
+    for batch in batches:
+        _check_room(directory.parent, sum(array.nbytes for array in batch) + _INDEX_ROOM)
+        if ragged is None:
+            ragged = RaggedMmap.from_lists(directory, batch)
+        else:
+            ragged.extend(batch)
 
 
 def parts_of_ragged(directory: Path) -> tuple[list[NDArray[Any]], NDArray[Any], NDArray[Any]]:

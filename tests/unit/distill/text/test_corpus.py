@@ -6,6 +6,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -369,6 +370,25 @@ def test_directory_has_one_writer(tmp_path):
         with pytest.raises(InUseError, match="another process"), published(tmp_path / "d"):
             raise AssertionError
     assert ["a"] == os.listdir(tmp_path / "d")
+
+
+def test_large_documents_are_written_in_little_memory(tmp_path):
+    """They are neither tokenised nor written 256 at once: what is in memory does not grow with their number."""
+    ids = np.zeros(800_000, np.uint8)
+    tracemalloc.start()
+    try:
+        store = corpus.write_token_store(
+            tmp_path / "store",
+            (corpus.Document(f"d{i}", "x" * ids.size) for i in range(60)),
+            lambda texts: [ids] * len(texts),
+            vocab_size=257,
+            tokenizer_fingerprint="tok",
+            encoding=corpus.Encoding(),
+        )
+        assert tracemalloc.get_traced_memory()[1] < 60 * ids.size
+    finally:
+        tracemalloc.stop()
+    assert [ids.size] * 60 == store.lengths.tolist()
 
 
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
