@@ -15,7 +15,10 @@ class DemoConfig:
     """Directory for everything that the demo makes."""
 
     text: Path | None = None
-    """Text file or directory of text files to learn from; none: the source of this Python's standard library."""
+    """Text to learn from, a file or a directory, as for cache; none: the source of this Python's standard library."""
+
+    field: str = "text"
+    """Field, or column, of the rows that holds the text."""
 
     seed: int = 0
     """Seed of everything random: packing, weights, order, draws."""

@@ -1,5 +1,6 @@
 """sklformat cache from the command line: every sampler, every input, and one clear line for what cannot work."""
 
+import gzip
 import json
 import signal
 import sys
@@ -7,6 +8,8 @@ import types
 
 import forked
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import teacher_data
 import torch
@@ -104,7 +107,7 @@ def test_inspect_says_which_weights_are_biased(cache, tmp_path, capfd):
 
 
 def test_every_input_gives_the_same_cache(cache, place, tmp_path, monkeypatch):
-    """Files, one .jsonl, a dataset, a token store and a bare RaggedMmap of the same documents give the same bytes."""
+    """Files, rows, a dataset, a token store and a bare RaggedMmap of the same documents give the same bytes."""
     documents = list(read_documents(place / "text"))
     tokenizer = loading.load_tokenizer(place / "teacher")
     cache(out="text")
@@ -123,7 +126,14 @@ def test_every_input_gives_the_same_cache(cache, place, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", library)
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "dataset_dict.json").write_text("{}")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "all.jsonl.gz").write_bytes(gzip.compress((tmp_path / "all.jsonl").read_bytes()))
+    (tmp_path / "mixed" / "bad.png").write_bytes(b"\x89PNG")
+    (tmp_path / "mixed" / "more.txt").write_text("left out")
     for out, flags in (
+        ("parquet", {"text": tmp_path / "rows.parquet", "field": "content"}),
+        ("mixed", {"text": tmp_path / "mixed", "exclude": "*.txt", "on_bad_file": "skip"}),
         ("disk", {"dataset": tmp_path / "saved", "dataset_split": "all", "field": "content"}),
         ("jsonl", {"text": tmp_path / "all.jsonl"}),
         ("dataset", {"dataset": "my/set", "dataset_split": "all", "field": "content"}),
@@ -134,6 +144,7 @@ def test_every_input_gives_the_same_cache(cache, place, tmp_path, monkeypatch):
         status, _, err = cache(out=f"from-{out}", **flags)
         assert 0 == status, err
         assert expected == shard_bytes(tmp_path / f"from-{out}")
+        assert ("skipped 1 of 2 files, which cannot be read: " in err) == (out == "mixed")
     assert [(("my/set",), {"split": "all", "streaming": True})] == asked
 
 

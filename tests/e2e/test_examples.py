@@ -1,5 +1,6 @@
 """Every example of README.md and docs/ runs as it is printed, page after page, on a small text and a small teacher."""
 
+import gzip
 import json
 import re
 import runpy
@@ -9,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -72,6 +75,16 @@ def commands(example):
             yield line, words, int(promised[1]) if promised else 0
 
 
+def write_files(directory, text):
+    """The same text in files of other kinds, as docs/your-data.md names them."""
+    rows, old = directory / "my-rows", directory / "my-old-text"
+    rows.mkdir()
+    old.mkdir()
+    pq.write_table(pa.table({"content": text}), rows / "news.parquet")
+    (rows / "more.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in text).encode()))
+    (old / "old.txt").write_text("\n".join(text).replace("value", "Größe"), encoding="latin-1")
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """The working directory: what the pages take for granted, and the repository's docs/ beside it."""
@@ -80,6 +93,7 @@ def place(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         for number, document in enumerate(part):
             (tmp_path / name / f"{number}.txt").write_text(document)
+    write_files(tmp_path, text)
     tokenizer = tokenization.train_tokenizer(text, 300)
     teacher = loading.new_llama(
         vocab_size=tokenization.num_ids(tokenizer), hidden_size=32, num_layers=1, num_heads=2, max_positions=64, seed=0

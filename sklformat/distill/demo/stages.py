@@ -57,6 +57,7 @@ from sklformat.plot import plot_comparison
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.demo import DemoConfig
 from sklformat.settings.eval import EvalConfig
+from sklformat.settings.files import TextFiles
 from sklformat.settings.train import TrainConfig
 
 _UNIQUE_TOKENS = 12.0
@@ -113,6 +114,8 @@ def run_demo(config: DemoConfig) -> DemoResult:
         **dataclasses.asdict(size),
     }
     workers = config.processes or min(4, available_cores())
+    if config.field != "text":  # as it was before there was a choice
+        settings["field"] = config.field
     with runs.opened(config.out, settings):
         with _stage("1/6 text: documents, tokenizer, token stores"):
             eval_count = _prepare_text(config, size)
@@ -182,7 +185,7 @@ def _prepare_text(config: DemoConfig, size: Size) -> int:
 def _documents(config: DemoConfig, size: Size) -> list[Document]:
     if config.text is None:
         return list(itertools.islice(standard_library_documents(), size.max_documents))
-    documents = list(read_documents(config.text))
+    documents = list(read_documents(TextFiles(text=(config.text,), field=config.field)))
     # One long file, or a short text, must still split into text to learn from and text held out.
     length = sum(len(document.text) for document in documents)
     return list(cut_documents(documents, max_chars=max(256, min(_PIECE_CHARS, length // 200))))

@@ -33,14 +33,20 @@ def read_dataset_rows(words: Sequence[str], *, split: str = "train") -> Iterator
     source = " ".join(words)
     try:
         if any((Path(words[0]) / name).is_file() for name in _SAVED):
-            loaded = datasets.load_from_disk(words[0])
-            rows = loaded[split] if isinstance(loaded, dict) else loaded
+            rows = _part(datasets.load_from_disk(words[0]), split)
         else:
             rows = datasets.load_dataset(*words, split=split, streaming=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FileNotFoundError(f"dataset {source}: cannot load split {split!r} ({reason})") from error
     return _named(rows, source, split)
+
+
+def _part(saved: Any, split: str) -> Any:
+    """A split of several that were saved together; one alone has no name."""
+    if isinstance(saved, dict) and split not in saved:
+        raise ValueError(f"it has {', '.join(saved)}")
+    return saved[split] if isinstance(saved, dict) else saved
 
 
 def _named(rows: Iterable[Mapping[str, Any]], source: str, split: str) -> Iterator[Row]:

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import numpy as np
@@ -70,6 +71,15 @@ def test_result_is_the_json_file_and_any_batch_size_gives_it(place, tmp_path):
     assert 100 * (6.0 - found.lm_loss) == pytest.approx(stored["percent_ce_to_full"])
     assert found.lm_loss == pytest.approx(run(place, num_sequences=5, batch_size=2).lm_loss, abs=1e-6)
     assert sum(entry["share"] for entry in found.reliability) == pytest.approx(1)
+
+
+def test_text_of_other_files_is_the_same_text(place, tmp_path):
+    """Rows of a field, in another encoding and packed, give the figures of the token store of the same documents."""
+    rows = [{"body": document.text} for document in tiny.make_documents(12, 120)]
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode("utf-16")))
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    how = {"field": "body", "encoding": "utf-16", "exclude": ("*.png",)}
+    assert run(place) == run(place, tokens=None, text=(tmp_path,), **how)
 
 
 def test_ids_beyond_the_vocabulary_do_not_count(place, tmp_path):
