@@ -36,7 +36,9 @@ def parse_object(text: bytes | str, path: Path, section: str) -> dict[str, Any]:
     """
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not a number")
+        raise ValueError(
+            f"{constant} is not a number; leave such entries out, as an id without probability has no record"
+        )
 
     try:
         value = json.loads(text, parse_constant=refuse)

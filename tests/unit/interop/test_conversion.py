@@ -348,6 +348,11 @@ def test_rows_as_many_as_tokens(tmp_path):
         (LOG_ROW | {"logprobs": [[0.5, -2.0], [-0.1]]}, {}, "logprob 0.5 of id 5 cannot be; raw logits"),
         (LOG_ROW | {"logprobs": [[-0.1, -0.2], [-0.1]]}, {}, "sum to 1.724, more than 1"),
         (LOG_ROW | {"logprobs": [[float("nan"), -2.0], [-0.1]]}, {}, "NaN is not a number"),
+        (
+            LOG_ROW | {"logprobs": [[-0.5, -np.inf], [-0.1]]},
+            {},
+            "line 1: .*-Infinity is not a number; leave such entries",
+        ),
         ({"input_ids": [1, 2]}, COUNTS, "lacks columns; needed are"),
         (ROW | {"logprobs": [[-1, -1], []]}, COUNTS, "both counts and logprobs; choose with --kind"),
         (ROW, {"vocab_size": 10}, "does not say how its records were made; give --sampler, --rounds"),
@@ -375,6 +380,14 @@ def test_nan_in_arrays_is_refused(tmp_path):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "f.parquet")
     with pytest.raises(skl.CorruptError, match="row 0: logprobs has empty cells"):
         run(tmp_path / "f.parquet", tmp_path / "cache", vocab_size=10, sampler="topk")
+
+
+def test_a_log_prob_that_stands_for_nothing_is_no_record(tmp_path):
+    """-9999.0, which some servers write for probability 0, is absent from the cache, as if it were left out."""
+    for name, ids, values in (("left-out", [5], [-0.5]), ("there", [5, 6], [-0.5, -9999.0])):
+        row = LOG_ROW | {"token_ids": [ids, [1]], "logprobs": [values, [-0.1]]}
+        run(jsonl(tmp_path / f"{name}.jsonl", row), tmp_path / name, vocab_size=10, sampler="topk")
+    assert skl.open(tmp_path / "left-out")[0].targets == skl.open(tmp_path / "there")[0].targets
 
 
 @pytest.mark.parametrize("name", FILES)
