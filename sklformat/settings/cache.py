@@ -141,6 +141,8 @@ class CacheConfig:
         if self.tokens is not None and self.special_tokens != "text":
             raise ValueError("special_tokens belongs to text or a dataset; tokens are made already")
         TextFiles.of(self)  # raises for what cannot be
+        if self.tokens is not None and self.field != "text":
+            raise ValueError("field belongs to text or a dataset; tokens have none")
         names = {name for given in self.columns for name in given.split(",")}
         if unknown := names - set(COLUMNS):
             raise ValueError(f"columns may be {', '.join(COLUMNS)}, got {', '.join(sorted(unknown))}")

@@ -32,3 +32,5 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.seed < 0 or self.processes < 0:
             raise ValueError(f"seed and processes must be >= 0, got {self.seed} and {self.processes}")
+        if self.text is None and self.field != "text":
+            raise ValueError("field belongs to text, which is not given")

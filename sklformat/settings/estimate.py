@@ -113,3 +113,5 @@ class EstimateConfig:
         if (self.teacher is None) != (not self.text):
             raise ValueError("a calibration run needs both teacher and text")
         TextFiles.of(self)  # raises for what cannot be
+        if self.teacher is None and self.field != "text":
+            raise ValueError("field belongs to the text of a calibration run, which is not given")

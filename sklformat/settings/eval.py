@@ -89,5 +89,7 @@ class EvalConfig:
         if self.tokens is not None and (self.bos, self.special_tokens) != ("auto", "text"):
             raise ValueError("bos and special_tokens belong to text; the token store says how it was made")
         TextFiles.of(self)  # raises for what cannot be
+        if self.tokens is not None and self.field != "text":
+            raise ValueError("field belongs to text; tokens have none")
         if (self.ce_loss is None) != (self.full_loss is None):
             raise ValueError("ce_loss and full_loss belong together: give both or none")

@@ -45,6 +45,10 @@ class TextFiles:
             raise ValueError(
                 f"encoding {self.encoding!r} is not one of text; such are utf-8, utf-16, latin-1, cp1252, gb18030"
             )
+        of_rows = ("text", "field")  # a dataset has the field too
+        unused = [f.name for f in fields(self) if f.name not in of_rows and getattr(self, f.name) != f.default]
+        if unused and not self.text:
+            raise ValueError(f"{unused[0]} belongs to text, which is not given")
         if self.max_unpack_ratio < 1:
             raise ValueError(f"max_unpack_ratio must be >= 1, got {self.max_unpack_ratio}")
         if not self.field:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ def find_files(files: TextFiles) -> list[File]:
     with the relative path, any other with the file's own name; ``*`` takes slashes too.
 
     Raises:
-        FileNotFoundError, PermissionError: A path does not exist or cannot be read.
+        FileNotFoundError, PermissionError: A path, or a directory below one, does not exist or cannot be read.
         ValueError: There is none, or a directory is a dataset that was saved to disk.
     """
     found: list[File] = []
@@ -42,10 +43,9 @@ def find_files(files: TextFiles) -> list[File]:
             continue
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             raise ValueError(f"{path} is a dataset that save_to_disk wrote; give it as --dataset, not as --text")
-        below = sorted(File(file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
-        seen = [file for file in below if not any(part.startswith(".") for part in file.name.split("/"))]
-        num_hidden += len(below) - len(seen)
-        found += seen
+        below, hidden = _walk(path)
+        found += sorted(below)
+        num_hidden += hidden
     chosen = [file for file in found if _is_chosen(file.name, files)]
     if not chosen:
         raise ValueError(
@@ -54,6 +54,22 @@ def find_files(files: TextFiles) -> list[File]:
             "directories of them"
         )
     return chosen
+
+
+def _walk(directory: Path) -> tuple[list[File], int]:
+    """The files of a directory and of those below it, and the number of files and directories that are hidden."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    files: list[File] = []
+    num_hidden = 0
+    for folder, folders, names in os.walk(directory, onerror=refuse):
+        num_hidden += sum(name.startswith(".") for name in (*folders, *names))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(folder, name) for name in names if not name.startswith(".")]
+        files += [File(path.relative_to(directory).as_posix(), path) for path in paths if path.is_file()]
+    return files, num_hidden
 
 
 def _is_chosen(name: str, files: TextFiles) -> bool:

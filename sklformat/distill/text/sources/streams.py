@@ -104,7 +104,7 @@ def _unpack_gzip(path: Path) -> Iterator[bytes]:
             try:
                 piece = file.read(PIECE_BYTES)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(f"is no gzip file, or a damaged one: {error}") from None
+                raise ValueError(f"cannot be unpacked as gzip: {error}") from None
             if not piece:
                 return
             yield piece
@@ -122,13 +122,13 @@ def _unpack_zstd(path: Path) -> Iterator[bytes]:
             try:
                 unpacked = frame.decompress(packed)
             except zstandard.ZstdError as error:
-                raise ValueError(f"is no Zstandard file, or a damaged one: {error}") from None
+                raise ValueError(f"cannot be unpacked as Zstandard: {error}") from None
             packed = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
             if unpacked:
                 yield unpacked
     if frame is not None:
-        raise ValueError("is a damaged Zstandard file: it ends too early")
+        raise ValueError("cannot be unpacked as Zstandard: it ends too early")
 
 
 def _decoded(pieces: Iterable[bytes], encoding: str) -> Iterator[str]:

@@ -38,7 +38,7 @@ def read_parquet(path: Path, wanted: Collection[str] | None, *, max_unpack_ratio
         limit = unpack_limit(path, max_unpack_ratio)
         if sum(group.total_byte_size for group in groups) > limit:
             raise beyond_limit(limit, max_unpack_ratio)
-        yield from _rows(file.iter_batches(batch_size=_BATCH_ROWS, columns=names, use_threads=False), names)
+        yield from _rows(file.iter_batches(batch_size=_BATCH_ROWS, columns=names, use_threads=False))
 
 
 def read_arrow(path: Path, wanted: Collection[str] | None) -> Rows:
@@ -49,7 +49,7 @@ def read_arrow(path: Path, wanted: Collection[str] | None) -> Rows:
     """
     with arrow.opened_batches(path, _BATCH_ROWS) as (there, batches):
         names = _chosen(there, wanted)
-        yield from _rows((batch.select(names) for batch in batches), names)
+        yield from _rows(batch.select(names) for batch in batches)
 
 
 def _chosen(there: list[str], wanted: Collection[str] | None) -> list[str]:
@@ -62,7 +62,7 @@ def _chosen(there: list[str], wanted: Collection[str] | None) -> list[str]:
     return names
 
 
-def _rows(batches: Iterable[Any], names: list[str]) -> Rows:
+def _rows(batches: Iterable[Any]) -> Rows:
     number = 0
     for batch in batches:
         try:
@@ -72,5 +72,5 @@ def _rows(batches: Iterable[Any], names: list[str]) -> Rows:
                 f"rows {number} to {number + batch.num_rows - 1} hold text that is no UTF-8: {error}"
             ) from None
         for values in zip(*columns, strict=True):
-            yield number, f"row {number}", dict(zip(names, values, strict=True))
+            yield number, f"row {number}", dict(zip(batch.schema.names, values, strict=True))
             number += 1

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -221,11 +223,11 @@ def test_bad_files_are_skipped_whole_and_counted(tmp_path, capfd):
         ("a.json", b'[{"text": "x"}] []', "has more behind its array of rows"),
         ("a.json", b'[{"text": "x"}, {"txt": "y"}]', "row 1 has no field 'text'; it has 'txt'"),
         ("a.json", b'[{"a": ' + b"[" * 100_000, "row 0 is not JSON"),
-        ("a.txt.gz", b"no gzip", "is no gzip file"),
-        ("a.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "is no gzip file, or a damaged one"),
+        ("a.txt.gz", b"no gzip", "cannot be unpacked as gzip: "),
+        ("a.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "cannot be unpacked as gzip: "),
         ("a.txt.gz", gzip.compress(b"text \xff", mtime=0), "byte 5 is not UTF-8"),
-        ("a.txt.zst", b"no zstd", "is no Zstandard file"),
-        ("a.txt.zst", b"PACKED", "is a damaged Zstandard file: it ends too early"),
+        ("a.txt.zst", b"no zstd", "cannot be unpacked as Zstandard: "),
+        ("a.txt.zst", b"PACKED", "cannot be unpacked as Zstandard: it ends too early"),
         ("a.parquet.gz", b"", "cannot be read before it is unpacked"),
     ],
 )  # fmt: skip
@@ -260,11 +262,42 @@ def test_a_wrong_encoding_is_named_with_its_byte(tmp_path, encoding, data, messa
 def test_an_unknown_encoding_is_refused(encoding):
     """A codec that makes no text of bytes is refused with some that do."""
     with pytest.raises(ValueError, match=r"is not one of text; such are utf-8, .*latin-1"):
-        TextFiles(text=(), encoding=encoding)
-    with pytest.raises(ValueError, match="max_unpack_ratio must be >= 1, got 0"):
-        TextFiles(text=(), max_unpack_ratio=0)
-    with pytest.raises(ValueError, match="field is empty"):
-        TextFiles(text=(), field="")
+        TextFiles(text=(Path(),), encoding=encoding)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"text": (Path(),), "max_unpack_ratio": 0}, "max_unpack_ratio must be >= 1, got 0"),
+        ({"text": (Path(),), "field": ""}, "field is empty"),
+        ({"text": (), "exclude": ("*.md",)}, "exclude belongs to text, which is not given"),
+        ({"text": (), "on_bad_file": "skip"}, "on_bad_file belongs to text"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    """A value out of range, or one that nothing would use, is named."""
+    with pytest.raises(ValueError, match=message):
+        TextFiles(**settings)
+
+
+def test_a_directory_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    """Its files are not left out silently; of what is hidden nothing is looked at."""
+    for name in ("a", "secret", ".hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    scan = os.scandir
+
+    def scandir(path):
+        if Path(path).name in closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    closed = {".hidden"}
+    assert ["a", "secret"] == [text for _, text in read(tmp_path)]
+    closed = {"secret"}
+    with pytest.raises(PermissionError, match="secret"):
+        read(tmp_path, on_bad_file="skip")
 
 
 @pytest.mark.parametrize("kind", ["a.parquet", "file.arrow", "stream.arrow"])
