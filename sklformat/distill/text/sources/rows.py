@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from sklformat.distill.text.sources import json_rows, prose, streams, tables
+from sklformat.distill.text.sources import json_rows, prose, streams
 from sklformat.distill.text.sources.selection import File, find_files
 from sklformat.errors import FormatError
 from sklformat.settings.files import TextFiles
@@ -119,6 +119,8 @@ def _numbered(
             raise ValueError(
                 f"cannot be read before it is unpacked; such files are compressed inside, without {path.suffix}"
             )
+        from sklformat.distill.text.sources import tables  # noqa: PLC0415  loads pyarrow, an extra
+
         if kind == ".arrow":
             return tables.read_arrow(path, wanted)
         return tables.read_parquet(path, wanted, max_unpack_ratio=files.max_unpack_ratio)

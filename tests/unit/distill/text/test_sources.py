@@ -327,6 +327,28 @@ def test_a_saved_dataset_is_no_directory_of_texts(tmp_path):
     assert "give it as --dataset" in refusal(tmp_path)
 
 
+def test_a_missing_library_is_named_and_asked_for_only_where_it_is_needed(tmp_path):
+    """Without pyarrow and zstandard rows and texts are read; a file that needs one is refused, also under "skip"."""
+    write_rows(tmp_path / "a.jsonl.gz", [{"text": "x"}])
+    code = """
+import sys
+sys.modules |= {"pyarrow": None, "zstandard": None}
+from sklformat.distill.text.documents import read_documents
+from sklformat.settings.files import TextFiles
+from pathlib import Path
+place = Path(sys.argv[1])
+assert ["x"] == [document.text for document in read_documents(place)]
+for name in ("b.parquet", "b.arrow", "b.txt.zst"):
+    (place / name).write_bytes(b"anything")
+    try:
+        list(read_documents(TextFiles(text=(place / name,), on_bad_file="skip")))
+    except ModuleNotFoundError as error:
+        print(error.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert ["pyarrow", "pyarrow", "zstandard"] == done.stdout.split()
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
