@@ -3,6 +3,7 @@ Language models and tokenizers; the only door to transformers.
 
 devices       the devices that torch can use here, and the cores
 heads         what kind of output head a model has
+hub           names that are no path here, and whether the hub can be asked for them
 identities    fingerprints of a model's weights and config
 loading       models and tokenizers, loaded, created and saved
 outputs       hidden states, logits, and the head by itself

@@ -17,7 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sklformat.distill.models import tokenization
+from sklformat.distill.models import hub, tokenization
 from sklformat.files.directories import published
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -34,8 +34,10 @@ def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrain
     Raises:
         OSError: No tokenizer there.
     """
-    with _quiet(), _named(path, "tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(str(path), revision=revision or "main")
+    with _quiet(), _named(path, "tokenizer") as local:
+        return transformers.AutoTokenizer.from_pretrained(
+            str(path), revision=revision or "main", local_files_only=local
+        )
 
 
 def load_model(
@@ -70,9 +72,14 @@ def load_model(
             raise ModuleNotFoundError("spreading a model over several GPUs needs accelerate", name="accelerate")
         memory = {number: torch.cuda.mem_get_info(number)[0] * 9 // 10 for number in over}
         spread = {"device_map": "auto", "max_memory": memory}
-    with _quiet(), _named(path, "model"):
+    with _quiet(), _named(path, "model") as local:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=getattr(torch, dtype), output_loading_info=True, revision=revision or "main", **spread
+            str(path),
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            revision=revision or "main",
+            local_files_only=local,
+            **spread,
         )
     for what in ("missing_keys", "mismatched_keys"):
         if info[what]:  # transformers would continue with random weights
@@ -210,20 +217,26 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named(path: Path | str, what: str) -> Iterator[None]:
-    """Say in one line what could not be loaded from where."""
+def _named(path: Path | str, what: str) -> Iterator[bool]:
+    """Say in one line what could not be loaded from where; gives whether the hub must not be asked for it."""
+    not_asked = ""
     try:
-        yield
+        not_asked = hub.why_not_asked(str(path))
+        yield bool(not_asked)
     except (OSError, ValueError, SafetensorError) as error:
-        # A first line that ends in a colon says nothing without what it announces.
-        first, _, rest = str(error).strip().partition("\n")
-        reason = " ".join(f"{first} {rest}".split()) if first.rstrip().endswith(":") else first
-        raise OSError(f"{path}: cannot load a {what}{_hint(Path(path))} ({reason})") from error
+        raise OSError(f"{path}: cannot load a {what}{_reason(path, not_asked, error)}") from error
 
 
-def _hint(path: Path) -> str:
-    """What the user may have meant by a path or name where nothing can be loaded from."""
-    if not path.exists():
-        return "; it is no path here, and no such name is in the Hugging Face cache or hub"
-    inside = path / "model"  # of a directory that sklformat train made
-    return f"; did you mean {inside}?" if (inside / "config.json").exists() else ""
+def _reason(path: Path | str, not_asked: str, error: Exception) -> str:
+    """Why nothing can be loaded from a path or name, and what the user may have meant by it."""
+    if isinstance(error, FileNotFoundError) and error.filename == str(path):
+        return f"; {error.strerror}"
+    if not_asked:
+        return f"; there is no such directory, it is not (or not whole) in the Hugging Face cache, and {not_asked}"
+    # A first line that ends in a colon says nothing without what it announces.
+    first, _, rest = str(error).strip().partition("\n")
+    reason = " ".join(f"{first} {rest}".split()) if first.rstrip().endswith(":") else first
+    if not Path(path).exists():
+        return f"; there is no such directory, and the Hugging Face hub does not give it ({reason})"
+    inside = Path(path) / "model"  # of a directory that sklformat train made
+    return (f"; did you mean {inside}?" if (inside / "config.json").exists() else "") + f" ({reason})"
