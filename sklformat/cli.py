@@ -15,11 +15,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sklformat import SklError, UnfinishedError, __version__, recover, verify
 from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cache.report import inspect
+from sklformat.files.disk import refuse_held
 from sklformat.flags import UsageError, parse
 from sklformat.format.layout import PARTIAL_SUFFIX, UNBIASED_SAMPLERS
 from sklformat.settings.cache import CacheConfig
@@ -281,11 +283,19 @@ class _Verb:
     after_stop: str = "run the same command again to resume"
 
 
-def _learning(config_type: type[Any], module: str, function: str) -> Callable[[str, list[str]], int]:
-    """A verb of the learning side: its config, and the function that it calls; torch is loaded once the flags hold."""
+def _learning(
+    config_type: type[Any], module: str, function: str, *, holds: str | None = None
+) -> Callable[[str, list[str]], int]:
+    """
+    A verb of the learning side: its config, and the function that it calls; ``holds``: what its directory is there.
+
+    Torch is loaded once the flags are right and nobody else holds that directory.
+    """
 
     def run(name: str, arguments: list[str]) -> int:
         config, as_json = parse(config_type, name, arguments)
+        if holds is not None and os.environ.get("RANK", "0") == "0":  # no rank holds it before the first has come
+            refuse_held(Path(getattr(config, holds)))
         result = getattr(importlib.import_module(f"sklformat.distill.{module}"), function)(config)
         if os.environ.get("RANK", "0") == "0":  # torchrun's; every process has the same result
             _print_result(result, as_json=as_json)
@@ -308,10 +318,10 @@ def _long(config_type: type[Any], module: str, function: str) -> Callable[[str, 
 
 
 _AGAIN = "nothing was changed"
-_CACHE = _learning(CacheConfig, "teacher.caching", "cache_teacher")
-_TRAIN = _learning(TrainConfig, "student.training", "train")
+_CACHE = _learning(CacheConfig, "teacher.caching", "cache_teacher", holds="directory")
+_TRAIN = _learning(TrainConfig, "student.training", "train", holds="out")
 _EVAL = _learning(EvalConfig, "student.evaluation", "evaluate")
-_DEMO = _learning(DemoConfig, "demo.stages", "run_demo")
+_DEMO = _learning(DemoConfig, "demo.stages", "run_demo", holds="out")
 _CHECK = _long(CheckConfig, "check", "check")
 _CONVERT = _long(ConvertConfig, "interop", "convert")
 _VERBS = {

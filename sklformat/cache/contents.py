@@ -47,10 +47,9 @@ def mark_unfinished(directory: Path) -> None:
     Disk().sync_directory(directory)
 
 
-def unmark_unfinished(directory: Path, *more: str) -> None:
-    """Remove the mark, and files of ``more`` names with it, once the manifest is durable."""
-    for name in (UNFINISHED_NAME, *more):
-        (directory / name).unlink(missing_ok=True)
+def unmark_unfinished(directory: Path) -> None:
+    """Remove the mark once the manifest is durable."""
+    (directory / UNFINISHED_NAME).unlink(missing_ok=True)
     Disk().sync_directory(directory)
 
 

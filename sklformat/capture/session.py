@@ -26,15 +26,13 @@ from sklformat.capture.frames import Setup, merge_draws, pack_draws, pack_target
 from sklformat.capture.plan import ShardWork, places_of, sealed_entries, survey
 from sklformat.capture.ring import Ring
 from sklformat.errors import CaptureError, InUseError, RingClosedError
-from sklformat.files.disk import shared_directory
+from sklformat.files.disk import let_go, shared_directory
 from sklformat.format import layout
 from sklformat.format.header import Header
 from sklformat.format.listing import Entry
 from sklformat.format.records import SparseTargets
 
 __all__ = ["Capture", "ShardWork", "merge_draws"]
-
-"""An empty file that says of a directory without manifest: a capture has not ended here."""
 
 _WRITER_LOCK = ".writer.lock"
 _TAKEOVER_SECONDS = 60.0
@@ -197,7 +195,7 @@ class Capture:
 
     def unmark(self) -> None:
         """Remove the mark of an unfinished capture; done in every directory of the run, once the manifest is there."""
-        unmark_unfinished(self.directory, _WRITER_LOCK)
+        unmark_unfinished(self.directory)
 
     def shards(self) -> Iterator[ShardWork]:
         """Shards that still need sequences, in order; push those from ``next_sequence`` on, then go to the next."""
@@ -278,14 +276,20 @@ class Capture:
         with contextlib.ExitStack() as held:
             try:
                 lock = held.enter_context(
-                    shared_directory(self.directory, self._run, name=_WRITER_LOCK, patience=_TAKEOVER_SECONDS)
+                    shared_directory(
+                        self.directory, self._run, name=_WRITER_LOCK, patience=_TAKEOVER_SECONDS, inherited=True
+                    )
                 )
             except InUseError:
                 raise InUseError(
                     f"{self.directory}: the writer process of an interrupted capture is still writing; "
                     "wait for it, or end it"
                 ) from None
-            yield lock
+            try:
+                yield lock
+            finally:
+                if self._process is None or self._process.returncode is not None:
+                    let_go(lock, self.directory / _WRITER_LOCK)
 
     def _start(self, ring: Ring, writer_lock: int) -> subprocess.Popen[bytes]:
         """

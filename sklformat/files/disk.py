@@ -11,11 +11,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from sklformat.errors import InUseError, UnsupportedError
 from sklformat.files.regular import check_regular
+
+LOCK_NAME = ".lock"
+"""Of the file that holds a directory, while it is held."""
 
 _POLL_SECONDS = 0.02
 _ALONE_SECONDS = 2.0
@@ -106,40 +109,65 @@ def lock_named(fd: int, path: Path) -> None:
         InUseError: Another process holds it, or finished it between opening and locking.
     """
     lock(fd, path)
-    if not path.exists() or not os.path.samestat(os.fstat(fd), path.stat()):
+    if not _is_named(fd, path):
         raise InUseError(f"{path}: another process finished it just now; look again")
 
 
 @contextmanager
 def locked_directory(directory: Path) -> Iterator[None]:
     """
-    Hold a directory, made if it is missing, against a second writer.
+    Hold a directory, made if it is missing, against a second writer; no lock file is left behind.
 
     Raises:
         InUseError: Another process holds it.
     """
+    path = directory / LOCK_NAME
     directory.mkdir(parents=True, exist_ok=True)
-    fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    while True:
+        with ExitStack() as held:
+            fd = _open_lock(path, held)
+            lock(fd, directory)
+            if not _is_named(fd, path):
+                continue  # its holder removed it between opening and locking
+            held.callback(let_go, fd, path)
+            yield
+        return
+
+
+def refuse_held(directory: Path) -> None:
+    """
+    Look whether another process holds a directory now; hold and make nothing.
+
+    Raises:
+        InUseError: One does.
+    """
+    try:
+        fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return  # nobody holds it; or who wants to hold it is told what is wrong
     try:
         lock(fd, directory)
-        yield
     finally:
         os.close(fd)
 
 
 @contextmanager
-def shared_directory(directory: Path, run: str, *, name: str = ".lock", patience: float = 0.0) -> Iterator[int]:
+def shared_directory(
+    directory: Path, run: str, *, name: str = LOCK_NAME, patience: float = 0.0, inherited: bool = False
+) -> Iterator[int]:
     """
     Hold a directory, made if it is missing, together with the other processes of one run, against any other run.
 
-    No process leads: the first to come writes the run's name into the lock file, the others find their own there. A
-    process that inherits the descriptor holds the directory as well. ``locked_directory`` counts as another run.
+    No process leads: the first to come writes the run's name into the lock file, the others find their own there, the
+    last to go removes it.  ``locked_directory`` counts as another run.
 
     Args:
         directory: What to hold.
         run: Name of the run, of at most 255 bytes; the same in all of its processes and in no other run's.
         name: The lock file.
         patience: Seconds to wait for another run to let go.
+        inherited: Whether the descriptor goes to further processes, which hold the directory as well. The lock file
+            stays, until the caller knows that they have ended (``let_go``).
 
     Yields:
         The descriptor that holds the lock.
@@ -147,19 +175,49 @@ def shared_directory(directory: Path, run: str, *, name: str = ".lock", patience
     Raises:
         InUseError: Another run holds it still.
     """
+    path = directory / name
     directory.mkdir(parents=True, exist_ok=True)
-    fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    begin = time.monotonic()
+    while True:
+        with ExitStack() as held:
+            fd = _open_lock(path, held)
+            if joined := _join_run(fd, directory, run):
+                if not _is_named(fd, path):
+                    continue  # the last of a run removed it between opening and locking
+                if not inherited:
+                    held.callback(let_go, fd, path)
+                yield fd
+                return
+        # A process of the same run holds the lock alone for the moment in which it comes first.
+        limit = patience if joined is False else max(patience, _ALONE_SECONDS)
+        if time.monotonic() - begin > limit:
+            raise _in_use(directory)
+        time.sleep(_POLL_SECONDS)
+
+
+def let_go(fd: int, path: Path) -> None:
+    """
+    Remove a lock file that is about to be closed, unless other processes hold it too.
+
+    Whoever opened it before and locks it afterwards finds that it lost its name, and looks again.
+    """
+    with suppress(OSError):  # a file that stays does no harm
+        if _flock(fd, path, "LOCK_EX") and _is_named(fd, path):
+            path.unlink()
+
+
+def _open_lock(path: Path, held: ExitStack) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    held.callback(os.close, fd)
+    return fd
+
+
+def _is_named(fd: int, path: Path) -> bool:
+    """Whether a path still names the file that was opened there."""
     try:
-        begin = time.monotonic()
-        while not (joined := _join_run(fd, directory, run)):
-            # A process of the same run holds the lock alone for the moment in which it comes first.
-            limit = patience if joined is False else max(patience, _ALONE_SECONDS)
-            if time.monotonic() - begin > limit:
-                raise _in_use(directory)
-            time.sleep(_POLL_SECONDS)
-        yield fd
-    finally:
-        os.close(fd)
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _join_run(fd: int, directory: Path, run: str) -> bool | None:

@@ -23,7 +23,7 @@ from sklformat.cache.report import inspect
 from sklformat.cache.writer import ShardWriter
 from sklformat.capture.plan import survey
 from sklformat.errors import CorruptError, SettingsError
-from sklformat.files.disk import Disk, lock, locked_directory, write_atomically
+from sklformat.files.disk import LOCK_NAME, Disk, lock, locked_directory, refuse_held, write_atomically
 from sklformat.format.columns import follow_records
 from sklformat.format.header import Header
 from sklformat.format.layout import PARTIAL_SUFFIX
@@ -35,7 +35,6 @@ from sklformat.interop.transforms import RatioLoss, quantised, target_header, to
 from sklformat.settings.convert import ConvertConfig
 
 _MARK = ".conversion.json"
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +222,7 @@ def _check_directory(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise FileExistsError(f"{directory}: is a file; choose another destination, or remove it first")
-    names = {path.name for path in directory.iterdir()} - {_LOCK}
+    names = {path.name for path in directory.iterdir()} - {LOCK_NAME}
     if names and (_MARK not in names or MANIFEST_NAME in names):
         there = MANIFEST_NAME if MANIFEST_NAME in names else min(names)
         raise FileExistsError(
@@ -233,9 +232,7 @@ def _check_directory(directory: Path) -> None:
 
 def _check_idle(directory: Path) -> None:
     """What another process is writing must not be called a leftover that one may remove."""
-    if (directory / _LOCK).exists():
-        with locked_directory(directory):
-            pass
+    refuse_held(directory)
     for partial in directory.glob(f"*.skl{PARTIAL_SUFFIX}"):
         with contextlib.suppress(FileNotFoundError), partial.open("rb") as file:  # sealed since it was listed
             lock(file.fileno(), partial)

@@ -73,7 +73,7 @@ def check_and_finish(directory, undisturbed):
         push_all(run)
     assert undisturbed == shard_bytes(directory)
     assert [] == skl.verify(directory)
-    assert {"manifest.json", ".lock", *undisturbed} == {path.name for path in directory.iterdir()}
+    assert {"manifest.json", *undisturbed} == {path.name for path in directory.iterdir()}
     return kept
 
 

@@ -57,7 +57,7 @@ def command(place, out):
 def check_sound(place, out):
     assert shard_bytes(place / "whole") == shard_bytes(out)
     assert [] == skl.verify(out)
-    assert {"manifest.json", ".lock", "tokens", *shard_bytes(out)} == {path.name for path in out.iterdir()}
+    assert {"manifest.json", "tokens", *shard_bytes(out)} == {path.name for path in out.iterdir()}
 
 
 def test_one_killed_rank_ends_all_and_three_go_on(place, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 
 import sklformat as skl
 from sklformat import cli
+from sklformat.files.disk import locked_directory, shared_directory
 from sklformat.flags import parse
 from sklformat.settings.cache import CacheConfig
 
@@ -325,6 +326,34 @@ def test_output_to_nobody(cache):
 def test_numbers_print_short():
     """A ratio of an empty cache has no number."""
     assert ("-", "2.50") == (cli._number(None), cli._number(np.float64(2.5)))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("cache", "--teacher", "t", "--text", "x", "--out"),
+        ("train", "--tokens", "t", "--seq-len", "4", "--method", "ce", "--out"),
+        ("demo", "--out"),
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("hold", [locked_directory, lambda path: shared_directory(path, "a run")])
+def test_a_directory_in_use_is_answered_without_torch(tmp_path, words, hold):
+    """Whoever comes to a directory that another process holds is told before anything heavy is loaded."""
+    code = """
+import sys
+from sklformat.cli import main
+status = main(sys.argv[1:])
+print(status, sorted({"torch", "transformers", "tqdm"} & set(sys.modules)))
+"""
+    with hold(tmp_path / "held"):
+        command = [sys.executable, "-c", code, *words, str(tmp_path / "held")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "1 []\n" == done.stdout
+    place = f"{tmp_path}/held"
+    message = f"{place}: another process is writing here; wait for it, or choose another place"
+    assert f"sklformat {words[0]}: {message}\n" == done.stderr
+    assert [] == list((tmp_path / "held").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from sklformat.errors import CorruptError, SettingsError
 from sklformat.files.directories import published, refuse_foreign
-from sklformat.files.disk import Disk, locked_directory, write_atomically
+from sklformat.files.disk import LOCK_NAME, Disk, locked_directory, write_atomically
 
 _SETTINGS, _SUMMARY, _CHECKPOINT, _LOG, _MODEL = "run.json", "summary.json", "checkpoint.pt", "metrics.jsonl", "model"
-_LOCK = re.compile(r"\.lock")
+_LOCK = re.compile(re.escape(LOCK_NAME))
 
 
 Report = Callable[[int, int, float], None]

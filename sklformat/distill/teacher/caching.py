@@ -50,7 +50,7 @@ from sklformat.settings.cache import CacheConfig
 
 _SHARD = re.compile(r"shard-\d{5,}\.skl(\.partial)?")
 # What a run leaves that stopped early.
-_BEFORE_SHARDS = re.compile(rf"\.lock|\.writer\.lock|{re.escape(UNFINISHED_NAME)}|{TOKENS_NAME}(\.partial)?")
+_BEFORE_SHARDS = re.compile(rf"\.(writer\.)?lock|{re.escape(UNFINISHED_NAME)}|{TOKENS_NAME}(\.partial)?")
 # With a URL the shards go, and the manifest goes last.
 _BEFORE_PUBLISHED = re.compile(rf"{_BEFORE_SHARDS.pattern}|(\.?){re.escape(MANIFEST_NAME)}(\.tmp)?")
 _PUBLISHED = re.compile(rf"{_SHARD.pattern}|{re.escape(MANIFEST_NAME)}")

@@ -27,7 +27,7 @@ def write(directory, first=0, **changes):
 
 
 def content(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.fixture

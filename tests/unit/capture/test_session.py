@@ -57,7 +57,7 @@ def test_draws_become_the_shards_a_plain_writer_makes(tmp_path):
     assert [ShardWork(0, 0, 4, 0), ShardWork(1, 4, 4, 4), ShardWork(2, 8, 3, 8)] == works
     assert expected == shard_bytes(tmp_path / "cache")
     assert (NUM_SEQUENCES, []) == (capture.durable, skl.verify(tmp_path / "cache"))
-    assert {"manifest.json", ".lock", *expected} == names(tmp_path / "cache")
+    assert {"manifest.json", *expected} == names(tmp_path / "cache")
     assert NUM_SEQUENCES == len(skl.open(tmp_path / "cache"))
 
 
@@ -226,7 +226,7 @@ def test_an_exception_keeps_what_was_pushed(tmp_path):
             capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
         raise KeyboardInterrupt
     assert 6 == capture.durable
-    left = {"shard-00000.skl", "shard-00001.skl.partial", "capture.skl.partial", ".lock", ".writer.lock"}
+    left = {"shard-00000.skl", "shard-00001.skl.partial", "capture.skl.partial"}
     assert left == names(tmp_path / "cache")
     with open_capture(tmp_path / "cache") as capture:
         assert [ShardWork(1, 4, 4, 6), ShardWork(2, 8, 3, 8)] == list(capture.shards())
@@ -291,7 +291,7 @@ def test_a_capture_stopped_between_two_shards_is_no_cache(tmp_path):
         for sequence in range(PER_SHARD):
             capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
         raise KeyboardInterrupt
-    assert {"shard-00000.skl", "capture.skl.partial", ".lock", ".writer.lock"} == names(tmp_path / "cache")
+    assert {"shard-00000.skl", "capture.skl.partial"} == names(tmp_path / "cache")
     with pytest.raises(skl.MissingShardError, match=r"capture\.skl\.partial: the shard is unfinished"):
         skl.open(tmp_path / "cache")
     assert ["UnfinishedError"] == [problem.error for problem in skl.verify(tmp_path / "cache")]
@@ -319,7 +319,7 @@ def test_ranks_share_a_cache(tmp_path):
     assert not (tmp_path / "cache" / "manifest.json").exists()
     entries = ranks[0].finish()
     assert [(0, 4), (4, 4), (8, 3)] == [(entry.first_sequence, entry.num_sequences) for entry in entries]
-    assert {"manifest.json", ".lock", *expected} == names(tmp_path / "cache")
+    assert {"manifest.json", *expected} == names(tmp_path / "cache")
     assert (expected, []) == (shard_bytes(tmp_path / "cache"), skl.verify(tmp_path / "cache"))
 
 
@@ -399,6 +399,7 @@ def test_other_settings_are_refused(tmp_path, changes, message):
     with pytest.raises(skl.SettingsError, match=message), open_capture(tmp_path / "cache", **changes):
         pass
     assert before == shard_bytes(tmp_path / "cache")
+    assert not {name for name in names(tmp_path / "cache") if "lock" in name}
 
 
 def test_an_unfinished_shard_of_other_settings_is_refused(tmp_path):

@@ -65,6 +65,7 @@ def test_locked_directory(tmp_path):
         pass
     with disk.locked_directory(path):
         assert path.is_dir()
+    assert [] == list(path.iterdir())
 
 
 def test_shared_directory(tmp_path):
@@ -86,7 +87,7 @@ def test_shared_directory(tmp_path):
 
 def test_a_run_waits_for_the_one_before(tmp_path):
     """With patience, another run's end is waited for; what inherits the descriptor holds the directory on."""
-    with disk.shared_directory(tmp_path, "a") as held:
+    with disk.shared_directory(tmp_path, "a", inherited=True) as held:
         inherited = os.dup(held)
     thread = threading.Timer(0.1, os.close, [inherited])
     with pytest.raises(InUseError), disk.shared_directory(tmp_path, "b"):
@@ -94,6 +95,75 @@ def test_a_run_waits_for_the_one_before(tmp_path):
     thread.start()
     with disk.shared_directory(tmp_path, "b", patience=30):
         thread.join()
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_refused_run_leaves_what_it_found(tmp_path):
+    """Whoever is refused removes nothing that another holds, and whoever fails removes what it made."""
+    with disk.shared_directory(tmp_path, "a"):
+        with pytest.raises(InUseError), disk.shared_directory(tmp_path, "b"):
+            pass
+        with pytest.raises(InUseError, match="another process is writing here"):
+            disk.refuse_held(tmp_path)
+        with pytest.raises(ZeroDivisionError), disk.shared_directory(tmp_path, "a"):
+            raise ZeroDivisionError
+        assert [tmp_path / ".lock"] == list(tmp_path.iterdir())
+    for hold in (disk.shared_directory(tmp_path, "b"), disk.locked_directory(tmp_path)):
+        with pytest.raises(ZeroDivisionError), hold:
+            raise ZeroDivisionError
+        assert [] == list(tmp_path.iterdir())
+    disk.refuse_held(tmp_path)
+    disk.refuse_held(tmp_path / "nowhere")
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_lock_file_that_went_between_opening_and_locking(tmp_path, monkeypatch):
+    """A lock on a file that its holder has removed holds nothing: the directory is locked by its new file."""
+    real, removed = disk._flock, []
+
+    def flock(fd, path, operation):
+        if not removed:
+            removed.append((tmp_path / ".lock").unlink())
+        return real(fd, path, operation)
+
+    for hold in (lambda: disk.locked_directory(tmp_path), lambda: disk.shared_directory(tmp_path, "a")):
+        removed.clear()
+        monkeypatch.setattr(disk, "_flock", flock)
+        with hold():
+            assert removed
+            monkeypatch.setattr(disk, "_flock", real)
+            with pytest.raises(InUseError), disk.locked_directory(tmp_path):
+                pass
+
+
+def test_one_holder_at_a_time(tmp_path):
+    """Processes that take and leave a directory as fast as they can, removing its lock file, never hold it together."""
+    code = """
+import os, sys
+from pathlib import Path
+from sklformat.errors import InUseError
+from sklformat.files.disk import locked_directory, shared_directory
+directory, kind = Path(sys.argv[1]), sys.argv[2]
+sys.stdin.read()
+held = 0
+while held < 40:
+    try:
+        with locked_directory(directory) if kind == "alone" else shared_directory(directory, kind + str(held)):
+            os.close(os.open(directory / "taken", os.O_CREAT | os.O_EXCL))
+            (directory / "taken").unlink()
+            held += 1
+    except InUseError:
+        pass
+"""
+    start, hold = os.pipe()
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), kind], stdin=start, stderr=subprocess.PIPE)
+        for kind in ("alone", "alone", "a", "b")
+    ]
+    os.close(start)
+    os.close(hold)
+    assert [(b"", 0)] * 4 == [(process.communicate()[1], process.returncode) for process in processes]
+    assert [] == list(tmp_path.iterdir())
 
 
 def test_processes_of_a_run_come_at_once(tmp_path):
