@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sklformat import SklError, UnfinishedError, __version__, recover, verify
+from sklformat import SklError, UnfinishedError, __version__, progress, recover, verify
 from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cache.report import inspect
 from sklformat.files.disk import refuse_held
@@ -153,26 +153,18 @@ def _print_table(values: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _progress(unit: str, *, scale: bool = False) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar on stderr where that is a terminal; takes (what is being done, how far, of how much)."""
-    from tqdm import tqdm  # noqa: PLC0415  an extra
+def _progress(unit: progress.Unit) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show how far a verb is, part after part; takes (what is being done, how far, of how much)."""
+    with contextlib.ExitStack() as part:
+        reaches: dict[str, progress.Reach] = {}
 
-    bars: dict[str, Any] = {}
+        def tell(doing: str, done: int, total: int | None) -> None:
+            if doing not in reaches:
+                part.close()
+                reaches[doing] = part.enter_context(progress.show(doing, total, unit=unit))
+            reaches[doing](done)
 
-    def tell(doing: str, done: int, total: int | None) -> None:
-        if doing not in bars:
-            close()
-            bars[doing] = tqdm(desc=doing, total=total, unit=unit, unit_scale=scale, disable=None)
-        bars[doing].update(done - bars[doing].n)
-
-    def close() -> None:
-        for bar in bars.values():
-            bar.close()
-
-    try:
         yield tell
-    finally:
-        close()
 
 
 # --- the verbs -------------------------------------------------------------------------------------------------------
@@ -228,14 +220,14 @@ def _number(value: float | None) -> str:
 def _run_verify(name: str, arguments: list[str]) -> int:
     config, as_json = parse(VerifyConfig, name, arguments, positional=True)
     checked = 0
-    with _progress("B", scale=True) as tell:
+    with _progress("byte") as tell:
 
-        def progress(done: int, total: int) -> None:
+        def follow(done: int, total: int) -> None:
             nonlocal checked
             checked = done
             tell("verify", done, total)
 
-        problems = verify(config.path, progress)
+        problems = verify(config.path, follow)
     unfinished = bool(problems) and all(problem.error == UnfinishedError.__name__ for problem in problems)
     if as_json:
         _print_json(
@@ -309,7 +301,7 @@ def _long(config_type: type[Any], module: str, function: str) -> Callable[[str, 
 
     def run(name: str, arguments: list[str]) -> int:
         config, as_json = parse(config_type, name, arguments, positional=True)
-        with _progress("seq") as tell:
+        with _progress("sequence") as tell:
             result = getattr(importlib.import_module(f"sklformat.{module}"), function)(config, tell)
         _print_result(result, as_json=as_json)
         return 0

@@ -1,10 +1,20 @@
 """What tests ask of the system, and how they wait: as long as it takes, and not for ever."""
 
 import os
+import re
 import time
 from pathlib import Path
 
 HANGS = 1200  # seconds; a guard, not a figure: what takes so long on the busiest machine never ends
+
+_PROGRESS = re.compile(r"(cache|check|convert|eval|train|verify)( [^:]+)?: .+\n")
+
+
+def complaint(stderr):
+    """What a command said beside its progress, which is in whole lines: one line at most."""
+    lines = [line for line in stderr.splitlines(keepends=True) if not _PROGRESS.fullmatch(line)]
+    assert len(lines) <= 1, stderr
+    return "".join(lines)
 
 
 def wait_for(condition):

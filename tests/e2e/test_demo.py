@@ -152,6 +152,9 @@ def test_ctrl_c_is_clean_and_processes_give_the_same_figures(finished, text, tmp
     wait_for(lambda: not members(process.pid))
     status, out, err = forked.run(demo_data.run, tmp_path / "run", text, second)
     assert status == 0, err
+    assert not {"\r", "\x1b"} & set(err)  # a log holds lines, of all processes
+    for line in ("2/6 teacher: training on the text", "train full: 0 of 20 steps", "eval: 0 of 16 sequences"):
+        assert f"{line}\n" in err
     stored = json.loads((tmp_path / "run" / "result.json").read_text())
     assert figures(finished) == stored["rows"]
     assert (tmp_path / "run" / "REPORT.md").read_text() in out

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +53,7 @@ from sklformat.errors import CorruptError
 from sklformat.files.directories import published
 from sklformat.files.disk import write_atomically
 from sklformat.plot import plot_comparison
+from sklformat.progress import say
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.demo import DemoConfig
 from sklformat.settings.eval import EvalConfig
@@ -149,10 +149,10 @@ def run_demo(config: DemoConfig) -> DemoResult:
 
 @contextmanager
 def _stage(name: str) -> Iterator[None]:
-    sys.stderr.write(f"{name}\n")
+    say(name)
     started = time.monotonic()
     yield
-    sys.stderr.write(f"    done in {time.monotonic() - started:.1f} s\n")
+    say(f"    done in {time.monotonic() - started:.1f} s")
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def _prepare_text(config: DemoConfig, size: Size) -> int:
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             encoding=Encoding.of(encode),
         )
-        sys.stderr.write(f"    {name}: {store.facts.num_documents} documents, {store.facts.num_tokens:,} tokens\n")
+        say(f"    {name}: {store.facts.num_documents} documents, {store.facts.num_tokens:,} tokens")
     return min(size.eval_sequences, _num_packed(config, size, "held-out"))
 
 
@@ -249,9 +249,9 @@ def _verify(caches: list[CacheConfig]) -> None:
                 f"{len(problems)} problems, the first: {problems[0]}; delete this cache and run again", path=cache.out
             )
         facts = inspect(cache.out)
-        sys.stderr.write(
+        say(
             f"    {cache.out}: {facts['sequences']} sequences sound, {facts['unique_tokens_per_position']:.2f} unique "
-            f"tokens and {facts['bytes_per_position']:.1f} bytes per position\n"
+            f"tokens and {facts['bytes_per_position']:.1f} bytes per position"
         )
 
 

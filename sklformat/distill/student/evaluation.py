@@ -17,7 +17,6 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sklformat.distill.losses import metrics
 from sklformat.distill.models import loading, outputs, tokenization
@@ -29,6 +28,7 @@ from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.files.disk import write_atomically
 from sklformat.format import order
+from sklformat.progress import say, show
 from sklformat.settings.eval import EvalConfig
 from sklformat.settings.files import TextFiles
 
@@ -97,7 +97,7 @@ def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
 
     Args:
         config: What to measure on what.
-        progress: Whether to draw a progress bar on stderr.
+        progress: Whether to say on stderr how far it is.
 
     Returns:
         The figures; also written to ``config.out`` as JSON.
@@ -110,6 +110,8 @@ def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
     Source: Anshumann et al. 2025 (arXiv 2503.16870), section 4 and Table 5.
     """
     device = find_device(config.device)
+    if progress:
+        say(f"eval: loading {config.student} and reading the text")
     with _token_store(config) as store:
         return _evaluate(config, store, device, progress=progress)
 
@@ -155,7 +157,7 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
     # Neighbouring sequences are often of one document: take them from all over the text.
     chosen = np.sort(order.permute(np.arange(count), len(sequences), seed=config.packing_seed))
     sums = metrics.EvaluationSums(config.bins)
-    with torch.inference_mode(), tqdm(total=count, desc="eval", unit="seq", disable=None if progress else True) as bar:
+    with torch.inference_mode(), show("eval", count, unit="sequence", shown=progress) as reach:
         for start in range(0, count, config.batch_size):
             indices = chosen[start : start + config.batch_size]
             tokens = torch.from_numpy(np.stack([sequences[int(index)] for index in indices]).astype(np.int64))
@@ -163,7 +165,7 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
             logits = _logits(student, tokens, facts.vocab_size, config.student)
             reference = None if teacher is None else _logits(teacher, tokens, facts.vocab_size, str(config.teacher))
             sums.update(logits, tokens[:, 1:].flatten(), reference)
-            bar.update(len(indices))
+            reach(start + len(indices))
     evaluation = _result(config, sums, count, facts.bos)
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)

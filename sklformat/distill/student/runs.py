@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from sklformat.errors import CorruptError, SettingsError
 from sklformat.files.directories import published, refuse_foreign
 from sklformat.files.disk import LOCK_NAME, Disk, locked_directory, write_atomically
+from sklformat.progress import Reach, say, show
 
 _SETTINGS, _SUMMARY, _CHECKPOINT, _LOG, _MODEL = "run.json", "summary.json", "checkpoint.pt", "metrics.jsonl", "model"
+_BOARD = "tensorboard"
 _LOCK = re.compile(re.escape(LOCK_NAME))
 
 
@@ -182,41 +183,52 @@ def _compare_settings(directory: Path, there: Mapping[str, Any], wanted: Mapping
 
 class Reporter:
     """
-    Tells of a run's progress: log, TensorBoard where it is installed, and a progress bar or a callback.
+    Tells of a run's progress: log, TensorBoard where it is installed, and stderr or a callback.
+
+    A context.
 
     Args:
         run: Where the log goes; None: say nothing (the further processes of one run).
         first: Steps done before.
         steps: Steps in total.
-        name: Stands before the bar.
-        report: Called instead of drawing a bar.
+        name: Stands before what is said.
+        report: Called instead of saying anything.
     """
 
     def __init__(self, run: Run | None, *, first: int, steps: int, name: str, report: Report | None) -> None:
-        self._run, self._steps, self._report = run, steps, report
-        self._board = None if run is None else _tensorboard(run.directory / "tensorboard", first)
-        silent = run is None or report is not None
-        self._bar = None if silent else tqdm(total=steps, initial=first, desc=name, unit="step", disable=None)
+        self._run, self._first, self._steps, self._name, self._report = run, first, steps, name, report
+        self._board: Any = None
+        self._reach: Reach = lambda _done, _note="": None
+        self._note = ""
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Reporter:
+        if self._run is not None:
+            self._board = _tensorboard(self._run.directory / _BOARD, self._first)
+            if self._board is not None:
+                self._held.callback(self._board.close)
+            if self._report is None:
+                curves = "" if self._board is None else f", and in {self._run.directory / _BOARD} for TensorBoard"
+                say(f"{self._name}: the log is in {self._run.directory / _LOG}{curves}")
+                self._reach = self._held.enter_context(show(self._name, self._steps, unit="step", first=self._first))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for part in (self._bar, self._board):
-            if part is not None:
-                part.close()
+        self._held.close()
+
+    def reach(self, step: int) -> None:
+        """Tell that ``step`` steps are done."""
+        self._reach(step, self._note)
 
     def line(self, step: int, row: Mapping[str, float]) -> None:
-        """Tell that ``step`` steps are done; ``row`` has at least the key "loss"."""
+        """Log what ``step`` steps have come to; ``row`` has at least the key "loss"."""
         if self._run is None:
             return
         self._run.log({"step": step, **row})
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-            self._bar.update(step - self._bar.n)
+        self._note = f"loss {row['loss']:.4f}"
         if self._report is not None:
             self._report(step, self._steps, row["loss"])
 

@@ -29,6 +29,7 @@ from sklformat.distill.models.devices import find_device
 from sklformat.distill.student import runs, streams
 from sklformat.distill.student.inputs import load_student, load_teacher, open_stream, settings_of
 from sklformat.distill.student.schedule import learning_rate_at
+from sklformat.progress import say
 from sklformat.settings.train import TrainConfig
 
 CLIP_NORM = 1.0
@@ -73,7 +74,7 @@ def train(config: TrainConfig, *, report: runs.Report | None = None) -> TrainSum
 
     Args:
         config: The run.
-        report: Told of each line of the log, on the first process; None: a progress bar on stderr.
+        report: Told of each line of the log, on the first process; None: said on stderr.
 
     Returns:
         The summary, also kept in ``summary.json``; the model is in ``model/``, the log in ``metrics.jsonl``.
@@ -86,6 +87,8 @@ def train(config: TrainConfig, *, report: runs.Report | None = None) -> TrainSum
         ValueError: A wrong argument, no such device, too few sequences for a step, or a loss that is no longer finite.
     """
     with _processes(config.device) as (rank, world_size, device):
+        if rank == 0 and report is None:
+            say(f"train {config.method}: opening {config.cache or config.tokens} and {_student_of(config)}")
         stream = open_stream(config, rank, world_size)
         student = load_student(config, stream)
         teacher = None if config.teacher is None else load_teacher(config, stream, student)
@@ -97,6 +100,10 @@ def train(config: TrainConfig, *, report: runs.Report | None = None) -> TrainSum
             if summary is None:
                 summary = _Training(config, stream, student, teacher, run, rank, world_size, device).run_to_end(report)
     return TrainSummary(**{**summary, "model": Path(config.out) / "model"})
+
+
+def _student_of(config: TrainConfig) -> str:
+    return "a new student" if config.student is None else f"the student {config.student}"
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -160,6 +167,7 @@ class _Training:
                     loss = self.loss_sum / self.loss_steps
                     self.loss_sum, self.loss_steps = 0.0, 0
                     reporter.line(self.step, self._row(loss, rate, float(norm)))
+                reporter.reach(self.step)
         summary = {
             "method": config.method,
             "steps": config.steps,

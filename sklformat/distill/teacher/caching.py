@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cache.manifest import MANIFEST_NAME
@@ -46,6 +45,7 @@ from sklformat.files.disk import shared_directory
 from sklformat.format.columns import STARTS
 from sklformat.format.header import Header
 from sklformat.format.listing import Entry, cache_fingerprint
+from sklformat.progress import say, show
 from sklformat.settings.cache import CacheConfig
 
 _SHARD = re.compile(r"shard-\d{5,}\.skl(\.partial)?")
@@ -55,7 +55,6 @@ _BEFORE_SHARDS = re.compile(rf"\.(writer\.)?lock|{re.escape(UNFINISHED_NAME)}|{T
 _BEFORE_PUBLISHED = re.compile(rf"{_BEFORE_SHARDS.pattern}|(\.?){re.escape(MANIFEST_NAME)}(\.tmp)?")
 _PUBLISHED = re.compile(rf"{_SHARD.pattern}|{re.escape(MANIFEST_NAME)}")
 _DRAW_THREADS = 8  # at most; beside a GPU one core cannot keep up
-_LOG_SECONDS = 60.0  # between two lines of progress where nobody watches a terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +136,8 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
     # Held from here on, so that a second run is refused before it works.
     with shared_directory(config.directory, run):
         dtype = _dtype(config, device)
+        if ranks.rank == 0:
+            say(f"cache {config.directory.name}: loading the teacher {config.teacher}, then reading all tokens")
         model = loading.load_model(config.teacher_name, dtype=dtype, device=device, revision=config.revision, over=over)
         vocab_size = loading.check_fit(tokenizer, model, seq_len=config.seq_len)
         packed = ranks.in_turn(lambda check: source.pack(check=check))
@@ -198,7 +199,8 @@ class _Part:
                 works = list(self._capture.shards())
                 self._total = self._capture.num_own_sequences
                 cuts = [work.cut for work in works if work.cut is not None]
-                sys.stderr.writelines(f"{cut}; captured again from there\n" for cut in cuts)
+                for cut in cuts:
+                    say(f"{cut}; captured again from there")
                 self._there = self._total - sum(work.end - work.next_sequence for work in works)
                 outputs = outputs_of(self._config, teacher, self._packed, works)
                 push = self._push_draws if on_device else self._push_records
@@ -256,30 +258,21 @@ class _Part:
 
     def _follow(self, pushed: Iterable[tuple[Output, int]], begin: float) -> None:
         """Count sequences while they are handed over, and the bytes of their records; show the progress."""
-        with self._progress() as progress:
+        ranks, there = self._ranks, self._there or 0
+        # On a terminal the bars of several ranks would fall over each other.
+        shown = not sys.stderr.isatty() or ranks.local_rank == 0
+        name = f"cache {self._config.directory.name}" + (f", rank {ranks.rank}" if ranks.world_size > 1 else "")
+        with show(name, self._total, unit="sequence", first=there, shown=shown) as reach:
             for output, num_records in pushed:
                 self.made += 1
                 self.positions += output.num_counted
                 self._bytes += block_size(self._capture.header, output.tokens.size - 1, num_records)
                 seconds, positions = time.perf_counter() - begin, self.positions
-                progress.set_postfix_str(
+                reach(
+                    there + self.made,
                     f"{positions / seconds:,.0f} positions/s, {self._bytes / positions:.1f} bytes per position, "
                     f"waited {self._capture.wait_seconds / seconds:.1%}",
-                    refresh=False,
                 )
-                progress.update()
-
-    def _progress(self) -> Any:
-        """A bar on a terminal; elsewhere a line per minute, so that the log of a long run says where it is."""
-        seen = sys.stderr.isatty()
-        return tqdm(
-            total=self._total,
-            initial=self._there or 0,
-            desc="cache" if self._ranks.world_size == 1 else f"cache, rank {self._ranks.rank}",
-            unit="seq",
-            disable=seen and self._ranks.local_rank > 0,
-            **({} if seen else {"delay": _LOG_SECONDS, "mininterval": _LOG_SECONDS, "ascii": True}),
-        )
 
 
 def _devices(config: CacheConfig, ranks: Ranks) -> tuple[torch.device, list[int]]:
