@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import json
 import os
@@ -21,8 +22,9 @@ from typing import Any
 from sklformat import SklError, UnfinishedError, __version__, progress, recover, verify
 from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cache.report import inspect
+from sklformat.errors import WriteError
 from sklformat.files.disk import refuse_held
-from sklformat.flags import UsageError, parse
+from sklformat.flags import UsageError, in_flags, parse
 from sklformat.format.layout import PARTIAL_SUFFIX, UNBIASED_SAMPLERS
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.convert import ConvertConfig
@@ -34,6 +36,7 @@ from sklformat.settings.train import TrainConfig
 
 UNFINISHED, DAMAGED = 1, 3
 STOPPED = 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 # What installs a module that an optional part needs.
 _EXTRAS = {
@@ -80,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # tyro's, after it printed the help that was asked for
         return int(end.code or 0)
     except UsageError as error:
-        return _fail(name, f"{error}; see {name} --help", 2)
+        return _fail(name, f"{verb.in_flags(error)}; see {name} --help", 2)
     except BrokenPipeError:  # the reader of our output left, as in "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -90,10 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(name, f"this needs {package}; install it: pip install 'sklformat[{_EXTRAS[package]}]'", 1)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return _fail(name, f"{where}{error.strerror}" if error.strerror else str(error), 1)
+        return _fail(name, _of_system(error), 1)
     except (SklError, ValueError) as error:
-        return _fail(name, str(error), 1)
+        return _fail(name, verb.in_flags(error), 1)
     except (RuntimeError, MemoryError) as error:
         if not _is_memory_short(error):
             raise
@@ -102,6 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         return _fail(name, str(stop) or f"stopped; {verb.after_stop}", STOPPED)
     return status
+
+
+def _of_system(error: OSError) -> str:
+    """What the system could not do, where, and what to do where that is known."""
+    if isinstance(error, WriteError):
+        return f"{error.reason}: make room or fix the disk, then run the same command again"
+    where = f"{error.filename}: " if error.filename is not None else ""
+    said = f"{where}{error.strerror}" if error.strerror else str(error)
+    return f"{said}: make room, then run the same command again" if error.errno in _NO_ROOM else said
 
 
 def _is_memory_short(error: BaseException) -> bool:
@@ -271,8 +282,13 @@ def _run_estimate(name: str, arguments: list[str]) -> int:
 @dataclass(frozen=True)
 class _Verb:
     summary: str
+    config: type[Any]
     run: Callable[[str, list[str]], int]
     after_stop: str = "run the same command again to resume"
+
+    def in_flags(self, error: Exception) -> str:
+        """What an error says, in the words of this verb's command line."""
+        return in_flags(str(error), self.config)
 
 
 def _learning(
@@ -317,14 +333,14 @@ _DEMO = _learning(DemoConfig, "demo.stages", "run_demo", holds="out")
 _CHECK = _long(CheckConfig, "check", "check")
 _CONVERT = _long(ConvertConfig, "interop", "convert")
 _VERBS = {
-    "cache": _Verb("run a teacher over text and keep its distributions", _CACHE),
-    "estimate": _Verb("predict what a capture will cost", _run_estimate, _AGAIN),
-    "train": _Verb("train a student from a cache, from text or from a teacher", _TRAIN),
-    "eval": _Verb("measure a student on held-out text", _EVAL, _AGAIN),
-    "demo": _Verb("run the whole pipeline once, from text to the paper's table", _DEMO),
-    "inspect": _Verb("show what a cache holds", _run_inspect, _AGAIN),
-    "verify": _Verb("check every byte of a cache", _run_verify, _AGAIN),
-    "recover": _Verb("keep the whole sequences of an unfinished shard", _run_recover),
-    "check": _Verb("prove that a cache and tokens belong together", _CHECK, _AGAIN),
-    "convert": _Verb("turn caches into plain columns (npz, Parquet, JSONL), and back", _CONVERT),
+    "cache": _Verb("run a teacher over text and keep its distributions", CacheConfig, _CACHE),
+    "estimate": _Verb("predict what a capture will cost", EstimateConfig, _run_estimate, _AGAIN),
+    "train": _Verb("train a student from a cache, from text or from a teacher", TrainConfig, _TRAIN),
+    "eval": _Verb("measure a student on held-out text", EvalConfig, _EVAL, _AGAIN),
+    "demo": _Verb("run the whole pipeline once, from text to the paper's table", DemoConfig, _DEMO),
+    "inspect": _Verb("show what a cache holds", InspectConfig, _run_inspect, _AGAIN),
+    "verify": _Verb("check every byte of a cache", VerifyConfig, _run_verify, _AGAIN),
+    "recover": _Verb("keep the whole sequences of an unfinished shard", RecoverConfig, _run_recover),
+    "check": _Verb("prove that a cache and tokens belong together", CheckConfig, _CHECK, _AGAIN),
+    "convert": _Verb("turn caches into plain columns (npz, Parquet, JSONL), and back", ConvertConfig, _CONVERT),
 }

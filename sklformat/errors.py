@@ -81,6 +81,22 @@ class AlignmentError(SklError):
         super().__init__(message)
 
 
+class WriteError(OSError):
+    """
+    The system could not write a shard; what was flushed is kept in the file.
+
+    A program is told the argument that resumes; a command, which has none, says after ``reason`` what to do.
+    """
+
+    def __str__(self) -> str:
+        return f"{self.reason}; fix the cause, then open it again with resume=True"
+
+    @property
+    def reason(self) -> str:
+        """What happened where, and what is kept."""
+        return f"{self.filename}: {self.strerror}; what was flushed is kept there"
+
+
 class SettingsError(SklError):
     """A cache or run exists that was made with other settings; the message shows the differing values."""
 

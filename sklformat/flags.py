@@ -12,6 +12,7 @@ import difflib
 import inspect
 import io
 import itertools
+import re
 import textwrap
 import typing
 from typing import Annotated, Any, TypeVar
@@ -70,6 +71,19 @@ def parse(
             raise UsageError(_one_line(complaint.getvalue(), config_type.__name__)) from None
         raise
     return config_type(**{f.name: getattr(parsed, f.name) for f in own}), parsed.json
+
+
+def in_flags(message: str, config_type: type[Any]) -> str:
+    """
+    A message in the words of the command line: where it names a setting as Python does, it names the flag.
+
+    Settings of one word, such as ``rounds``, are left: they are words of the sentence as well.
+    """
+    for f in dataclasses.fields(config_type):
+        if "_" in f.name and "flag" not in f.metadata:
+            # Not within a path, a dotted name or a longer word.
+            message = re.sub(rf"(?<![\w./-]){f.name}(?![\w/-]|\.\w)", f"--{f.name.replace('_', '-')}", message)
+    return message
 
 
 def _check_names(

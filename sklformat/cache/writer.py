@@ -15,7 +15,7 @@ from types import TracebackType
 from numpy.typing import ArrayLike
 
 from sklformat.cache.recovery import Recovered, keep, scan
-from sklformat.errors import FormatError, SettingsError
+from sklformat.errors import FormatError, SettingsError, WriteError
 from sklformat.files.disk import Disk, lock_named
 from sklformat.format import layout
 from sklformat.format.block import encode_block
@@ -202,10 +202,9 @@ class ShardWriter:
             self._failed = True
             if error.errno is None or error.filename is not None or isinstance(error, FormatError):
                 raise
-            file, message = self.path if self.path.exists() else self.partial, error.strerror
-            if file.exists():
-                message = f"{message}; what was flushed is kept there: fix the cause, then resume (resume=True)"
-            raise OSError(error.errno, message, str(file)) from error
+            file = self.path if self.path.exists() else self.partial
+            kind = WriteError if file.exists() else OSError
+            raise kind(error.errno, error.strerror, str(file)) from error
 
     def _check_open(self) -> None:
         if self._fd < 0:

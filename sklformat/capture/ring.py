@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from sklformat import native
 from sklformat.capture.descriptors import Descriptors, PeerDescriptors
+from sklformat.capture.memory import check_room
 from sklformat.errors import CorruptError, RingClosedError, RingTimeoutError, UnsupportedError
 
 _MIN_CAPACITY = 4096
@@ -88,7 +89,7 @@ class Ring:
 
         Raises:
             UnsupportedError: Not a 64-bit Linux.
-            ValueError: size_bytes < 1.
+            ValueError: size_bytes < 1, or more than the memory that is free.
             OSError: No memory or descriptors.
         """
         if not hasattr(os, "memfd_create"):
@@ -98,6 +99,7 @@ class Ring:
         if size_bytes < 1:
             raise ValueError(f"size_bytes must be positive, got {size_bytes}")
         capacity = max(_MIN_CAPACITY, 1 << (size_bytes - 1).bit_length())
+        check_room(capacity, "size_bytes")
         return cls(Descriptors.of_producer(native.RING_CONTROL_SIZE + capacity), producer=True)
 
     @classmethod

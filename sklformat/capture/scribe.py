@@ -16,7 +16,7 @@ from sklformat.capture.destinations import Uploader
 from sklformat.capture.frames import Setup, unpack
 from sklformat.capture.plan import ShardWork
 from sklformat.capture.ring import Frame, Ring
-from sklformat.errors import RingClosedError, RingTimeoutError, SklError
+from sklformat.errors import RingClosedError, RingTimeoutError, SklError, WriteError
 
 
 class Drain:
@@ -154,6 +154,9 @@ def main(arguments: list[str]) -> int:
     with Ring.attach(*map(int, arguments)) as ring:
         try:
             Drain(ring, setup).run()
+        except WriteError as error:  # the teacher's side says what is safe, and what to do
+            ring.report(f"{error.filename}: {error.strerror}")
+            return 1
         except (SklError, ValueError, OSError) as error:
             ring.report(str(error) if str(setup.directory) in str(error) else f"{setup.directory}: {error}")
             return 1

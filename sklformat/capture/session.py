@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 from sklformat.cache.contents import mark_unfinished, unmark_unfinished
 from sklformat.capture.destinations import Target
 from sklformat.capture.frames import Setup, merge_draws, pack_draws, pack_targets
+from sklformat.capture.memory import check_room
 from sklformat.capture.plan import ShardWork, places_of, sealed_entries, survey
 from sklformat.capture.ring import Ring
 from sklformat.errors import CaptureError, InUseError, RingClosedError
@@ -61,7 +62,7 @@ class Capture:
         header: Settings of all shards; shard_number and first_sequence are set for each.
         num_sequences: Of the whole cache, >= 1.
         sequences_per_shard: >= 1; the last shard may hold fewer.
-        ring_bytes: Room between teacher and writer, at least one sequence.
+        ring_bytes: Room between teacher and writer, at least one sequence; memory that is taken at once.
         checkpoint_bytes, checkpoint_seconds: How much may be lost at most when both processes die: after this many
             bytes, or this many seconds, what was written is made durable.
         url: Where sealed shards go once they are verified, and the manifest after them; ``directory`` then holds what
@@ -106,6 +107,7 @@ class Capture:
         ):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        check_room(ring_bytes, "ring_bytes")
         if -(-num_sequences // sequences_per_shard) > layout.MAX_SHARDS:
             raise ValueError(
                 f"{num_sequences} sequences in shards of {sequences_per_shard} make more than {layout.MAX_SHARDS} "

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sklformat.errors import SettingsError
-from sklformat.files.disk import lock
+from sklformat.files.disk import lock, naming
 
 
 @contextlib.contextmanager
@@ -54,7 +54,8 @@ def published(directory: Path | str, *, replace: bool = False) -> Iterator[Path]
         try:
             for entry in partial.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            yield partial
+            with naming(directory):
+                yield partial
             for folder, _, names in os.walk(partial):
                 for name in names:
                     fsync_path(Path(folder) / name)

@@ -233,6 +233,17 @@ def _join_run(fd: int, directory: Path, run: str) -> bool | None:
     return False
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a call that fails on a descriptor, such as a write to a full disk, say of which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """
     Replace ``path`` by ``data``: a crash leaves the old file or the new one, whole.
@@ -248,10 +259,11 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     try:
         lock_named(fd, temporary)
         try:
-            disk.truncate(fd, 0)
-            disk.write(fd, data, 0)
-            disk.sync(fd)
-            disk.rename(temporary, path)
+            with naming(path):
+                disk.truncate(fd, 0)
+                disk.write(fd, data, 0)
+                disk.sync(fd)
+                disk.rename(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

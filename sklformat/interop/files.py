@@ -6,6 +6,7 @@ A file that is written gets its name when it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
-from sklformat.files.disk import Disk, write_atomically
+from sklformat.files.disk import Disk, naming, write_atomically
 from sklformat.interop import jsonl
 from sklformat.interop.columns import Row
 
@@ -113,7 +114,8 @@ class ColumnsWriter:
     def append(self, row: Row) -> None:
         """Add one sequence; its arrays have the lengths that ``Row`` says."""
         assert self._sink is not None
-        self._sink.append(row)
+        with naming(self._path):
+            self._sink.append(row)
 
     def __enter__(self) -> ColumnsWriter:
         return self
@@ -124,10 +126,11 @@ class ColumnsWriter:
         try:
             if kind is None:
                 assert self._sink is not None
-                self._sink.finish()
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
+                with naming(self._path):
+                    self._sink.finish()
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    self._file.close()
                 if self._kind == "jsonl":
                     write_atomically(jsonl.note_path(self._path), self._note.encode() + b"\n")
                 Disk().rename(self._partial, self._path)
@@ -135,9 +138,11 @@ class ColumnsWriter:
             self._discard()
 
     def _discard(self) -> None:
-        if self._sink is not None:
-            self._sink.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # of bytes that nobody wants any more
+            if self._sink is not None:
+                self._sink.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         self._partial.unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import signal
 import sys
 import types
@@ -165,7 +166,7 @@ def test_a_cache_of_other_versions_is_not_gone_on_with_silently(cache, tmp_path,
     monkeypatch.setattr(loading, "versions", lambda: {"torch": "99.0", "transformers": "1.0"})
     err = refusal(cache())
     assert f"capture.versions.torch: '{torch.__version__}' != '99.0'" in err
-    assert "give keep_versions" in err
+    assert "give --keep-versions" in err
     err = refusal(cache("--keep-versions", seed=3))  # another setting is no version
     assert "sampling_seed: 0 != 3" in err
     assert 0 == cache("--keep-versions")[0]
@@ -209,11 +210,11 @@ def test_bad_input_is_one_line(cache, place, tmp_path):
         ({"tokens": tmp_path / "empty"}, "is no token store and no RaggedMmap"),
         ({"tokens": tmp_path / "wide"}, "token ids from 1 to 280 are not all in [0, 280)"),
         ({"tokens": tmp_path / "floats"}, "must be token ids"),
-        ({"seq_len": SEQ_LEN + 1}, f"seq_len {SEQ_LEN + 1} is beyond the {SEQ_LEN} positions"),
+        ({"seq_len": SEQ_LEN + 1}, f"--seq-len {SEQ_LEN + 1} is beyond the {SEQ_LEN} positions"),
         ({"num_sequences": 10**6}, "the text is too short: 1000000 sequences"),
         ({"out": "file"}, "file: is a file; a cache is a directory"),
         ({"out": "file/below"}, "Not a directory"),
-        ({"device_map": "auto"}, "device_map auto spreads the teacher over several CUDA devices"),
+        ({"device_map": "auto"}, "--device-map auto spreads the teacher over several CUDA devices"),
     ):
         where = f"out {len(message)}" if "out" not in flags else flags.pop("out")
         assert message in refusal(cache(out=where, **flags))
@@ -227,10 +228,10 @@ def test_bad_input_is_one_line(cache, place, tmp_path):
         ({"k": 5}, "k and p belong to topk and topp"),
         ({"sampler": "topk", "k": 0}, "needs k in 1..65535, got 0"),
         ({"sampler": "topp", "p": 1.5}, "needs p in (0, 1], got 1.5"),
-        ({"proposal_temperature": -1}, "proposal_temperature must be in 0.001..100, got -1.0"),
-        ({"batch_size": 0}, "batch_size must be >= 1"),
-        ({"out": "s3://bucket/cache"}, "give work_dir"),
-        ({"work_dir": "here"}, "work_dir belongs to an out that is a URL"),
+        ({"proposal_temperature": -1}, "--proposal-temperature must be in 0.001..100, got -1.0"),
+        ({"batch_size": 0}, "--batch-size must be >= 1"),
+        ({"out": "s3://bucket/cache"}, "give --work-dir"),
+        ({"work_dir": "here"}, "--work-dir belongs to an out that is a URL"),
         ({"out": "s3://bucket/cache", "work_dir": "s3://bucket/work"}, "must be a directory here"),
         ({"tokens": "x", "text": "y"}, "give either text or tokens"),
     ],
@@ -383,3 +384,13 @@ def test_estimate_measures_what_it_must(place):
     assert 2 < measured.unique_tokens < 20
     assert measured.positions_per_second > 0
     assert estimate(measured).gpu_hours > 0
+
+
+def test_a_ring_that_finds_no_room_is_refused_by_its_flag(cache, tmp_path):
+    """Memory is asked for before the teacher is loaded, and the message names the flag and both figures."""
+    err = refusal(cache(ring_mib=10**8))
+    words = (
+        r"--ring-mib is too large: a ring of 97,656\.2 GiB takes as much memory at once, and [\d,.]+ [GM]iB are free"
+    )
+    assert re.fullmatch(rf"sklformat cache: {words} here\n", err), err
+    assert not (tmp_path / "cache").exists()

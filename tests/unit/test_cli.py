@@ -15,6 +15,7 @@ from system import complaint
 
 import sklformat as skl
 from sklformat import cli
+from sklformat.errors import WriteError
 from sklformat.files.disk import locked_directory, shared_directory
 from sklformat.flags import parse
 from sklformat.settings.cache import CacheConfig
@@ -263,7 +264,30 @@ def test_missing_extra(capfd, cache, tmp_path, monkeypatch):
     ("error", "status", "message"),
     [
         (skl.CorruptError("two\nlines", path="p", offset=7), 1, "p: byte 7: two lines"),
-        (OSError(28, "No space left on device", "shard"), 1, "shard: No space left on device"),
+        (
+            OSError(28, "No space left on device", "shard"),
+            1,
+            "shard: No space left on device: make room, then run the same command again",
+        ),
+        (
+            WriteError(28, "No space left on device", "shard"),
+            1,
+            (
+                "shard: No space left on device; what was flushed is kept there: make room or fix the disk, then run "
+                "the same command again"
+            ),
+        ),
+        (OSError(13, "Permission denied", "shard"), 1, "shard: Permission denied"),
+        (
+            ValueError("/data/seq_len/x.npy: seq_len 3 < 4; lower seq_len, num_layers=2."),
+            1,
+            "/data/seq_len/x.npy: --seq-len 3 < 4; lower --seq-len, --num-layers=2.",
+        ),
+        (
+            skl.SettingsError("c: capture.packing.seq_len: 3 != 4; seq_len: 3 != 4, my_seq_len, steps"),
+            1,
+            "c: capture.packing.seq_len: 3 != 4; --seq-len: 3 != 4, my_seq_len, steps",
+        ),
         (ValueError("wrong"), 1, "wrong"),
         (KeyboardInterrupt(), 130, "stopped; run the same command again to resume"),
         (KeyboardInterrupt("stopped at 3 of 5"), 130, "stopped at 3 of 5"),
@@ -381,7 +405,7 @@ def test_memory_that_runs_out_is_one_line(capfd, monkeypatch):
         def fail(*_):
             raise error
 
-        return cli._Verb("", fail)
+        return cli._Verb("", CacheConfig, fail)
 
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),

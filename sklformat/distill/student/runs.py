@@ -19,7 +19,7 @@ import torch
 
 from sklformat.errors import CorruptError, SettingsError
 from sklformat.files.directories import published, refuse_foreign
-from sklformat.files.disk import LOCK_NAME, Disk, locked_directory, write_atomically
+from sklformat.files.disk import LOCK_NAME, Disk, locked_directory, naming, write_atomically
 from sklformat.progress import Reach, say, show
 
 _SETTINGS, _SUMMARY, _CHECKPOINT, _LOG, _MODEL = "run.json", "summary.json", "checkpoint.pt", "metrics.jsonl", "model"
@@ -67,7 +67,7 @@ class Run:
         path = self.directory / _CHECKPOINT
         partial = path.with_name(path.name + ".partial")
         try:
-            with partial.open("wb") as file:
+            with naming(path), partial.open("wb") as file:
                 torch.save(dict(state), file)
                 file.flush()
                 os.fsync(file.fileno())

@@ -162,6 +162,7 @@ def open_cache(
     cache = open_shards(path)
     if hold_out >= len(cache):
         raise ValueError(f"{path}: has {len(cache)} sequences, hold_out {hold_out} leaves none to train on")
+    _check_enough(path, len(cache) - hold_out, batch_size, world_size)
     dataset = SparseLogitDataset(
         cache,
         batch_size=batch_size,
@@ -218,6 +219,7 @@ def open_tokens(
     sequences = PackedSequences(
         path, seq_len=seq_len, separator_id=tokenization.separator_id(loaded), seed=packing_seed
     )
+    _check_enough(path, len(sequences), batch_size, world_size)
     dataset = PackedBatches(sequences, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
     return Stream(
         source=path,
@@ -228,6 +230,15 @@ def open_tokens(
         sampler="none",
         identity={"corpus": facts.corpus_fingerprint, "vocabulary": facts.tokenizer_fingerprint},
     )
+
+
+def _check_enough(source: Path | str, count: int, batch_size: int, world_size: int) -> None:
+    if count < batch_size * world_size:
+        processes = f" on each of {world_size} processes" if world_size > 1 else ""
+        raise ValueError(
+            f"{source}: has {count} sequences to train on, batch_size asks for {batch_size}{processes} at once; lower "
+            "batch_size, or take more text"
+        )
 
 
 def _tokenizer(source: Path | str, name: str | None, made_by: str) -> Any:

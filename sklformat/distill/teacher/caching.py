@@ -26,6 +26,7 @@ from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cache.manifest import MANIFEST_NAME
 from sklformat.capture import Capture, find_header
 from sklformat.capture.estimates import block_size
+from sklformat.capture.memory import check_room
 from sklformat.distill.models import loading
 from sklformat.distill.models.devices import available_cores, find_device, own_devices
 from sklformat.distill.teacher import gpu_sampler
@@ -129,6 +130,7 @@ def cache_teacher(config: CacheConfig) -> Cached:
 
 
 def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
+    check_room(config.ring_mib << 20, "ring_mib")
     device, over = _devices(config, ranks)
     tokenizer = loading.load_tokenizer(config.teacher_name, revision=config.revision)
     source = TokenSource(config, tokenizer)

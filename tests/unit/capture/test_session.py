@@ -452,7 +452,9 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
     expected = write_undisturbed(tmp_path / "plain")
     with (
         pytest.raises(
-            skl.CaptureError, match=r"File too large; .*shard-00000\.skl\.partial.*; sequences below 0 are safe"
+            skl.CaptureError,
+            match=f"^{tmp_path}/cache/shard-00000.skl.partial: File too large; sequences below 0 are safe, run the "
+            "capture again to resume it$",
         ),
         open_capture(tmp_path / "cache") as capture,
     ):

@@ -189,8 +189,9 @@ def test_write_atomically(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fdatasync", fail)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(OSError, match="Input/output") as caught:
         disk.write_atomically(path, b"newer")
+    assert str(path) == caught.value.filename
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
 
