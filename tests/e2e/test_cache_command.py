@@ -394,3 +394,42 @@ def test_a_ring_that_finds_no_room_is_refused_by_its_flag(cache, tmp_path):
     )
     assert re.fullmatch(rf"sklformat cache: {words} here\n", err), err
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_a_damaged_shard_is_made_again(cache, capfd, tmp_path, shards, with_manifest):
+    """
+    The recovery that ``verify`` and the pages give works when it is followed, also where the shard is the only one.
+
+    Who forgets the manifest comes to the same cache.
+    """
+    flags = {"num_sequences": 4 * shards}
+    cache(**flags)
+    sound = shard_bytes(tmp_path / "cache")
+    path = tmp_path / "cache" / "shard-00000.skl"
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    assert 3 == main(["verify", str(path.parent)])
+    todo = "remove it and manifest.json, then rerun the command that made the cache"
+    assert todo in capfd.readouterr().out
+    path.unlink()
+    if with_manifest:
+        (path.parent / "manifest.json").unlink()
+    status, result, err = cache(**flags)
+    assert (0, 4) == (status, result["sequences_made"]), err
+    assert sound == shard_bytes(path.parent)
+    assert 0 == main(["verify", str(path.parent)])
+
+
+def test_a_missing_shard_is_made_again(cache, capfd, tmp_path):
+    """So does the recovery from a shard that is gone."""
+    cache(num_sequences=8)
+    sound = shard_bytes(tmp_path / "cache")
+    (tmp_path / "cache" / "shard-00001.skl").unlink()
+    assert 3 == main(["verify", str(tmp_path / "cache")])
+    assert "put the shard back, or remove manifest.json and rerun the command" in capfd.readouterr().out
+    (tmp_path / "cache" / "manifest.json").unlink()
+    assert 4 == cache(num_sequences=8)[1]["sequences_made"]
+    assert sound == shard_bytes(tmp_path / "cache")

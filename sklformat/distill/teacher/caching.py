@@ -50,10 +50,11 @@ from sklformat.progress import say, show
 from sklformat.settings.cache import CacheConfig
 
 _SHARD = re.compile(r"shard-\d{5,}\.skl(\.partial)?")
-# What a run leaves that stopped early.
-_BEFORE_SHARDS = re.compile(rf"\.(writer\.)?lock|{re.escape(UNFINISHED_NAME)}|{TOKENS_NAME}(\.partial)?")
-# With a URL the shards go, and the manifest goes last.
-_BEFORE_PUBLISHED = re.compile(rf"{_BEFORE_SHARDS.pattern}|(\.?){re.escape(MANIFEST_NAME)}(\.tmp)?")
+# What a run leaves that stopped early; or whoever removed damaged shards, be it with their manifest or without.
+_BEFORE_SHARDS = re.compile(
+    rf"\.(writer\.)?lock|{re.escape(UNFINISHED_NAME)}|{TOKENS_NAME}(\.partial)?|\.?{re.escape(MANIFEST_NAME)}(\.tmp)?"
+)
+_PUBLISHED = re.compile(rf"{_BEFORE_SHARDS.pattern}|(\.?){re.escape(MANIFEST_NAME)}(\.tmp)?")
 _PUBLISHED = re.compile(rf"{_SHARD.pattern}|{re.escape(MANIFEST_NAME)}")
 _DRAW_THREADS = 8  # at most; beside a GPU one core cannot keep up
 
@@ -316,7 +317,7 @@ def _name_run(config: CacheConfig) -> str:
         raise SettingsError(f"{directory}: is a file; a cache is a directory, choose another place")
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     if not any(_SHARD.fullmatch(name) for name in names):
-        refuse_foreign(directory, names, "cache", _BEFORE_SHARDS if config.url is None else _BEFORE_PUBLISHED)
+        refuse_foreign(directory, names, "cache", _BEFORE_SHARDS)
     if config.url is not None:
         refuse_foreign(config.url, remote.list_names(config.url), "cache", _PUBLISHED)
     return secrets.token_hex(8)
