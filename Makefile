@@ -1,6 +1,7 @@
 # make demo   set up, then run the whole pipeline: teacher, cache, students, table and plot (ARGS="--seed 1" passes flags on)
 # make test   set up, then check style, types and imports, and run the C and Python tests, C under sanitizers
 # make soak   the long tests, each with its time: 15 minutes of one core, half an hour beside other work
+# make sweep  every causal type of transformers at a tiny size: which capture sees exactly, which it refuses and why
 # make fuzz   random input under sanitizers, FUZZ_SECONDS for each target (60)
 # make ports  the C tests on aarch64 (under qemu-user) and with musl, where apt has them; abi3audit of the wheel
 # make bench  the benchmarks; results go to the terminal
@@ -23,7 +24,7 @@ MODULES := build/modules
 $(shell mkdir -p build && find sklformat -name '*.py' | sort >$(MODULES).now && \
   { cmp -s $(MODULES).now $(MODULES) && rm $(MODULES).now || mv $(MODULES).now $(MODULES); })
 
-.PHONY: demo test lint ctest sanitized pytest soak fuzz ports bench clean
+.PHONY: demo test lint ctest sanitized pytest soak sweep fuzz ports bench clean
 
 demo: $(READY)
 	$(BIN)/sklformat demo $(ARGS)
@@ -73,6 +74,9 @@ pytest: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak -vv -rP -o console_output_style=times --durations=10 $(ARGS)
+
+sweep: $(READY)
+	$(BIN)/python tests/model_types.py $(ARGS)
 
 fuzz: ctest $(SANITIZED)/ready
 	for law in $(notdir $(wildcard tests/fuzz/corpus/*)); do \

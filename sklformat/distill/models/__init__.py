@@ -1,6 +1,7 @@
 """
 Language models and tokenizers; the only door to transformers.
 
+causality     whether a model sees tokens that come later
 devices       the devices that torch can use here, and the cores
 heads         what kind of output head a model has
 hub           names that are no path here, and whether the hub can be asked for them

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sklformat.distill.models import hub, tokenization
+from sklformat.distill.models.causality import check_causal
 from sklformat.files.directories import published
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -63,7 +64,8 @@ def load_model(
 
     Raises:
         OSError: No model there.
-        ValueError: The files lack some of the model's weights, or hold some of another shape; it does not fit ``over``.
+        ValueError: The files lack some of the model's weights, or hold some of another shape; it does not fit ``over``;
+            it is no causal language model.
         ModuleNotFoundError: ``over`` is given and accelerate is not installed.
     """
     spread: dict[str, object] = {}
@@ -91,7 +93,12 @@ def load_model(
             f"{path}: does not fit the CUDA devices {', '.join(map(str, over))}, a part would lie on "
             f"{', '.join(elsewhere)}; give it more devices, or a smaller dtype"
         )
-    return (model if over else model.to(device)).eval()
+    model = (model if over else model.to(device)).eval()
+    try:
+        check_causal(model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model
 
 
 def new_llama(

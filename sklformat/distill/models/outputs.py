@@ -6,10 +6,29 @@ Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
+
+# Where models keep what is below their head, if not where their class says.
+_BODIES = ("model", "transformer", "backbone")
+
+
+def body(model: PreTrainedModel) -> tuple[str, Any]:
+    """
+    What a model has below its head, and the name of the attribute that holds it.
+
+    Raises:
+        ValueError: Nothing of the kind: the model can only be run whole.
+    """
+    for name in (model.base_model_prefix, *_BODIES):
+        module = getattr(model, name, None) if name else None
+        if isinstance(module, torch.nn.Module) and module is not model:
+            return name, module
+    raise ValueError(f"{type(model).__name__} keeps no body apart from its head; use its logits instead")
 
 
 def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
@@ -24,8 +43,11 @@ def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
 
     Returns:
         hidden_BTD: The head's input, in the model's type.
+
+    Raises:
+        ValueError: As ``body``.
     """
-    hidden_BTD: Tensor = model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+    hidden_BTD: Tensor = body(model)[1](input_ids=input_ids_BT, use_cache=False).last_hidden_state
     return hidden_BTD
 
 
@@ -37,9 +59,26 @@ def lm_head_weight(model: PreTrainedModel) -> Tensor:
         ValueError: The model has no head that is one matrix without bias; ``has_linear_head`` looks closer.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+    # A quantised layer calls itself linear and holds packed numbers.
+    packed = isinstance(head, torch.nn.Linear) and head.weight.shape != (head.out_features, head.in_features)
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None or packed:
         raise ValueError(f"the head of {type(model).__name__} is not one matrix without bias; use its logits instead")
     return head.weight
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model, perhaps spread over several devices, takes its token ids."""
+    try:
+        device: torch.device = model.get_input_embeddings().weight.device
+    except (AttributeError, NotImplementedError):
+        device = model.device
+    return device
+
+
+def head_width(model: PreTrainedModel) -> int:
+    """Number of a model's logits: the rows that its head has, whatever its config says."""
+    head = model.get_output_embeddings()
+    return int(getattr(head, "out_features", 0) or model.config.get_text_config().vocab_size)
 
 
 def logits(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
@@ -57,16 +96,32 @@ def logits(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
     return logits_BTV
 
 
-class _Given(torch.nn.Module):
-    """Stands where a model's body was, and gives hidden states that were made before."""
+HEAD_FAILURES = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
+"""What ``head_logits`` ends with where a head needs more from its body than the last hidden state."""
 
-    def __init__(self, hidden_BTD: Tensor) -> None:
+
+class _Output(transformers.modeling_outputs.BaseModelOutputWithPast):  # type: ignore[misc]
+    """What a body gives. What else a head may ask for (router's logits, images) is not there; it does without."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _Given(torch.nn.Module):
+    """Stands where a model's body was, and gives hidden states that were made before; all else is the body's."""
+
+    def __init__(self, hidden_BTD: Tensor, own: torch.nn.Module) -> None:
         super().__init__()
         self._hidden_BTD = hidden_BTD
+        self.__dict__["_own"] = own  # no module of this one
+
+    def __getattr__(self, name: str) -> Any:
+        # Some call what their body consists of, its decoder alone.
+        return self if name == "decoder" else getattr(self.__dict__["_own"], name)
 
     def forward(self, *_args: object, **_named: object) -> object:
-        # Heads of mixtures of experts ask for the router's logits as well, and do without.
-        return transformers.modeling_outputs.MoeModelOutputWithPast(last_hidden_state=self._hidden_BTD)
+        return _Output(last_hidden_state=self._hidden_BTD)
 
 
 def head_logits(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
@@ -79,10 +134,13 @@ def head_logits(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
 
     Returns:
         logits_BTV of these positions.
+
+    Raises:
+        ValueError: As ``body``.
     """
-    name, body = model.base_model_prefix, model.base_model
-    setattr(model, name, _Given(hidden_BTD))
+    name, own = body(model)
+    setattr(model, name, _Given(hidden_BTD, own))
     try:
         return logits(model, torch.zeros(hidden_BTD.shape[:2], dtype=torch.int64, device=hidden_BTD.device))
     finally:
-        setattr(model, name, body)
+        setattr(model, name, own)

@@ -22,6 +22,7 @@ LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 24}
 and not given back to the system; a GPU needs more rows in one product."""
 
 _PROBE_TOKENS = 8
+_ROWS = 16  # fewer of them are multiplied by another method, which rounds otherwise
 
 
 class Teacher:
@@ -29,7 +30,9 @@ class Teacher:
     Runs a model without its head, and the head over slices of what came out.
 
     A head that is one matrix is multiplied by the rows that mean something; any other is called as the model has it
-    (with bias, scale and cap). A model whose head cannot be called by itself is run whole.
+    (with bias, scale and cap). A model whose head cannot be called by itself is run whole. So the logits are those of
+    the model's own call, bit for bit where the product does not depend on how many rows and columns it has at once:
+    ``make sweep`` compares the two for every type of model. Where it does, the last bits differ.
 
     Args:
         model: A causal language model in eval mode.
@@ -37,15 +40,17 @@ class Teacher:
 
     Attributes:
         device: Where input ids go.
+        way: How the head is run: "linear" (one matrix), "head" (called by itself) or "whole" (with its model).
     """
 
     def __init__(self, model: Any, vocab_size: int) -> None:
         self._model = model
         self._vocab_size = vocab_size
-        self.device: torch.device = model.get_input_embeddings().weight.device
-        self._positions = max(1, LOGITS_AT_ONCE[self.device.type] // vocab_size)
+        self.device = outputs.input_device(model)
+        self._positions = max(1, LOGITS_AT_ONCE[self.device.type] // vocab_size // _ROWS) * _ROWS
         self._weight_VD = outputs.lm_head_weight(model)[:vocab_size] if heads.has_linear_head(model) else None
         self._head_alone = self._weight_VD is not None or self._can_call_head()
+        self.way = "linear" if self._weight_VD is not None else "head" if self._head_alone else "whole"
 
     @torch.inference_mode()
     def run(self, input_ids_BT: NDArray[np.uint32]) -> Tensor:
@@ -65,15 +70,18 @@ class Teacher:
 
         Slices lie on a fixed grid, whatever counts in them; those where no position counts are left out.
         """
-        for first in range(0, output_T.shape[0], self._positions):
+        count = output_T.shape[0]
+        for first in range(0, count, self._positions):
             if counted_T is not None and not counted_T[first : first + self._positions].any():
                 continue
-            part = output_T[first : first + self._positions]
+            # A rest of few rows is multiplied together with rows before it.
+            before = min(first, max(0, count - _ROWS)) if self._head_alone else first
+            part = output_T[before : first + self._positions]
             if self._weight_VD is not None:
                 part = part.to(self._weight_VD.device) @ self._weight_VD.T
             elif self._head_alone:
                 part = outputs.head_logits(self._model, part[None])[0, :, : self._vocab_size]
-            yield first, part
+            yield first, part[first - before :]
 
     @torch.inference_mode()
     def _can_call_head(self) -> bool:
@@ -82,6 +90,6 @@ class Teacher:
         expected = outputs.logits(self._model, ids_BT)
         try:
             found = outputs.head_logits(self._model, outputs.hidden_states(self._model, ids_BT))
-        except (AttributeError, TypeError, ValueError, RuntimeError):  # it needs more from its body than hidden states
+        except outputs.HEAD_FAILURES:
             return False
         return torch.equal(expected, found)

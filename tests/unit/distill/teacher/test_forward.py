@@ -10,10 +10,10 @@ from sklformat.distill.models import heads, loading, outputs
 from sklformat.distill.teacher import forward
 from sklformat.distill.teacher.forward import Teacher
 
-VOCAB, POSITIONS = 96, 12
+VOCAB, POSITIONS = 96, 40
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "max_position_embeddings": 32,
+    "num_attention_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 
 
@@ -37,19 +37,19 @@ def test_slices_are_the_models_logits(name, monkeypatch):
     model = MODELS[name]()
     if name == "with bias":
         torch.nn.init.normal_(model.lm_head.bias)
-    ids = torch.arange(2 * POSITIONS).reshape(2, POSITIONS)
+    ids = torch.arange(2 * POSITIONS).reshape(2, POSITIONS) % VOCAB
     with torch.inference_mode():
         expected = outputs.logits(model, ids)[..., : VOCAB - 3]
     teacher = Teacher(model, VOCAB - 3)
     assert (name == "one matrix") == heads.has_linear_head(model)
-    monkeypatch.setitem(forward.LOGITS_AT_ONCE, "cpu", 5 * (VOCAB - 3))
+    monkeypatch.setitem(forward.LOGITS_AT_ONCE, "cpu", 17 * (VOCAB - 3))
     teacher = Teacher(model, VOCAB - 3)
     hidden = teacher.run(ids.numpy().astype("uint32"))
     assert (2, POSITIONS, SIZES["hidden_size"]) == hidden.shape  # hidden states: [B, T, V] is never made
     for sequence in range(2):
         slices = list(teacher.logits(hidden[sequence]))
-        assert [0, 5, 10] == [first for first, _ in slices]
-        assert [5, 5, 2] == [len(part) for _, part in slices]
+        assert [0, 16, 32] == [first for first, _ in slices]
+        assert [16, 16, 8] == [len(part) for _, part in slices]
         found = torch.cat([part for _, part in slices])
         torch.testing.assert_close(expected[sequence], found, rtol=1e-5, atol=1e-5)
 
