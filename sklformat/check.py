@@ -16,6 +16,7 @@ from sklformat.cache.reader import Cache
 from sklformat.cache.tokens import Tokens, TokenSource
 from sklformat.checksums import alignment
 from sklformat.errors import AlignmentError, SettingsError, UnsupportedError
+from sklformat.files.regular import check_exists
 from sklformat.format.header import Header
 from sklformat.settings.inspection import CheckConfig
 
@@ -48,8 +49,7 @@ def check(config: CheckConfig, progress: Progress) -> Checked:
         UnsupportedError: The tokens are in a form that is not known here.
         FileNotFoundError, FormatError, ValueError: Cache or tokens cannot be read.
     """
-    if not config.tokens.exists():
-        raise FileNotFoundError(f"{config.tokens}: no such file or directory")
+    check_exists(config.tokens)
     with Cache(config.path) as cache:
         source = _open_tokens(config.tokens, cache.header)
         check_tokens(cache, source, progress)

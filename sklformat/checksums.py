@@ -8,6 +8,7 @@ little-endian integer.  SPEC.md section 6.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -15,13 +16,27 @@ from numpy.typing import ArrayLike, NDArray
 
 Buffer = bytes | bytearray | memoryview
 
-__all__ = ["Fingerprint", "alignment", "checksum", "fingerprint", "fingerprint_of", "tokens_array"]
+__all__ = [
+    "Fingerprint",
+    "alignment",
+    "check_integers",
+    "checksum",
+    "describe_mismatch",
+    "fingerprint",
+    "fingerprint_of",
+    "tokens_array",
+]
 
 
 def checksum(data: Buffer, seed: int = 0) -> int:
     """XXH3-64 of ``data`` with a 64-bit seed."""
     value: int = xxhash.xxh3_64_intdigest(data, seed)
     return value
+
+
+def describe_mismatch(name: str, stored: int, computed: int) -> str:
+    """What is wrong where bytes do not give the checksum that is stored beside them."""
+    return f"{name} {stored:#018x} stored, {computed:#018x} computed"
 
 
 def fingerprint(data: Buffer) -> str:
@@ -60,11 +75,21 @@ def tokens_array(tokens: ArrayLike) -> NDArray[np.uint32]:
         ValueError: Not 1-D, not integers, or a value outside [0, 2**32).
     """
     array = np.asarray(tokens)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"tokens must be a 1-D array of integers, got shape {array.shape} of {array.dtype}")
+    check_integers(array)
     if array.dtype != np.uint32 and array.size and (int(array.min()) < 0 or int(array.max()) > 0xFFFFFFFF):
         raise ValueError(f"tokens must be in [0, 2**32), got values from {array.min()} to {array.max()}")
     return np.ascontiguousarray(array, dtype="<u4")
+
+
+def check_integers(tokens: NDArray[Any]) -> None:
+    """
+    An array may be token ids; their values are not looked at.
+
+    Raises:
+        ValueError: Not 1-D, or not integers.
+    """
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise ValueError(f"tokens must be a 1-D array of integers, got shape {tokens.shape} of {tokens.dtype}")
 
 
 def alignment(tokens: ArrayLike) -> int:

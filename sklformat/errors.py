@@ -135,3 +135,8 @@ STATUS_ERRORS: dict[str, type[Exception]] = {
     "SKL_ERR_CLOSED": RingClosedError,
     "SKL_ERR_TIMEOUT": RingTimeoutError,
 }
+
+
+def describe_bad_json(error: Exception, what: str | None = None) -> str:
+    """What is wrong with a text, the part ``what`` of it, in which a parser of JSON met ``error``."""
+    return f"not JSON: {error}" if what is None else f"{what} is not JSON: {error}"

@@ -85,8 +85,7 @@ def draw(
     is_top = sampler in ("topk", "topp")
     if not is_top and not 1 <= rounds <= MAX_ROUNDS:
         raise ValueError(f"rounds must be in 1..{MAX_ROUNDS}, got {rounds}")
-    if not 0.001 <= proposal_temperature <= 100:  # false for NaN
-        raise ValueError(f"proposal_temperature must be in 0.001..100, got {proposal_temperature}")
+    check_temperature(proposal_temperature)
     if is_top and proposal_temperature != 1:
         raise ValueError(f"sampler {sampler!r} has no proposal: proposal_temperature must be 1")
     if self_normalise not in (False, True):
@@ -113,6 +112,17 @@ def draw(
     if weighted:
         return SparseTargets(token_ids=token_ids, weights=pairs, offsets=offsets)
     return SparseTargets(token_ids=token_ids, counts=pairs, offsets=offsets)
+
+
+def check_temperature(proposal_temperature: float) -> None:
+    """
+    Draws can come from p to this power.
+
+    Raises:
+        ValueError: They cannot; shows it.
+    """
+    if not 0.001 <= proposal_temperature <= 100:  # false for NaN
+        raise ValueError(f"proposal_temperature must be in 0.001..100, got {proposal_temperature}")
 
 
 def _top_arguments(sampler: str, k: int | None, p: float | None) -> tuple[int, float]:

@@ -134,22 +134,29 @@ def scan_directory(path: Path, io: Io = "auto") -> list[Entry]:
     if unfinished := find_unfinished(path):
         raise unfinished[0]
     if not files:
-        raise MissingShardError("no .skl shards here: not a cache, or an empty one", path=path)
+        raise no_shards(path)
     entries, first, other = [], None, None
     for file in files:
         with closing(Shard(file, io)) as shard:
             first = first or shard.header
             if other is None and first.cache_key != shard.header.cache_key:
-                other = CorruptError(
-                    f"belongs to a different cache from {files[0].name}: {'; '.join(first.differences(shard.header))}",
-                    path=file,
-                )
+                other = CorruptError(describe_stranger(files[0].name, first, shard.header), path=file)
             entries.append(describe(shard))
     if other is not None:
         raise other
     entries.sort(key=place_in_cache)
     check_contiguous(entries, path)
     return entries
+
+
+def no_shards(path: Path) -> MissingShardError:
+    """That a directory holds nothing by the name of a shard."""
+    return MissingShardError("no .skl shards here: not a cache, or an empty one", path=path)
+
+
+def describe_stranger(name: str, ours: Header, theirs: Header) -> str:
+    """What is wrong with a shard that is of a different cache from the one called ``name``."""
+    return f"belongs to a different cache from {name}: {'; '.join(ours.differences(theirs))}"
 
 
 def find_unfinished(path: Path) -> list[UnfinishedError]:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from sklformat import native
 from sklformat.cache.shard import Shard
-from sklformat.errors import CorruptError, FormatError
+from sklformat.errors import FormatError
 from sklformat.files.places import Place
-from sklformat.format.block import block_shape, locate
+from sklformat.format.block import block_shape, locate, misaligned
 from sklformat.format.header import Header
 from sklformat.native import Arena, BatchArrays, RowError
 
@@ -123,9 +123,7 @@ class Payloads:
         found = native.find_misaligned(arrays.tokens, self.num_positions, self.alignment)
         if found is not None:
             row, given = found
-            stored = int(self.alignment[row])
-            error = CorruptError(f"alignment checksum {stored:#018x} stored, the tokens give {given:#018x}")
-            raise self._located(row, error)
+            raise self._located(row, misaligned(int(self.alignment[row]), given))
 
     def _located(self, row: int, error: FormatError) -> FormatError:
         """Say of which file, block and byte a fault in a row is."""

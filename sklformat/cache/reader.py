@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sklformat.cache.contents import list_shards, missing
+from sklformat.cache.contents import describe_stranger, list_shards, missing
 from sklformat.cache.misalignment import likely_cause
 from sklformat.cache.payloads import Payloads
-from sklformat.cache.shard import Shard, describe
+from sklformat.cache.shard import Shard, describe, no_sequence
 from sklformat.checksums import alignment
 from sklformat.errors import (
     AlignmentError,
@@ -118,7 +118,7 @@ class Cache:
             IndexError: There is no sequence i.
         """
         if not -len(self) <= i < len(self):
-            raise IndexError(f"{self.path}: sequence {i} of {len(self)}")
+            raise no_sequence(self.path, i, len(self))
         i %= len(self)
         place = int(np.searchsorted(self._starts, i, side="right")) - 1
         return self._shard(place), i - int(self._starts[place])
@@ -261,9 +261,9 @@ class Cache:
                 f"{'; '.join(faults)}; the file was replaced, or the manifest is of another cache", path=shard.path
             )
         if hasattr(self, "header") and self.header.cache_key != shard.header.cache_key:
-            differing = "; ".join(self.header.differences(shard.header))
             shard.close()
-            raise CorruptError(f"belongs to another cache: {differing}", path=shard.path)
+            fault = describe_stranger(self._entries[0].name, self.header, shard.header)
+            raise CorruptError(fault, path=shard.path)
 
 
 def open_cache(path: Path | str, io: Io = "auto", copies: LocalCopies | None = None) -> Cache:

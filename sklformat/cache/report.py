@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat import native
-from sklformat.cache.contents import find_unfinished, shard_files
+from sklformat.cache.contents import describe_stranger, find_unfinished, no_shards, shard_files
 from sklformat.cache.manifest import MANIFEST_NAME, has_manifest, read_manifest
 from sklformat.cache.payloads import Payloads
 from sklformat.cache.reader import Cache
 from sklformat.cache.shard import Shard, describe
-from sklformat.errors import FormatError, MissingShardError, UnsupportedError
+from sklformat.errors import FormatError, UnsupportedError
 from sklformat.files.places import Place, is_url
 from sklformat.files.regular import is_directory
 from sklformat.format.header import Header
@@ -101,11 +101,7 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
     files = shard_files(root) if among else [root]
     unfinished = find_unfinished(root) if among and not has_manifest(root) else []
     if among and not files:
-        raise (
-            unfinished[0]
-            if unfinished
-            else MissingShardError("no .skl shards here: not a cache, or an empty one", path=root)
-        )
+        raise unfinished[0] if unfinished else no_shards(root)
     sizes = [_size_of(file) for file in files]
     total, done = sum(sizes), 0
     problems = [_problem(error, root) for error in unfinished]
@@ -194,7 +190,7 @@ def _check_together(root: Path, opened: list[tuple[Entry, Header]]) -> list[Prob
         Problem(
             entry.path,
             "CorruptError",
-            f"belongs to a different cache from {opened[0][0].name}: {'; '.join(opened[0][1].differences(header))}",
+            describe_stranger(opened[0][0].name, opened[0][1], header),
             "move the shards of one of the two caches to a directory of their own",
         )
         for entry, header in opened

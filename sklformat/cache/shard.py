@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.checksums import fingerprint
-from sklformat.errors import CorruptError, FormatError, TruncatedError
+from sklformat.errors import CorruptError, FormatError
 from sklformat.files import remote
 from sklformat.files.copies import LocalCopies
 from sklformat.files.places import Place, directory_of, is_url, name_of
-from sklformat.files.storage import Io, OpenFile, RemoteFile, open_file
+from sklformat.files.storage import Io, OpenFile, RemoteFile, empty, open_file
 from sklformat.format import layout
 from sklformat.format.block import BlockHeader, check_payload, decode_body, find_unsound, locate, parse_block_header
 from sklformat.format.header import Header, parse_header
@@ -102,7 +102,7 @@ class Shard:
             ValueError: The shard is closed.
         """
         if not 0 <= number < len(self):
-            raise IndexError(f"{self.path}: sequence {number} of {len(self)}")
+            raise no_sequence(self.path, number, len(self))
         file = self._opened()
         offset = int(self.index.offset[number])
         try:
@@ -236,6 +236,11 @@ def describe(shard: Shard) -> Entry:
     )
 
 
+def no_sequence(path: Place, number: int, count: int) -> IndexError:
+    """That a shard or cache of ``count`` sequences has none of this number."""
+    return IndexError(f"{path}: sequence {number} of {count}")
+
+
 def _bytes(file: OpenFile, offset: int, length: int) -> bytes:
     with file.read(offset, length) as view:
         return bytes(view)
@@ -248,7 +253,7 @@ def _open_remote(url: str, io: Io, copies: LocalCopies, entry: Entry | None) -> 
         return RemoteFile(url, entry.size_bytes, entry.fingerprint, copies)
     size = remote.size(url)
     if size == 0:
-        raise TruncatedError("the file is empty", path=url)
+        raise empty(url)
     # The end of a shard holds the digest of all of it, so that local copies of another shard are not taken for it.
     end = min(size, layout.TRAILER_SIZE)
     return RemoteFile(url, size, fingerprint(remote.read_range(url, size - end, end)), copies)

@@ -24,7 +24,7 @@ from sklformat.cache.contents import (
 )
 from sklformat.cache.manifest import MANIFEST_NAME, has_manifest, write_manifest
 from sklformat.cache.shard import Shard, describe
-from sklformat.cache.writer import ShardWriter
+from sklformat.cache.writer import ShardWriter, closed
 from sklformat.errors import SettingsError
 from sklformat.files.disk import locked_directory
 from sklformat.format import layout
@@ -91,7 +91,7 @@ class CacheWriter:
         for path in shard_files(self.directory):
             with closing(Shard(path)) as shard:
                 if differing := shard.header.differences(self.header):
-                    raise _other_settings(path, differing)
+                    raise other_settings(path, differing)
                 entries.append(describe(shard))
                 if len(shard) and shard.header.first_sequence == 0:
                     self._beginning = int(shard.index.alignment[0])
@@ -192,10 +192,11 @@ class CacheWriter:
 
     def _check_open(self) -> None:
         if not self._open:
-            raise ValueError(f"{self.directory}: the writer is closed")
+            raise closed(self.directory)
 
 
-def _other_settings(path: Path, differing: list[str]) -> SettingsError:
+def other_settings(path: Path | str, differing: list[str]) -> SettingsError:
+    """That a shard or capture is here which was made with other settings than are asked for."""
     return SettingsError(
         f"{path}: made with other settings (there != asked for): {'; '.join(differing)}; give the same settings, or "
         "choose another directory"

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sklformat.checksums import check_integers
+
 COLUMN = "input_ids"
 """The field that is taken from rows with fields, such as those of a ``datasets.Dataset``."""
 
@@ -93,10 +95,10 @@ class Tokens:
                     raise ValueError(f"sequence {number}: tokens with the fields {sorted(found)}, none is {COLUMN!r}")
                 found = found[COLUMN]
             tokens = np.asarray(found)
-        if tokens.ndim != 1 or (tokens.dtype.kind not in "iu" and tokens.size):
-            raise ValueError(
-                f"sequence {number}: tokens must be a 1-D array of integers, got shape {tokens.shape} of {tokens.dtype}"
-            )
+        try:
+            check_integers(tokens)
+        except ValueError as error:
+            raise ValueError(f"sequence {number}: {error}") from None
         return tokens
 
     def __getstate__(self) -> _Packed:

@@ -208,7 +208,7 @@ class ShardWriter:
 
     def _check_open(self) -> None:
         if self._fd < 0:
-            raise ValueError(f"{self.path}: the writer is closed")
+            raise closed(self.path)
         if self._failed:
             raise ValueError(f"{self.path}: a write failed earlier; open it again with resume=True")
 
@@ -216,3 +216,8 @@ class ShardWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def closed(path: Path) -> ValueError:
+    """That the writer of a shard or cache takes no more."""
+    return ValueError(f"{path}: the writer is closed")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sklformat.cache.contents import shard_header, shard_path
 from sklformat.cache.recovery import recover
+from sklformat.cache.sharding import other_settings
 from sklformat.capture.destinations import Target
 from sklformat.errors import CorruptError, FormatError, MissingShardError, SettingsError, TruncatedError
 from sklformat.files.storage import read_start
@@ -208,7 +209,4 @@ def _check_settings(path: Path | str, found: Header, expected: Header) -> None:
             f"place: shard {found.shard_number} from sequence {found.first_sequence} != "
             f"shard {expected.shard_number} from sequence {expected.first_sequence} (sequences_per_shard)"
         )
-    raise SettingsError(
-        f"{path}: made with other settings (there != asked for): {'; '.join(differing)}; "
-        "give the same settings, or choose another directory"
-    )
+    raise other_settings(path, differing)

@@ -60,6 +60,17 @@ def check_regular(path: Path) -> None:
     _check_mode(_mode(path), path)
 
 
+def check_exists(path: Path) -> None:
+    """
+    Make sure that a path that the user gave names something.
+
+    Raises:
+        FileNotFoundError: It does not.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
+
+
 def is_directory(path: Path) -> bool:
     """
     Say whether a path names a directory.

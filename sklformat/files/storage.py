@@ -53,6 +53,11 @@ class OpenFile(Protocol):
         ...
 
 
+def empty(path: Place) -> TruncatedError:
+    """That a file has no byte."""
+    return TruncatedError("the file is empty", path=path)
+
+
 class MappedFile:
     """A file mapped read-only; damage of the medium, or a file cut short by another process, kills the process."""
 
@@ -61,7 +66,7 @@ class MappedFile:
         try:
             self.size = os.fstat(fd).st_size
             if self.size == 0:
-                raise TruncatedError("the file is empty", path=path)
+                raise empty(path)
             self._view = memoryview(mmap.mmap(fd, self.size, access=mmap.ACCESS_READ))
         finally:
             os.close(fd)
@@ -86,7 +91,7 @@ class ReadFile:
         self.size = os.fstat(self._fd).st_size
         if self.size == 0:
             close()  # now: the error's traceback refers to this object
-            raise TruncatedError("the file is empty", path=path)
+            raise empty(path)
 
     def read(self, offset: int, length: int) -> memoryview:
         data = memoryview(bytearray(length))

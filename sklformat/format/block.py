@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sklformat import native
-from sklformat.checksums import alignment, checksum, tokens_array
+from sklformat.checksums import alignment, checksum, describe_mismatch, tokens_array
 from sklformat.errors import CorruptError, FormatError, TruncatedError, UnsupportedError
 from sklformat.format import layout
 from sklformat.format.columns import Columns, bits_of, find_fault, follow_records, pack, typed_columns, unpack
@@ -132,7 +132,7 @@ def parse_block_header(data: bytes | memoryview, header: Header, key: int, numbe
         raise CorruptError(f"block magic is {values['magic'].hex(' ')}, must be {layout.BLOCK_MAGIC.hex(' ')}")
     computed = checksum(data[:-8], key)
     if computed != values["block_checksum"]:
-        raise CorruptError(f"block header checksum {values['block_checksum']:#018x} stored, {computed:#018x} computed")
+        raise CorruptError(describe_mismatch("block header checksum", values["block_checksum"], computed))
     if values["codec"] not in layout.CODECS.values():
         raise UnsupportedError(f"codec {values['codec']} is not known to this version; install a newer sklformat")
     if reserved := layout.first_nonzero_reserved(layout.BLOCK_FIELDS, values):
@@ -192,7 +192,7 @@ def check_payload(data: memoryview | bytes, block: BlockHeader, key: int) -> mem
     computed = checksum(body, key)
     if computed != block.payload_checksum:
         body.release()  # the error's traceback would keep the file mapped
-        raise CorruptError(f"payload checksum {block.payload_checksum:#018x} stored, {computed:#018x} computed")
+        raise CorruptError(describe_mismatch("payload checksum", block.payload_checksum, computed))
     return body
 
 
@@ -212,14 +212,19 @@ def decode_body(
     else:
         weights = native.expand(offsets, codes, header.scale_log2)
         targets = SparseTargets.trusted(token_ids, None, weights, offsets)
-    if ids is not None and alignment(ids) != block.alignment:
-        raise CorruptError(f"alignment checksum {block.alignment:#018x} stored, the tokens give {alignment(ids):#018x}")
+    if ids is not None and (computed := alignment(ids)) != block.alignment:
+        raise misaligned(block.alignment, computed)
     values: Columns = {}
     if data is not None:
         values = unpack(header.columns, data, block.num_positions, block.num_records)
         if fault := find_fault(values, offsets):
             raise CorruptError(fault)
     return Sequence(ids, targets, values, block.alignment)
+
+
+def misaligned(stored: int, computed: int) -> CorruptError:
+    """That the tokens of a block are not those that its alignment checksum was made from."""
+    return CorruptError(f"alignment checksum {stored:#018x} stored, the tokens give {computed:#018x}")
 
 
 def locate(error: FormatError, **place: object) -> FormatError:

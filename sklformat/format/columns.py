@@ -26,6 +26,17 @@ def bits_of(names: Iterable[str]) -> int:
     return sum(layout.COLUMNS[name] for name in names)
 
 
+def check_names(names: Iterable[str]) -> None:
+    """
+    Every name is one of a column.
+
+    Raises:
+        ValueError: Some are not; names them, and the columns that there are.
+    """
+    if unknown := set(names) - set(layout.COLUMNS):
+        raise ValueError(f"columns may be {', '.join(layout.COLUMNS)}, got {', '.join(sorted(unknown))}")
+
+
 def size_of(name: str, num_positions: _Count, num_records: _Count) -> _Count:
     """Bytes of a column in a payload; of one sequence, or of many."""
     if name == STARTS:

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sklformat.checksums import checksum, fingerprint
+from sklformat.checksums import checksum, describe_mismatch, fingerprint
 from sklformat.errors import CorruptError, TruncatedError, UnsupportedError
 from sklformat.format import layout
 from sklformat.format.captures import canonical_json, parse_capture, plain_capture
-from sklformat.format.columns import bits_of
+from sklformat.format.columns import bits_of, check_names
 
 _NO_FINGERPRINT = "0" * 32
 _ENUMS: dict[str, dict[str, int]] = {
@@ -132,8 +132,7 @@ class Header:
             raise TypeError(
                 f"columns must be a tuple of names, got the string {self.columns!r}; write ({self.columns!r},)"
             )
-        if unknown := set(self.columns) - set(layout.COLUMNS):
-            raise ValueError(f"columns may be {', '.join(layout.COLUMNS)}, got {', '.join(sorted(unknown))}")
+        check_names(self.columns)
         if not (math.isfinite(self.proposal_temperature) and self.proposal_temperature > 0):
             raise ValueError(f"proposal_temperature must be positive and finite, got {self.proposal_temperature}")
         for name in ("tokenizer_fingerprint", "corpus_fingerprint", "teacher_fingerprint"):
@@ -273,7 +272,7 @@ def parse_header(data: bytes | memoryview) -> Header:
         )
     if computed != values["header_checksum"]:
         raise CorruptError(
-            f"checksum {values['header_checksum']:#018x} stored, {computed:#018x} computed",
+            describe_mismatch("checksum", values["header_checksum"], computed),
             section="header",
             offset=4088,
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat.checksums import checksum, fingerprint_of
+from sklformat.checksums import checksum, describe_mismatch, fingerprint_of
 from sklformat.errors import CorruptError, TruncatedError
 from sklformat.format import layout
 from sklformat.format.block import BlockHeader
@@ -136,7 +136,7 @@ def parse_trailer(data: bytes | memoryview, key: int, file_size: int) -> Trailer
     computed = checksum(data[:-8], key)
     if computed != values["trailer_checksum"]:
         raise CorruptError(
-            f"checksum {values['trailer_checksum']:#018x} stored, {computed:#018x} computed",
+            describe_mismatch("checksum", values["trailer_checksum"], computed),
             section="trailer",
             offset=offset + 56,
         )
@@ -183,7 +183,7 @@ def parse_index(
         raise TruncatedError(f"{len(data)} bytes of {trailer.index_size}", section="index", offset=trailer.index_offset)
     computed = checksum(data, key)
     if computed != trailer.index_checksum:
-        raise corrupt(f"checksum {trailer.index_checksum:#018x} stored, {computed:#018x} computed")
+        raise corrupt(describe_mismatch("checksum", trailer.index_checksum, computed))
     columns: dict[str, NDArray[np.generic]] = {}
     start, count = 0, trailer.num_sequences
     if header.first_sequence + count > 1 << 64:

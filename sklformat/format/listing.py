@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sklformat.checksums import fingerprint_of
-from sklformat.errors import CorruptError, FormatError, MissingShardError, UnsupportedError
+from sklformat.errors import CorruptError, FormatError, MissingShardError, UnsupportedError, describe_bad_json
 from sklformat.files.places import Place, join
 from sklformat.format import layout
 
@@ -194,10 +194,10 @@ def _entry(match: re.Match[bytes], directory: Place, path: Place) -> Entry | Cor
     if json.dumps(name) != stored:
         return _corrupt(path, f"shard name {stored} is not in canonical form")
     if fault := _name_fault(name):
-        return _corrupt(path, f"shard name {name!r} {fault}")
+        return _bad_name(path, name, fault)
     numbers = {"first_sequence": int(first), "num_records": records, "shard_number": number, "size_bytes": size}
     if max(numbers.values()) >= 1 << 64:
-        return _corrupt(path, f"a number of {name} is not in 0..2**64 - 1")
+        return _bad_number(path, name)
     if sequences >= layout.MAX_SEQUENCES:
         return _corrupt(path, f"{name} has {sequences} sequences, the limit is {layout.MAX_SEQUENCES - 1}")
     return Entry(directory, name, fingerprint=root, num_sequences=sequences, **numbers)
@@ -238,7 +238,7 @@ def _fault(data: bytes, place: int, path: Place) -> FormatError:
     try:
         body = json.loads(data.decode("utf-8"))  # as bytes it might be of another encoding
     except (ValueError, RecursionError) as error:
-        return _corrupt(path, f"not JSON: {error}")
+        return _corrupt(path, describe_bad_json(error))
     if not isinstance(body, dict) or body.get("format") != _FORMAT:
         return UnsupportedError("not a manifest of a sklformat cache", path=path, section="manifest")
     if type(body.get("version")) is not int or body["version"] != _VERSION:
@@ -257,12 +257,20 @@ def _shard_fault(shard: dict[str, Any], path: Place) -> CorruptError | None:
         return _corrupt(path, f"a shard has fields {sorted(shard)}, must have {sorted(_VALUES)}")
     name, root = shard["name"], shard["fingerprint"]
     if not isinstance(name, str) or (fault := _name_fault(name)):
-        return _corrupt(path, f"shard name {name!r} {fault if isinstance(name, str) else 'is no string'}")
+        return _bad_name(path, name, fault if isinstance(name, str) else "is no string")
     if not isinstance(root, str) or len(root) != 32 or set(root) - set("0123456789abcdef"):
         return _corrupt(path, f"fingerprint {root!r} of {name} is not 32 lower-case hexadecimal digits")
     if not all(type(shard[key]) is int and 0 <= shard[key] < 1 << 64 for key in _NUMBERS):
-        return _corrupt(path, f"a number of {name} is not in 0..2**64 - 1")
+        return _bad_number(path, name)
     return None
+
+
+def _bad_name(path: Place, name: object, fault: str | None) -> CorruptError:
+    return _corrupt(path, f"shard name {name!r} {fault}")
+
+
+def _bad_number(path: Place, name: str) -> CorruptError:
+    return _corrupt(path, f"a number of {name} is not in 0..2**64 - 1")
 
 
 def _other_version(version: object, path: Place) -> UnsupportedError:

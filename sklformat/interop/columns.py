@@ -94,6 +94,22 @@ def typed(array: NDArray[Any], name: str) -> NDArray[Any]:
     return array if array.size else array.astype(TYPES[name])
 
 
+def no_sequence(path: Path) -> CorruptError:
+    """That a file of plain columns has no row."""
+    return CorruptError("holds no sequence", path=path)
+
+
+def check_size(name: str, values: NDArray[Any], size: int, what: str) -> None:
+    """
+    A column has a value for each of ``size`` tokens, positions, or whatever it stands beside.
+
+    Raises:
+        ValueError: It has more or fewer.
+    """
+    if values.size != size:
+        raise ValueError(f"{name} has {values.size} values for {size} {what}")
+
+
 def offsets_of(lengths: Any) -> NDArray[np.int64]:
     """Prefix sums from 0: [n] lengths become [n + 1] offsets."""
     offsets = np.zeros(len(lengths) + 1, np.int64)

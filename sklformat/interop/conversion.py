@@ -22,14 +22,15 @@ from sklformat.cache.manifest import MANIFEST_NAME, write_manifest
 from sklformat.cache.report import inspect
 from sklformat.cache.writer import ShardWriter
 from sklformat.capture.plan import survey
-from sklformat.errors import CorruptError, SettingsError
+from sklformat.errors import CorruptError, SettingsError, describe_bad_json
 from sklformat.files.disk import LOCK_NAME, Disk, lock, locked_directory, refuse_held, write_atomically
+from sklformat.files.regular import check_exists
 from sklformat.format.columns import follow_records
 from sklformat.format.header import Header
 from sklformat.format.layout import PARTIAL_SUFFIX
 from sklformat.format.records import SparseTargets
 from sklformat.interop.columns import Row
-from sklformat.interop.files import SUFFIXES, ColumnsWriter
+from sklformat.interop.files import SUFFIXES, ColumnsWriter, check_absent
 from sklformat.interop.sources import CacheSource, ColumnsSource, Progress, Source, check_agrees, make_note
 from sklformat.interop.transforms import RatioLoss, quantised, target_header, to_counts, to_ratios
 from sklformat.settings.convert import ConvertConfig
@@ -87,8 +88,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Converte
     if to_kind == "skl":
         _check_idle(config.destination)
         _check_directory(config.destination)
-    elif config.destination.exists():
-        raise FileExistsError(f"{config.destination}: exists already; choose another destination, or remove it first")
+    else:
+        check_absent(config.destination)
     source = _open_source(config, from_kind, progress)
     has_tokens = from_kind != "skl" or source.header.store_tokens or config.tokens is not None
     header = target_header(
@@ -119,8 +120,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Converte
 
 def _source_kind(config: ConvertConfig) -> str:
     path = config.source
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
+    check_exists(path)
     if config.from_ != "auto":
         kind: str = config.from_
     elif path.is_dir() or path.suffix in (".skl", ".partial"):
@@ -263,7 +263,7 @@ def _check_begun(mark: Path, begun: dict[str, Any]) -> None:
     try:
         found = json.loads(mark.read_bytes())
     except ValueError as error:
-        raise CorruptError(f"not JSON: {error}; remove the directory and convert again", path=mark) from None
+        raise CorruptError(f"{describe_bad_json(error)}; remove the directory and convert again", path=mark) from None
     if found != begun:
         raise SettingsError(
             f"{mark.parent}: was begun by a conversion with another source or other settings; resume with those, "

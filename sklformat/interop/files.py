@@ -80,6 +80,17 @@ def read_rows(path: Path, kind: str, values: str, columns: tuple[str, ...] = ())
     return rows
 
 
+def check_absent(path: Path) -> None:
+    """
+    Nothing is where a file is to be written.
+
+    Raises:
+        FileExistsError: Something is.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path}: exists already; choose another destination, or remove it first")
+
+
 class ColumnsWriter:
     """
     Write sequences into one file of plain columns; it gets its name when the context is left without an exception.
@@ -97,8 +108,7 @@ class ColumnsWriter:
     """
 
     def __init__(self, path: Path, kind: str, values: str, columns: tuple[str, ...], note: Mapping[str, Any]) -> None:
-        if path.exists():
-            raise FileExistsError(f"{path}: exists already; choose another destination, or remove it first")
+        check_absent(path)
         self._path, self._kind = path, kind
         self._partial = path.with_name(path.name + ".partial")
         self._note = json.dumps(note, sort_keys=True)

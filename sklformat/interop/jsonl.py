@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat.errors import CorruptError
+from sklformat.errors import CorruptError, describe_bad_json
 from sklformat.format.columns import RECORD_LOGPROB, STARTS
-from sklformat.interop.columns import NOTE, Row, check_parallel, in_row, offsets_of, typed
+from sklformat.interop.columns import NOTE, Row, check_parallel, in_row, no_sequence, offsets_of, typed
 
 
 def note_path(path: Path) -> Path:
@@ -43,7 +43,7 @@ def parse_object(text: bytes | str, path: Path, section: str) -> dict[str, Any]:
     try:
         value = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"not JSON: {error}", path=path, section=section) from None
+        raise CorruptError(describe_bad_json(error), path=path, section=section) from None
     if not isinstance(value, dict):
         raise CorruptError("not a JSON object", path=path, section=section)
     return value
@@ -66,7 +66,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 empty = False
                 yield parse_object(line, path, f"line {number}")
     if empty:
-        raise CorruptError("holds no sequence", path=path)
+        raise no_sequence(path)
 
 
 def _parsed(line: dict[str, Any], values: str, columns: tuple[str, ...]) -> Row:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sklformat.errors import CorruptError
 from sklformat.format.columns import RECORD_LOGPROB, STARTS
-from sklformat.interop.columns import NOTE, TYPES, Row, typed
+from sklformat.interop.columns import NOTE, TYPES, Row, check_size, no_sequence, typed
 
 
 def read_head(path: Path) -> tuple[set[str], str | None]:
@@ -40,7 +40,7 @@ def read_rows(path: Path, values: str, columns: tuple[str, ...]) -> Iterator[Row
         if arrays[values].size != arrays["token_ids"].size:
             raise ValueError(f"{arrays['token_ids'].size} token_ids, but {arrays[values].size} {values}")
         if count < 1:
-            raise ValueError("holds no sequence")
+            raise no_sequence(path)
         # L rows per sequence are taken as they are; the caller decides whether they are right.
         rows_less = 0 if positions == arrays["input_ids"].size else 1
         starts = tokens - rows_less * np.arange(count + 1)
@@ -49,8 +49,7 @@ def read_rows(path: Path, values: str, columns: tuple[str, ...]) -> Iterator[Row
         sizes = dict.fromkeys(columns, (positions, "positions"))
         sizes |= {STARTS: (arrays["input_ids"].size, "tokens"), RECORD_LOGPROB: (arrays["token_ids"].size, "token_ids")}
         for name in columns:
-            if arrays[name].size != sizes[name][0]:
-                raise ValueError(f"{name} has {arrays[name].size} values for {sizes[name][0]} {sizes[name][1]}")
+            check_size(name, arrays[name], *sizes[name])
     for s in range(count):
         first, last = int(starts[s]), int(starts[s + 1])
         begin, end = int(records[first]), int(records[last])

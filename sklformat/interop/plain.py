@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sklformat.format.columns import RECORD_LOGPROB, STARTS, find_fault, follow_records, typed_columns
 from sklformat.format.header import Header
 from sklformat.format.records import SparseTargets
-from sklformat.interop.columns import Row
+from sklformat.interop.columns import Row, check_size
 
 _SUM_SLACK = 0.05  # log-probs of bfloat16 sum to 1 no more exactly than this
 _ABOVE_ONE = 1e-3  # log-probs above 0 by no more than this are rounding
@@ -52,7 +52,7 @@ def check_row(row: Row, header: Header, values: str, *, drop_last_row: bool, tru
     order = np.argsort(keys, kind="stable")
     if (twice := np.flatnonzero(np.diff(keys[order]) == 0)).size:
         place = order[twice[0]]
-        raise ValueError(f"position {positions[place]}: token id {row.token_ids[place]} comes twice")
+        raise ValueError(f"position {positions[place]}: token_ids has {row.token_ids[place]} twice")
     ids, ordered = row.token_ids[order].astype(np.uint32), row.values[order]
     if values == "counts":
         targets = _counts(ids, ordered, row.offsets, positions, header.rounds)
@@ -84,8 +84,7 @@ def _next_token_rows(row: Row, *, drop_last_row: bool) -> Row:
     sizes = {STARTS: (tokens, "tokens"), RECORD_LOGPROB: (row.token_ids.size, "token_ids")}
     for name, values in row.columns.items():
         size, what = sizes.get(name, (rows, "rows"))
-        if values.size != size:
-            raise ValueError(f"{name} has {values.size} values for {size} {what}")
+        check_size(name, values, size, what)
     return row
 
 

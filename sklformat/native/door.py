@@ -25,7 +25,6 @@ _STATUS_NAMES: dict[int, str] = {value: name for name, value in ffi.typeof("skl_
 
 
 _REASONS: dict[str, str] = {
-    "SKL_REASON_NONE": "unknown fault",
     "SKL_REASON_SHAPE": "sizes contradict each other (position {position}, got {value})",
     "SKL_REASON_ID_RANGE": "position {position}: token id {value} is not below vocab_size",
     "SKL_REASON_ID_ORDER": "position {position}: token id {value} comes twice or out of order; ids must rise strictly",
@@ -43,7 +42,9 @@ _REASONS: dict[str, str] = {
 }
 
 
-_REASON_TEXTS: dict[int, str] = {value: _REASONS[name] for name, value in ffi.typeof("skl_reason").relements.items()}
+_REASON_TEXTS: dict[int, str] = {
+    value: _REASONS[name] for name, value in ffi.typeof("skl_reason").relements.items() if name != "SKL_REASON_NONE"
+}
 
 
 def view(ctype: str, array: NDArray[Any] | None, *, writable: bool = False) -> Any:

@@ -8,6 +8,7 @@ estimate    sklformat estimate
 eval        sklformat eval
 files       which files are read as text, and how
 inspection  sklformat inspect, verify, recover and check
+limits      what numbers a setting may have
 text        what several verbs say of text
 train       sklformat train
 """

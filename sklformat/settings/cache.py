@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sklformat.files.places import is_url
+from sklformat.format.columns import check_names
 from sklformat.format.layout import COLUMNS
-from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, MAX_ROUNDS
+from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, MAX_ROUNDS, check_temperature
 from sklformat.settings.files import MAX_UNPACK_RATIO, OnBadFile, TextFiles
+from sklformat.settings.limits import check_least
 from sklformat.settings.text import Bos, Packing, SpecialTokens, Truncate
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -144,14 +146,9 @@ class CacheConfig:
         if self.tokens is not None and self.field != "text":
             raise ValueError("field belongs to text or a dataset; tokens have none")
         names = {name for given in self.columns for name in given.split(",")}
-        if unknown := names - set(COLUMNS):
-            raise ValueError(f"columns may be {', '.join(COLUMNS)}, got {', '.join(sorted(unknown))}")
+        check_names(names)
         object.__setattr__(self, "columns", tuple(name for name in COLUMNS if name in names))
-        for name in ("seq_len", "sequences_per_shard", "batch_size", "ring_mib"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.num_sequences is not None and self.num_sequences < 1:
-            raise ValueError(f"num_sequences must be >= 1, got {self.num_sequences}")
+        check_least(self, 1, "seq_len", "sequences_per_shard", "batch_size", "ring_mib", "num_sequences")
         if is_url(self.out) != (self.work_dir is not None):
             raise ValueError(
                 f"out {self.out} is a URL: give work_dir, a directory here for shards that are not uploaded yet"
@@ -173,8 +170,7 @@ class CacheConfig:
             raise ValueError(f"k and p belong to topk and topp, not to sampler {self.sampler}")
         if not self.draws and self.proposal_temperature != 1:
             raise ValueError(f"sampler {self.sampler} draws nothing, so proposal_temperature must be 1")
-        if not 0.001 <= self.proposal_temperature <= 100:  # false for NaN
-            raise ValueError(f"proposal_temperature must be in 0.001..100, got {self.proposal_temperature}")
+        check_temperature(self.proposal_temperature)
         if self.unbiased_weights and self.proposal_temperature == 1:
             raise ValueError(
                 "unbiased_weights belongs to a proposal_temperature other than 1; at 1 nothing is weighted"

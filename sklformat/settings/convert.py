@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from sklformat.settings.limits import check_least
+
 FileKind = Literal["auto", "skl", "npz", "parquet", "jsonl"]
 
 
@@ -58,7 +60,4 @@ class ConvertConfig:
     """Leave out the last row of records: for plain columns with as many rows as tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("sequences_per_shard", "vocab_size", "rounds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        check_least(self, 1, "sequences_per_shard", "vocab_size", "rounds")

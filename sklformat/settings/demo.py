@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sklformat.settings.limits import check_least
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
@@ -30,7 +32,6 @@ class DemoConfig:
     """Processes that work at once, each on one core; 0: one for each core, at most 4."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0 or self.processes < 0:
-            raise ValueError(f"seed and processes must be >= 0, got {self.seed} and {self.processes}")
+        check_least(self, 0, "seed", "processes")
         if self.text is None and self.field != "text":
             raise ValueError("field belongs to text, which is not given")

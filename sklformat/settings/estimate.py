@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from sklformat.sampler import MAX_ROUNDS
 from sklformat.settings.cache import ModelDtype
 from sklformat.settings.files import MAX_UNPACK_RATIO, OnBadFile, TextFiles
+from sklformat.settings.limits import check_least, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,16 +92,8 @@ class EstimateConfig:
     """Type of the teacher's weights in the calibration run."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "sequences_per_shard", "gpus", "calibration_sequences", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("positions", "disk_tb"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("unique_tokens", "positions_per_second"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
+        check_least(self, 1, "seq_len", "sequences_per_shard", "gpus", "calibration_sequences", "batch_size")
+        check_positive(self, "positions", "disk_tb", "unique_tokens", "positions_per_second")
         if not 0 <= self.rounds <= MAX_ROUNDS:
             raise ValueError(f"rounds must be in 0..{MAX_ROUNDS}, got {self.rounds}")
         if self.rounds and self.unique_tokens is not None and self.unique_tokens > self.rounds:

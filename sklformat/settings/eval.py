@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sklformat.settings.files import MAX_UNPACK_RATIO, OnBadFile, TextFiles
+from sklformat.settings.limits import check_least
 from sklformat.settings.text import Bos, SpecialTokens
 
 
@@ -81,9 +82,8 @@ class EvalConfig:
     """JSON file for the result; none: not written."""
 
     def __post_init__(self) -> None:
-        for name, least in (("seq_len", 1), ("num_sequences", 0), ("bins", 1), ("batch_size", 1), ("packing_seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        check_least(self, 1, "seq_len", "bins", "batch_size")
+        check_least(self, 0, "num_sequences", "packing_seed")
         if bool(self.text) == (self.tokens is not None):
             raise ValueError("give either text or tokens (a token store)")
         if self.tokens is not None and (self.bos, self.special_tokens) != ("auto", "text"):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sklformat.settings.limits import check_least
+
 Method = Literal[
     "ce", "random_sampling", "topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix", "full"
 ]
@@ -109,10 +111,8 @@ class TrainConfig:
             raise ValueError(f"window and hold_out belong to a cache, got {self.window} and {self.hold_out}")
         if self.method == "ce" and self.ce_weight != 0:
             raise ValueError("ce_weight mixes cross-entropy into another method; method ce is all of it")
-        for name in ("hidden_size", "num_layers", "num_heads", "batch_size", "accumulation", "steps", "save_every",
-                     "log_every"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_least(self, 1, "hidden_size", "num_layers", "num_heads", "batch_size", "accumulation", "steps")
+        check_least(self, 1, "save_every", "log_every")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
         for name in ("warmup", "ce_weight"):
@@ -120,6 +120,4 @@ class TrainConfig:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not (self.learning_rate > 0 and self.weight_decay >= 0):
             raise ValueError("learning_rate must be > 0, weight_decay >= 0")
-        for name in ("num_workers", "seed", "window", "hold_out"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        check_least(self, 0, "num_workers", "seed", "window", "hold_out")

@@ -58,7 +58,9 @@ def test_right_and_wrong_tokens(capfd, cache, tmp_path, kind):
     assert "(sequences 4 and 20 are swapped)" in err
     status, out, err = run(capfd, directory, "--tokens", write(kind, tmp_path / "few", tokens[:-2]))
     assert (1, "") == (status, out)
-    assert "21 sequences of tokens given, the cache reaches to sequence 22; the 21 are right" in err
+    assert (
+        "21 sequences of tokens given, the cache reaches to sequence 22; the 21 are right: pack all of the text" in err
+    )
 
 
 def test_one_shard(capfd, cache, tmp_path):
@@ -104,7 +106,8 @@ def test_what_holds_no_tokens(capfd, cache, tmp_path):
     """Nothing there, and a directory or a file that is no such thing, are one line each."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("1 2 3")
-    for name, message in (("none", "no such file or directory"), ("empty", "neither a"), ("text", "neither a")):
+    nothing = "neither a .npy array, nor an mmap-ninja store, nor a token store; sklformat.check.check_tokens takes"
+    for name, message in (("none", "no such file or directory"), ("empty", nothing), ("text", nothing)):
         status, out, err = run(capfd, cache[0], "--tokens", tmp_path / name)
         assert (1, "") == (status, out)
         assert f"{tmp_path / name}: {message}" in err

@@ -22,10 +22,10 @@ def test_alignment_is_the_same_for_every_type(tokens):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([[1, 2]], r"1-D array of integers, got shape \(1, 2\)"),
+        ([[1, 2]], r"tokens must be a 1-D array of integers, got shape \(1, 2\)"),
         ([1.0, 2.0], "float64"),
         ([True, False], "bool"),
-        ([-1, 2], r"must be in \[0, 2\*\*32\), got values from -1 to 2"),
+        ([-1, 2], r"tokens must be in \[0, 2\*\*32\), got values from -1 to 2"),
         ([1 << 32], r"must be in \[0, 2\*\*32\)"),
     ],
 )

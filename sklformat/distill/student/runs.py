@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sklformat.errors import CorruptError, SettingsError
+from sklformat.errors import CorruptError, SettingsError, describe_bad_json
 from sklformat.files.directories import published, refuse_foreign
 from sklformat.files.disk import LOCK_NAME, Disk, locked_directory, naming, write_atomically
 from sklformat.progress import Reach, say, show
@@ -153,7 +153,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CorruptError(f"not JSON: {error}", path=path) from None
+        raise CorruptError(describe_bad_json(error), path=path) from None
     if not isinstance(value, dict):
         raise CorruptError("must hold one JSON object", path=path)
     return value

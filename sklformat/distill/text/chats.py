@@ -15,6 +15,7 @@ from sklformat.distill.text.documents import Document, document_of, some
 from sklformat.distill.text.sources import hub
 from sklformat.distill.text.sources.json_rows import kind_of
 from sklformat.distill.text.sources.rows import Row, read_made
+from sklformat.errors import describe_bad_json
 from sklformat.settings.files import TextFiles
 
 _MESSAGES = ("messages", "conversations")
@@ -196,7 +197,7 @@ def _decoded(value: Any, where: str) -> list[Any]:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
+            raise ValueError(describe_bad_json(error, where)) from None
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{where} is {kind_of(value)}, must be a list")  # noqa: TRY004  the data is wrong
     return [_without_none(inner) for inner in value]

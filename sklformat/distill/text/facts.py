@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sklformat.errors import CorruptError, UnsupportedError
+from sklformat.errors import CorruptError, UnsupportedError, describe_bad_json
 from sklformat.settings.text import BOS_PLACES, SPECIAL_TOKENS, BosPlace, SpecialTokens
 
 FACTS_NAME = "store.json"
@@ -109,7 +109,7 @@ def read_facts(directory: Path) -> StoreFacts:
     except FileNotFoundError:
         raise FileNotFoundError(f"{directory} is no token store: it has no {FACTS_NAME}") from None
     except ValueError as error:
-        raise CorruptError(f"not JSON: {error}", path=path) from None
+        raise CorruptError(describe_bad_json(error), path=path) from None
     version = values.get("version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > STORE_VERSION:
         raise UnsupportedError(f"store version {version}, this package reads {STORE_VERSION}", path=path)

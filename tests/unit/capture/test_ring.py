@@ -131,14 +131,14 @@ def test_a_closed_consumer_refuses_and_leaves_its_words(pair):
 def test_each_side_keeps_to_its_side(pair):
     """Only the producer pushes and only the consumer pops; a closed ring does neither."""
     producer, consumer = pair
-    with pytest.raises(ValueError, match="consumer"):
+    with pytest.raises(ValueError, match=r"^this is the ring's consumer$"):
         consumer.push(b"")
-    with pytest.raises(ValueError, match="producer"):
+    with pytest.raises(ValueError, match=r"^this is the ring's producer$"):
         producer.pop()
-    with pytest.raises(ValueError, match="type must be"):
+    with pytest.raises(ValueError, match=r"type must be in 0\.\.4294967294, got 4294967295"):
         producer.push(b"", type=2**32 - 1)
     producer.close()
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(ValueError, match=r"^the ring is closed$"):
         producer.push(b"")
 
 
@@ -158,7 +158,7 @@ def test_overwritten_words_are_an_error(pair):
     producer, consumer = pair
     producer.push(b"x")
     consumer._map[128:136] = (2**40).to_bytes(8, "little")  # tail
-    with pytest.raises(CorruptError, match="overwrote"):
+    with pytest.raises(CorruptError, match="the ring's shared memory contradicts itself: something overwrote it"):
         consumer.pop(0)
     with pytest.raises(CorruptError, match="overwrote"):
         producer.push(b"x", timeout=0)
@@ -177,7 +177,7 @@ def test_other_memory_is_refused():
 def test_elsewhere_than_on_linux(monkeypatch):
     """Creating a ring on another system says what capture needs; importing works."""
     monkeypatch.delattr(os, "memfd_create")
-    with pytest.raises(UnsupportedError, match="needs Linux"):
+    with pytest.raises(UnsupportedError, match=r"the ring needs Linux \(memfd, futex\), this is linux; capture there"):
         Ring.create(4096)
 
 

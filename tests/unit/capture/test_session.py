@@ -154,7 +154,7 @@ def test_order_and_shapes_are_checked_before_the_ring(tmp_path):
     expected = write_undisturbed(tmp_path / "plain")
     targets = merge_draws(draws_of(0))
     with open_capture(tmp_path / "cache", ring_bytes=8192) as capture:
-        with pytest.raises(ValueError, match="sequence 1 pushed, 0 is due"):
+        with pytest.raises(ValueError, match="sequence 1 pushed, 0 is due; a shard's sequences come in order"):
             capture.push(1, tokens_of(1), targets)
         capture.push(0, tokens_of(0), targets)
         for wrong in (0, 2, 4, NUM_SEQUENCES, -1):
@@ -171,7 +171,7 @@ def test_order_and_shapes_are_checked_before_the_ring(tmp_path):
             with pytest.raises(ValueError, match=message):
                 capture.push_draws(1, tokens, draws, columns)
         weights = skl.SparseTargets(token_ids=[1], weights=[1.0], offsets=[0, 1])
-        with pytest.raises(ValueError, match="kind 'ratios', the header's kind is 'counts'"):
+        with pytest.raises(ValueError, match="the targets are of kind 'ratios', the header's kind is 'counts'"):
             capture.push(1, tokens_of(1), weights)
         for sequence in range(1, NUM_SEQUENCES):
             capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))

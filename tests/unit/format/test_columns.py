@@ -72,7 +72,7 @@ def test_any_layout_and_integers_for_booleans():
         ({"entropy": [1.0]}, r"column entropy has shape \(1,\), must be \(3,\)"),
         ({"document_start": [True]}, r"column document_start has shape \(1,\), must be \(4,\)"),
         ({"record_logprob": [0.0] * 4}, r"column record_logprob has shape \(4,\), must be \(3,\)"),
-        ({"document_start": [2, 0, 0, 1]}, "column document_start must be booleans"),
+        ({"document_start": [2, 0, 0, 1]}, "column document_start must be booleans, True where a document begins"),
         ({"document_start": [0.0, 0.0, 0.0, 1.0]}, "column document_start must be booleans"),
         ({"logits": [1.0]}, "columns .*'logits'.* given, the header names"),
     ],

@@ -172,7 +172,12 @@ def test_other_files_are_named():
 @pytest.mark.parametrize(
     ("offset", "data", "error", "message"),
     [
-        (8, b"\x02", skl.UnsupportedError, "byte 8: format version 2.0, this library reads 1.x; install"),
+        (
+            8,
+            b"\x02",
+            skl.UnsupportedError,
+            "byte 8: format version 2.0, this library reads 1.x; install the sklformat that wrote it",
+        ),
         (12, b"\x00\x20", skl.UnsupportedError, "header_size 0x2000 is not known"),
         (16, b"\x04", skl.UnsupportedError, "incompatible_flags 0x4 is not known to version 1.0; install"),
         (32, b"\x03", skl.UnsupportedError, "byte 32: kind 0x3"),

@@ -335,7 +335,7 @@ def test_rows_as_many_as_tokens(tmp_path):
     [
         (ROW | {"input_ids": [1, 2, 10]}, COUNTS, r"row 0: token number 2: id 10 is not in \[0, 10\)"),
         (ROW | {"token_ids": [[5, -1], []]}, COUNTS, r"position 0: token id -1 is not in \[0, 10\)"),
-        (ROW | {"token_ids": [[5, 5], []]}, COUNTS, "position 0: token id 5 comes twice"),
+        (ROW | {"token_ids": [[5, 5], []]}, COUNTS, "position 0: token_ids has 5 twice"),
         (ROW | {"counts": [[2, 2], []]}, COUNTS, "position 0: counts sum to 4, not to 3"),
         (ROW | {"counts": [[3, 0], []]}, COUNTS, "count 0 is not in 1..3"),
         (ROW | {"counts": [[2.0, 1.0], []]}, COUNTS, "counts holds something other than integers"),

@@ -73,7 +73,7 @@ def test_wrong_arrays_never_reach_c():
     """An array of another length or type than the shape says is caught before C sees it."""
     out = np.zeros(200, np.uint8)
     for wrong in (IDS[:2], IDS.astype(np.int64), np.repeat(IDS, 2)[::2]):
-        with pytest.raises(ValueError, match="C needs 3 uint32 in one piece"):
+        with pytest.raises(ValueError, match="C needs 3 uint32 in one piece, got"):
             native.encode(SHAPE, OFFSETS, wrong, COUNTS, TOKENS, COLUMN, out)
     with pytest.raises(ValueError, match="sizes contradict"):
         native.encode(SHAPE, OFFSETS, IDS, COUNTS, None, COLUMN, out)

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from sklformat.errors import describe_bad_json
+
 MAX_ROW_CHARS = 1 << 25
 """Characters of the JSON of one row; as Python's objects they take some 30 times as many bytes at worst."""
 
@@ -34,7 +36,7 @@ def read_lines(pieces: Iterable[str]) -> Iterator[tuple[int, str, dict[str, Any]
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place} is not JSON: {error}") from None
+            raise ValueError(describe_bad_json(error, place)) from None
         yield number, place, _checked(row, place)
 
 
@@ -160,7 +162,7 @@ class _Reader:
                 if length > MAX_ROW_CHARS:
                     raise _too_long(place) from None
                 if isinstance(error, RecursionError) or not self._grow(length):  # at least doubled, hence few rounds
-                    raise ValueError(f"{place} is not JSON: {error}") from None
+                    raise ValueError(describe_bad_json(error, place)) from None
 
     def rest(self) -> Iterator[str]:
         """What was not taken yet, in pieces."""

@@ -93,7 +93,7 @@ def test_an_error_keeps_its_kind_and_words_and_stops_the_others():
 @pytest.mark.usefixtures("quickly")
 def test_a_process_that_dies_is_an_error():
     """A job whose process was killed is reported with its exit code."""
-    with pytest.raises(skl.SklError, match="exit code 3 and no result"):
+    with pytest.raises(skl.SklError, match=r"the process of .* ended with exit code 3 and no result \(killed"):
         run_jobs([Job(os._exit, (3,))], processes=2, threads=1)
 
 

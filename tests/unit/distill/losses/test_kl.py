@@ -521,27 +521,39 @@ def repeat_first_id(a):
 
 WRONG = {
     "unknown method": (lambda a: a.update(method="jsd"), "method 'jsd' is unknown; one of random_sampling"),
-    "logits of three dimensions": (lambda a: a.update(logits_PV=a["logits_PV"][None]), "flatten"),
+    "logits of three dimensions": (
+        lambda a: a.update(logits_PV=a["logits_PV"][None]),
+        r"logits_PV has shape \[1, 5, 7\]; need \[positions, V\]: flatten the sequences",
+    ),
     "integer logits": (lambda a: a.update(logits_PV=a["logits_PV"].long()), "need a float type"),
     "offsets of another batch": (with_targets(offsets=torch.tensor([0, 1])), r"offsets has shape \[2\]; need \[6\]"),
-    "offsets past the records": (with_targets(offsets=99 * torch.arange(6)), "offsets must rise from 0"),
-    "ids beyond the vocabulary": (lambda a: a.update(logits_PV=a["logits_PV"][:, :4]), r"outside \[0, 4\)"),
-    "float ids": (with_targets(token_ids=torch.ones(3)), "have types torch.float32"),
+    "offsets past the records": (
+        with_targets(offsets=99 * torch.arange(6)),
+        "offsets must rise from 0 to the number of records, ",
+    ),
+    "ids beyond the vocabulary": (
+        lambda a: a.update(logits_PV=a["logits_PV"][:, :4]),
+        r"token_ids go from \d to \d; outside \[0, 4\)",
+    ),
+    "float ids": (with_targets(token_ids=torch.ones(3)), "token_ids, probs, offsets have types torch.float32, "),
     "fewer ids than probs": (with_targets(token_ids=torch.ones(3, dtype=torch.int32)), r"shape \[3\]"),
     "repeated ids": (repeat_first_id, "repeat within a position"),
-    "dense targets, sparse method": (lambda a: a.update(targets=DenseTargets(torch.ones(5, 7))), "go with 'full'"),
+    "dense targets, sparse method": (
+        lambda a: a.update(targets=DenseTargets(torch.ones(5, 7))),
+        "with DenseTargets: DenseTargets, DenseTeacher go with 'full'",
+    ),
     "full with records": (lambda a: a.update(method="full"), "go with 'full'"),
     "no labels for the naive fix": (lambda a: a.update(method="naive_fix", labels_P=None), "labels_P is missing"),
     "no labels for CE": (lambda a: a.update(ce_weight=0.5, labels_P=None), "labels_P is missing"),
     "label beyond the vocabulary": (
         lambda a: a.update(ce_weight=0.5, labels_P=torch.full((5,), 7)),
-        "label 7 is outside",
+        r"label 7 is outside \[0, 7\) and not -100",
     ),
     "labels of another batch": (
         lambda a: a.update(ce_weight=0.5, labels_P=torch.zeros(4)),
         r"labels_P has shape \[4\]",
     ),
-    "CE weight above 1": (lambda a: a.update(ce_weight=1.5), "ce_weight 1.5"),
+    "CE weight above 1": (lambda a: a.update(ce_weight=1.5), r"ce_weight 1\.5 is outside \[0, 1\]"),
     "no label anywhere": (
         lambda a: a.update(ce_weight=0.5, labels_P=torch.full((5,), -100)),
         "none of the 5 positions counts",
@@ -584,16 +596,19 @@ def test_methods_with_a_residual_refuse_sums_above_one(method):
     """Counts passed for probabilities would make the residual negative: refused."""
     arguments = good()
     arguments["targets"].probs.mul_(50)
-    with pytest.raises(ValueError, match="needs at most 1"):
+    with pytest.raises(ValueError, match=r"probs of a position sum to .*; method .* needs at most 1"):
         sparse_kl(**arguments, method=method)
 
 
 def test_linear_refuses_parts_that_do_not_fit():
     """Hidden size, types and chunk size are checked by name."""
     hidden_PD, weight_VD, targets, _ = linear_case()
-    with pytest.raises(ValueError, match="hidden_PD has shape"):
+    with pytest.raises(
+        ValueError,
+        match=r"^hidden_PD has shape \[\d+, 2\], its lm_head_weight_VD .*; need \[positions, D\] and \[V, D\]",
+    ):
         linear_sparse_kl(hidden_PD[:, :2], weight_VD, targets)
-    with pytest.raises(ValueError, match="need one type"):
+    with pytest.raises(ValueError, match=r"hidden_PD has type .*, its lm_head_weight_VD torch\.float32; need one type"):
         linear_sparse_kl(hidden_PD, weight_VD.float(), targets)
     with pytest.raises(ValueError, match="chunk_positions is 0"):
         linear_sparse_kl(hidden_PD, weight_VD, targets, chunk_positions=0)

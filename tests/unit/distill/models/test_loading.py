@@ -195,7 +195,7 @@ def test_heads_that_are_not_one_matrix_are_known():
     config = transformers.GPTJConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
     biased = transformers.GPTJForCausalLM(config)
     assert not heads.has_linear_head(biased)
-    with pytest.raises(ValueError, match="without bias"):
+    with pytest.raises(ValueError, match=r"the head of .* is not one matrix without bias; use its logits instead"):
         outputs.lm_head_weight(biased)
     config = transformers.CohereConfig(
         vocab_size=64,
@@ -205,7 +205,7 @@ def test_heads_that_are_not_one_matrix_are_known():
         intermediate_size=16,
         logit_scale=0.25,
     )
-    with pytest.raises(ValueError, match="logits of CohereForCausalLM are not"):
+    with pytest.raises(ValueError, match="the logits of CohereForCausalLM are not hidden states times one matrix"):
         heads.check_linear_head(transformers.CohereForCausalLM(config))
 
 

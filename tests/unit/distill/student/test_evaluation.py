@@ -98,7 +98,9 @@ def test_another_tokenizer_is_refused(place, tmp_path):
     other = tokenization.train_tokenizer(["completely different words " * 20], 290)
     tiny.write_model(tmp_path / "other", other)
     for changes in ({"student": str(tmp_path / "other")}, {"teacher": str(tmp_path / "other")}):
-        with pytest.raises(SettingsError, match="a different tokenizer") as caught:
+        with pytest.raises(
+            SettingsError, match=r"was made by a different tokenizer from that of .*: fingerprint \w+, the model's"
+        ) as caught:
             run(place, **changes)
         assert tokenizer_fingerprint(other) in str(caught.value)
 
@@ -124,10 +126,21 @@ def test_sequences_beyond_the_positions_of_a_model_are_refused(place, tmp_path):
             run(place, **{role: str(tmp_path / "short")})
 
 
+def test_a_narrow_model_is_refused(place, tmp_path):
+    """A model with fewer ids than the text's tokenizer is named with both numbers."""
+    tokenizer = loading.load_tokenizer(place / "student")
+    tiny.write_model(tmp_path / "narrow", tokenizer, vocab_size=100)
+    with pytest.raises(SettingsError, match=r"narrow has a vocabulary of 100, the held-out text one of \d+"):
+        run(place, student=str(tmp_path / "narrow"))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_sequences": 10_000}, "asked for are 10000"),
+        (
+            {"num_sequences": 10_000},
+            "the held-out text gives .* sequences of 16 positions, asked for are 10000; give fewer",
+        ),
         ({"seq_len": 0}, "seq_len must be >= 1"),
         ({"batch_size": 0}, "batch_size must be >= 1"),
         ({"ce_loss": 1.0}, "belong together"),

@@ -90,6 +90,7 @@ def test_settings_that_differ_are_all_named(tmp_path):
 
 def test_damaged_settings_are_named(tmp_path):
     """Settings that are no JSON object are an error with their path."""
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(skl.CorruptError, match=r"run\.json"), runs.opened(tmp_path, {}):
-        pass
+    for text, message in (("{", "not JSON: "), ("[]", "must hold one JSON object")):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(skl.CorruptError, match=rf"run\.json: {message}"), runs.opened(tmp_path, {}):
+            pass

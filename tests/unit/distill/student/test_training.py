@@ -217,7 +217,10 @@ def test_a_finished_run_is_not_trained_again(place, tmp_path):
 def test_other_settings_are_refused_with_both_values(place, tmp_path):
     """A directory made with other settings is left alone; what does not change the model may differ."""
     train(config_of(place, tmp_path / "run", steps=2), report=silent)
-    with pytest.raises(skl.SettingsError, match=r"learning_rate was 0\.01, asked for is 0\.5"):
+    with pytest.raises(
+        skl.SettingsError,
+        match=r"run was made with other settings: learning_rate was 0\.01, asked for is 0\.5; use another",
+    ):
         train(config_of(place, tmp_path / "run", steps=2, learning_rate=0.5), report=silent)
     with pytest.raises(skl.SettingsError, match="cache was"):
         train(config_of(place, tmp_path / "run", steps=2, cache=place / "topk", method="ce"), report=silent)
@@ -265,7 +268,9 @@ def test_another_tokenizer_is_refused(place, tmp_path):
     """A student whose ids mean other tokens than the cache's stops before the first step."""
     other = tokenization.train_tokenizer(["quite other words " * 30], 290)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(skl.SettingsError, match="a different tokenizer") as caught:
+    with pytest.raises(
+        skl.SettingsError, match=r"was made by a different tokenizer, not .*: its fingerprint is"
+    ) as caught:
         train(config_of(place, tmp_path / "run", tokenizer=str(tmp_path / "other")), report=silent)
     assert tokenizer_fingerprint(other) in str(caught.value)
 
@@ -274,13 +279,27 @@ def test_a_narrow_student_is_refused(place, tmp_path):
     """A student with fewer ids than the cache cannot learn from it; the message has both numbers."""
     tokenizer = loading.load_tokenizer(place / "tokenizer")
     tiny.write_model(tmp_path / "narrow", tokenizer, vocab_size=100, max_positions=SEQ_LEN)
-    with pytest.raises(skl.SettingsError, match=r"vocabulary of 100, .* one of 2\d\d"):
+    with pytest.raises(
+        skl.SettingsError,
+        match=r"the student .* has a vocabulary of 100, .* one of 2\d\d; widen the student's embedding",
+    ):
         train(config_of(place, tmp_path / "run", tokenizer=None, student=str(tmp_path / "narrow")), report=silent)
+
+
+def test_method_full_needs_one_vocabulary(place, tmp_path):
+    """Entry by entry the teacher has at least the ids of the cache, and the student just as many."""
+    tokenizer = loading.load_tokenizer(place / "tokenizer")
+    tiny.write_model(tmp_path / "narrow", tokenizer, vocab_size=100, max_positions=SEQ_LEN)
+    message = r"compares teacher and student entry by entry over the 2\d\d ids of .*: the teacher .* has 100 \(needs at"
+    with pytest.raises(skl.SettingsError, match=message):
+        train(config_of(place, tmp_path / "run", method="full", teacher=str(tmp_path / "narrow")), report=silent)
 
 
 def test_records_of_the_wrong_kind_are_refused(place, tmp_path):
     """Top-K records are no random samples, and the other way round."""
-    with pytest.raises(skl.SettingsError, match="sampler topk, which method random_sampling does not fit"):
+    with pytest.raises(
+        skl.SettingsError, match="holds records of sampler topk, which method random_sampling does not fit; use"
+    ):
         train(config_of(place, tmp_path / "a", cache=place / "topk"), report=silent)
     with pytest.raises(skl.SettingsError, match="sampler multinomial, which method topk does not fit"):
         train(config_of(place, tmp_path / "b", method="topk"), report=silent)

@@ -101,7 +101,10 @@ def test_a_teacher_that_does_not_fit_its_devices_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="big: does not fit the CUDA devices 2, 3, a part would lie on disk"):
         loading.load_model("big", over=[2, 3])
     assert ("auto", {2: 1800, 3: 2700}) == (asked["device_map"], asked["max_memory"])
-    with monkeypatch.context() as patch, pytest.raises(ModuleNotFoundError, match="accelerate") as raised:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ModuleNotFoundError, match="spreading a model over several GPUs needs accelerate") as raised,
+    ):
         patch.setattr(importlib.util, "find_spec", lambda name: None)
         loading.load_model("big", over=[2, 3])
     assert "accelerate" == raised.value.name  # the command line turns it into how to install it

@@ -52,9 +52,17 @@ def test_jsonl_gives_one_document_a_line(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "one"}\n\n{"text": ""}\n{"text": "two", "id": 3}\n')
     assert [("t.jsonl#0", "one"), ("t.jsonl#3", "two")] == list(corpus.read_documents(path))
-    for line in ('{"txt": "x"}', "[1]", "{", '{"text": 4}', r'{"text": "\ud800"}'):
+    not_json = r"t\.jsonl: line 2 is not JSON: "
+    half = r"t\.jsonl: line 2 holds half a surrogate pair, which is no character"
+    for line, message in (
+        ('{"txt": "x"}', "line 2 has no field 'text'; it has 'txt'"),
+        ("[1]", "line 2 is .*, must be an object with fields"),
+        ("{", not_json),
+        ('{"text": 4}', "line 2 has .* in field 'text', must be text"),
+        (r'{"text": "\ud800"}', half),
+    ):
         path.write_text('{"text": "one"}\n' + line)
-        with pytest.raises(ValueError, match=r"t\.jsonl: line 2 "):
+        with pytest.raises(ValueError, match=message):
             list(corpus.read_documents(path))
 
 
@@ -62,13 +70,15 @@ def test_bad_paths_and_bytes_are_named(tmp_path):
     """No text, a missing path and bytes that are not UTF-8 each raise their own error with the path in it."""
     with pytest.raises(FileNotFoundError, match="nowhere"):
         corpus.read_documents(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no text found"):
+    with pytest.raises(
+        ValueError, match=r"no text found: no files in .* beside 0 that --include and --exclude leave out and 0"
+    ):
         corpus.read_documents(tmp_path)
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match="no text found"):
+    with pytest.raises(ValueError, match=r"no text found: every file in .* is empty"):
         list(corpus.read_documents(tmp_path))
     (tmp_path / "image.png").write_bytes(b"ok\xff\xfe")
-    with pytest.raises(ValueError, match=r"image\.png: byte 2 is not UTF-8"):
+    with pytest.raises(ValueError, match=r"image\.png: byte 2 is not UTF-8 text; give its --encoding"):
         list(corpus.read_documents(tmp_path))
 
 
@@ -178,7 +188,7 @@ def test_failed_writing_leaves_nothing(tmp_path):
     """An id outside the vocabulary, or no tokens at all, stops the writing and leaves no directory behind."""
     with pytest.raises(ValueError, match=r"d1: token ids from 97 to 98 .* \[0, 98\)"):
         make_store(tmp_path / "s", ["a", "ab"], vocab_size=98)
-    with pytest.raises(ValueError, match="hold no tokens"):
+    with pytest.raises(ValueError, match="no text found: the documents hold no tokens"):
         make_store(tmp_path / "s", ["", ""])
     assert [] == os.listdir(tmp_path)
 
@@ -215,7 +225,7 @@ def test_damaged_store_is_refused(tmp_path, texts):
 def test_store_facts_are_checked(tmp_path):
     """A store without facts, with foreign facts, or of a newer version raises the named error."""
     path = tmp_path / "s"
-    with pytest.raises(FileNotFoundError, match="no token store"):
+    with pytest.raises(FileNotFoundError, match=r"s is no token store: it has no store\.json"):
         corpus.TokenStore(path)
     assert not path.exists()
     make_store(path, ["abc"])
@@ -223,9 +233,11 @@ def test_store_facts_are_checked(tmp_path):
     (path / "store.json").write_text(json.dumps(facts | {"version": 3}))
     with pytest.raises(UnsupportedError, match="version 3, this package reads 2"):
         corpus.TokenStore(path)
-    for content in ("{", "[]", json.dumps(facts | {"more": 1}), json.dumps(facts | {"num_tokens": "3"})):
+    fields = r"store\.json: must hold exactly the fields "
+    wrong = ("[]", json.dumps(facts | {"more": 1}), json.dumps(facts | {"num_tokens": "3"}))
+    for content, message in (("{", r"store\.json: not JSON: "), *((text, fields) for text in wrong)):
         (path / "store.json").write_text(content)
-        with pytest.raises(CorruptError, match=r"store\.json"):
+        with pytest.raises(CorruptError, match=message):
             corpus.TokenStore(path)
 
 
@@ -323,8 +335,18 @@ def test_short_text_is_refused_with_both_numbers(tmp_path):
         PackedSequences(tmp_path / "s", seq_len=7, separator_id=0, seed=0)
     with pytest.raises(ValueError, match="4 sequences of 2 positions take 9 tokens, it has 7"):
         PackedSequences(tmp_path / "s", seq_len=2, separator_id=0, seed=0, first=1, count=3)
-    for wrong in ({"seq_len": 0}, {"separator_id": -1}, {"seed": -1}, {"first": -1}, {"count": 0}):
-        with pytest.raises(ValueError, match="must be"):
+    seeds, parts = (
+        r"separator_id must be in \[0, 2\^32\) and seed in \[0, 2\^64\), got",
+        "first must be >= 0 and count >=",
+    )
+    for wrong, message in (
+        ({"seq_len": 0}, "seq_len must be >= 1, got 0"),
+        ({"separator_id": -1}, seeds),
+        ({"seed": -1}, seeds),
+        ({"first": -1}, parts),
+        ({"count": 0}, parts),
+    ):
+        with pytest.raises(ValueError, match=message):
             PackedSequences(tmp_path / "s", **{"seq_len": 2, "separator_id": 0, "seed": 0} | wrong)
 
 

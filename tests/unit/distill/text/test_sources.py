@@ -269,7 +269,7 @@ def test_an_unknown_encoding_is_refused(encoding):
     ("settings", "message"),
     [
         ({"text": (Path(),), "max_unpack_ratio": 0}, "max_unpack_ratio must be >= 1, got 0"),
-        ({"text": (Path(),), "field": ""}, "field is empty"),
+        ({"text": (Path(),), "field": ""}, "field is empty; give the name of the field that holds"),
         ({"text": (), "exclude": ("*.md",)}, "exclude belongs to text, which is not given"),
         ({"text": (), "on_bad_file": "skip"}, "on_bad_file belongs to text"),
     ],

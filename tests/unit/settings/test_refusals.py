@@ -1,0 +1,99 @@
+"""What settings refuse, each refusal once by its own words, before anything is read or loaded."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from sklformat.settings.cache import CacheConfig
+from sklformat.settings.convert import ConvertConfig
+from sklformat.settings.demo import DemoConfig
+from sklformat.settings.estimate import EstimateConfig
+from sklformat.settings.eval import EvalConfig
+from sklformat.settings.train import TrainConfig
+
+CACHE = CacheConfig(teacher="t", text=(Path("x"),), out="out", seq_len=8)
+TRAIN = TrainConfig(cache="cache", out=Path("out"))
+EVAL = EvalConfig(student="s", text=(Path("x"),), seq_len=8)
+ESTIMATE = EstimateConfig(positions=1e9)
+CONVERT = ConvertConfig(source=Path("a"), destination=Path("b"))
+TOKENS = {"cache": None, "tokens": Path("store"), "seq_len": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (CACHE, {"dataset": "d"}, r"give either text or tokens \(a token store\), or a dataset"),
+        (
+            CACHE,
+            {"text": (), "tokens": Path("s"), "special_tokens": "special"},
+            "special_tokens belongs to text or a data",
+        ),
+        (
+            CACHE,
+            {"columns": ("entropie",)},
+            "columns may be label_logprob, entropy, document_start, record_logprob, got",
+        ),
+        (CACHE, {"num_sequences": 0}, "^num_sequences must be >= 1, got 0"),
+        (CACHE, {"out": "s3://b/c"}, "out s3://b/c is a URL: give work_dir, a directory here for shards that are not"),
+        (CACHE, {"work_dir": Path("w")}, "work_dir belongs to an out that is a URL, got out"),
+        (CACHE, {"out": "s3://b/c", "work_dir": Path("s3:/b")}, "work_dir s3:/b is a URL, must be a directory here"),
+        (CACHE, {"rounds": 0}, "rounds must be >= 1 and <= 65535 for sampler multinomial, got 0"),
+        (CACHE, {"sampler": "topk"}, r"sampler topk needs k in 1\.\.65535, got None"),
+        (CACHE, {"sampler": "topp", "p": 1.5}, r"sampler topp needs p in \(0, 1\], got 1\.5"),
+        (CACHE, {"k": 3}, "k and p belong to topk and topp, not to sampler multinomial"),
+        (
+            CACHE,
+            {"sampler": "topk", "k": 3, "proposal_temperature": 0.5},
+            "sampler topk draws nothing, so proposal_temperature must be 1",
+        ),
+        (CACHE, {"proposal_temperature": 0.0}, r"proposal_temperature must be in 0\.001\.\.100, got 0\.0"),
+        (
+            CACHE,
+            {"unbiased_weights": True},
+            "unbiased_weights belongs to a proposal_temperature other than 1; at 1 nothing is weighted",
+        ),
+        (
+            CACHE,
+            {"text": (), "tokens": Path("s"), "field": "x"},
+            "field belongs to text or a dataset; tokens have none",
+        ),
+        (CONVERT, {"vocab_size": 0}, "^vocab_size must be >= 1, got 0"),
+        (DemoConfig(), {"processes": -1}, "^processes must be >= 0, got -1"),
+        (DemoConfig(), {"field": "x"}, "field belongs to text, which is not given"),
+        (ESTIMATE, {"positions": 0.0}, r"^positions must be positive and finite, got 0\.0"),
+        (ESTIMATE, {"unique_tokens": float("inf")}, "^unique_tokens must be positive and finite, got inf"),
+        (ESTIMATE, {"rounds": 65536}, r"^rounds must be in 0\.\.65535, got 65536"),
+        (ESTIMATE, {"rounds": 5, "unique_tokens": 6.0}, "unique_tokens 6 is more than the 5 rounds that draw them"),
+        (ESTIMATE, {"rounds": 0, "teacher": "t"}, "a calibration run draws: rounds must be >= 1 with a teacher, got 0"),
+        (ESTIMATE, {"teacher": "t"}, "a calibration run needs both teacher and text"),
+        (EVAL, {"bins": 0}, "^bins must be >= 1, got 0"),
+        (EVAL, {"tokens": Path("s")}, r"give either text or tokens \(a token store\)$"),
+        (
+            EVAL,
+            {"text": (), "tokens": Path("s"), "bos": "never"},
+            "bos and special_tokens belong to text; the token store",
+        ),
+        (EVAL, {"text": (), "tokens": Path("s"), "field": "x"}, "field belongs to text; tokens have none"),
+        (EVAL, {"ce_loss": 1.0}, "ce_loss and full_loss belong together: give both or none"),
+        (TRAIN, {"tokens": Path("s")}, "give exactly one of cache and tokens"),
+        (TRAIN, TOKENS | {"method": "sparse"}, "method sparse needs a cache; a token store serves ce and full only"),
+        (TRAIN, {"seq_len": 8}, "seq_len belongs to tokens and must be >= 1 there, got 8"),
+        (TRAIN, {"method": "full"}, "teacher belongs to method full, got method full and teacher None"),
+        (TRAIN, TOKENS | {"method": "ce", "window": 4}, "window and hold_out belong to a cache, got 4 and 0"),
+        (
+            TRAIN,
+            {"method": "ce", "ce_weight": 0.5},
+            "ce_weight mixes cross-entropy into another method; method ce is all",
+        ),
+        (TRAIN, {"steps": 0}, "^steps must be >= 1, got 0"),
+        (TRAIN, {"hidden_size": 10, "num_heads": 4}, "num_heads 4 does not divide hidden_size 10"),
+        (TRAIN, {"warmup": 1.5}, r"warmup must be in \[0, 1\], got 1\.5"),
+        (TRAIN, {"learning_rate": 0.0}, "learning_rate must be > 0, weight_decay >= 0"),
+        (TRAIN, {"num_workers": -1}, "^num_workers must be >= 0, got -1"),
+    ],
+)
+def test_settings(config, changes, message):
+    """A value out of range, or two that contradict each other, are refused with what they may be."""
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **changes)
