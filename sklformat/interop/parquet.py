@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklformat.errors import CorruptError
 from sklformat.files import arrow
 from sklformat.format.columns import RECORD_LOGPROB
-from sklformat.interop.columns import NOTE, TYPES, Row, check_parallel, in_row, offsets_of, typed
+from sklformat.interop.columns import NOTE, TYPES, Row, check_parallel, in_row, no_sequence, offsets_of, typed
 
 _READ_ROWS = 16  # sequences decoded at once
 _GROUP_RECORDS = 1 << 20  # records of one row group, about
@@ -48,7 +48,7 @@ def read_rows(path: Path, values: str, columns: tuple[str, ...]) -> Iterator[Row
                 yield row
                 number += 1
     if number == 0:
-        raise CorruptError("holds no sequence", path=path)
+        raise no_sequence(path)
 
 
 @contextlib.contextmanager
@@ -61,11 +61,11 @@ def _corrupt(path: Path) -> Iterator[None]:
 
 def _split(column: Any, name: str) -> tuple[Any, NDArray[np.int64]]:
     """An Arrow array of lists: what the lists hold, one after the other, and their offsets."""
+    if column.null_count:  # looked for first, since they have no length
+        raise ValueError(f"column {name} has empty cells (null)")
     lengths = arrow.list_lengths(column)
     if lengths is None:
         raise ValueError(f"column {name} is {column.type}, must be a list")
-    if column.null_count:
-        raise ValueError(f"column {name} has empty cells (null)")
     return column.flatten(), offsets_of(lengths)
 
 
