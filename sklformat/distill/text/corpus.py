@@ -57,8 +57,8 @@ __all__ = [
 
 _TOKENS_NAME = "tokens"
 _DOCUMENTS_PER_BATCH = 256  # tokenised together, and written to the store in one go, unless they are large:
-_CHARS_PER_BATCH = 1 << 21  # to tokenise takes some 150 bytes of memory per character
-_TOKENS_PER_BATCH = 1 << 22
+_CHARS_PER_BATCH = 1 << 19  # to tokenise takes some hundred bytes of memory per character
+_TOKENS_PER_BATCH = 1 << 20
 
 
 Item = TypeVar("Item")

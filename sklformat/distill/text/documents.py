@@ -52,7 +52,7 @@ def read_documents(files: TextFiles | Iterable[Path | str] | Path | str) -> Iter
 
     A directory is read recursively in the order of relative paths; hidden files and directories are left out.
     A file is what its name ends in: .jsonl, .json (an array of rows), .parquet, .arrow, else plain text; .gz and .zst
-    behind that are unpacked.  A plain text file of more than 2^21 characters becomes several documents.  Empty texts
+    behind that are unpacked.  A plain text file of more than 2^19 characters becomes several documents.  Empty texts
     are left out.
 
     Args:

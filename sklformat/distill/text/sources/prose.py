@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from sklformat.distill.text.sources.streams import not_text
 
-MAX_CHARS = 1 << 21
-"""Characters of one text; to tokenise them takes some 150 times as many bytes of memory."""
+MAX_CHARS = 1 << 19
+"""Characters of one text; to tokenise them takes some hundred times as many bytes of memory."""
 
 
 def read_prose(pieces: Iterable[str]) -> Iterator[tuple[int | None, str]]:
