@@ -47,6 +47,7 @@ _EXTRAS = {
     "matplotlib": "plot",
     "torch": "train",
     "transformers": "train",
+    "peft": "adapters",
     "tokenizers": "train",
     "safetensors": "train",
     "mmap_ninja": "train",

@@ -19,15 +19,15 @@ NAMES = """
 
 FLAGS = {
     "cache": """
-        batch-size bos columns dataset dataset-split device device-map dtype encoding exclude field first-sequence
-        include json k keep-versions max-unpack-ratio num-sequences on-bad-file out p packing packing-seed
-        proposal-temperature ring-mib rounds sampler seed seq-len sequences-per-shard special-tokens store-tokens
-        teacher text tokens truncate unbiased-weights work-dir
+        adapter-base batch-size bos columns dataset dataset-split device device-map dtype encoding exclude field
+        first-sequence include json k keep-versions max-unpack-ratio num-sequences on-bad-file out p packing
+        packing-seed proposal-temperature ring-mib rounds sampler seed seq-len sequences-per-shard special-tokens
+        store-tokens teacher text tokens truncate trust-remote-code unbiased-weights work-dir
     """,
     "estimate": """
-        batch-size calibration-sequences device disk-tb dtype encoding exclude field gpu-price gpus include json
-        max-unpack-ratio on-bad-file positions positions-per-second proposal-temperature rounds seq-len
-        sequences-per-shard store-tokens teacher text unique-tokens vocab-size
+        adapter-base batch-size calibration-sequences device disk-tb dtype encoding exclude field gpu-price gpus
+        include json max-unpack-ratio on-bad-file positions positions-per-second proposal-temperature rounds seq-len
+        sequences-per-shard store-tokens teacher text trust-remote-code unique-tokens vocab-size
     """,
 }
 

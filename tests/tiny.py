@@ -8,7 +8,7 @@ import tokenizers
 from sklformat.distill.models import loading, tokenization
 from sklformat.distill.text.corpus import write_token_store
 from sklformat.distill.text.documents import Document
-from sklformat.distill.text.fingerprints import tokenizer_fingerprint
+from sklformat.distill.text.fingerprints import tokenizer_fingerprint, vocabulary_fingerprint
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 
@@ -39,6 +39,7 @@ def write_store(directory, tokenizer, documents):
         lambda texts: tokenization.encode(tokenizer, texts),
         vocab_size=tokenization.num_ids(tokenizer),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocabulary_fingerprint=vocabulary_fingerprint(tokenizer, tokenization.num_ids(tokenizer)),
     )
 
 

@@ -125,6 +125,12 @@ class CacheConfig:
     device_map: Literal["one", "auto"] = "one"
     """auto: spread a teacher that is too large for one GPU over all GPUs of the process (needs accelerate)."""
 
+    trust_remote_code: bool = False
+    """Run the code that came with the teacher. Look at it first."""
+
+    adapter_base: str | None = None
+    """Where it is an adapter (peft): the model that it belongs to; none: as the adapter says."""
+
     store_tokens: bool = True
     """Whether the cache holds the tokens as well (2 or 3 bytes per position), so that training needs no text."""
 

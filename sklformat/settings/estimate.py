@@ -91,6 +91,12 @@ class EstimateConfig:
     dtype: ModelDtype = "auto"
     """Type of the teacher's weights in the calibration run."""
 
+    trust_remote_code: bool = False
+    """Run the code that came with the teacher. Look at it first."""
+
+    adapter_base: str | None = None
+    """Where the teacher is an adapter (peft): the model that it belongs to; none: as the adapter says."""
+
     def __post_init__(self) -> None:
         check_least(self, 1, "seq_len", "sequences_per_shard", "gpus", "calibration_sequences", "batch_size")
         check_positive(self, "positions", "disk_tb", "unique_tokens", "positions_per_second")

@@ -18,6 +18,9 @@ class EvalConfig:
     student: str
     """Model to measure, path or name of a transformers model with its tokenizer."""
 
+    tokenizer: str | None = None
+    """Tokenizer of the student, path or name; none: the student's own. A teacher without one is taken to share it."""
+
     seq_len: int
     """Positions per sequence; take what the student was trained with."""
 
@@ -59,6 +62,12 @@ class EvalConfig:
 
     teacher: str | None = None
     """Teacher to compare with, path or name of a transformers model of the same tokenizer."""
+
+    trust_remote_code: bool = False
+    """Run the code that came with a model or tokenizer. Look at it first."""
+
+    adapter_base: str | None = None
+    """Where student or teacher is an adapter (peft): the model that it belongs to; none: as the adapter says."""
 
     ce_loss: float | None = None
     """LM loss of the student trained with cross-entropy, nats per token; with --full-loss for "% CE to FullKD"."""

@@ -50,6 +50,12 @@ class TrainConfig:
     tokenizer: str | None = None
     """Tokenizer of the student, path or name (a teacher's directory has one); none: that of --student or --teacher."""
 
+    trust_remote_code: bool = False
+    """Run the code that came with student, teacher or tokenizer. Look at it first."""
+
+    adapter_base: str | None = None
+    """Where student or teacher is an adapter (peft): the model that it belongs to; none: as the adapter says."""
+
     hidden_size: int = 256
     """Width of a new Llama."""
 

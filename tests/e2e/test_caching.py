@@ -1,5 +1,6 @@
 """cache_teacher: text and a teacher in, a finished cache out; stopped, gone on with, refused."""
 
+import dataclasses
 import re
 import shutil
 import signal
@@ -8,6 +9,7 @@ import forked
 import numpy as np
 import pytest
 import teacher_data
+import tiny
 import torch
 import transformers
 from capture_data import shard_bytes
@@ -215,6 +217,64 @@ def test_how_many_sequences_changes_none_of_them(config):
         assert expected == shard_bytes(config(name).out)
 
 
+def with_added_token(teacher, directory):
+    """The teacher again, whose tokenizer has one token more than its head."""
+    tokenizer = loading.load_tokenizer(teacher)
+    tokenizer.add_tokens(["<img>"])
+    loading.save(loading.load_model(teacher), tokenizer, directory)
+    return directory
+
+
+def test_a_token_that_the_teacher_lacks_is_refused_only_where_text_holds_it(config, teacher, tmp_path):
+    """One id beyond the head neither widens V nor changes a cache's ids; a text that holds it is named, with the id."""
+    wider = with_added_token(teacher, tmp_path / "wider")
+    cache_teacher(config("plain", num_sequences=4))
+    cache_teacher(config("wider-cache", num_sequences=4, teacher=str(wider)))
+    plain, wide = skl.open(tmp_path / "plain"), skl.open(tmp_path / "wider-cache")
+    assert plain.header.vocab_size == wide.header.vocab_size == 280
+    assert plain.header.capture["tokenizer"] == wide.header.capture["tokenizer"]
+    assert plain.header.tokenizer_fingerprint != wide.header.tokenizer_fingerprint
+    assert [block.targets.token_ids.tolist() for block in plain] == [block.targets.token_ids.tolist() for block in wide]
+    text = tmp_path / "image.txt"
+    text.write_text("def x " * 40 + "<img> return")
+    refused = r"holds '<img>' \(id 280\), which the tokenizer has and the model, with ids below 280, has not"
+    with pytest.raises(ValueError, match=rf"image\.txt: {refused}"):
+        cache_teacher(config("refused", text=(text,), teacher=str(wider), num_sequences=1))
+    tokenizer = loading.load_tokenizer(wider)
+    documents = [Document("a", "def x " * 99), Document("b", text.read_text())]
+    for name, there in (("fits", documents[:1]), ("does-not", documents)):
+        tiny.write_store(tmp_path / name, tokenizer, there)
+    given = {"text": (), "teacher": str(wider), "num_sequences": 1}
+    cache_teacher(config("of-store", tokens=tmp_path / "fits", **given))
+    with pytest.raises(ValueError, match=rf"does-not: document 1: {refused}"):
+        cache_teacher(config("refused-store", tokens=tmp_path / "does-not", **given))
+
+
+def test_a_cache_that_does_not_say_its_map_goes_on(config, monkeypatch):
+    """What was begun before the map from ids to tokens was said resumes to the bytes that it would have had."""
+
+    def as_before(*args, **named):
+        header = make_header(*args, **named)
+        return dataclasses.replace(header, capture={k: v for k, v in header.capture.items() if k != "tokenizer"})
+
+    make_header = caching.make_header
+    with monkeypatch.context() as patch:
+        patch.setattr(caching, "make_header", as_before)
+        cache_teacher(config("whole"))
+        cache_teacher(config("begun", num_sequences=10))
+    cache_teacher(config("begun"))
+    assert shard_bytes(config("whole").out) == shard_bytes(config("begun").out)
+
+
+def test_tokens_of_a_tokenizer_with_other_roles_are_taken(config, teacher, tmp_path):
+    """A store whose tokenizer has the same ids and another padding token is as good as the teacher's own."""
+    tokenizer = loading.load_tokenizer(teacher)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(7)
+    assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(loading.load_tokenizer(teacher))
+    tiny.write_store(tmp_path / "store", tokenizer, [Document("a", "def x " * 99)])
+    assert 1 == cache_teacher(config(text=(), tokens=tmp_path / "store", num_sequences=1)).sequences
+
+
 def test_other_text_and_other_tokenizer_are_refused(config, tokenizer, tmp_path):
     """Other text in the same directory, or a token store of another tokenizer, is refused."""
     cache_teacher(config())
@@ -229,7 +289,7 @@ def test_other_text_and_other_tokenizer_are_refused(config, tokenizer, tmp_path)
         vocab_size=260,
         tokenizer_fingerprint=tokenizer_fingerprint(foreign),
     )
-    with pytest.raises(skl.SettingsError, match="made by tokenizer"):
+    with pytest.raises(skl.SettingsError, match="made by a different tokenizer from the teacher's"):
         cache_teacher(config("new", text=(), tokens=tmp_path / "foreign"))
 
 

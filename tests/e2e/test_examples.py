@@ -28,6 +28,7 @@ PAGES = [
     "docs/python.md",
     "docs/troubleshooting.md",
     "docs/your-data.md",
+    "docs/models.md",
 ]
 # What is printed at a size for use, and its size here.
 SMALLER = {"--seq-len 512": "--seq-len 32", "--steps 2000": "--steps 6", "--hidden-size 256": "--hidden-size 32"}

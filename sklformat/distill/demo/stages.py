@@ -47,7 +47,7 @@ from sklformat.distill.text.documents import (
     split_documents,
     standard_library_documents,
 )
-from sklformat.distill.text.fingerprints import tokenizer_fingerprint
+from sklformat.distill.text.fingerprints import tokenizer_fingerprint, vocabulary_fingerprint
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import CorruptError
 from sklformat.files.directories import published
@@ -176,6 +176,7 @@ def _prepare_text(config: DemoConfig, size: Size) -> int:
             encode,
             vocab_size=tokenization.num_ids(tokenizer),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            vocabulary_fingerprint=vocabulary_fingerprint(tokenizer, tokenization.num_ids(tokenizer)),
             encoding=Encoding.of(encode),
         )
         say(f"    {name}: {store.facts.num_documents} documents, {store.facts.num_tokens:,} tokens")

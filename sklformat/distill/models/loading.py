@@ -6,39 +6,61 @@ Knows no cache, no loss and no training loop. Everything works offline; nothing 
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sklformat.distill.models import hub, tokenization
+from sklformat.distill.models import adapters, outputs, vocabularies
 from sklformat.distill.models.causality import check_causal
+from sklformat.distill.models.guards import RefusedError, named, quiet
 from sklformat.files.directories import published
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def load_tokenizer(path: Path | str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+class Named(TypedDict, total=False):
+    """How what a user names is loaded; see ``load_model``."""
+
+    revision: str | None
+    trust_remote_code: bool
+    adapter_base: str | None
+
+
+_OF_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(
+    path: Path | str, *, revision: str | None = None, trust_remote_code: bool = False, adapter_base: str | None = None
+) -> PreTrainedTokenizerBase:
     """
     Load a tokenizer.
 
     Args:
-        path: A directory that ``save_pretrained`` wrote, or a name that the Hugging Face cache (or hub) knows.
+        path: A directory that ``save_pretrained`` wrote, or a name that the Hugging Face cache (or hub) knows. Of an
+            adapter without a tokenizer of its own, it is the base model's.
         revision: Of a name on the hub: branch, tag or commit.
+        trust_remote_code: Whether code that came with it may be run.
+        adapter_base: As for ``load_model``.
 
     Raises:
         OSError: No tokenizer there.
     """
-    with _quiet(), _named(path, "tokenizer") as local:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(path), revision=revision or "main", local_files_only=local
-        )
+    path = str(path)
+    with quiet(), named(path, "tokenizer") as local:
+        bare = Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _OF_TOKENIZERS)
+        adapter = adapters.find_adapter(path, revision=revision, local=local) if bare else None
+        if adapter is None:
+            return transformers.AutoTokenizer.from_pretrained(
+                path, revision=revision or "main", local_files_only=local, trust_remote_code=trust_remote_code
+            )
+    with adapters.of_another(path):
+        base = adapters.base_of(path, adapter, adapter_base)
+        return load_tokenizer(base, revision=adapter.get("revision"), trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -48,9 +70,14 @@ def load_model(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     over: Sequence[int] = (),
+    trust_remote_code: bool = False,
+    adapter_base: str | None = None,
 ) -> PreTrainedModel:
     """
-    Load a causal language model, ready for inference.
+    Load a causal language model, ready for inference: its logits are those of transformers' own call.
+
+    A model for images and text as well is run over text; an adapter is merged into the model that it belongs to.
+    Nothing is asked on the terminal.
 
     Args:
         path: A directory that ``save_pretrained`` wrote, or a name that the Hugging Face cache (or hub) knows.
@@ -58,30 +85,68 @@ def load_model(
         device: "cpu", "cuda", "cuda:1", …
         revision: Of a name on the hub: branch, tag or commit.
         over: Numbers of GPUs to spread its layers over, instead of ``device``; needs accelerate.
+        trust_remote_code: Whether code that came with the model may be run. A type that transformers itself knows needs
+            none.
+        adapter_base: Where ``path`` is an adapter: the model that it belongs to; None: as the adapter says.
 
     Returns:
         The model in eval mode (no dropout).
 
     Raises:
-        OSError: No model there.
+        OSError: No model there, or a library missing that its weights are quantised by.
         ValueError: The files lack some of the model's weights, or hold some of another shape; it does not fit ``over``;
             it is no causal language model.
-        ModuleNotFoundError: ``over`` is given and accelerate is not installed.
+        ModuleNotFoundError: ``over`` is given and accelerate is not installed; an adapter, and peft is not.
     """
-    spread: dict[str, object] = {}
-    if over:
-        if importlib.util.find_spec("accelerate") is None:  # transformers would say so in several lines
-            raise ModuleNotFoundError("spreading a model over several GPUs needs accelerate", name="accelerate")
-        memory = {number: torch.cuda.mem_get_info(number)[0] * 9 // 10 for number in over}
-        spread = {"device_map": "auto", "max_memory": memory}
-    with _quiet(), _named(path, "model") as local:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            str(path),
-            dtype=getattr(torch, dtype),
-            output_loading_info=True,
-            revision=revision or "main",
-            local_files_only=local,
-            **spread,
+    if over and importlib.util.find_spec("accelerate") is None:  # transformers would say so in several lines
+        raise ModuleNotFoundError("spreading a model over several GPUs needs accelerate", name="accelerate")
+    path = str(path)
+    with quiet(), named(path, "model") as local:
+        adapter = adapters.find_adapter(path, revision=revision, local=local)
+    if adapter is None:
+        model = _load_whole(path, dtype, device, revision, over, trust_remote_code)
+    else:
+        adapters.require_peft()
+        base = adapters.base_of(path, adapter, adapter_base)
+        with adapters.of_another(path):
+            model = load_model(
+                base,
+                dtype=dtype,
+                device=device,
+                revision=adapter.get("revision"),
+                over=over,
+                trust_remote_code=trust_remote_code,
+            )
+        with quiet(), named(path, "adapter") as local:
+            model = adapters.merged(model, path, adapter, revision=revision, local=local)
+    model.eval()
+    try:
+        check_causal(model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model
+
+
+def _load_whole(
+    path: str,
+    dtype: Dtype,
+    device: torch.device | str,
+    revision: str | None,
+    over: Sequence[int],
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """A model that is no adapter, on its devices."""
+    with quiet(), named(path, "model") as local:
+        source = {"revision": revision or "main", "local_files_only": local, "trust_remote_code": trust_remote_code}
+        config = transformers.AutoConfig.from_pretrained(path, **source)
+        placed: dict[str, object] = {}
+        if over:
+            memory = {number: torch.cuda.mem_get_info(number)[0] * 9 // 10 for number in over}
+            placed = {"device_map": "auto", "max_memory": memory}
+        elif getattr(config, "quantization_config", None) is not None:  # such weights cannot be moved later
+            placed = {"device_map": {"": device}}
+        model, info = _auto_class(path, config).from_pretrained(
+            path, dtype=getattr(torch, dtype), output_loading_info=True, **source, **placed
         )
     for what in ("missing_keys", "mismatched_keys"):
         if info[what]:  # transformers would continue with random weights
@@ -93,12 +158,20 @@ def load_model(
             f"{path}: does not fit the CUDA devices {', '.join(map(str, over))}, a part would lie on "
             f"{', '.join(elsewhere)}; give it more devices, or a smaller dtype"
         )
-    model = (model if over else model.to(device)).eval()
-    try:
-        check_causal(model)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return model
+    return model if placed else model.to(device)
+
+
+def _auto_class(path: str, config: Any) -> Any:
+    """What loads a model of a config: a causal language model, or one for images, sound and text, run over text."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise RefusedError(f"{path}: a {config.model_type} is an encoder with a decoder; use a causal language model")
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
+        return transformers.AutoModelForCausalLM
+    for kind in ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT"):  # the first is in newer versions of transformers
+        if type(config) in getattr(transformers, f"MODEL_FOR_{kind}_MAPPING", ()):
+            auto = {"MULTIMODAL_LM": "AutoModelForMultimodalLM", "IMAGE_TEXT_TO_TEXT": "AutoModelForImageTextToText"}
+            return getattr(transformers, auto[kind])
+    raise RefusedError(f"{path}: transformers has no causal language model of type {config.model_type}; use another")
 
 
 def new_llama(
@@ -145,7 +218,7 @@ def new_llama(
         bos_token_id=separator_id,
         eos_token_id=separator_id,
     )
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return transformers.LlamaForCausalLM(config).train()
 
@@ -155,7 +228,8 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, seq
     Make sure that a model can read a tokenizer's ids, and sequences of a length.
 
     Many models pad their head to a round number; ids at and above the returned number mean nothing, so leave their
-    logits out: ``logits[..., :check_fit(tokenizer, model)]``.
+    logits out: ``logits[..., :check_fit(tokenizer, model)]``. Some tokenizers have tokens added beyond the head: these
+    do not widen it, and a text that holds one is refused where it is read.
 
     Args:
         tokenizer: The tokenizer.
@@ -166,15 +240,25 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, seq
         Number of ids that mean something, at most the width of the head.
 
     Raises:
-        ValueError: The model has fewer ids than the tokenizer, or takes fewer positions than ``seq_len``.
+        ValueError: The tokenizer has ids beyond the model's that are no added tokens, or the model takes fewer
+            positions than ``seq_len``.
     """
-    wanted, width = tokenization.num_ids(tokenizer), int(model.config.get_text_config().vocab_size)
-    if width < wanted:
-        raise ValueError(f"the tokenizer has {wanted} ids, the model only {width}; they do not belong together")
+    vocab_size = vocabularies.common_ids(tokenizer, outputs.head_width(model))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if seq_len is not None and limit is not None and seq_len > limit:
         raise ValueError(f"seq_len {seq_len} is beyond the {limit} positions that the model takes; use a smaller one")
-    return wanted
+    return vocab_size
+
+
+def check_trainable(model: PreTrainedModel) -> None:
+    """
+    Make sure that a model's weights can learn.
+
+    Raises:
+        ValueError: They are quantised.
+    """
+    if getattr(model, "hf_quantizer", None) is not None and not all(map(torch.is_floating_point, model.parameters())):
+        raise ValueError(f"the weights of this {type(model).__name__} are quantised and cannot learn; use others")
 
 
 def versions() -> dict[str, str]:
@@ -203,47 +287,6 @@ def save(
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write the files of model and tokenizer into a directory that someone else publishes."""
-    with _quiet():
+    with quiet():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' log lines and progress bars out of ours; what matters in them is checked here instead."""
-    log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _named(path: Path | str, what: str) -> Iterator[bool]:
-    """Say in one line what could not be loaded from where; gives whether the hub must not be asked for it."""
-    not_asked = ""
-    try:
-        not_asked = hub.why_not_asked(str(path))
-        yield bool(not_asked)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise OSError(f"{path}: cannot load a {what}{_reason(path, not_asked, error)}") from error
-
-
-def _reason(path: Path | str, not_asked: str, error: Exception) -> str:
-    """Why nothing can be loaded from a path or name, and what the user may have meant by it."""
-    if isinstance(error, FileNotFoundError) and error.filename == str(path):
-        return f"; {error.strerror}"
-    if not_asked:
-        return f"; there is no such directory, it is not (or not whole) in the Hugging Face cache, and {not_asked}"
-    # A first line that ends in a colon says nothing without what it announces.
-    first, _, rest = str(error).strip().partition("\n")
-    reason = " ".join(f"{first} {rest}".split()) if first.rstrip().endswith(":") else first
-    if not Path(path).exists():
-        return f"; there is no such directory, and the Hugging Face hub does not give it ({reason})"
-    inside = Path(path) / "model"  # of a directory that sklformat train made
-    return (f"; did you mean {inside}?" if (inside / "config.json").exists() else "") + f" ({reason})"

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from sklformat.distill.losses import metrics
-from sklformat.distill.models import loading, outputs, tokenization
+from sklformat.distill.models import loading, outputs, tokenization, vocabularies
 from sklformat.distill.models.devices import find_device
-from sklformat.distill.text.corpus import Encoding, StoreFacts, TokenStore, write_token_store
+from sklformat.distill.text.corpus import Encoding, IdError, StoreFacts, TokenStore, write_token_store
 from sklformat.distill.text.documents import read_documents
-from sklformat.distill.text.fingerprints import tokenizer_fingerprint
+from sklformat.distill.text.fingerprints import tokenizer_fingerprint, vocabulary_fingerprint
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.files.disk import write_atomically
@@ -122,7 +122,8 @@ def _token_store(config: EvalConfig) -> Iterator[Path]:
     if config.tokens is not None:
         yield config.tokens
         return
-    tokenizer = loading.load_tokenizer(config.student)
+    tokenizer = loading.load_tokenizer(config.tokenizer or config.student, **_named(config))
+    vocab_size = tokenization.num_ids(tokenizer)
     encode = tokenization.TextEncoder(tokenizer, bos=config.bos, special_tokens=config.special_tokens)
     with tempfile.TemporaryDirectory(prefix="sklformat-eval-") as directory:
         store = Path(directory) / "tokens"
@@ -130,21 +131,24 @@ def _token_store(config: EvalConfig) -> Iterator[Path]:
             store,
             read_documents(TextFiles.of(config)),
             encode,
-            vocab_size=tokenization.num_ids(tokenizer),
+            vocab_size=vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            vocabulary_fingerprint=vocabulary_fingerprint(tokenizer, vocab_size),
             encoding=Encoding.of(encode),
         )
         yield store
 
 
 def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress: bool) -> Evaluation:
-    facts = TokenStore(store).facts
+    tokens = TokenStore(store)
+    facts = tokens.facts
     tokenizer = _checked_tokenizer(config, facts, config.student)
-    student = _load(config, config.student, tokenizer, facts, device)
+    student, vocab_size = _load(config, config.student, tokenizer, tokens, device)
     teacher = None
     if config.teacher is not None:
         teachers = _checked_tokenizer(config, facts, config.teacher)
-        teacher = _load(config, config.teacher, teachers, facts, device)
+        teacher, known = _load(config, config.teacher, teachers, tokens, device)
+        vocab_size = min(vocab_size, known)
     sequences = PackedSequences(
         store, seq_len=config.seq_len, separator_id=tokenization.separator_id(tokenizer), seed=config.packing_seed
     )
@@ -160,11 +164,11 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
     with torch.inference_mode(), show("eval", count, unit="sequence", shown=progress) as reach:
         for start in range(0, count, config.batch_size):
             indices = chosen[start : start + config.batch_size]
-            tokens = torch.from_numpy(np.stack([sequences[int(index)] for index in indices]).astype(np.int64))
-            tokens = tokens.to(device)
-            logits = _logits(student, tokens, facts.vocab_size, config.student)
-            reference = None if teacher is None else _logits(teacher, tokens, facts.vocab_size, str(config.teacher))
-            sums.update(logits, tokens[:, 1:].flatten(), reference)
+            ids_BL = torch.from_numpy(np.stack([sequences[int(index)] for index in indices]).astype(np.int64))
+            ids_BL = ids_BL.to(device)
+            logits = _logits(student, ids_BL, vocab_size, config.student)
+            reference = None if teacher is None else _logits(teacher, ids_BL, vocab_size, str(config.teacher))
+            sums.update(logits, ids_BL[:, 1:].flatten(), reference)
             reach(start + len(indices))
     evaluation = _result(config, sums, count, facts.bos)
     if config.out is not None:
@@ -174,33 +178,51 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
     return evaluation
 
 
+def _named(config: EvalConfig) -> loading.Named:
+    """How models and tokenizers are loaded."""
+    return {"trust_remote_code": config.trust_remote_code, "adapter_base": config.adapter_base}
+
+
 def _checked_tokenizer(config: EvalConfig, facts: StoreFacts, model: str) -> Any:
-    tokenizer = loading.load_tokenizer(model)
-    made_by, own = facts.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
-    if made_by != own and config.tokens is None:  # the student's own tokens, so this is the teacher
+    """The tokenizer of the student or of the teacher: the one given, or the model's own, if ids mean the same to it."""
+    is_student = model == config.student
+    name = config.tokenizer if config.tokenizer is not None and is_student else model
+    try:
+        tokenizer = loading.load_tokenizer(name, **_named(config))
+    except OSError:
+        if is_student or config.tokenizer is None:
+            raise
+        name = config.tokenizer  # which the teacher, having none, is taken to share
+        tokenizer = loading.load_tokenizer(name, **_named(config))
+    conflict = facts.made_by.conflict(tokenizer)
+    if conflict and config.tokens is None:  # the student's own tokens, so this is the teacher
         raise SettingsError(
-            f"the teacher {model} has a different tokenizer from the student {config.student}: fingerprint {own}, the "
-            f"student's is {made_by}; they can be compared only over the same ids, so give a teacher of the same "
-            "tokenizer"
+            f"the teacher {model} has a different tokenizer from the student {config.student}: {conflict}; they can be "
+            "compared only over the same ids: give a teacher of the student's tokenizer, or train the student with the "
+            "teacher's (train --tokenizer)"
         )
-    if made_by != own:
+    if conflict:
         raise SettingsError(
-            f"{config.tokens} was made by a different tokenizer from that of {model}: fingerprint {made_by}, the "
-            f"model's is {own}; make the token store with the model's tokenizer"
+            f"{config.tokens} was made by a different tokenizer from {name}: {conflict}; make the token store with "
+            "the model's tokenizer, or give that of the store as tokenizer if the model was trained with it"
         )
     return tokenizer
 
 
-def _load(config: EvalConfig, path: str, tokenizer: Any, facts: StoreFacts, device: torch.device) -> Any:
-    model = loading.load_model(path, dtype=config.dtype, device=device)
-    width = int(model.config.get_text_config().vocab_size)
-    if width < facts.vocab_size:
-        raise SettingsError(f"{path} has a vocabulary of {width}, the held-out text one of {facts.vocab_size}")
+def _load(config: EvalConfig, path: str, tokenizer: Any, tokens: TokenStore, device: torch.device) -> tuple[Any, int]:
+    """A model, and how many of the ids of the text it knows."""
+    model = loading.load_model(path, dtype=config.dtype, device=device, **_named(config))
     try:
-        loading.check_fit(tokenizer, model, seq_len=config.seq_len)
+        vocab_size = min(tokens.facts.vocab_size, loading.check_fit(tokenizer, model, seq_len=config.seq_len))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return model
+    try:
+        tokens.check_ids(vocab_size)
+    except IdError as error:
+        raise SettingsError(
+            f"{path}: {error.document} {vocabularies.why_beyond(tokenizer, error.token_id, vocab_size)}"
+        ) from None
+    return model, vocab_size
 
 
 def _logits(model: Any, tokens: torch.Tensor, vocab_size: int, name: str) -> torch.Tensor:

@@ -19,9 +19,10 @@ from sklformat.settings.train import TrainConfig
 _RAGGED_POSITIONS = 4096  # of a new Llama that learns from sequences of any length
 _TOPK_METHODS = ("topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix")
 # What the finished model does not depend on; a run may be resumed with other values of these.
-_FREE_FIELDS = ("out", "device", "num_workers", "save_every", "log_every", "batch_size", "accumulation")
+_FREE_FIELDS = ("out", "device", "num_workers", "save_every", "log_every", "batch_size", "accumulation",
+                "trust_remote_code")  # fmt: skip
 # Paths and names, which say nothing of what is there; its fingerprints stand for them.
-_FINGERPRINTED_FIELDS = ("cache", "tokens", "student", "teacher", "tokenizer")
+_FINGERPRINTED_FIELDS = ("cache", "tokens", "student", "teacher", "tokenizer", "adapter_base")
 
 
 def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stream:
@@ -35,11 +36,21 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
     share = {"batch_size": config.batch_size, "seed": config.seed, "rank": rank, "world_size": world_size}
     if config.tokens is not None:
         return streams.open_tokens(
-            config.tokens, tokenizer=tokenizer, seq_len=config.seq_len, packing_seed=config.packing_seed, **share
+            config.tokens,
+            tokenizer=tokenizer,
+            named=_named(config),
+            seq_len=config.seq_len,
+            packing_seed=config.packing_seed,
+            **share,
         )
     assert config.cache is not None
     stream = streams.open_cache(
-        config.cache, tokenizer=tokenizer, window=config.window or None, hold_out=config.hold_out, **share
+        config.cache,
+        tokenizer=tokenizer,
+        named=_named(config),
+        window=config.window or None,
+        hold_out=config.hold_out,
+        **share,
     )
     if config.method not in ("ce", "full") and stream.sampler != "unknown":
         fitting = _TOPK_METHODS if stream.sampler in ("topk", "topp") else ("random_sampling",)
@@ -49,6 +60,11 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
                 f"use method {', '.join((*fitting, 'ce'))} or full, or another cache"
             )
     return stream
+
+
+def _named(config: TrainConfig) -> loading.Named:
+    """How models and tokenizers are loaded."""
+    return {"trust_remote_code": config.trust_remote_code, "adapter_base": config.adapter_base}
 
 
 def load_student(config: TrainConfig, stream: streams.Stream) -> Any:
@@ -68,9 +84,10 @@ def load_student(config: TrainConfig, stream: streams.Stream) -> Any:
             seed=config.seed,
             separator_id=tokenization.separator_id(stream.tokenizer),
         )
-    student = loading.load_model(config.student)
+    student = loading.load_model(config.student, **_named(config))
+    loading.check_trainable(student)
     width = outputs.lm_head_weight(student).shape[0]
-    if width < stream.vocab_size:
+    if width < stream.vocab_size and not stream.holds_only(width):
         raise SettingsError(
             f"the student {config.student} has a vocabulary of {width}, {stream.source} one of {stream.vocab_size}; "
             "widen the student's embedding, or take a cache of its own tokenizer"
@@ -88,7 +105,7 @@ def load_teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> A
         SettingsError: Its vocabulary, head or length does not fit the stream and the student.
     """
     assert config.teacher is not None
-    teacher = loading.load_model(config.teacher)
+    teacher = loading.load_model(config.teacher, **_named(config))
     widths = [outputs.lm_head_weight(model).shape[0] for model in (teacher, student)]
     if widths[0] < stream.vocab_size or widths[1] != stream.vocab_size:
         raise SettingsError(

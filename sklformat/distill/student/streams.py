@@ -22,13 +22,12 @@ from sklformat.distill.loader.batches import Batch, Targets
 from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.distill.models import loading, tokenization
-from sklformat.distill.text.corpus import TokenStore
-from sklformat.distill.text.fingerprints import tokenizer_fingerprint
+from sklformat.distill.text.corpus import IdError, TokenStore
+from sklformat.distill.text.fingerprints import MadeBy
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
+from sklformat.format.header import Header
 from sklformat.format.order import Schedule
-
-_UNKNOWN = "0" * 32
 
 
 class PackedBatches(IterableDataset[Batch]):
@@ -103,6 +102,7 @@ class Stream:
         seq_len: Positions of every sequence; 0: ragged.
         sampler: Of the cache's records; "none" for packed text.
         identity: Fingerprints of the data, for the run's settings.
+        store: The token store, if it is one.
     """
 
     source: Path | str
@@ -112,6 +112,17 @@ class Stream:
     seq_len: int
     sampler: str
     identity: dict[str, Any]
+    store: TokenStore | None = None
+
+    def holds_only(self, width: int) -> bool:
+        """Whether all ids are below this, although V is greater: V of a token store counts its tokenizer's ids."""
+        if self.store is None:
+            return False
+        try:
+            self.store.check_ids(width)
+        except IdError:
+            return False
+        return True
 
     def batches(self, num_workers: int, state: dict[str, Any] | None) -> Iterator[Batch]:
         """
@@ -140,6 +151,7 @@ def open_cache(
     world_size: int,
     window: int | None = None,
     hold_out: int = 0,
+    named: loading.Named | None = None,
 ) -> Stream:
     """
     Stream the sequences and records of a cache.
@@ -153,6 +165,7 @@ def open_cache(
         world_size: Number of processes.
         window: As for ``SparseLogitDataset``.
         hold_out: Sequences at the end that the stream never reaches.
+        named: How the tokenizer is loaded.
 
     Raises:
         SettingsError: The cache was made by another tokenizer.
@@ -173,7 +186,7 @@ def open_cache(
         sequences=range(len(cache) - hold_out),
     )
     header = cache.header
-    loaded = _tokenizer(path, tokenizer, header.tokenizer_fingerprint)
+    loaded = _tokenizer(path, tokenizer, named, made_by(header))
     return Stream(
         source=path,
         dataset=dataset,
@@ -195,6 +208,7 @@ def open_tokens(
     seed: int,
     rank: int,
     world_size: int,
+    named: loading.Named | None = None,
 ) -> Stream:
     """
     Stream packed sequences of a token store.
@@ -208,14 +222,16 @@ def open_tokens(
         seed: Seed of the order of the sequences.
         rank: Number of this process.
         world_size: Number of processes.
+        named: How the tokenizer is loaded.
 
     Raises:
         SettingsError: The store was made by another tokenizer.
         ValueError: It has too few sequences for a batch.
         FileNotFoundError, FormatError: It cannot be read.
     """
-    facts = TokenStore(path).facts
-    loaded = _tokenizer(path, tokenizer, facts.tokenizer_fingerprint)
+    store = TokenStore(path)
+    facts = store.facts
+    loaded = _tokenizer(path, tokenizer, named, facts.made_by)
     sequences = PackedSequences(
         path, seq_len=seq_len, separator_id=tokenization.separator_id(loaded), seed=packing_seed
     )
@@ -229,6 +245,7 @@ def open_tokens(
         seq_len=seq_len,
         sampler="none",
         identity={"corpus": facts.corpus_fingerprint, "vocabulary": facts.tokenizer_fingerprint},
+        store=store,
     )
 
 
@@ -241,14 +258,21 @@ def _check_enough(source: Path | str, count: int, batch_size: int, world_size: i
         )
 
 
-def _tokenizer(source: Path | str, name: str | None, made_by: str) -> Any:
+def made_by(header: Header) -> MadeBy:
+    """What a cache's header says of the tokenizer that made its tokens."""
+    said = header.capture.get("tokenizer")
+    vocabulary = said.get("vocabulary") if isinstance(said, dict) else None
+    return MadeBy(header.tokenizer_fingerprint, header.vocab_size, vocabulary if isinstance(vocabulary, str) else "")
+
+
+def _tokenizer(source: Path | str, name: str | None, named: loading.Named | None, maker: MadeBy) -> Any:
     if name is None:
         raise ValueError("a new student needs a tokenizer: give tokenizer, the path or name of one")
-    loaded = loading.load_tokenizer(name)
-    if made_by not in (_UNKNOWN, tokenizer_fingerprint(loaded)):
+    loaded = loading.load_tokenizer(name, **(named or {}))
+    conflict = maker.conflict(loaded)
+    if conflict:
         raise SettingsError(
-            f"{source} was made by a different tokenizer, not {name}: its fingerprint is {made_by}, this one's "
-            f"{tokenizer_fingerprint(loaded)}; ids mean other tokens here, so make it again with this tokenizer, or "
-            "give the student the one that made it"
+            f"{source} was made by a different tokenizer, not {name}: {conflict}; make it again with this tokenizer, "
+            "or give the student the one that made it"
         )
     return loaded

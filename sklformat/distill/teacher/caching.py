@@ -38,6 +38,7 @@ from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.distill.teacher.provenance import agree_on_versions, make_header
 from sklformat.distill.teacher.ranks import Ranks, joined, stoppable
 from sklformat.distill.teacher.token_sources import TOKENS_NAME, TokenSource
+from sklformat.distill.text.fingerprints import vocabulary_fingerprint
 from sklformat.distill.text.packing import Sequences
 from sklformat.errors import SettingsError
 from sklformat.files import remote
@@ -133,7 +134,12 @@ def cache_teacher(config: CacheConfig) -> Cached:
 def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
     check_room(config.ring_mib << 20, "ring_mib")
     device, over = _devices(config, ranks)
-    tokenizer = loading.load_tokenizer(config.teacher_name, revision=config.revision)
+    named: loading.Named = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "adapter_base": config.adapter_base,
+    }
+    tokenizer = loading.load_tokenizer(config.teacher_name, **named)
     source = TokenSource(config, tokenizer)
     run = ranks.first(lambda: _name_run(config))
     # Held from here on, so that a second run is refused before it works.
@@ -141,11 +147,12 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
         dtype = _dtype(config, device)
         if ranks.rank == 0:
             say(f"cache {config.directory.name}: loading the teacher {config.teacher}, then reading all tokens")
-        model = loading.load_model(config.teacher_name, dtype=dtype, device=device, revision=config.revision, over=over)
+        model = loading.load_model(config.teacher_name, dtype=dtype, device=device, over=over, **named)
         vocab_size = loading.check_fit(tokenizer, model, seq_len=config.seq_len)
-        packed = ranks.in_turn(lambda check: source.pack(check=check))
+        packed = ranks.in_turn(lambda check: source.pack(vocab_size, check=check))
         on_device = _draws_on_device(config, device)
-        header = make_header(config, packed, vocab_size, model, dtype, device.type, on_device=on_device)
+        vocabulary = vocabulary_fingerprint(tokenizer, vocab_size)
+        header = make_header(config, packed, vocab_size, vocabulary, model, dtype, device.type, on_device=on_device)
         _check_same(ranks, header)
         header = ranks.first(lambda: _begun(config, header))
         capture = Capture(

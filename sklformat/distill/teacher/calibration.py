@@ -43,6 +43,8 @@ def calibrate(config: EstimateConfig) -> EstimateConfig:
                     store_tokens=config.store_tokens,
                     dtype=config.dtype,
                     device=config.device,
+                    trust_remote_code=config.trust_remote_code,
+                    adapter_base=config.adapter_base,
                 )
             )
         with open_cache(out) as cache:

@@ -30,6 +30,7 @@ def make_header(
     config: CacheConfig,
     packed: Sequences,
     vocab_size: int,
+    vocabulary: str,
     model: Any,
     dtype: str,
     device_type: str,
@@ -43,6 +44,7 @@ def make_header(
         config: What was asked for.
         packed: The sequences.
         vocab_size: Ids that mean something.
+        vocabulary: ``vocabulary_fingerprint`` of the tokenizer, of these ids.
         model: The teacher, known by its fingerprint; a name from the hub is stored as well, a path is not: it may move.
         dtype: Of its weights and logits.
         device_type: Kind of device that it runs on.
@@ -57,6 +59,7 @@ def make_header(
         teacher["revision"] = getattr(model.config, "_commit_hash", None) or config.revision or "main"
     capture = {
         "teacher": teacher,
+        "tokenizer": {"vocabulary": vocabulary},
         "packing": {
             "separator_id": packed.separator_id,
             "first_sequence": packed.first,
@@ -124,6 +127,8 @@ def agree_on_versions(header: Header, found: Header | None, *, keep: bool, place
     """
     if found is None:
         return header
+    if "tokenizer" not in found.capture:  # begun before the map from ids to tokens was said
+        header = dataclasses.replace(header, capture={k: v for k, v in header.capture.items() if k != "tokenizer"})
     by_these = dataclasses.replace(
         found,
         capture={**found.capture, "versions": header.capture["versions"]},

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from sklformat.distill.models import tokenization
+from sklformat.distill.models import tokenization, vocabularies
 from sklformat.distill.models.templates import ChatEncoder, Marked
 from sklformat.distill.text.chats import Chat, Text, read_dataset_texts, read_texts
 from sklformat.distill.text.corpus import (
     Document,
     Encoding,
+    IdError,
     TokenStore,
     copy_ragged,
     is_token_store,
@@ -27,7 +28,7 @@ from sklformat.distill.text.corpus import (
     write_encoded,
     write_token_store,
 )
-from sklformat.distill.text.fingerprints import text_fingerprint
+from sklformat.distill.text.fingerprints import text_fingerprint, vocabulary_fingerprint
 from sklformat.distill.text.packing import Sequences
 from sklformat.distill.text.singles import SingleSequences, open_sequences
 from sklformat.errors import SettingsError
@@ -69,23 +70,31 @@ class TokenSource:
         else:
             self._check_tokenizer(TokenStore(self._given()))
 
-    def pack(self, *, check: bool) -> Sequences:
+    def pack(self, vocab_size: int, *, check: bool) -> Sequences:
         """
         The sequences to run over.
 
         Args:
+            vocab_size: Ids that teacher and tokenizer have in common.
             check: Make the token store if it is not there, and read all of it. A process that another has done this
                 for, on the same machine, opens what is there.
 
         Raises:
-            ValueError: Too little text, or ids that are not the tokenizer's.
+            ValueError: Too little text, or ids that are not the tokenizer's or not the teacher's.
             CorruptError, InUseError, OSError: As ``write_token_store``.
             SettingsError: The tokens in the cache's directory are of other text.
         """
         path = self._given() if self._is_store() else self._config.directory / TOKENS_NAME
         made_now = check and not path.exists()
         if check:
-            self._make(path).verify()
+            try:
+                self._make(path, vocab_size).verify()
+            except IdError as error:
+                if not vocab_size <= error.token_id < tokenization.num_ids(self._tokenizer):
+                    raise
+                raise ValueError(
+                    f"{error.document}: {vocabularies.why_beyond(self._tokenizer, error.token_id, vocab_size)}"
+                ) from None
         try:
             sequences = open_sequences(
                 path,
@@ -105,13 +114,16 @@ class TokenSource:
             raise
         return sequences
 
-    def _make(self, path: Path) -> TokenStore:
-        facts: dict[str, Any] = {
-            "vocab_size": tokenization.num_ids(self._tokenizer),
-            "tokenizer_fingerprint": self._fingerprint,
-        }
+    def _make(self, path: Path, vocab_size: int) -> TokenStore:
         if self._is_store():
-            return self._follow(TokenStore(path))
+            store = TokenStore(path)
+            store.check_ids(vocab_size)
+            return self._follow(store)
+        facts: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "tokenizer_fingerprint": self._fingerprint,
+            "vocabulary_fingerprint": vocabulary_fingerprint(self._tokenizer, vocab_size),
+        }
         if self._is_ragged():
             encode = tokenization.TextEncoder(self._tokenizer, bos=self._choose_bos(path))
             encoding = Encoding(bos=encode.bos, bos_id=encode.bos_id, special_tokens="given")
@@ -237,10 +249,11 @@ class TokenSource:
         return self._config.tokens
 
     def _check_tokenizer(self, store: TokenStore) -> None:
-        if store.facts.tokenizer_fingerprint != self._fingerprint:
+        conflict = store.facts.made_by.conflict(self._tokenizer)
+        if conflict:
             raise SettingsError(
-                f"{store.directory}: made by tokenizer {store.facts.tokenizer_fingerprint}, the teacher's is "
-                f"{self._fingerprint}; make the tokens with the teacher's tokenizer"
+                f"{store.directory}: made by a different tokenizer from the teacher's: {conflict}; make the tokens "
+                "with the teacher's tokenizer"
             )
 
 

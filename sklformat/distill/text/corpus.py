@@ -39,6 +39,7 @@ __all__ = [
     "Document",
     "Encode",
     "Encoding",
+    "IdError",
     "StoreFacts",
     "TokenStore",
     "copy_ragged",
@@ -73,6 +74,23 @@ _ANSWER = 1 << 31  # set in the tokens of answers, where these are marked
 
 
 # --- token store ------------------------------------------------------------------------------------------------------
+
+
+class IdError(ValueError):
+    """
+    A document holds ids that are none of the vocabulary's.
+
+    Attributes:
+        document: Its name.
+        token_id: One of them, the greatest or one below 0.
+    """
+
+    def __init__(self, document: str, least: int, greatest: int, vocab_size: int) -> None:
+        super().__init__(
+            f"{document}: token ids from {least} to {greatest} are not all in [0, {vocab_size}); "
+            "vocab_size belongs to another tokenizer"
+        )
+        self.document, self.token_id = document, greatest if greatest >= vocab_size else least
 
 
 class TokenStore:
@@ -137,6 +155,18 @@ class TokenStore:
         firsts = self._tokens[self._ends - self.lengths]
         return int(np.count_nonzero((firsts & np.uint32(_ANSWER - 1)) == token_id))
 
+    def check_ids(self, vocab_size: int) -> None:
+        """
+        Look at every token where the store itself promises no such bound.
+
+        Raises:
+            IdError: One is not below ``vocab_size``; names the first document that holds one, by its number.
+        """
+        if self.facts.vocab_size <= vocab_size:
+            return
+        for document in range(len(self)):
+            _checked_ids(self[document], vocab_size, f"{self.directory}: document {document}")
+
     def verify(self) -> None:
         """
         Read every token and hold it against the store's fingerprint.
@@ -161,6 +191,7 @@ def write_token_store(
     *,
     vocab_size: int,
     tokenizer_fingerprint: str,
+    vocabulary_fingerprint: str = "",
     encoding: Encoding = Encoding(),  # noqa: B008  frozen
 ) -> TokenStore:
     """
@@ -175,13 +206,15 @@ def write_token_store(
         encode: Texts to token ids.
         vocab_size: Bound of the ids, in [1, 2^32].
         tokenizer_fingerprint: ``tokenizer_fingerprint`` of what ``encode`` uses.
+        vocabulary_fingerprint: ``vocabulary_fingerprint`` of it, of the ids below ``vocab_size``.
         encoding: How ``encode`` works, and where packing puts BOS; the store keeps it.
 
     Returns:
         The store, opened.
 
     Raises:
-        ValueError: No tokens at all, or an id outside [0, vocab_size).
+        IdError: An id outside [0, vocab_size).
+        ValueError: No tokens at all.
         SettingsError: A store is there that was made of other documents, by another tokenizer or in another way.
         InUseError: Another process writes it.
         CorruptError, UnsupportedError: The store that is there cannot be read.
@@ -191,7 +224,8 @@ def write_token_store(
     if directory.exists():
         texts = map(text_fingerprint, documents)
         return _found_again(directory, vocab_size, tokenizer_fingerprint, encoding, texts)
-    return _write(directory, _encoded(documents, encode), vocab_size, tokenizer_fingerprint, encoding)
+    fingerprints = (tokenizer_fingerprint, vocabulary_fingerprint)
+    return _write(directory, _encoded(documents, encode), vocab_size, fingerprints, encoding)
 
 
 def write_encoded(
@@ -201,6 +235,7 @@ def write_encoded(
     *,
     vocab_size: int,
     tokenizer_fingerprint: str,
+    vocabulary_fingerprint: str = "",
     encoding: Encoding,
 ) -> TokenStore:
     """
@@ -212,16 +247,23 @@ def write_encoded(
         texts: Gives the digests of the same documents, in order, without encoding them.
         vocab_size: Bound of the ids, in [1, 2^31].
         tokenizer_fingerprint: Of the tokenizer that made them.
+        vocabulary_fingerprint: Of the same, of the ids below ``vocab_size``.
         encoding: How; the store keeps it.
     """
     directory = Path(directory)
     if directory.exists():
         return _found_again(directory, vocab_size, tokenizer_fingerprint, encoding, texts())
-    return _write(directory, documents, vocab_size, tokenizer_fingerprint, encoding)
+    return _write(directory, documents, vocab_size, (tokenizer_fingerprint, vocabulary_fingerprint), encoding)
 
 
 def copy_ragged(
-    directory: Path | str, source: Path | str, *, vocab_size: int, tokenizer_fingerprint: str, encoding: Encoding
+    directory: Path | str,
+    source: Path | str,
+    *,
+    vocab_size: int,
+    tokenizer_fingerprint: str,
+    vocabulary_fingerprint: str = "",
+    encoding: Encoding,
 ) -> TokenStore:
     """
     Make a token store of a directory that ``mmap_ninja.RaggedMmap`` wrote: one array of token ids per document.
@@ -233,6 +275,7 @@ def copy_ragged(
         source: The RaggedMmap's directory.
         vocab_size: Bound of the ids, in [1, 2^32].
         tokenizer_fingerprint: Of the tokenizer that the caller says made them.
+        vocabulary_fingerprint: Of the same, of the ids below ``vocab_size``.
         encoding: Where packing puts BOS; the store keeps it.
 
     Returns:
@@ -250,7 +293,7 @@ def copy_ragged(
         return _found_again(directory, vocab_size, tokenizer_fingerprint, encoding, texts)
     numbered = ((f"{source}: document {i}", document_fingerprint(ids), ids, None) for i, ids in enumerate(documents))
     found = (part for part in numbered if part[2].size)
-    return _write(directory, found, vocab_size, tokenizer_fingerprint, encoding)
+    return _write(directory, found, vocab_size, (tokenizer_fingerprint, vocabulary_fingerprint), encoding)
 
 
 def _found_again(
@@ -283,7 +326,7 @@ def _write(
     directory: Path,
     documents: Iterable[Encoded],
     vocab_size: int,
-    tokenizer_fingerprint: str,
+    fingerprints: tuple[str, str],
     encoding: Encoding,
 ) -> TokenStore:
     if not 1 <= vocab_size <= 1 << 32:
@@ -316,7 +359,8 @@ def _write(
             num_tokens=num_tokens,
             dtype=dtype,
             corpus_fingerprint=digests.digits(),
-            tokenizer_fingerprint=tokenizer_fingerprint,
+            tokenizer_fingerprint=fingerprints[0],
+            vocabulary_fingerprint=fingerprints[1],
             text_fingerprint=texts.digits(),
             **dataclasses.asdict(encoding),
         )
@@ -332,10 +376,7 @@ def _damaged(directory: Path, what: str) -> CorruptError:
 def _checked_ids(ids: ArrayLike, vocab_size: int, name: str) -> NDArray[np.int64]:
     tokens = np.asarray(ids, dtype=np.int64).reshape(-1)
     if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
-        raise ValueError(
-            f"{name}: token ids from {tokens.min()} to {tokens.max()} are not all in [0, {vocab_size}); "
-            f"vocab_size belongs to another tokenizer"
-        )
+        raise IdError(name, int(tokens.min()), int(tokens.max()), vocab_size)
     return tokens
 
 

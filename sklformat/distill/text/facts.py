@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sklformat.distill.text.fingerprints import MadeBy
 from sklformat.errors import CorruptError, UnsupportedError, describe_bad_json
 from sklformat.settings.text import BOS_PLACES, SPECIAL_TOKENS, BosPlace, SpecialTokens
 
@@ -77,6 +78,8 @@ class StoreFacts(Encoding):
         corpus_fingerprint: ``corpus_fingerprint`` of the documents' tokens.
         tokenizer_fingerprint: ``tokenizer_fingerprint`` of what made them.
         text_fingerprint: XXH3-128 of the documents' names and texts.
+        vocabulary_fingerprint: ``vocabulary_fingerprint`` of its ids below ``vocab_size``; "": not said, as in earlier
+            stores.
     """
 
     version: int
@@ -87,11 +90,17 @@ class StoreFacts(Encoding):
     corpus_fingerprint: str
     tokenizer_fingerprint: str
     text_fingerprint: str
+    vocabulary_fingerprint: str = ""
 
     @property
     def encoding(self) -> Encoding:
         """The part of it that says how text was encoded."""
         return Encoding(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Encoding)})
+
+    @property
+    def made_by(self) -> MadeBy:
+        """The part of it that says which tokenizer."""
+        return MadeBy(self.tokenizer_fingerprint, self.vocab_size, self.vocabulary_fingerprint)
 
 
 def read_facts(directory: Path) -> StoreFacts:
@@ -115,6 +124,8 @@ def read_facts(directory: Path) -> StoreFacts:
         raise UnsupportedError(f"store version {version}, this package reads {STORE_VERSION}", path=path)
     added = {f.name for f in dataclasses.fields(Encoding)}
     types = {f.name: int if f.type == "int" else str for f in dataclasses.fields(StoreFacts) if f.name not in added}
+    if isinstance(values, dict):
+        values = {"vocabulary_fingerprint": ""} | values
     if not isinstance(values, dict) or {n: type(v) for n, v in values.items() if n not in added} != types:
         raise CorruptError(f"must hold exactly the fields {', '.join(types)}", path=path)
     if version != 1 and not _is_encoding({name: values.get(name, _MISSING) for name in added}):

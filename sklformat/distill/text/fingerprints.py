@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from sklformat.checksums import fingerprint, fingerprint_of
+
+_UNKNOWN = "0" * 32
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -32,6 +35,64 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     special = sorted({int(token_id) for token_id in tokenizer.all_special_ids})
     canonical = json.dumps({"special": special, "tokens": tokens}, ensure_ascii=True, separators=(",", ":"))
     return fingerprint(canonical.encode("ascii"))
+
+
+def vocabulary_fingerprint(tokenizer: Any, num_ids: int) -> str:
+    """
+    XXH3-128 of what ids below a bound mean, and of nothing else: no roles, no ids above.
+
+    The bytes are those of ``tokenizer_fingerprint`` without ``special``: ``{"tokens":[[id,"token"], …]}``. So a
+    tokenizer that has more tokens behind, or another end-of-text token, gives the same digits.
+
+    Args:
+        tokenizer: Anything with ``get_vocab()``.
+        num_ids: The bound.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    below = ((int(token_id), token) for token, token_id in tokenizer.get_vocab().items())
+    canonical = json.dumps({"tokens": sorted(pair for pair in below if pair[0] < num_ids)}, separators=(",", ":"))
+    return fingerprint(canonical.encode("ascii"))
+
+
+@dataclass(frozen=True, slots=True)
+class MadeBy:
+    """
+    What data says of the tokenizer that made it.
+
+    Attributes:
+        fingerprint: Its ``tokenizer_fingerprint``; zeros: unknown.
+        num_ids: Every id of the data is below it.
+        vocabulary: ``vocabulary_fingerprint`` of the ids below ``num_ids``; "": not said.
+    """
+
+    fingerprint: str
+    num_ids: int
+    vocabulary: str = ""
+
+    def conflict(self, tokenizer: Any) -> str:
+        """
+        Why a tokenizer does not give these ids their meaning; "" where it does.
+
+        The map from ids to tokens decides, up to ``num_ids``: roles (end of text, padding) and tokens behind may
+        differ.  Where data does not say the map, roles and tokens behind are in the one fingerprint that it says.
+        """
+        own = tokenizer_fingerprint(tokenizer)
+        if self.fingerprint in (_UNKNOWN, own):
+            return ""
+        both = f"(fingerprint {self.fingerprint}, here {own})"
+        if not self.vocabulary:
+            return (
+                "ids mean other tokens here, or only roles (end of text, padding) differ: data made by an earlier "
+                f"version does not say which {both}"
+            )
+        if vocabulary_fingerprint(tokenizer, self.num_ids) == self.vocabulary:
+            return ""
+        size = 1 + max(tokenizer.get_vocab().values())
+        if size < self.num_ids:
+            return f"that one has ids up to {self.num_ids - 1}, here they end at {size - 1} {both}"
+        return f"ids below {self.num_ids} mean other tokens here {both}"
 
 
 def document_fingerprint(tokens: ArrayLike) -> str:

@@ -240,7 +240,7 @@ def test_fit_of_tokenizer_and_model(tokenizer):
     """A head narrower than the tokenizer is refused, a padded one allowed; positions beyond the model are refused."""
     assert 300 == loading.check_fit(tokenizer, tiny(), seq_len=16)
     assert 300 == loading.check_fit(tokenizer, tiny(vocab_size=320))
-    with pytest.raises(ValueError, match="tokenizer has 300 ids, the model only 299"):
+    with pytest.raises(ValueError, match="tokenizer has 300 ids, the model only 299; 1 of those"):
         loading.check_fit(tokenizer, tiny(vocab_size=299))
     with pytest.raises(ValueError, match="seq_len 17 is beyond the 16 positions"):
         loading.check_fit(tokenizer, tiny(), seq_len=17)

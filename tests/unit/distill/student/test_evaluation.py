@@ -8,6 +8,7 @@ import torch
 
 from sklformat.distill.models import loading, tokenization
 from sklformat.distill.student.evaluation import evaluate
+from sklformat.distill.text.documents import Document
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
@@ -115,6 +116,39 @@ def test_a_teacher_of_another_tokenizer_is_named_beside_the_student(place, tmp_p
     message = str(caught.value)
     assert f"the teacher {tmp_path / 'other'} has a different tokenizer from the student {place / 'student'}" in message
     assert "sklformat-eval-" not in message
+
+
+def test_a_tokenizer_may_be_given(place, tmp_path):
+    """A student without tokenizer is measured with the one given, which a teacher without one is taken to share."""
+    tokenizer = loading.load_tokenizer(place / "student")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "text.txt").write_text("alpha beta gamma " * 40)
+    for name in ("student", "teacher"):
+        loading.load_model(place / name).save_pretrained(tmp_path / name)
+    bare = {"student": str(tmp_path / "student"), "teacher": str(tmp_path / "teacher")}
+    given = {"tokenizer": str(tmp_path / "tokenizer")}
+    with pytest.raises(OSError, match="student: cannot load a tokenizer"):
+        run(place, **bare)
+    for source in ({}, {"tokens": None, "text": (tmp_path / "text.txt",)}):
+        expected = run(place, teacher=str(place / "teacher"), **source)
+        assert expected == run(place, **bare, **given, **source)
+    with pytest.raises(OSError, match="teacher: cannot load a tokenizer"):
+        run(place, teacher=bare["teacher"])
+
+
+def test_roles_and_added_tokens_part_no_student_from_its_teacher(place, tmp_path):
+    """A teacher whose tokenizer has another padding token, or one more than its head, gives the same figures."""
+    tokenizer = loading.load_tokenizer(place / "teacher")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    loading.save(loading.load_model(place / "teacher"), tokenizer, tmp_path / "other")
+    expected = run(place, teacher=str(place / "teacher"))
+    assert expected == run(place, teacher=str(tmp_path / "other"))
+    assert expected == run(place, teacher=str(place / "teacher"), tokenizer=str(tmp_path / "other"))
+    tokenizer.add_tokens(["<img>"])
+    tiny.write_store(tmp_path / "tokens", tokenizer, [*tiny.make_documents(3), Document("last", "alpha <img> beta")])
+    tokenizer.save_pretrained(tmp_path / "wider")
+    with pytest.raises(SettingsError, match=r"student: .*tokens: document 3 holds '<img>' \(id \d+\), which the tok"):
+        run(place, tokens=tmp_path / "tokens", tokenizer=str(tmp_path / "wider"))
 
 
 def test_sequences_beyond_the_positions_of_a_model_are_refused(place, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -7,8 +8,10 @@ import torch
 from strategies import make_listed_cache
 
 import sklformat as skl
-from sklformat.distill.models import tokenization
+from sklformat.distill.models import loading, tokenization
 from sklformat.distill.student import streams
+from sklformat.distill.text.documents import Document
+from sklformat.distill.text.fingerprints import tokenizer_fingerprint, vocabulary_fingerprint
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.files import remote
@@ -105,6 +108,45 @@ def test_training_never_sees_what_is_held_out(place, cache, window):
     for epoch in (batches[:3], batches[3:6], batches[6:]):
         rows = torch.cat([torch.cat([b.input_ids, b.labels[:, -1:]], dim=1) for b in epoch])
         assert sorted(tokens[:6]) == sorted(rows.tolist())
+
+
+def test_a_tokenizer_whose_ids_mean_the_same_is_taken(place, tmp_path):
+    """Another end of text, and tokens added behind, leave the stream as it is; swapped tokens are refused."""
+    tokenizer = loading.load_tokenizer(place / "tokenizer")
+    vocab_size = tokenization.num_ids(tokenizer)
+    header = skl.Header(
+        vocab_size=vocab_size,
+        seq_len=4,
+        kind="counts",
+        rounds=1,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        capture={"tokenizer": {"vocabulary": vocabulary_fingerprint(tokenizer, vocab_size)}},
+    )
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path / "wider")
+    assert tokenizer_fingerprint(tokenizer) != header.tokenizer_fingerprint
+    assert "" == streams.made_by(header).conflict(loading.load_tokenizer(tmp_path / "wider"))
+    assert streams.made_by(header).conflict(tiny.train_tokenizer(tiny.make_documents(1)))
+    for strange in ({"tokenizer": 5}, {"tokenizer": {"vocabulary": 5}}, {}):
+        assert "" == streams.made_by(dataclasses.replace(header, capture=strange)).vocabulary
+    here, there = (take(stream_of(place, tokenizer=str(path)), 3) for path in (place / "tokenizer", tmp_path / "wider"))
+    assert all(torch.equal(left.input_ids, right.input_ids) for left, right in zip(here, there, strict=True))
+
+
+def test_a_store_may_count_ids_that_it_does_not_hold(place, tmp_path):
+    """A token store of a tokenizer with an added token serves a student without it, unless a document holds that."""
+    tokenizer = loading.load_tokenizer(place / "tokenizer")
+    vocab_size = tokenization.num_ids(tokenizer)
+    tokenizer.add_tokens(["<img>"])
+    tokenizer.save_pretrained(tmp_path / "wider")
+    documents = tiny.make_documents(2)
+    for name, last in (("without", "alpha"), ("with", "alpha <img>")):
+        tiny.write_store(tmp_path / name, tokenizer, [*documents, Document("last", last)])
+        values = {"seq_len": 16, "packing_seed": 0, "batch_size": 1, "seed": 5, "rank": 0, "world_size": 1}
+        stream = streams.open_tokens(tmp_path / name, tokenizer=str(tmp_path / "wider"), **values)
+        assert vocab_size + 1 == stream.vocab_size
+        assert (name == "without") == stream.holds_only(vocab_size)
+    assert not open_cache(place, make_listed_cache(tmp_path / "cache")).holds_only(vocab_size)
 
 
 def test_no_sequence_is_left_to_train_on(place, cache):

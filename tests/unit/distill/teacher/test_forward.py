@@ -86,10 +86,11 @@ def test_bfloat16_stays_bfloat16():
     assert (0, torch.bfloat16, (4, VOCAB)) == (first, part.dtype, part.shape)
 
 
-def test_a_teacher_that_does_not_fit_its_devices_is_refused(monkeypatch):
+def test_a_teacher_that_does_not_fit_its_devices_is_refused(tmp_path, monkeypatch):
     """Laid over GPUs, a model gets nine tenths of what is free there; a part that would lie elsewhere is named."""
     asked = {}
     model = MODELS["one matrix"]()
+    model.save_pretrained(tmp_path / "big")
     model.hf_device_map = {"model": 2, "lm_head": "disk"}
 
     def from_pretrained(path, **named):
@@ -99,14 +100,14 @@ def test_a_teacher_that_does_not_fit_its_devices_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (1000 * number, 0))
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     with pytest.raises(ValueError, match="big: does not fit the CUDA devices 2, 3, a part would lie on disk"):
-        loading.load_model("big", over=[2, 3])
+        loading.load_model(tmp_path / "big", over=[2, 3])
     assert ("auto", {2: 1800, 3: 2700}) == (asked["device_map"], asked["max_memory"])
     with (
         monkeypatch.context() as patch,
         pytest.raises(ModuleNotFoundError, match="spreading a model over several GPUs needs accelerate") as raised,
     ):
         patch.setattr(importlib.util, "find_spec", lambda name: None)
-        loading.load_model("big", over=[2, 3])
+        loading.load_model(tmp_path / "big", over=[2, 3])
     assert "accelerate" == raised.value.name  # the command line turns it into how to install it
     model.hf_device_map["lm_head"] = 3
-    assert model is loading.load_model("big", over=[2, 3])
+    assert model is loading.load_model(tmp_path / "big", over=[2, 3])
