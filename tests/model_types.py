@@ -1,6 +1,8 @@
 """
 Every causal type that transformers knows, at a size for a test; run as a program, a table of which are exact.
 
+Types that read images or sound as well are run over text.
+
 A type's config is made small by the names of its fields; what that breaks is mended by hand in ``_MENDED``.
 """
 
@@ -12,6 +14,7 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as WRAPPERS
 
 from sklformat.distill.models.causality import check_causal
 from sklformat.distill.models.outputs import head_width, logits
@@ -63,13 +66,19 @@ _MENDED = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
-    "mimo_v2_flash": {"num_key_value_heads": 2, "v_head_dim": 16, "head_dim": 16},
+    "mimo_v2_flash": {"num_key_value_heads": 1, "v_head_dim": 16, "head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "reformer": {
         "is_decoder": True, "axial_pos_embds_dim": (8, 24), "axial_pos_shape": (4, 6), "num_attention_heads": 2,
         "attention_head_size": 16, "attn_layers": ("local", "lsh"), "num_buckets": 2, "hash_seed": 0,
     },
     "xmod": {"default_language": "en_XX"},
+    **{
+        name: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+        for name in (
+            "glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text",
+        )
+    },
     "zamba": _HYBRID,
     "zamba2": _HYBRID | {"hybrid_layer_ids": [1, 3], "mamba_headdim": 8},
 }  # fmt: skip
@@ -134,27 +143,37 @@ def compare(model):
     return teacher.way, float((expected - found).abs().max())
 
 
+def judge(model_type):
+    """What becomes of a type: exact, refused, not built or DIFFERS, and why."""
+    auto = transformers.AutoModelForCausalLM if model_type in NAMES else transformers.AutoModelForMultimodalLM
+    try:
+        model = tiny_model(model_type, auto=auto)
+    except Exception as error:  # noqa: BLE001
+        return "not built", f"{type(error).__name__}: {error}"
+    try:
+        way, difference = compare(model)
+    except ValueError as error:
+        return "refused", str(error)
+    return ("exact", way) if difference == 0 else ("DIFFERS", f"{way}, max |Δ| = {difference:.1e}")
+
+
 def main():
-    """Print the table, and how many there are of each; exit 1 where a type is neither exact nor refused."""
+    """Print a table of causal types and one of the others, and how many there are of each; exit 1 where any differs."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    counts = dict.fromkeys(("exact", "refused", "not built", "DIFFERS"), 0)
-    for model_type in sys.argv[1:] or sorted(NAMES):
-        try:
-            model = tiny_model(model_type)
-        except Exception as error:  # noqa: BLE001
-            found, why = "not built", f"{type(error).__name__}: {error}"
-        else:
-            try:
-                way, difference = compare(model)
-                found, why = ("exact", way) if difference == 0 else ("DIFFERS", f"{way}, max |Δ| = {difference:.1e}")
-            except ValueError as error:
-                found, why = "refused", str(error)
-        counts[found] += 1
-        print(f"{model_type:26} {NAMES[model_type]:40} {found:10} {' '.join(why.split())[:150]}", flush=True)
-    print(", ".join(f"{count} {found}" for found, count in counts.items()))
-    return 1 if counts["DIFFERS"] else 0
+    found = []
+    for title, names in (("causal", sorted(NAMES)), ("with images or sound", sorted(WRAPPERS.keys() - NAMES.keys()))):
+        counts = dict.fromkeys(("exact", "refused", "not built", "DIFFERS"), 0)
+        chosen = [name for name in names if len(sys.argv) == 1 or name in sys.argv[1:]]
+        for model_type in chosen:
+            became, why = judge(model_type)
+            counts[became] += 1
+            name = (NAMES | WRAPPERS)[model_type]
+            print(f"{model_type:26} {name:46} {became:10} {' '.join(why.split())[:150]}", flush=True)
+        print(f"{title}: {', '.join(f'{count} {became}' for became, count in counts.items())}\n")
+        found.append(counts)
+    return int(any(counts["DIFFERS"] for counts in found))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from sklformat.distill.models.guards import RefusedError
@@ -107,7 +108,10 @@ def merged(model: Any, path: str, values: dict[str, Any], *, revision: str | Non
         raise RefusedError(
             f"{path}: an adapter of type {kind} cannot be merged into weights; use one that can, such as LoRA"
         )
-    return adapted.merge_and_unload(safe_merge=True)
+    model = adapted.merge_and_unload(safe_merge=True)
+    for parameter in filter(torch.is_floating_point, model.parameters()):
+        parameter.requires_grad_(True)  # peft has frozen them for its own training
+    return model
 
 
 def require_peft() -> None:

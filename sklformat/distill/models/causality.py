@@ -32,6 +32,8 @@ def check_causal(model: Any) -> None:
     """
     kind, device = type(model).__name__, outputs.input_device(model)
     width = outputs.head_width(model)
+    if width < 1:
+        raise ValueError(f"a {kind} has no vocabulary of tokens; use a causal language model")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     length = min(_PROBE_TOKENS, limit) if limit is not None and limit > 0 else _PROBE_TOKENS
     kept = length // 2

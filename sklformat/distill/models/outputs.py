@@ -76,9 +76,9 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def head_width(model: PreTrainedModel) -> int:
-    """Number of a model's logits: the rows that its head has, whatever its config says."""
+    """Number of a model's logits: the rows that its head has, whatever its config says; 0: it has no vocabulary."""
     head = model.get_output_embeddings()
-    return int(getattr(head, "out_features", 0) or model.config.get_text_config().vocab_size)
+    return int(getattr(head, "out_features", 0) or getattr(model.config.get_text_config(), "vocab_size", 0))
 
 
 def logits(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:

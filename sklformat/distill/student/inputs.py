@@ -12,7 +12,7 @@ from typing import Any
 from sklformat.distill.models import heads, loading, outputs, tokenization
 from sklformat.distill.models.identities import model_fingerprint
 from sklformat.distill.student import streams
-from sklformat.distill.text.fingerprints import tokenizer_fingerprint
+from sklformat.distill.text.fingerprints import MadeBy, tokenizer_fingerprint
 from sklformat.errors import SettingsError
 from sklformat.settings.train import TrainConfig
 
@@ -102,9 +102,10 @@ def load_teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> A
     The teacher of method full.
 
     Raises:
-        SettingsError: Its vocabulary, head or length does not fit the stream and the student.
+        SettingsError: Its tokenizer, vocabulary, head or length does not fit the stream and the student.
     """
     assert config.teacher is not None
+    _check_tokenizers(config, stream)
     teacher = loading.load_model(config.teacher, **_named(config))
     widths = [outputs.lm_head_weight(model).shape[0] for model in (teacher, student)]
     if widths[0] < stream.vocab_size or widths[1] != stream.vocab_size:
@@ -116,6 +117,24 @@ def load_teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> A
     loading.check_fit(stream.tokenizer, teacher, seq_len=stream.seq_len or None)
     heads.check_linear_head(teacher)
     return teacher
+
+
+def _check_tokenizers(config: TrainConfig, stream: streams.Stream) -> None:
+    """A teacher that has a tokenizer of its own must read the stream's ids as the student does."""
+    assert config.teacher is not None
+    if config.tokenizer is None and config.student is None:
+        return  # the stream's is the teacher's
+    try:
+        teachers = loading.load_tokenizer(config.teacher, **_named(config))
+    except OSError:  # it has none, and is taken to share the student's
+        return
+    conflict = MadeBy.of(stream.tokenizer, stream.vocab_size).conflict(teachers)
+    if conflict:
+        raise SettingsError(
+            f"the teacher {config.teacher} has a different tokenizer from the student's "
+            f"{config.tokenizer or config.student}: {conflict}; records and logits are about ids, so give a teacher of "
+            "the student's tokenizer, or start a new student with the teacher's"
+        )
 
 
 def settings_of(

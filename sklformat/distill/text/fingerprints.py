@@ -71,6 +71,11 @@ class MadeBy:
     num_ids: int
     vocabulary: str = ""
 
+    @classmethod
+    def of(cls, tokenizer: Any, num_ids: int) -> MadeBy:
+        """What data made by a tokenizer would say."""
+        return cls(tokenizer_fingerprint(tokenizer), num_ids, vocabulary_fingerprint(tokenizer, num_ids))
+
     def conflict(self, tokenizer: Any) -> str:
         """
         Why a tokenizer does not give these ids their meaning; "" where it does.

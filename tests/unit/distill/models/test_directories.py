@@ -65,6 +65,7 @@ def test_an_adapter_is_merged_into_its_model(tmp_path, adapter):
     """An adapter's directory gives peft's merged logits, not the base model's, with the base model's tokenizer."""
     model = assert_exact(tmp_path / "adapter", adapter)
     assert type(model) is transformers.LlamaForCausalLM
+    assert all(parameter.requires_grad for parameter in model.parameters())  # a student's weights learn
     assert not torch.equal(adapter, logits_of(loading.load_model(tmp_path / "base")))
     text = "alpha beta"
     ids = loading.load_tokenizer(tmp_path / "base")(text).input_ids

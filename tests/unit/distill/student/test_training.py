@@ -275,6 +275,19 @@ def test_another_tokenizer_is_refused(place, tmp_path):
     assert tokenizer_fingerprint(other) in str(caught.value)
 
 
+def test_a_teacher_beside_the_student_has_its_tokenizer(place, tmp_path):
+    """Method full refuses a teacher to which ids mean other tokens; one without a tokenizer is taken to share it."""
+    other = tokenization.train_tokenizer(["quite other words " * 30], 290)
+    teacher = loading.load_model(place / "teacher")
+    loading.save(teacher, other, tmp_path / "other")
+    teacher.save_pretrained(tmp_path / "bare")
+    full = {"method": "full", "steps": 1}
+    with pytest.raises(skl.SettingsError, match=r"teacher .*other has a different tokenizer from the student's .*tok"):
+        train(config_of(place, tmp_path / "run", teacher=str(tmp_path / "other"), **full), report=silent)
+    done = train(config_of(place, tmp_path / "run", teacher=str(tmp_path / "bare"), **full), report=silent)
+    assert 1 == done.steps
+
+
 def test_a_narrow_student_is_refused(place, tmp_path):
     """A student with fewer ids than the cache cannot learn from it; the message has both numbers."""
     tokenizer = loading.load_tokenizer(place / "tokenizer")
