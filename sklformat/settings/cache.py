@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sklformat.files.places import is_url
-from sklformat.format.columns import check_names
+from sklformat.format.columns import STARTS, check_names
 from sklformat.format.layout import COLUMNS
 from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, MAX_ROUNDS, check_temperature
 from sklformat.settings.files import MAX_UNPACK_RATIO, OnBadFile, TextFiles
@@ -70,6 +70,9 @@ class CacheConfig:
 
     special_tokens: SpecialTokens = "text"
     """What the name of a special token inside text is: characters like any other (text), or the token (keep), as in chats that a template rendered already."""  # noqa: E501
+
+    isolate_documents: bool = False
+    """Keep packed documents apart: positions begin at 0 with each, attention stays within it, nothing predicts its first token. Stores document_start."""  # noqa: E501
 
     seq_len: int = 1024
     """Positions in a sequence, at most where each document is one; the student must train on the same."""
@@ -152,6 +155,7 @@ class CacheConfig:
         if self.tokens is not None and self.field != "text":
             raise ValueError("field belongs to text or a dataset; tokens have none")
         names = {name for given in self.columns for name in given.split(",")}
+        names |= {STARTS} if self.isolate_documents else set()
         check_names(names)
         object.__setattr__(self, "columns", tuple(name for name in COLUMNS if name in names))
         check_least(self, 1, "seq_len", "sequences_per_shard", "batch_size", "ring_mib", "num_sequences")

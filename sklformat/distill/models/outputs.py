@@ -31,15 +31,17 @@ def body(model: PreTrainedModel) -> tuple[str, Any]:
     raise ValueError(f"{type(model).__name__} keeps no body apart from its head; use its logits instead")
 
 
-def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
+def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
     """
     Run a model without its head; with ``lm_head_weight`` this is all that ``linear_sparse_kl`` needs.
 
-    Attention is causal over the whole sequence, not masked at separators (paper, Appendix D).
+    Attention is causal over the whole sequence, not masked at separators (paper, Appendix D), unless position ids
+    say where documents begin, and the model heeds them (``isolation``).
 
     Args:
         model: A causal language model.
         input_ids_BT: [B, T] int64.
+        position_ids_BT: [B, T] int64, each token's place in its document; None: all are one.
 
     Returns:
         hidden_BTD: The head's input, in the model's type.
@@ -47,7 +49,8 @@ def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
     Raises:
         ValueError: As ``body``.
     """
-    hidden_BTD: Tensor = body(model)[1](input_ids=input_ids_BT, use_cache=False).last_hidden_state
+    named = _positions(position_ids_BT)
+    hidden_BTD: Tensor = body(model)[1](input_ids=input_ids_BT, use_cache=False, **named).last_hidden_state
     return hidden_BTD
 
 
@@ -81,19 +84,25 @@ def head_width(model: PreTrainedModel) -> int:
     return int(getattr(head, "out_features", 0) or getattr(model.config.get_text_config(), "vocab_size", 0))
 
 
-def logits(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
+def logits(model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
     """
     Next-token logits.
 
     Args:
         model: A causal language model.
         input_ids_BT: [B, T] int64.
+        position_ids_BT: As for ``hidden_states``.
 
     Returns:
         logits_BTV: In the model's type; V may be greater than the tokenizer (``check_fit``).
     """
-    logits_BTV: Tensor = model(input_ids=input_ids_BT, use_cache=False).logits
+    logits_BTV: Tensor = model(input_ids=input_ids_BT, use_cache=False, **_positions(position_ids_BT)).logits
     return logits_BTV
+
+
+def _positions(position_ids_BT: Tensor | None) -> dict[str, Tensor]:
+    """As the models call them; not every model takes them."""
+    return {} if position_ids_BT is None else {"position_ids": position_ids_BT}
 
 
 HEAD_FAILURES = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)

@@ -53,15 +53,19 @@ class Teacher:
         self.way = "linear" if self._weight_VD is not None else "head" if self._head_alone else "whole"
 
     @torch.inference_mode()
-    def run(self, input_ids_BT: NDArray[np.uint32]) -> Tensor:
-        """[B, T, D] hidden states; [B, T, V] logits of a model that must be run whole."""
-        ids_BT = torch.from_numpy(input_ids_BT.astype(np.int64))
-        if self.device.type == "cuda":
-            ids_BT = ids_BT.pin_memory()  # so that the copy waits for nothing that the device still does
-        ids_BT = ids_BT.to(self.device, non_blocking=True)
+    def run(self, input_ids_BT: NDArray[np.uint32], position_ids_BT: NDArray[np.int64] | None = None) -> Tensor:
+        """
+        [B, T, D] hidden states; [B, T, V] logits of a model that must be run whole.
+
+        Args:
+            input_ids_BT: Tokens.
+            position_ids_BT: Each token's place in its document, where documents do not see each other.
+        """
+        ids_BT = self._to_device(input_ids_BT.astype(np.int64))
+        positions_BT = None if position_ids_BT is None else self._to_device(position_ids_BT)
         if self._head_alone:
-            return outputs.hidden_states(self._model, ids_BT)
-        return outputs.logits(self._model, ids_BT)[..., : self._vocab_size]
+            return outputs.hidden_states(self._model, ids_BT, positions_BT)
+        return outputs.logits(self._model, ids_BT, positions_BT)[..., : self._vocab_size]
 
     @torch.inference_mode()
     def logits(self, output_T: Tensor, counted_T: NDArray[np.bool_] | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -82,6 +86,12 @@ class Teacher:
             elif self._head_alone:
                 part = outputs.head_logits(self._model, part[None])[0, :, : self._vocab_size]
             yield first, part[first - before :]
+
+    def _to_device(self, values_BT: NDArray[np.int64]) -> Tensor:
+        tensor_BT = torch.from_numpy(values_BT)
+        if self.device.type == "cuda":
+            tensor_BT = tensor_BT.pin_memory()  # so that the copy waits for nothing that the device still does
+        return tensor_BT.to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def _can_call_head(self) -> bool:

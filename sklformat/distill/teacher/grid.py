@@ -65,7 +65,9 @@ def outputs_of(
             tokens_BL = np.full((len(rows), packed.width(first, end) + 1), packed.separator_id, np.uint32)
             for row, tokens in enumerate(rows):
                 tokens_BL[row, : tokens.size] = tokens
-            outputs = teacher.run(tokens_BL[:, :-1])
+            places = [packed.position_ids(sequence) for sequence in range(first, last)]
+            isolated = [place for place in places + places[-1:] * (end - last) if place is not None]
+            outputs = teacher.run(tokens_BL[:, :-1], *([np.stack(isolated)] if isolated else []))
             for sequence in range(max(first, work.next_sequence), last):
                 tokens, made = rows[sequence - first], outputs[sequence - first]
                 yield Output(sequence, tokens, packed.counted(sequence), made[: tokens.size - 1])

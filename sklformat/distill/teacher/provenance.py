@@ -68,6 +68,7 @@ def make_header(
             "num_tokens": packed.facts.num_tokens,
             **_encoding(packed.facts),
             **({"single": {"seq_len": packed.seq_len, "truncate": config.truncate}} if packed.is_ragged else {}),
+            **({"isolated": True} if packed.isolated else {}),
         },
         "batch_size": config.batch_size,
         "sampler": {

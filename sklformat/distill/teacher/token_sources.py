@@ -105,6 +105,7 @@ class TokenSource:
                 seed=self._config.packing_seed,
                 first=self._config.first_sequence,
                 count=self._config.num_sequences,
+                isolated=self._config.isolate_documents,
             )
             if check and isinstance(sequences, SingleSequences):
                 self._warn_of_length(sequences)

@@ -101,6 +101,14 @@ class Sequences(ABC):
         Those that predict answers, if these are marked, and of isolated documents none that predicts a first token.
         """
 
+    def position_ids(self, index: int) -> NDArray[np.int64] | None:
+        """
+        Each input's place in its document, or in what the sequence has of it, [positions]; None: all are one.
+
+        They begin at 0 where the sequence and where each isolated document does.
+        """
+        return places_of(self.document_starts(index)[:-1]) if self.isolated else None
+
     def width(self, begin: int, end: int) -> int:
         """Positions of the longest sequence of begin..end - 1, also of those behind the last that is shown."""
         del begin, end
@@ -242,6 +250,13 @@ class PackedSequences(Sequences):
             f"the text is too short: {wanted} sequences of {self.seq_len} positions take {need} tokens, "
             f"it has {self._ends[-1]} (separators included); give more text or a smaller seq_len"
         )
+
+
+def places_of(starts: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """How far each token is from the last start at or before it, or from the first token, [tokens]."""
+    own = np.arange(starts.size)
+    places: NDArray[np.int64] = own - np.maximum.accumulate(np.where(starts, own, 0))
+    return places
 
 
 def paste(out: NDArray[Any], place: int, values: Any) -> None:

@@ -1,0 +1,81 @@
+"""
+Whether a model keeps documents of one sequence apart, as transformers does it where positions begin at 0 again.
+
+Loads nothing.  Given position ids and no attention mask, transformers masks attention between documents, on any device;
+a model may still carry a state across, or know no positions.
+Shape letters: B sequences, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from sklformat.distill.models import outputs
+
+_PROBE_TOKENS = 7
+_NOT_AT_ALL = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
+
+
+@torch.no_grad()
+def check_isolates(model: Any) -> None:
+    """
+    Run a model on two short documents in one sequence, then on the second alone, and behind another first one.
+
+    Args:
+        model: A causal language model; may be spread over several devices.
+
+    Raises:
+        ValueError: The second document's logits are not the same; names the kind of model.
+        torch.OutOfMemoryError: No room for the model's own run.
+    """
+    training = model.training
+    model.eval()
+    isolates = _isolates(model)
+    model.train(training)
+    if not isolates:
+        raise ValueError(
+            f"a {type(model).__name__} does not keep documents apart (transformers {transformers.__version__}): one "
+            "changes the logits of the next, or its positions cannot begin at 0 again; do without --isolate-documents, "
+            "or use a model of attention alone, such as a Llama, Qwen or Gemma"
+        )
+
+
+def _isolates(model: Any) -> bool:
+    device, width = outputs.input_device(model), outputs.head_width(model)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2 * _PROBE_TOKENS + 2
+    # Two sequences with borders at different places, as batches have them; no longer than the model takes.
+    first = max(1, min(_PROBE_TOKENS, limit // 2))
+    lengths = ((first, first + 1), (first + 1, first))
+    ids_BT = (torch.arange(2 * (2 * first + 1), device=device).view(2, -1) * 5 + 3) % width
+    positions_BT = torch.stack([torch.cat([torch.arange(n, device=device) for n in row]) for row in lengths])
+    is_second_BT = torch.stack([torch.arange(2 * first + 1, device=device) >= n for n, _ in lengths])
+    other_BT = torch.where(is_second_BT, ids_BT, (ids_BT + 1) % width)
+    alone = torch.cat(
+        [outputs.logits(model, row[None, n:])[0].float() for row, (n, _) in zip(ids_BT, lengths, strict=True)]
+    )
+    try:
+        packed, behind_another = (_second(model, ids, positions_BT, is_second_BT) for ids in (ids_BT, other_BT))
+    except torch.OutOfMemoryError:
+        raise
+    except _NOT_AT_ALL:  # it takes no positions
+        return False
+    # What a document before it says must change no bit, but that mixtures of experts may round otherwise; alone, all
+    # products have another shape.
+    leaks, moves = (1e-5, 1e-4) if model.dtype == torch.float32 else (0.01, 0.05)
+    largest = float(alone.abs().max())
+    # False for NaN, which is another fault.
+    return not (_differ(packed, behind_another) > leaks * largest or _differ(packed, alone) > moves * largest)
+
+
+def _second(model: Any, ids_BT: Tensor, positions_BT: Tensor, is_second_BT: Tensor) -> Tensor:
+    """Logits of the second documents, one after the other."""
+    logits_BTV = outputs.logits(model, ids_BT, positions_BT)
+    return logits_BTV[is_second_BT.to(logits_BTV.device)].float()
+
+
+def _differ(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
