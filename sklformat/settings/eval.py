@@ -54,6 +54,9 @@ class EvalConfig:
     special_tokens: SpecialTokens = "text"
     """With text: what the name of a special token inside it is, as sklformat cache has it."""
 
+    isolate_documents: bool = False
+    """Keep packed documents apart, as sklformat cache has it; take what the student was trained with."""
+
     packing_seed: int = 0
     """Seed of the order in which documents are packed, and of the choice of sequences."""
 

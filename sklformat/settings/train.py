@@ -38,6 +38,9 @@ class TrainConfig:
     packing_seed: int = 0
     """Seed of the order in which documents are packed; only with --tokens."""
 
+    isolate_documents: bool = False
+    """With --tokens: keep packed documents apart, as sklformat cache has it. A cache says itself whether it is so."""
+
     method: Method = "random_sampling"
     """What the student learns from. full: a teacher that runs alongside. topk and the four after it: a Top-K cache."""
 

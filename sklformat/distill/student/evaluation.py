@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from sklformat.distill.losses import metrics
-from sklformat.distill.models import loading, outputs, tokenization, vocabularies
+from sklformat.distill.models import isolation, loading, outputs, tokenization, vocabularies
 from sklformat.distill.models.devices import find_device
+from sklformat.distill.student import streams
 from sklformat.distill.text.corpus import Encoding, IdError, StoreFacts, TokenStore, write_token_store
 from sklformat.distill.text.documents import read_documents
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint, vocabulary_fingerprint
@@ -49,6 +50,7 @@ class Evaluation:
     Attributes:
         num_sequences, num_tokens: Measured on.
         bos: Where the token stood that begins a text: "document", "window" or "none".
+        isolated: Whether documents did not see each other.
         lm_loss: Nats per token.
         accuracy: Share of positions whose most likely token came next.
         calibration_error: Expected calibration error (ECE), a fraction.
@@ -62,6 +64,7 @@ class Evaluation:
     num_sequences: int
     num_tokens: int
     bos: str
+    isolated: bool = False
     lm_loss: float
     accuracy: float
     calibration_error: float
@@ -75,7 +78,7 @@ class Evaluation:
         lines = [
             (
                 f"LM loss: {self.lm_loss:.4f} nats per token, {self.num_sequences} sequences ({self.num_tokens:,} "
-                f"tokens, --bos {self.bos})"
+                f"tokens, --bos {self.bos}{', --isolate-documents' if self.isolated else ''})"
             ),
             (
                 f"calibration error (ECE): {self.calibration_error:.2%}; mean confidence less accuracy "
@@ -150,7 +153,11 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
         teacher, known = _load(config, config.teacher, teachers, tokens, device)
         vocab_size = min(vocab_size, known)
     sequences = PackedSequences(
-        store, seq_len=config.seq_len, separator_id=tokenization.separator_id(tokenizer), seed=config.packing_seed
+        store,
+        seq_len=config.seq_len,
+        separator_id=tokenization.separator_id(tokenizer),
+        seed=config.packing_seed,
+        isolated=config.isolate_documents,
     )
     count = config.num_sequences or len(sequences)
     if count > len(sequences):
@@ -166,9 +173,10 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
             indices = chosen[start : start + config.batch_size]
             ids_BL = torch.from_numpy(np.stack([sequences[int(index)] for index in indices]).astype(np.int64))
             ids_BL = ids_BL.to(device)
-            logits = _logits(student, ids_BL, vocab_size, config.student)
-            reference = None if teacher is None else _logits(teacher, ids_BL, vocab_size, str(config.teacher))
-            sums.update(logits, ids_BL[:, 1:].flatten(), reference)
+            given = ids_BL[:, :-1], _on(device, streams.position_ids_of(sequences, indices))
+            logits = _logits(student, given, vocab_size, config.student)
+            reference = None if teacher is None else _logits(teacher, given, vocab_size, str(config.teacher))
+            sums.update(logits, streams.labels_of(sequences, indices, ids_BL).flatten(), reference)
             reach(start + len(indices))
     evaluation = _result(config, sums, count, facts.bos)
     if config.out is not None:
@@ -214,6 +222,8 @@ def _load(config: EvalConfig, path: str, tokenizer: Any, tokens: TokenStore, dev
     model = loading.load_model(path, dtype=config.dtype, device=device, **_named(config))
     try:
         vocab_size = min(tokens.facts.vocab_size, loading.check_fit(tokenizer, model, seq_len=config.seq_len))
+        if config.isolate_documents:
+            isolation.check_isolates(model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     try:
@@ -225,9 +235,13 @@ def _load(config: EvalConfig, path: str, tokenizer: Any, tokens: TokenStore, dev
     return model, vocab_size
 
 
-def _logits(model: Any, tokens: torch.Tensor, vocab_size: int, name: str) -> torch.Tensor:
+def _on(device: torch.device, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _logits(model: Any, given: tuple[torch.Tensor, torch.Tensor | None], vocab_size: int, name: str) -> torch.Tensor:
     # A head may be padded beyond the ids that mean something.
-    logits_PV = outputs.logits(model, tokens[:, :-1]).flatten(0, 1)[:, :vocab_size]
+    logits_PV = outputs.logits(model, *given).flatten(0, 1)[:, :vocab_size]
     if not torch.isfinite(logits_PV.amax(-1)).all():  # the greatest of a row is NaN if any is
         raise ValueError(f"{name}: gives logits that are no finite numbers; its weights are broken, use another model")
     return logits_PV
@@ -248,6 +262,7 @@ def _result(config: EvalConfig, sums: metrics.EvaluationSums, count: int, bos: s
         num_sequences=count,
         num_tokens=sums.num_positions,
         bos=bos,
+        isolated=config.isolate_documents,
         lm_loss=sums.lm_loss,
         accuracy=sums.accuracy,
         calibration_error=table.calibration_error,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sklformat.distill.models import heads, loading, outputs, tokenization
+from sklformat.distill.models import heads, isolation, loading, outputs, tokenization
 from sklformat.distill.models.identities import model_fingerprint
 from sklformat.distill.student import streams
 from sklformat.distill.text.fingerprints import MadeBy, tokenizer_fingerprint
@@ -41,6 +41,7 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
             named=_named(config),
             seq_len=config.seq_len,
             packing_seed=config.packing_seed,
+            isolated=config.isolate_documents,
             **share,
         )
     assert config.cache is not None
@@ -52,6 +53,11 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
         hold_out=config.hold_out,
         **share,
     )
+    if config.isolate_documents and not stream.isolated:
+        raise SettingsError(
+            f"--isolate-documents is given, and {config.cache} was made without: its teacher saw one document before "
+            "the next; leave the flag out, so that the student sees them too, or capture with --isolate-documents"
+        )
     if config.method not in ("ce", "full") and stream.sampler != "unknown":
         fitting = _TOPK_METHODS if stream.sampler in ("topk", "topp") else ("random_sampling",)
         if config.method not in fitting:
@@ -94,6 +100,8 @@ def load_student(config: TrainConfig, stream: streams.Stream) -> Any:
         )
     loading.check_fit(stream.tokenizer, student, seq_len=stream.seq_len or None)
     heads.check_linear_head(student)
+    if stream.isolated:
+        isolation.check_isolates(student)
     return student.train()
 
 
@@ -116,6 +124,8 @@ def load_teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> A
         )
     loading.check_fit(stream.tokenizer, teacher, seq_len=stream.seq_len or None)
     heads.check_linear_head(teacher)
+    if stream.isolated:
+        isolation.check_isolates(teacher)
     return teacher
 
 
@@ -147,6 +157,9 @@ def settings_of(
     """
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_FIELDS}
     values = {name: value for name, value in values.items() if name not in _FINGERPRINTED_FIELDS} | stream.identity
+    # Only where they are, so that runs resume that began before this setting; a cache says it whatever the flag.
+    del values["isolate_documents"]
+    values |= {"isolate_documents": True} if stream.isolated else {}
     given = {
         "student_fingerprint": None if config.student is None else model_fingerprint(student),
         "teacher_fingerprint": None if teacher is None else model_fingerprint(teacher),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -26,6 +27,7 @@ from sklformat.distill.text.corpus import IdError, TokenStore
 from sklformat.distill.text.fingerprints import MadeBy
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
+from sklformat.format.columns import STARTS
 from sklformat.format.header import Header
 from sklformat.format.order import Schedule
 
@@ -69,9 +71,31 @@ class PackedBatches(IterableDataset[Batch]):
         worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for chosen, consumed in self.schedule.batches(self._epoch, self._consumed, worker_id, num_workers):
             tokens = torch.from_numpy(np.stack([self.sequences[int(index)] for index in chosen]).astype(np.int64))
-            labels = tokens[:, 1:].contiguous()
+            labels = labels_of(self.sequences, chosen, tokens)
+            borders: tuple[Tensor | None, ...] = ()
+            if self.sequences.isolated:
+                starts = np.stack([self.sequences.document_starts(int(index))[:-1] for index in chosen])
+                borders = position_ids_of(self.sequences, chosen), torch.from_numpy(starts)
             epoch, after = self.schedule.after(self._epoch, consumed)
-            yield Batch(tokens[:, :-1].contiguous(), labels, one_hot(labels), {"epoch": epoch, "consumed": after})
+            state = {"epoch": epoch, "consumed": after}
+            yield Batch(tokens[:, :-1].contiguous(), labels, one_hot(labels), state, *borders)
+
+
+def labels_of(sequences: PackedSequences, chosen: NDArray[np.int64], tokens_BL: Tensor) -> Tensor:
+    """The tokens but the first of some sequences, [B, T] int64; -100 where a position is not learnt from."""
+    labels_BT = tokens_BL[:, 1:].contiguous()
+    for row, index in enumerate(chosen):
+        counted = sequences.counted(int(index))
+        if counted is not None:
+            labels_BT[row, torch.from_numpy(~counted).to(labels_BT.device)] = IGNORED_LABEL
+    return labels_BT
+
+
+def position_ids_of(sequences: PackedSequences, chosen: NDArray[np.int64]) -> Tensor | None:
+    """Places of the inputs of some sequences in their documents, [B, T] int64; None where each sequence is one."""
+    places = [sequences.position_ids(int(index)) for index in chosen]
+    isolated = [place for place in places if place is not None]
+    return torch.from_numpy(np.stack(isolated)) if isolated else None
 
 
 def one_hot(labels_BT: Tensor) -> Targets:
@@ -101,6 +125,7 @@ class Stream:
         vocab_size: V of the data.
         seq_len: Positions of every sequence; 0: ragged.
         sampler: Of the cache's records; "none" for packed text.
+        isolated: Whether documents do not see each other.
         identity: Fingerprints of the data, for the run's settings.
         store: The token store, if it is one.
     """
@@ -111,6 +136,7 @@ class Stream:
     vocab_size: int
     seq_len: int
     sampler: str
+    isolated: bool
     identity: dict[str, Any]
     store: TokenStore | None = None
 
@@ -168,7 +194,7 @@ def open_cache(
         named: How the tokenizer is loaded.
 
     Raises:
-        SettingsError: The cache was made by another tokenizer.
+        SettingsError: The cache was made by another tokenizer, or lacks the borders of its isolated documents.
         ValueError: It has too few sequences for a batch, or none that are not held out, or no tokenizer was given.
         FormatError: The cache is damaged.
     """
@@ -186,6 +212,11 @@ def open_cache(
         sequences=range(len(cache) - hold_out),
     )
     header = cache.header
+    if dataset.isolated and STARTS not in header.columns:
+        raise SettingsError(
+            f"{path}: made with isolated documents, but without the column {STARTS}, which says where they begin; "
+            "capture it with --isolate-documents, which stores the column"
+        )
     loaded = _tokenizer(path, tokenizer, named, made_by(header))
     return Stream(
         source=path,
@@ -194,6 +225,7 @@ def open_cache(
         vocab_size=header.vocab_size,
         seq_len=header.seq_len,
         sampler=str(header.sampler),
+        isolated=dataset.isolated,
         identity={"cache": cache.fingerprint},
     )
 
@@ -209,6 +241,7 @@ def open_tokens(
     rank: int,
     world_size: int,
     named: loading.Named | None = None,
+    isolated: bool = False,
 ) -> Stream:
     """
     Stream packed sequences of a token store.
@@ -223,6 +256,7 @@ def open_tokens(
         rank: Number of this process.
         world_size: Number of processes.
         named: How the tokenizer is loaded.
+        isolated: Whether documents do not see each other.
 
     Raises:
         SettingsError: The store was made by another tokenizer.
@@ -233,7 +267,11 @@ def open_tokens(
     facts = store.facts
     loaded = _tokenizer(path, tokenizer, named, facts.made_by)
     sequences = PackedSequences(
-        path, seq_len=seq_len, separator_id=tokenization.separator_id(loaded), seed=packing_seed
+        path,
+        seq_len=seq_len,
+        separator_id=tokenization.separator_id(loaded),
+        seed=packing_seed,
+        isolated=isolated,
     )
     _check_enough(path, len(sequences), batch_size, world_size)
     dataset = PackedBatches(sequences, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
@@ -244,6 +282,7 @@ def open_tokens(
         vocab_size=facts.vocab_size,
         seq_len=seq_len,
         sampler="none",
+        isolated=isolated,
         identity={"corpus": facts.corpus_fingerprint, "vocabulary": facts.tokenizer_fingerprint},
         store=store,
     )

@@ -240,15 +240,16 @@ class _Training:
         batch = batch.to(self.device)
         labels_P = batch.labels.flatten()
         targets: Any = batch.targets
+        positions_BT = batch.position_ids if self.stream.isolated else None
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
             if self.teacher is not None:
                 with torch.no_grad():
-                    hidden_PD = outputs.hidden_states(self.teacher, batch.input_ids).flatten(0, 1)
+                    hidden_PD = outputs.hidden_states(self.teacher, batch.input_ids, positions_BT).flatten(0, 1)
                 # A head may be padded beyond the ids that mean something.
                 head_VD = outputs.lm_head_weight(self.teacher).detach()[: self.stream.vocab_size]
                 targets = DenseTeacher(hidden_PD, head_VD)
             return linear_sparse_kl(
-                outputs.hidden_states(self.model, batch.input_ids).flatten(0, 1),
+                outputs.hidden_states(self.model, batch.input_ids, positions_BT).flatten(0, 1),
                 outputs.lm_head_weight(self.model),
                 targets,
                 # The divergence from all of the probability on the label is cross-entropy.

@@ -107,7 +107,8 @@ class Sequences(ABC):
 
         They begin at 0 where the sequence and where each isolated document does.
         """
-        return places_of(self.document_starts(index)[:-1]) if self.isolated else None
+        one_each = not self.isolated or self.is_ragged
+        return None if one_each else places_of(self.document_starts(index)[:-1])
 
     def width(self, begin: int, end: int) -> int:
         """Positions of the longest sequence of begin..end - 1, also of those behind the last that is shown."""
