@@ -66,6 +66,22 @@ def test_documents_in_a_sequence_are_as_alone(kind):
     assert (packed - together).abs().max() > 1e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", APART)
+def test_documents_are_kept_apart_on_a_gpu(kind, dtype):
+    """What another document says changes no logit of the next, in either type."""
+    model = make_model(kind, APART[kind]).to("cuda", dtype)
+    check_isolates(model)
+    ids = torch.randint(1, 64, (2, 24), generator=torch.Generator().manual_seed(1)).cuda()
+    positions = (torch.arange(24) % 8).repeat(2, 1).cuda()
+    other = torch.where(torch.arange(24).cuda() < 16, (ids + 1) % 64, ids)
+    with torch.inference_mode():
+        found, behind_others = (outputs.logits(model, given, positions)[:, 16:].float() for given in (ids, other))
+    assert (found - behind_others).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02)
+
+
 @pytest.mark.parametrize("kind", TOGETHER)
 def test_models_that_mix_documents_are_refused_by_name(kind):
     """A state, ALiBi or positions of its own: one line with the kind of model and the flag; its mode is left alone."""

@@ -207,6 +207,25 @@ def test_a_gpu_draws_what_c_draws_and_waits_for_nothing(sampler):
     assert (by_c(host, 50, sampler, seed=2, sequence=9) == first).mean() >= 0.999
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_gpu_passes_over_positions_and_waits_for_nothing():
+    """On CUDA too the positions that count keep their draws and columns, and which ones do is no reason to wait."""
+    host, tokens, counted = random_logits(300, 32_000), np.arange(301, dtype=np.uint32), np.arange(300) % 7 > 1
+    logits, device_sampler = host.cuda(), DeviceSampler(sampler="multinomial", rounds=50, seed=2)
+    device_sampler.draw(9, 300, [(0, logits)]).result()
+    taken = LogitColumns(NAMES, tokens)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        queued = device_sampler.draw(9, 300, [(0, logits[:150]), (150, logits[150:])], taken, counted)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = by_c(host, 50, "multinomial", seed=2, sequence=9)[counted]
+    assert (expected == queued.result()).mean() >= 0.999
+    assert not taken.values()["entropy"][~counted].any()
+    assert taken.values()["entropy"][counted].all()
+
+
 def bad(value, at=5, positions=9):
     logits = random_logits(positions, 700)
     logits[at, 300] = value
