@@ -77,11 +77,16 @@ def base_of(path: str, values: dict[str, Any], given: str | None) -> str:
 
 @contextlib.contextmanager
 def of_another(path: str) -> Iterator[None]:
-    """Say of what could not be loaded that an adapter needs it."""
+    """
+    Say of what could not be loaded that an adapter needs it.
+
+    Raises:
+        RefusedError: In place of an OSError inside.
+    """
     try:
         yield
     except OSError as error:
-        raise OSError(f"{path}: is an adapter of another model: {error}; adapter_base may name it") from error
+        raise RefusedError(f"{path}: is an adapter of another model: {error}; adapter_base may name it") from error
 
 
 def merged(model: Any, path: str, values: dict[str, Any], *, revision: str | None, local: bool) -> Any:

@@ -49,7 +49,8 @@ def named(path: Path | str, what: str) -> Iterator[bool]:
     Say in one line what could not be loaded from where; gives whether the hub must not be asked for it.
 
     Raises:
-        OSError: In place of what was raised inside, memory that is short and our own sentences apart.
+        RefusedError: Code would have to be run that came with it.
+        OSError: In place of what else was raised inside, memory that is short and our own sentences apart.
     """
     not_asked = ""
     try:
@@ -60,6 +61,11 @@ def named(path: Path | str, what: str) -> Iterator[bool]:
     except _FAILURES as error:
         if isinstance(error, RuntimeError) and "allocate memory" in str(error):
             raise
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise RefusedError(
+                f"{path}: cannot load a {what}; it needs the code that came with it: look at that, then give "
+                "trust_remote_code to run it"
+            ) from error
         raise OSError(f"{path}: cannot load a {what}{_reason(path, not_asked, error)}") from error
 
 
@@ -69,8 +75,6 @@ def _reason(path: Path | str, not_asked: str, error: Exception) -> str:
         return f"; {error.strerror}"
     if not_asked:
         return f"; there is no such directory, it is not (or not whole) in the Hugging Face cache, and {not_asked}"
-    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
-        return "; it needs the code that came with it: look at that, then give trust_remote_code to run it"
     # A first line that ends in a colon says nothing without what it announces.
     first, _, rest = str(error).strip().partition("\n")
     reason = " ".join(f"{first} {rest}".split()) if first.rstrip().endswith(":") else first

@@ -49,6 +49,7 @@ def load_tokenizer(
 
     Raises:
         OSError: No tokenizer there.
+        ValueError: It needs code that came with it; or the model of an adapter is not there.
     """
     path = str(path)
     with quiet(), named(path, "tokenizer") as local:
@@ -95,7 +96,7 @@ def load_model(
     Raises:
         OSError: No model there, or a library missing that its weights are quantised by.
         ValueError: The files lack some of the model's weights, or hold some of another shape; it does not fit ``over``;
-            it is no causal language model.
+            it is no causal language model; it needs code that came with it; the model of an adapter is not there.
         ModuleNotFoundError: ``over`` is given and accelerate is not installed; an adapter, and peft is not.
     """
     if over and importlib.util.find_spec("accelerate") is None:  # transformers would say so in several lines
