@@ -1,8 +1,8 @@
 """
 Whether a model keeps documents of one sequence apart, as transformers does it where positions begin at 0 again.
 
-Loads nothing.  Given position ids and no attention mask, transformers masks attention between documents, on any device;
-a model may still carry a state across, or know no positions.
+Loads nothing.  Where positions say it, transformers' masks keep attention within each document, on any device; a model
+may still carry a state across, or take neither positions nor masks, and older versions make no such masks.
 Shape letters: B sequences, T positions, V vocabulary.
 """
 
@@ -61,7 +61,7 @@ def _isolates(model: Any) -> bool:
         packed, behind_another = (_second(model, ids, positions_BT, is_second_BT) for ids in (ids_BT, other_BT))
     except torch.OutOfMemoryError:
         raise
-    except _NOT_AT_ALL:  # it takes no positions
+    except (*_NOT_AT_ALL, ImportError):  # it takes no positions, or no masks
         return False
     # What a document before it says must change no bit, but that mixtures of experts may round otherwise; alone, all
     # products have another shape.

@@ -49,7 +49,7 @@ def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT:
     Raises:
         ValueError: As ``body``.
     """
-    named = _positions(position_ids_BT)
+    named = _documents(model, position_ids_BT)
     hidden_BTD: Tensor = body(model)[1](input_ids=input_ids_BT, use_cache=False, **named).last_hidden_state
     return hidden_BTD
 
@@ -96,13 +96,26 @@ def logits(model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT: Tensor
     Returns:
         logits_BTV: In the model's type; V may be greater than the tokenizer (``check_fit``).
     """
-    logits_BTV: Tensor = model(input_ids=input_ids_BT, use_cache=False, **_positions(position_ids_BT)).logits
+    logits_BTV: Tensor = model(input_ids=input_ids_BT, use_cache=False, **_documents(model, position_ids_BT)).logits
     return logits_BTV
 
 
-def _positions(position_ids_BT: Tensor | None) -> dict[str, Tensor]:
-    """As the models call them; not every model takes them."""
-    return {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+def _documents(model: PreTrainedModel, position_ids_BT: Tensor | None) -> dict[str, Any]:
+    """
+    What keeps documents apart: where they begin, and masks made of that by transformers itself.
+
+    Most models make the same masks of the positions alone; some, such as OPT and gpt-oss, do not look.
+    """
+    if position_ids_BT is None:
+        return {}
+    from transformers.masking_utils import create_masks_for_generate  # noqa: PLC0415  older versions do without
+
+    # Only the type, the device and two sizes of it are read.
+    embeds_BT1 = torch.empty((*position_ids_BT.shape, 1), dtype=model.dtype, device=position_ids_BT.device)
+    masks = create_masks_for_generate(
+        config=model.config, inputs_embeds=embeds_BT1, attention_mask=None, cache=None, position_ids=position_ids_BT
+    )
+    return {"position_ids": position_ids_BT, "attention_mask": masks}
 
 
 HEAD_FAILURES = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)

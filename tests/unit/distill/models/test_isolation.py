@@ -1,5 +1,8 @@
 """Documents of one sequence: models that keep them apart where positions begin at 0 again, and those that do not."""
 
+import re
+import sys
+
 import pytest
 import torch
 import transformers
@@ -31,11 +34,14 @@ APART = {
     "phi3": {},
     "olmo2": {},
     "falcon": {},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
+    "mpt": {"d_model": 16, "n_heads": 4, "n_layers": 2},
+    "gpt_oss": {"head_dim": 4, "sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 2},
 }
 TOGETHER = {
     "mamba": {"state_size": 4},
     "bloom": {"n_layer": 2, "n_head": 4},
-    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
+    "rwkv": {"attention_hidden_size": 16},
     "recurrent_gemma": {},
 }
 
@@ -63,7 +69,7 @@ def test_documents_in_a_sequence_are_as_alone(kind):
                 alone = outputs.logits(model, ids[row : row + 1, begin : begin + n])[0]
                 assert (packed[row, begin : begin + n] - alone).abs().max() <= 1e-5
                 begin += n
-    assert (packed - together).abs().max() > 1e-3
+    assert (packed - together).abs().max() > 1e-3  # so that the test can fail
 
 
 @pytest.mark.gpu
@@ -84,7 +90,7 @@ def test_documents_are_kept_apart_on_a_gpu(kind, dtype):
 
 @pytest.mark.parametrize("kind", TOGETHER)
 def test_models_that_mix_documents_are_refused_by_name(kind):
-    """A state, ALiBi or positions of its own: one line with the kind of model and the flag; its mode is left alone."""
+    """A state that goes on to the next, or no masks: one line with the kind of model and the flag; its mode stays."""
     model = make_model(kind, TOGETHER[kind]).train()
     with pytest.raises(ValueError, match=rf"a {type(model).__name__} does not keep documents apart") as caught:
         check_isolates(model)
@@ -99,6 +105,13 @@ def test_models_of_few_positions_are_looked_at_too():
     model = make_model("gpt2", few).train()
     check_isolates(model)
     assert model.training
+
+
+def test_a_transformers_without_such_masks_is_named(monkeypatch):
+    """The refusal has its version."""
+    monkeypatch.setitem(sys.modules, "transformers.masking_utils", None)
+    with pytest.raises(ValueError, match=re.escape(f"keep documents apart (transformers {transformers.__version__})")):
+        check_isolates(make_model("llama", {}))
 
 
 def test_a_model_that_takes_no_positions_is_refused():
