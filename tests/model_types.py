@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as WRAPPERS
 
-from sklformat.distill.models.causality import check_causal
+from sklformat.distill.models.attention import check_causal
 from sklformat.distill.models.outputs import head_width, logits
 from sklformat.distill.teacher.forward import Teacher
 

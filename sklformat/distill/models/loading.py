@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sklformat.distill.models import adapters, outputs, vocabularies
-from sklformat.distill.models.causality import check_causal
+from sklformat.distill.models.attention import check_causal
 from sklformat.distill.models.guards import RefusedError, named, quiet
 from sklformat.files.directories import published
 

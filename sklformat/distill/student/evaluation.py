@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from sklformat.distill.losses import metrics
-from sklformat.distill.models import isolation, loading, outputs, tokenization, vocabularies
+from sklformat.distill.models import attention, loading, outputs, tokenization, vocabularies
 from sklformat.distill.models.devices import find_device
 from sklformat.distill.student import streams
 from sklformat.distill.text.corpus import Encoding, IdError, StoreFacts, TokenStore, write_token_store
@@ -223,7 +223,7 @@ def _load(config: EvalConfig, path: str, tokenizer: Any, tokens: TokenStore, dev
     try:
         vocab_size = min(tokens.facts.vocab_size, loading.check_fit(tokenizer, model, seq_len=config.seq_len))
         if config.isolate_documents:
-            isolation.check_isolates(model)
+            attention.check_isolates(model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sklformat.distill.models import heads, isolation, loading, outputs, tokenization
+from sklformat.distill.models import attention, heads, loading, outputs, tokenization
 from sklformat.distill.models.identities import model_fingerprint
 from sklformat.distill.student import streams
 from sklformat.distill.text.fingerprints import MadeBy, tokenizer_fingerprint
@@ -101,7 +101,7 @@ def load_student(config: TrainConfig, stream: streams.Stream) -> Any:
     loading.check_fit(stream.tokenizer, student, seq_len=stream.seq_len or None)
     heads.check_linear_head(student)
     if stream.isolated:
-        isolation.check_isolates(student)
+        attention.check_isolates(student)
     return student.train()
 
 
@@ -125,7 +125,7 @@ def load_teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> A
     loading.check_fit(stream.tokenizer, teacher, seq_len=stream.seq_len or None)
     heads.check_linear_head(teacher)
     if stream.isolated:
-        isolation.check_isolates(teacher)
+        attention.check_isolates(teacher)
     return teacher
 
 

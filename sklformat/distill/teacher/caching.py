@@ -27,7 +27,7 @@ from sklformat.cache.manifest import MANIFEST_NAME
 from sklformat.capture import Capture, find_header
 from sklformat.capture.estimates import block_size
 from sklformat.capture.memory import check_room
-from sklformat.distill.models import isolation, loading
+from sklformat.distill.models import attention, loading
 from sklformat.distill.models.devices import available_cores, find_device, own_devices
 from sklformat.distill.teacher import gpu_sampler
 from sklformat.distill.teacher.drawing import Drawer
@@ -149,7 +149,7 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
             say(f"cache {config.directory.name}: loading the teacher {config.teacher}, then reading all tokens")
         model = loading.load_model(config.teacher_name, dtype=dtype, device=device, over=over, **named)
         if config.isolate_documents:
-            isolation.check_isolates(model)
+            attention.check_isolates(model)
         vocab_size = loading.check_fit(tokenizer, model, seq_len=config.seq_len)
         packed = ranks.in_turn(lambda check: source.pack(vocab_size, check=check))
         on_device = _draws_on_device(config, device)

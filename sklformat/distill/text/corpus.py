@@ -85,12 +85,9 @@ class IdError(ValueError):
         token_id: One of them, the greatest or one below 0.
     """
 
-    def __init__(self, document: str, least: int, greatest: int, vocab_size: int) -> None:
-        super().__init__(
-            f"{document}: token ids from {least} to {greatest} are not all in [0, {vocab_size}); "
-            "vocab_size belongs to another tokenizer"
-        )
-        self.document, self.token_id = document, greatest if greatest >= vocab_size else least
+    def __init__(self, message: str, *, document: str, token_id: int) -> None:
+        super().__init__(message)
+        self.document, self.token_id = document, token_id
 
 
 class TokenStore:
@@ -375,8 +372,14 @@ def _damaged(directory: Path, what: str) -> CorruptError:
 
 def _checked_ids(ids: ArrayLike, vocab_size: int, name: str) -> NDArray[np.int64]:
     tokens = np.asarray(ids, dtype=np.int64).reshape(-1)
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
-        raise IdError(name, int(tokens.min()), int(tokens.max()), vocab_size)
+    least, greatest = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, 0)
+    if least < 0 or greatest >= vocab_size:
+        raise IdError(
+            f"{name}: token ids from {least} to {greatest} are not all in [0, {vocab_size}); vocab_size belongs to "
+            "another tokenizer",
+            document=name,
+            token_id=greatest if greatest >= vocab_size else least,
+        )
     return tokens
 
 

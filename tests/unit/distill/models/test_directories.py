@@ -83,7 +83,8 @@ def test_the_model_of_an_adapter_is_found_or_named(tmp_path, adapter):
     for load in (loading.load_model, loading.load_tokenizer):
         with pytest.raises(ValueError, match=rf"^{place}/adapter: .* {tmp_path}/base: .*no such directory") as caught:
             load(place / "adapter")
-        assert "adapter_base" in one_line(caught)
+        assert ": is an adapter of another model: " in one_line(caught)
+        assert "adapter_base may name it" in one_line(caught)
     assert_exact(place / "adapter", adapter, adapter_base=str(tmp_path / "renamed"))
     assert loading.load_tokenizer(place / "adapter", adapter_base=str(tmp_path / "renamed"))
     settings = json.loads((place / "adapter/adapter_config.json").read_text())

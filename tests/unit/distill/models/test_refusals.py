@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from sklformat.distill.models import causality, templates, tokenization
+from sklformat.distill.models import attention, loading, templates, tokenization
 
 
 def test_a_model_without_logits_of_each_token(monkeypatch):
@@ -13,13 +13,23 @@ def test_a_model_without_logits_of_each_token(monkeypatch):
     model = types.SimpleNamespace(
         config=types.SimpleNamespace(get_text_config=types.SimpleNamespace), dtype=torch.float32
     )
-    monkeypatch.setattr(causality.outputs, "input_device", lambda model: torch.device("cpu"))
-    monkeypatch.setattr(causality.outputs, "head_width", lambda model: 9)
-    monkeypatch.setattr(causality.outputs, "logits", lambda model, ids: torch.zeros(2, 9))
+    monkeypatch.setattr(attention.outputs, "input_device", lambda model: torch.device("cpu"))
+    monkeypatch.setattr(attention.outputs, "head_width", lambda model: 9)
+    monkeypatch.setattr(attention.outputs, "logits", lambda model, ids: torch.zeros(2, 9))
     with pytest.raises(
         ValueError, match="a SimpleNamespace gives no logits for each token; use a causal language model"
     ):
-        causality.check_causal(model)
+        attention.check_causal(model)
+    monkeypatch.setattr(attention.outputs, "head_width", lambda model: 0)
+    with pytest.raises(ValueError, match="a SimpleNamespace has no vocabulary of tokens; use a causal language model"):
+        attention.check_causal(model)
+
+
+def test_quantised_weights_do_not_learn():
+    """A student of integers would stay as it is."""
+    model = types.SimpleNamespace(hf_quantizer=object(), parameters=lambda: [torch.zeros(2, dtype=torch.int8)])
+    with pytest.raises(ValueError, match="the weights of this SimpleNamespace are quantised and cannot learn; use o"):
+        loading.check_trainable(model)
 
 
 def test_a_slow_tokenizer():

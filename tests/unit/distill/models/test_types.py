@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from sklformat.distill.models import heads, loading, outputs
-from sklformat.distill.models.causality import check_causal
+from sklformat.distill.models.attention import check_causal
 
 WAYS = {
     "linear": ("bloom", "falcon", "gpt2", "gpt_neox", "llama", "mamba", "mixtral", "olmo2", "opt", "qwen3_moe"),

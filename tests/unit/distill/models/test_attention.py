@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from sklformat.distill.models import outputs
-from sklformat.distill.models.isolation import check_isolates
+from sklformat.distill.models.attention import check_isolates
 
 SIZES = {
     "vocab_size": 64,
