@@ -213,3 +213,40 @@ def test_what_is_no_chat_is_refused(cache, tmp_path, rows, words, message):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert message in refusal(cache("cache", tmp_path / "rows.jsonl", *words))
     assert not list((tmp_path / "cache").glob("*.skl*"))
+
+
+def test_packed_chats_may_be_kept_apart(place, cache, tmp_path):
+    """Answers in a packed sequence have the draws of their chat alone; chats that are one each have what they had."""
+    status, _, err = cache("cache", place / "chats.jsonl", "--packing", "packed", "--isolate-documents")
+    assert 0 == status, err
+    assert [] == skl.verify(tmp_path / "cache")
+    model = loading.load_model(place / "teacher")
+    answers = {tuple(ids): marked for ids, marked in expected_chats(place)}
+    whole = borders = same = records = 0
+    for number, sequence in enumerate(skl.open(tmp_path / "cache")):
+        starts = sequence.columns["document_start"]
+        begins = sorted({0, *np.flatnonzero(starts).tolist(), len(starts)})
+        has_records = np.diff(sequence.targets.offsets) > 0
+        assert not has_records[starts[1:]].any()
+        borders += int(starts[1:].sum())
+        for begin, end in itertools.pairwise(begins):
+            ids = sequence.tokens[begin : min(end, SEQ_LEN)]
+            marked = answers.get(tuple(sequence.tokens[begin:end].tolist()))
+            if marked is not None:
+                whole += 1
+                assert marked[1:].tolist() == has_records[begin : end - 1].tolist()
+            if not ids.size:
+                continue
+            with torch.no_grad():
+                logits = model(torch.from_numpy(ids[None].astype(np.int64))).logits[0]
+            drawn = draw(logits, rounds=5, sequence=number, first_position=begin)
+            for t in np.flatnonzero(has_records[begin : begin + ids.size]):
+                found = sequence.targets.token_ids[slice(*sequence.targets.offsets[begin + t : begin + t + 2])]
+                same += drawn.token_ids[slice(*drawn.offsets[t : t + 2])].tolist() == found.tolist()
+                records += 1
+    assert min(whole, borders) > 3
+    assert same / records > 0.98  # logits of other shapes differ by 1e-7
+    assert 0 == cache("plain", place / "chats.jsonl", "--columns", "document_start")[0]
+    assert 0 == cache("apart", place / "chats.jsonl", "--isolate-documents")[0]
+    plain, apart = skl.open(tmp_path / "plain"), skl.open(tmp_path / "apart")
+    assert [one.targets for one in plain] == [one.targets for one in apart]
