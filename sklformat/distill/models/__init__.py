@@ -12,5 +12,4 @@ loading       models and tokenizers, loaded, created and saved
 outputs       hidden states, logits, and the head by itself
 templates     chats rendered to ids, their answers marked
 tokenization  tokenizers trained and run over text
-vocabularies  which ids a tokenizer and a model have in common
 """

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sklformat.distill.models import adapters, outputs, vocabularies
+from sklformat.distill.models import adapters, outputs, tokenization
 from sklformat.distill.models.attention import check_causal
 from sklformat.distill.models.guards import RefusedError, named, quiet
 from sklformat.files.directories import published
@@ -244,7 +244,7 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, seq
         ValueError: The tokenizer has ids beyond the model's that are no added tokens, or the model takes fewer
             positions than ``seq_len``.
     """
-    vocab_size = vocabularies.common_ids(tokenizer, outputs.head_width(model))
+    vocab_size = tokenization.common_ids(tokenizer, outputs.head_width(model))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if seq_len is not None and limit is not None and seq_len > limit:
         raise ValueError(f"seq_len {seq_len} is beyond the {limit} positions that the model takes; use a smaller one")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from sklformat.distill.losses import metrics
-from sklformat.distill.models import attention, loading, outputs, tokenization, vocabularies
+from sklformat.distill.models import attention, loading, outputs, tokenization
 from sklformat.distill.models.devices import find_device
 from sklformat.distill.student import streams
 from sklformat.distill.text.corpus import Encoding, IdError, StoreFacts, TokenStore, write_token_store
@@ -230,7 +230,7 @@ def _load(config: EvalConfig, path: str, tokenizer: Any, tokens: TokenStore, dev
         tokens.check_ids(vocab_size)
     except IdError as error:
         raise SettingsError(
-            f"{path}: {error.document} {vocabularies.why_beyond(tokenizer, error.token_id, vocab_size)}"
+            f"{path}: {error.document} {tokenization.why_beyond(tokenizer, error.token_id, vocab_size)}"
         ) from None
     return model, vocab_size
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from sklformat.distill.models import tokenization, vocabularies
+from sklformat.distill.models import tokenization
 from sklformat.distill.models.templates import ChatEncoder, Marked
 from sklformat.distill.text.chats import Chat, Text, read_dataset_texts, read_texts
 from sklformat.distill.text.corpus import (
@@ -93,7 +93,7 @@ class TokenSource:
                 if not vocab_size <= error.token_id < tokenization.num_ids(self._tokenizer):
                     raise
                 raise ValueError(
-                    f"{error.document}: {vocabularies.why_beyond(self._tokenizer, error.token_id, vocab_size)}"
+                    f"{error.document}: {tokenization.why_beyond(self._tokenizer, error.token_id, vocab_size)}"
                 ) from None
         try:
             sequences = open_sequences(

@@ -84,7 +84,7 @@ def test_the_model_of_an_adapter_is_found_or_named(tmp_path, adapter):
         with pytest.raises(ValueError, match=rf"^{place}/adapter: .* {tmp_path}/base: .*no such directory") as caught:
             load(place / "adapter")
         assert ": is an adapter of another model: " in one_line(caught)
-        assert "adapter_base may name it" in one_line(caught)
+        assert one_line(caught).endswith("; adapter_base may name it")
     assert_exact(place / "adapter", adapter, adapter_base=str(tmp_path / "renamed"))
     assert loading.load_tokenizer(place / "adapter", adapter_base=str(tmp_path / "renamed"))
     settings = json.loads((place / "adapter/adapter_config.json").read_text())
@@ -187,6 +187,16 @@ def test_a_missing_library_of_quantised_weights_is_named(method, library, tmp_pa
     with pytest.raises(OSError, match=f"m: cannot load a model .*requires {library}") as caught:
         loading.load_model(tmp_path / "m")
     one_line(caught)
+
+
+def test_quantised_weights_cannot_learn():
+    """A student whose weights are packed integers is refused before training."""
+    model = model_types.tiny_model("llama")
+    model.hf_quantizer = object()
+    loading.check_trainable(model)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="the weights of this LlamaForCausalLM are quantised and cannot learn"):
+        loading.check_trainable(model)
 
 
 REMOTE = """

@@ -36,6 +36,13 @@ def test_a_model_that_needs_more_than_ids_is_refused():
         check_causal(model_types.tiny_model("gemma4_unified_assistant"))
 
 
+def test_a_model_without_vocabulary_is_refused():
+    """A model whose config knows no tokens is refused as such."""
+    model = model_types.tiny_model("pi0", auto=transformers.AutoModelForMultimodalLM)
+    with pytest.raises(ValueError, match="a PI0ForConditionalGeneration has no vocabulary of tokens"):
+        check_causal(model)
+
+
 def test_a_body_that_is_the_model_itself_is_found():
     """Where a type's class does not say what is below its head (Llama 4), the body is found under its usual name."""
     model = model_types.tiny_model("llama4_text")

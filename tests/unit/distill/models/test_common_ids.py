@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from sklformat.distill.models import loading, tokenization, vocabularies
+from sklformat.distill.models import loading, tokenization
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_a_head_that_lacks_more_than_added_tokens_is_refused(tokenizer):
 
 def test_an_id_beyond_is_named(tokenizer):
     """The message names token, id and the model's bound."""
-    said = vocabularies.why_beyond(tokenizer, 290, 290)
+    said = tokenization.why_beyond(tokenizer, 290, 290)
     assert said.startswith(
         "holds '<img>' (id 290), which the tokenizer has and the model, with ids below 290, has not;"
     )
