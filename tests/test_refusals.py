@@ -43,7 +43,6 @@ HANDED_ON = {
     "distill/models/outputs.py": ["name"],
     "distill/student/evaluation.py": ["f'{path}: {error}'"],
     "distill/teacher/token_sources.py": ["f'{chat.place}: {error}'"],
-    "distill/text/corpus.py": ["name"],
     "distill/text/ragged.py": ["str(error)"],
     "distill/text/sources/json_rows.py": ["_CUT_SHORT"],
     "distill/text/sources/rows.py": ["f'{file.path}: {error}'"],
