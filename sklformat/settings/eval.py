@@ -8,7 +8,7 @@ from typing import Literal
 
 from sklformat.settings.files import MAX_UNPACK_RATIO, OnBadFile, TextFiles
 from sklformat.settings.limits import check_least
-from sklformat.settings.text import Bos, SpecialTokens
+from sklformat.settings.text import Bos, Packing, SpecialTokens, Truncate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,12 @@ class EvalConfig:
 
     isolate_documents: bool = False
     """Keep packed documents apart, as sklformat cache has it; take what the student was trained with."""
+
+    packing: Packing = "auto"
+    """Whether documents fill sequences or each is one, as sklformat cache has it."""
+
+    truncate: Truncate = "end"
+    """What a document loses that is longer than seq_len and a sequence of its own."""
 
     packing_seed: int = 0
     """Seed of the order in which documents are packed, and of the choice of sequences."""

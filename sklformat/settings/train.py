@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sklformat.settings.limits import check_least
+from sklformat.settings.text import Packing, Truncate
 
 Method = Literal[
     "ce", "random_sampling", "topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix", "full"
@@ -37,6 +38,12 @@ class TrainConfig:
 
     packing_seed: int = 0
     """Seed of the order in which documents are packed; only with --tokens."""
+
+    packing: Packing = "auto"
+    """With --tokens: whether documents fill sequences or each is one, as sklformat cache has it."""
+
+    truncate: Truncate = "end"
+    """With --tokens: what a document loses that is longer than seq_len and a sequence of its own."""
 
     isolate_documents: bool = False
     """With --tokens: keep packed documents apart, as sklformat cache has it. A cache says itself whether it is so."""

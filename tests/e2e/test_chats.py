@@ -250,3 +250,30 @@ def test_packed_chats_may_be_kept_apart(place, cache, tmp_path):
     assert 0 == cache("apart", place / "chats.jsonl", "--isolate-documents")[0]
     plain, apart = skl.open(tmp_path / "plain"), skl.open(tmp_path / "apart")
     assert [one.targets for one in plain] == [one.targets for one in apart]
+
+
+def test_students_of_chats(place, cache, tmp_path, capfd):
+    """Training from the cache, or with cross-entropy from its tokens, and measuring, see answers alone."""
+    assert 0 == cache("cache", place / "chats.jsonl")[0]
+    teacher = place / "teacher"
+    shared = ("--student", teacher, "--steps", 3, "--batch-size", 3)
+    for name, words in {
+        "random": ("--cache", tmp_path / "cache"),
+        "ce": ("--tokens", tmp_path / "cache/tokens", "--seq-len", SEQ_LEN, "--method", "ce"),
+        "ce-cache": ("--cache", tmp_path / "cache", "--method", "ce"),
+    }.items():
+        assert 0 == main(["train", "--out", str(tmp_path / name), *map(str, (*shared, *words))]), capfd.readouterr().err
+    model, total, count = loading.load_model(teacher), 0.0, 0
+    for ids, answers in expected_chats(place):
+        tokens = torch.tensor([ids])
+        with torch.no_grad():
+            log_probs = model(tokens[:, :-1]).logits[0].double().log_softmax(-1)
+        labels = torch.where(torch.from_numpy(answers[1:]), tokens[0, 1:], -100)
+        total += float(torch.nn.functional.nll_loss(log_probs, labels, ignore_index=-100, reduction="sum"))
+        count += int(answers[1:].sum())
+    capfd.readouterr()
+    for words in (("--text", place / "chats.jsonl"), ("--tokens", tmp_path / "cache/tokens")):
+        assert 0 == main(["eval", "--student", *map(str, (teacher, "--seq-len", SEQ_LEN, *words)), "--json"])
+        found = json.loads(capfd.readouterr().out)
+        assert (9, count) == (found["num_sequences"], found["num_tokens"])
+        assert total / count == pytest.approx(found["lm_loss"], abs=1e-5)

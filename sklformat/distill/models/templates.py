@@ -16,14 +16,53 @@ from numpy.typing import NDArray
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sklformat.checksums import fingerprint
-from sklformat.distill.models.tokenization import separator_id, special_names, template_ids
-from sklformat.settings.text import BosPlace, SpecialTokens
+from sklformat.distill.models.tokenization import TextEncoder, separator_id, special_names, template_ids
+from sklformat.settings.text import Bos, BosPlace, SpecialTokens
 
 Marked = tuple[NDArray[np.int64], NDArray[np.bool_]]
 """Token ids of a chat, and which of them are answers."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that marks answers itself
 _ANSWERS = "assistant"
+
+
+class Encoders:
+    """
+    A tokenizer's encoders, each made when it is asked for.
+
+    Args:
+        tokenizer: Of the model.
+        bos: Where packing puts BOS in text; chats bring their own.
+        special_tokens: What names of special tokens become.
+
+    Attributes:
+        documents: The encoder of text, if there was one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, bos: Bos, special_tokens: SpecialTokens) -> None:
+        self._tokenizer, self._bos, self._special_tokens = tokenizer, bos, special_tokens
+        self.documents: TextEncoder | None = None
+
+    def for_documents(self) -> TextEncoder:
+        """
+        For text.
+
+        Raises:
+            ValueError: As ``choose_bos``.
+        """
+        self.documents = TextEncoder(self._tokenizer, bos=self._bos, special_tokens=self._special_tokens)
+        return self.documents
+
+    def for_chats(self, *, is_completion: bool) -> ChatEncoder:
+        """
+        For chats, or for prompts with completions.
+
+        Raises:
+            ValueError: A BOS is asked for; or as ``ChatEncoder``.
+        """
+        if self._bos not in ("auto", "none"):
+            raise ValueError(f"bos {self._bos}: a chat begins as its template says; leave --bos out")
+        return ChatEncoder(self._tokenizer, special_tokens=self._special_tokens, is_completion=is_completion)
 
 
 class ChatEncoder:

@@ -21,11 +21,12 @@ import torch
 from sklformat.distill.losses import metrics
 from sklformat.distill.models import attention, loading, outputs, tokenization
 from sklformat.distill.models.devices import find_device
+from sklformat.distill.models.templates import Encoders
 from sklformat.distill.student import streams
-from sklformat.distill.text.corpus import Encoding, IdError, StoreFacts, TokenStore, write_token_store
-from sklformat.distill.text.documents import read_documents
+from sklformat.distill.text.chats import read_texts, write_texts
+from sklformat.distill.text.corpus import IdError, StoreFacts, TokenStore
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint, vocabulary_fingerprint
-from sklformat.distill.text.packing import PackedSequences
+from sklformat.distill.text.singles import open_sequences
 from sklformat.errors import SettingsError
 from sklformat.files.disk import write_atomically
 from sklformat.format import order
@@ -127,17 +128,16 @@ def _token_store(config: EvalConfig) -> Iterator[Path]:
         return
     tokenizer = loading.load_tokenizer(config.tokenizer or config.student, **_named(config))
     vocab_size = tokenization.num_ids(tokenizer)
-    encode = tokenization.TextEncoder(tokenizer, bos=config.bos, special_tokens=config.special_tokens)
+    encoders = Encoders(tokenizer, bos=config.bos, special_tokens=config.special_tokens)
     with tempfile.TemporaryDirectory(prefix="sklformat-eval-") as directory:
         store = Path(directory) / "tokens"
-        write_token_store(
+        write_texts(
             store,
-            read_documents(TextFiles.of(config)),
-            encode,
+            read_texts(TextFiles.of(config)),
+            encoders,
             vocab_size=vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             vocabulary_fingerprint=vocabulary_fingerprint(tokenizer, vocab_size),
-            encoding=Encoding.of(encode),
         )
         yield store
 
@@ -152,8 +152,10 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
         teachers = _checked_tokenizer(config, facts, config.teacher)
         teacher, known = _load(config, config.teacher, teachers, tokens, device)
         vocab_size = min(vocab_size, known)
-    sequences = PackedSequences(
+    sequences = open_sequences(
         store,
+        packing=config.packing,
+        truncate=config.truncate,
         seq_len=config.seq_len,
         separator_id=tokenization.separator_id(tokenizer),
         seed=config.packing_seed,
@@ -171,8 +173,7 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
     with torch.inference_mode(), show("eval", count, unit="sequence", shown=progress) as reach:
         for start in range(0, count, config.batch_size):
             indices = chosen[start : start + config.batch_size]
-            ids_BL = torch.from_numpy(np.stack([sequences[int(index)] for index in indices]).astype(np.int64))
-            ids_BL = ids_BL.to(device)
+            ids_BL = streams.tokens_of(sequences, indices).to(device)
             given = ids_BL[:, :-1], _on(device, streams.position_ids_of(sequences, indices))
             logits = _logits(student, given, vocab_size, config.student)
             reference = None if teacher is None else _logits(teacher, given, vocab_size, str(config.teacher))

@@ -42,6 +42,8 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
             seq_len=config.seq_len,
             packing_seed=config.packing_seed,
             isolated=config.isolate_documents,
+            packing=config.packing,
+            truncate=config.truncate,
             **share,
         )
     assert config.cache is not None

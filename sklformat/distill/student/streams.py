@@ -25,25 +25,27 @@ from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.distill.models import loading, tokenization
 from sklformat.distill.text.corpus import IdError, TokenStore
 from sklformat.distill.text.fingerprints import MadeBy
-from sklformat.distill.text.packing import PackedSequences
+from sklformat.distill.text.packing import Sequences
+from sklformat.distill.text.singles import open_sequences
 from sklformat.errors import SettingsError
 from sklformat.format.columns import STARTS
 from sklformat.format.header import Header
 from sklformat.format.order import Schedule
+from sklformat.settings.text import Packing, Truncate
 
 
-class PackedBatches(IterableDataset[Batch]):
+class TextBatches(IterableDataset[Batch]):
     """
-    Batches of packed text; order and state work as in SparseLogitDataset, the targets are the labels themselves.
+    Batches of text; order and state work as in SparseLogitDataset, the targets are the labels themselves.
 
     Args:
-        sequences: Packed sequences.
+        sequences: Of a token store.
         batch_size: Sequences per batch, on each process.
         seed: Seed of the order.
         rank, world_size: Which process of how many this is.
     """
 
-    def __init__(self, sequences: PackedSequences, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(self, sequences: Sequences, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         self.sequences = sequences
         self.schedule = Schedule(
             num_sequences=len(sequences), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
@@ -70,10 +72,10 @@ class PackedBatches(IterableDataset[Batch]):
         worker = get_worker_info()
         worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for chosen, consumed in self.schedule.batches(self._epoch, self._consumed, worker_id, num_workers):
-            tokens = torch.from_numpy(np.stack([self.sequences[int(index)] for index in chosen]).astype(np.int64))
+            tokens = tokens_of(self.sequences, chosen)
             labels = labels_of(self.sequences, chosen, tokens)
             borders: tuple[Tensor | None, ...] = ()
-            if self.sequences.isolated:
+            if self.sequences.isolated and not self.sequences.is_ragged:
                 starts = np.stack([self.sequences.document_starts(int(index))[:-1] for index in chosen])
                 borders = position_ids_of(self.sequences, chosen), torch.from_numpy(starts)
             epoch, after = self.schedule.after(self._epoch, consumed)
@@ -81,17 +83,27 @@ class PackedBatches(IterableDataset[Batch]):
             yield Batch(tokens[:, :-1].contiguous(), labels, one_hot(labels), state, *borders)
 
 
-def labels_of(sequences: PackedSequences, chosen: NDArray[np.int64], tokens_BL: Tensor) -> Tensor:
-    """The tokens but the first of some sequences, [B, T] int64; -100 where a position is not learnt from."""
+def tokens_of(sequences: Sequences, chosen: NDArray[np.int64]) -> Tensor:
+    """Some sequences, [B, T + 1] int64; shorter ones are filled up with the separator."""
+    rows = [sequences[int(index)] for index in chosen]
+    tokens_BL = np.full((len(rows), max(tokens.size for tokens in rows)), sequences.separator_id, np.int64)
+    for row, tokens in enumerate(rows):
+        tokens_BL[row, : tokens.size] = tokens
+    return torch.from_numpy(tokens_BL)
+
+
+def labels_of(sequences: Sequences, chosen: NDArray[np.int64], tokens_BL: Tensor) -> Tensor:
+    """The tokens but the first of some sequences, [B, T] int64; -100 where a position is not learnt from, or filled."""
     labels_BT = tokens_BL[:, 1:].contiguous()
-    for row, index in enumerate(chosen):
-        counted = sequences.counted(int(index))
+    for row, index in enumerate(chosen.tolist()):
+        length, counted = sequences.width(index, index + 1), sequences.counted(index)
+        labels_BT[row, length:] = IGNORED_LABEL
         if counted is not None:
-            labels_BT[row, torch.from_numpy(~counted).to(labels_BT.device)] = IGNORED_LABEL
+            labels_BT[row, :length][torch.from_numpy(~counted).to(labels_BT.device)] = IGNORED_LABEL
     return labels_BT
 
 
-def position_ids_of(sequences: PackedSequences, chosen: NDArray[np.int64]) -> Tensor | None:
+def position_ids_of(sequences: Sequences, chosen: NDArray[np.int64]) -> Tensor | None:
     """Places of the inputs of some sequences in their documents, [B, T] int64; None where each sequence is one."""
     places = [sequences.position_ids(int(index)) for index in chosen]
     isolated = [place for place in places if place is not None]
@@ -131,7 +143,7 @@ class Stream:
     """
 
     source: Path | str
-    dataset: SparseLogitDataset | PackedBatches
+    dataset: SparseLogitDataset | TextBatches
     tokenizer: Any
     vocab_size: int
     seq_len: int
@@ -242,9 +254,11 @@ def open_tokens(
     world_size: int,
     named: loading.Named | None = None,
     isolated: bool = False,
+    packing: Packing = "auto",
+    truncate: Truncate = "end",
 ) -> Stream:
     """
-    Stream packed sequences of a token store.
+    Stream the sequences of a token store.
 
     Args:
         path: The token store.
@@ -257,6 +271,8 @@ def open_tokens(
         world_size: Number of processes.
         named: How the tokenizer is loaded.
         isolated: Whether documents do not see each other.
+        packing: As ``open_sequences``.
+        truncate: As ``open_sequences``.
 
     Raises:
         SettingsError: The store was made by another tokenizer.
@@ -266,15 +282,17 @@ def open_tokens(
     store = TokenStore(path)
     facts = store.facts
     loaded = _tokenizer(path, tokenizer, named, facts.made_by)
-    sequences = PackedSequences(
+    sequences = open_sequences(
         path,
+        packing=packing,
+        truncate=truncate,
         seq_len=seq_len,
         separator_id=tokenization.separator_id(loaded),
         seed=packing_seed,
         isolated=isolated,
     )
     _check_enough(path, len(sequences), batch_size, world_size)
-    dataset = PackedBatches(sequences, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+    dataset = TextBatches(sequences, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
     return Stream(
         source=path,
         dataset=dataset,

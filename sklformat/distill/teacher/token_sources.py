@@ -6,7 +6,6 @@ Knows no model; a tokenizer comes in with its fingerprint.
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from sklformat.distill.models import tokenization
-from sklformat.distill.models.templates import ChatEncoder, Marked
-from sklformat.distill.text.chats import Chat, Text, read_dataset_texts, read_texts
+from sklformat.distill.models.templates import Encoders
+from sklformat.distill.text.chats import Text, read_dataset_texts, read_texts, write_texts
 from sklformat.distill.text.corpus import (
-    Document,
     Encoding,
     IdError,
     TokenStore,
@@ -25,10 +23,8 @@ from sklformat.distill.text.corpus import (
     is_token_store,
     open_ragged,
     tokenizer_fingerprint,
-    write_encoded,
-    write_token_store,
 )
-from sklformat.distill.text.fingerprints import text_fingerprint, vocabulary_fingerprint
+from sklformat.distill.text.fingerprints import vocabulary_fingerprint
 from sklformat.distill.text.packing import Sequences
 from sklformat.distill.text.singles import SingleSequences, open_sequences
 from sklformat.errors import SettingsError
@@ -125,46 +121,18 @@ class TokenSource:
             "tokenizer_fingerprint": self._fingerprint,
             "vocabulary_fingerprint": vocabulary_fingerprint(self._tokenizer, vocab_size),
         }
+        bos = self._choose_bos(path)
         if self._is_ragged():
-            encode = tokenization.TextEncoder(self._tokenizer, bos=self._choose_bos(path))
+            encode = tokenization.TextEncoder(self._tokenizer, bos=bos)
             encoding = Encoding(bos=encode.bos, bos_id=encode.bos_id, special_tokens="given")
             return self._look_at(copy_ragged(path, self._given(), **facts, encoding=encoding), self._given())
         assert self._texts is not None
-        first = next(self._texts)
-        texts = itertools.chain([first], self._texts)
-        if isinstance(first, Chat):
-            return self._make_of_chats(path, first, cast("Iterator[Chat]", texts), facts)
-        encode = tokenization.TextEncoder(
-            self._tokenizer, bos=self._choose_bos(path), special_tokens=self._config.special_tokens
-        )
-        documents = cast("Iterator[Document]", texts)
-        store = write_token_store(path, documents, encode, **facts, encoding=Encoding.of(encode))
-        self._warn_of_names(encode)
+        encoders = Encoders(self._tokenizer, bos=bos, special_tokens=self._config.special_tokens)
+        store = write_texts(path, self._texts, encoders, **facts)
+        if encoders.documents is None:
+            return self._look_at(store, path)
+        self._warn_of_names(encoders.documents)
         return store
-
-    def _make_of_chats(self, path: Path, first: Chat, chats: Iterator[Chat], facts: dict[str, Any]) -> TokenStore:
-        if self._config.bos not in ("auto", "none"):
-            raise SettingsError(f"bos {self._config.bos}: a chat begins as its template says; leave --bos out")
-        encoder = ChatEncoder(
-            self._tokenizer, special_tokens=self._config.special_tokens, is_completion=not first.messages
-        )
-
-        def encode(chat: Chat) -> Marked:
-            try:
-                if chat.messages:
-                    return encoder.encode_chat(chat.messages, chat.tools)
-                return encoder.encode_completion(chat.prompt, chat.completion)
-            except ValueError as error:
-                raise ValueError(f"{chat.place}: {error}") from None
-
-        store = write_encoded(
-            path,
-            ((chat.name, text_fingerprint((chat.name, chat.text)), *encode(chat)) for chat in chats),
-            lambda: (text_fingerprint((chat.name, chat.text)) for chat in chats),
-            **facts,
-            encoding=Encoding.of(encoder),
-        )
-        return self._look_at(store, path)
 
     def _choose_bos(self, path: Path) -> Bos:
         """As asked; with auto as the tokens were made that an earlier run left, whatever the rule was then."""
@@ -173,7 +141,7 @@ class TokenSource:
         if not path.exists():
             return "none" if self._is_ragged() and self._has_bos(self._given()) else "auto"
         facts = TokenStore(path).facts
-        if facts.bos == "none" and tokenization.template_ids(self._tokenizer)[0]:
+        if facts.bos == "none" and not facts.marks_answers and tokenization.template_ids(self._tokenizer)[0]:
             _warn(
                 f"{self._config.out} was begun without BOS, which the tokenizer puts before a text, and is resumed so"
             )

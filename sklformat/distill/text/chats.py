@@ -6,12 +6,20 @@ Knows no tokenizer.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
+from sklformat.distill.text.corpus import Encoding, TokenStore, write_encoded, write_token_store
 from sklformat.distill.text.documents import Document, document_of, some
+from sklformat.distill.text.facts import Encoder
+from sklformat.distill.text.fingerprints import text_fingerprint
 from sklformat.distill.text.sources import hub
 from sklformat.distill.text.sources.json_rows import kind_of
 from sklformat.distill.text.sources.rows import Row, read_made
@@ -57,6 +65,9 @@ class Chat:
         return json.dumps([self.messages, self.tools, self.prompt, self.completion], sort_keys=True, ensure_ascii=False)
 
 
+Marked = tuple[NDArray[np.int64], NDArray[np.bool_]]
+"""Token ids of a chat, and which of them are answers."""
+
 Text = Document | Chat
 """What a row becomes."""
 
@@ -85,6 +96,72 @@ def read_dataset_texts(words: Sequence[str], *, split: str = "train", field: str
     reader = _Reader(field)
     texts = (text for row in hub.read_dataset_rows(words, split=split) if (text := reader(row)) is not None)
     return some(texts, f"dataset {' '.join(words)} has none in column {field!r} of split {split!r}")
+
+
+class DocumentEncoder(Encoder, Protocol):
+    """Encodes text: that of ``models.tokenization``."""
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text."""
+
+
+class ChatEncoder(Encoder, Protocol):
+    """Encodes chats: that of ``models.templates``."""
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> Marked:
+        """Ids of a chat, and which of them are answers."""
+
+    def encode_completion(self, prompt: str, completion: str) -> Marked:
+        """Ids of a prompt and what follows it, and which of them are answers."""
+
+
+class Encoders(Protocol):
+    """Makes the encoder that texts turn out to need: ``models.templates.Encoders``."""
+
+    def for_documents(self) -> DocumentEncoder:
+        """For text."""
+
+    def for_chats(self, *, is_completion: bool) -> ChatEncoder:
+        """For chats, or for prompts with completions."""
+
+
+def write_texts(directory: Path, texts: Iterator[Text], encoders: Encoders, **facts: Any) -> TokenStore:
+    """
+    A token store of documents or chats, whichever the first is; arguments and errors as ``write_token_store``.
+
+    Args:
+        directory: Where the store goes.
+        texts: At least one.
+        encoders: Of the tokenizer.
+        facts: vocab_size and fingerprints.
+    """
+    first = next(texts)
+    texts = itertools.chain([first], texts)
+    if isinstance(first, Document):
+        encode = encoders.for_documents()
+        documents = cast("Iterator[Document]", texts)
+        return write_token_store(directory, documents, encode, **facts, encoding=Encoding.of(encode))
+    encoder, chats = encoders.for_chats(is_completion=not first.messages), cast("Iterator[Chat]", texts)
+    return write_encoded(
+        directory,
+        ((chat.name, _digest(chat), *_encoded(chat, encoder)) for chat in chats),
+        lambda: map(_digest, chats),
+        **facts,
+        encoding=Encoding.of(encoder),
+    )
+
+
+def _digest(chat: Chat) -> str:
+    return text_fingerprint((chat.name, chat.text))
+
+
+def _encoded(chat: Chat, encoder: ChatEncoder) -> Marked:
+    try:
+        if chat.messages:
+            return encoder.encode_chat(chat.messages, chat.tools)
+        return encoder.encode_completion(chat.prompt, chat.completion)
+    except ValueError as error:
+        raise ValueError(f"{chat.place}: {error}") from None
 
 
 class _Reader:

@@ -14,7 +14,7 @@ import sklformat as skl
 from sklformat.distill import SparseLogitDataset
 from sklformat.distill.models import loading, tokenization
 from sklformat.distill.student.evaluation import evaluate
-from sklformat.distill.student.streams import PackedBatches
+from sklformat.distill.student.streams import TextBatches
 from sklformat.distill.student.training import train
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.distill.text.packing import PackedSequences
@@ -145,7 +145,7 @@ def test_tokens_train_as_an_isolated_cache_of_them_does(place, tmp_path):
     facts = header.vocab_size, header.tokenizer_fingerprint
     write_cache(tmp_path / "whole", packed, *facts, capture=ISOLATED)
     (stored,) = SparseLogitDataset(tmp_path / "whole", batch_size=len(packed))
-    (made,) = PackedBatches(packed, batch_size=len(packed), seed=0, rank=0, world_size=1)
+    (made,) = TextBatches(packed, batch_size=len(packed), seed=0, rank=0, world_size=1)
     for name in ("input_ids", "labels", "position_ids", "document_starts"):
         assert torch.equal(getattr(made, name), getattr(stored, name))
     settings = {"method": "ce", "steps": 3, "batch_size": 2}
