@@ -42,7 +42,7 @@ HANDED_ON = {
     "distill/models/loading.py": ["f'{path}: {error}'"],
     "distill/models/outputs.py": ["name"],
     "distill/student/evaluation.py": ["f'{path}: {error}'"],
-    "distill/teacher/token_sources.py": ["f'{chat.place}: {error}'"],
+    "distill/text/chats.py": ["f'{chat.place}: {error}'"],
     "distill/text/ragged.py": ["str(error)"],
     "distill/text/sources/json_rows.py": ["_CUT_SHORT"],
     "distill/text/sources/rows.py": ["f'{file.path}: {error}'"],
