@@ -19,9 +19,9 @@ NAMES = """
 
 FLAGS = {
     "cache": """
-        adapter-base batch-size bos columns dataset dataset-split device device-map dtype encoding exclude field
-        first-sequence include isolate-documents json k keep-versions max-unpack-ratio num-sequences on-bad-file out p
-        packing packing-seed proposal-temperature ring-mib rounds sampler seed seq-len sequences-per-shard
+        adapter-base author batch-size bos columns dataset dataset-split device device-map dtype encoding exclude
+        field first-sequence include isolate-documents json k keep-versions max-unpack-ratio num-sequences on-bad-file
+        out p packing packing-seed proposal-temperature ring-mib rounds sampler seed seq-len sequences-per-shard
         special-tokens store-tokens teacher text tokens truncate trust-remote-code unbiased-weights work-dir
     """,
     "estimate": """

@@ -74,6 +74,9 @@ class CacheConfig:
     isolate_documents: bool = False
     """Keep packed documents apart: positions begin at 0 with each, attention stays within it, nothing predicts its first token. Stores document_start."""  # noqa: E501
 
+    author: tuple[str, ...] = dataclasses.field(default=(), metadata={"once": True})
+    """Who wrote the text, where a model did: "teacher", or its name or fingerprint; then how it was sampled, as temperature=0.7. Kept in the headers; train says where author and teacher differ."""  # noqa: E501
+
     seq_len: int = 1024
     """Positions in a sequence, at most where each document is one; the student must train on the same."""
 
@@ -154,6 +157,8 @@ class CacheConfig:
         TextFiles.of(self)  # raises for what cannot be
         if self.tokens is not None and self.field != "text":
             raise ValueError("field belongs to text or a dataset; tokens have none")
+        if wrong := [word for word in self.author[1:] if not all(word.partition("="))]:
+            raise ValueError(f"author: after the name come settings as NAME=VALUE, got {', '.join(wrong)}")
         names = {name for given in self.columns for name in given.split(",")}
         names |= {STARTS} if self.isolate_documents else set()
         check_names(names)

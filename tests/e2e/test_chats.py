@@ -277,3 +277,27 @@ def test_students_of_chats(place, cache, tmp_path, capfd):
         found = json.loads(capfd.readouterr().out)
         assert (9, count) == (found["num_sequences"], found["num_tokens"])
         assert total / count == pytest.approx(found["lm_loss"], abs=1e-5)
+
+
+def test_who_wrote_the_text(place, cache, tmp_path, capfd):
+    """--author stands in the headers with the settings; training says where another model than the teacher wrote."""
+    written = {}
+    for name, words in {
+        "none": (),
+        "teacher": ("--author", "teacher", "temperature=0.7", "top_p=0.95"),
+        "other": ("--author", "some-other-model", "temperature=1"),
+    }.items():
+        assert 0 == cache(name, place / "chats.jsonl", *words)[0]
+        header = skl.open(tmp_path / name).header
+        written[name] = header.capture.get("author"), header.teacher_fingerprint
+        capfd.readouterr()
+        shared = ("--cache", tmp_path / name, "--student", place / "teacher", "--steps", 1, "--batch-size", 3)
+        assert 0 == main(["train", "--out", str(tmp_path / f"run-{name}"), *map(str, shared)])
+        note = f"note: {tmp_path / name}: its text was written by some-other-model, its records are of another model; w"
+        assert (name == "other") == (note in capfd.readouterr().err)
+    assert written["none"][0] is None
+    sampling = {"temperature": "0.7", "top_p": "0.95"}
+    assert {"name": "teacher", "fingerprint": written["teacher"][1], "sampling": sampling} == written["teacher"][0]
+    assert {"name": "some-other-model", "sampling": {"temperature": "1"}} == written["other"][0]
+    status, _, err = cache("bad", place / "chats.jsonl", "--author", "teacher", "hot")
+    assert (2, "author: after the name come settings as NAME=VALUE, got hot" in err) == (status, True)

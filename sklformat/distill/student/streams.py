@@ -138,6 +138,7 @@ class Stream:
         seq_len: Positions of every sequence; 0: ragged.
         sampler: Of the cache's records; "none" for packed text.
         isolated: Whether documents do not see each other.
+        note: What whoever trains on it may want to know; "" where there is nothing.
         identity: Fingerprints of the data, for the run's settings.
         store: The token store, if it is one.
     """
@@ -150,6 +151,7 @@ class Stream:
     sampler: str
     isolated: bool
     identity: dict[str, Any]
+    note: str = ""
     store: TokenStore | None = None
 
     def holds_only(self, width: int) -> bool:
@@ -239,6 +241,18 @@ def open_cache(
         sampler=str(header.sampler),
         isolated=dataset.isolated,
         identity={"cache": cache.fingerprint},
+        note=_author_note(path, header),
+    )
+
+
+def _author_note(path: Path | str, header: Header) -> str:
+    """Where a model wrote the text that is not the teacher: a student then learns on what neither of the two says."""
+    author = header.capture.get("author")
+    if not isinstance(author, dict) or author.get("fingerprint") == header.teacher_fingerprint:
+        return ""
+    return (
+        f"{path}: its text was written by {author.get('name')}, its records are of another model; where the two "
+        "differ much, the teacher predicts text that it would not write"
     )
 
 

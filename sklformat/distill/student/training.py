@@ -90,6 +90,8 @@ def train(config: TrainConfig, *, report: runs.Report | None = None) -> TrainSum
         if rank == 0 and report is None:
             say(f"train {config.method}: opening {config.cache or config.tokens} and {_student_of(config)}")
         stream = open_stream(config, rank, world_size)
+        if rank == 0 and stream.note:
+            say(f"note: {stream.note}")
         student = load_student(config, stream)
         teacher = None if config.teacher is None else load_teacher(config, stream, student)
         settings = settings_of(config, stream, world_size, student, teacher)

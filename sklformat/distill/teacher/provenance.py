@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sklformat.format.header import Header
 from sklformat.settings.cache import CacheConfig
 
 _MAX_SMALL_K = 255  # records of a position that one byte counts
+_FINGERPRINT = re.compile("[0-9a-f]{32}")
 _RAREST_LOG2 = 60  # 2^-60: less probable ids are not met in 10^12 positions
 
 
@@ -57,8 +59,10 @@ def make_header(
     if not Path(config.teacher_name).exists():
         teacher["name"] = config.teacher_name
         teacher["revision"] = getattr(model.config, "_commit_hash", None) or config.revision or "main"
+    fingerprint = model_fingerprint(model)
     capture = {
         "teacher": teacher,
+        **_author(config, fingerprint),
         "tokenizer": {"vocabulary": vocabulary},
         "packing": {
             "separator_id": packed.separator_id,
@@ -97,8 +101,19 @@ def make_header(
         order_version=0 if packed.is_ragged else order.VERSION,
         tokenizer_fingerprint=packed.facts.tokenizer_fingerprint,
         corpus_fingerprint=packed.facts.corpus_fingerprint,
-        teacher_fingerprint=model_fingerprint(model),
+        teacher_fingerprint=fingerprint,
     )
+
+
+def _author(config: CacheConfig, teacher: str) -> dict[str, Any]:
+    """Who wrote the text, where that was said: name, fingerprint where it is known, how the text was sampled."""
+    if not config.author:
+        return {}
+    name, *settings = config.author
+    known = {"fingerprint": teacher} if name == "teacher" else {}
+    if _FINGERPRINT.fullmatch(name):
+        known = {"fingerprint": name}
+    return {"author": {"name": name, **known, "sampling": dict(word.split("=", 1) for word in settings)}}
 
 
 def _encoding(facts: StoreFacts) -> dict[str, Any]:
