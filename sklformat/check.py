@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,22 +100,26 @@ def _open_tokens(path: Path, header: Header) -> TokenSource:
         array: TokenSource = np.load(path, mmap_mode="r", allow_pickle=False)
         return array
     if path.is_dir():
-        from sklformat.distill.text import corpus, packing  # noqa: PLC0415  needs the extra of training
+        from sklformat.distill.text import corpus, singles  # noqa: PLC0415  needs the extra of training
 
         store: TokenSource | None = corpus.open_ninja(path)
         if store is not None:
             return store
         if corpus.is_token_store(path):
             packed = header.capture.get("packing")
-            if header.seq_len == 0 or not isinstance(packed, dict) or "separator_id" not in packed:
+            is_single = isinstance(packed, dict) and "single" in packed
+            if not isinstance(packed, dict) or "separator_id" not in packed or not (header.seq_len or is_single):
                 raise UnsupportedError(
                     "the cache does not say how its tokens were packed (sklformat cache writes that); give the packed "
                     "sequences as a .npy array or an mmap-ninja store",
                     path=path,
                 )
-            sequences = packing.PackedSequences(
+            way: dict[str, Any] = {"packing": "packed", "seq_len": header.seq_len}
+            if is_single:
+                way = {"packing": "single", **packed["single"]}
+            sequences = singles.open_sequences(
                 path,
-                seq_len=header.seq_len,
+                **way,
                 separator_id=packed["separator_id"],
                 seed=header.packing_seed,
                 first=packed.get("first_sequence", 0),

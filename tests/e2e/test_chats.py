@@ -106,6 +106,19 @@ def test_only_answers_have_records(place, cache, tmp_path):
     assert result["positions"] == sum(int((np.diff(s.targets.offsets) > 0).sum()) for s in found)
 
 
+@pytest.mark.parametrize("words", [(), ("--packing", "packed")])
+def test_a_cache_of_chats_is_checked_against_its_tokens(cache, tmp_path, capfd, words):
+    """check makes the sequences as the cache was captured: one chat each, long ones truncated, or packed."""
+    shared = ("--truncate", "start", "--packing-seed", 3, "--first-sequence", 2)
+    rows = [*make_chats(8), {"messages": [{"role": "user", "content": "mu " * 90}, ANSWER]}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, result, err = cache("cache", tmp_path / "long.jsonl", *shared, *words)
+    assert 0 == status, err
+    check = ["check", str(tmp_path / "cache"), "--tokens", str(tmp_path / "cache/tokens")]
+    assert 0 == main(check), capfd.readouterr().err
+    assert f"all {result['sequences']} sequences" in capfd.readouterr().out
+
+
 def test_prompts_are_no_labels(place, cache, tmp_path):
     """Training sees answers alone, for every method."""
     cache("cache", place / "chats.jsonl")
