@@ -123,7 +123,7 @@ class ChatEncoder:
         Raises:
             ValueError: The template fails, no answer can be found, or there is none.
         """
-        if self.special_tokens == "text" and (name := self._find_name(messages)):
+        if self.special_tokens == "text" and (name := self._find_name([*messages, *tools])):
             raise ValueError(
                 f"a message holds {name}, the name of a special token; give --special-tokens keep to take it as the "
                 "token, or leave the chat out"
@@ -153,24 +153,36 @@ class ChatEncoder:
         return marked, np.arange(marked.size) >= marked.size - len(answer)
 
     def _by_generation(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> Marked:
+        self._check_shown(messages, tools, self._apply(messages, tools, tokenize=False))
         encoding = self._apply(messages, tools, return_dict=True, return_assistant_tokens_mask=True, tokenize=True)
         return np.array(encoding["input_ids"], np.int64), np.array(encoding["assistant_masks"], np.bool_)
 
     def _by_prefixes(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> Marked:
         whole: str = self._apply(messages, tools, tokenize=False)
+        self._check_shown(messages, tools, whole)
         encoding = self._tokenizer(whole, add_special_tokens=False, verbose=False)
         ids = np.array(encoding["input_ids"], np.int64)
         answers = np.zeros(ids.size, np.bool_)
+        closing: str | None = None
         for number, message in enumerate(messages):
             if message["role"] != _ANSWERS:
                 continue
             if number == 0:
                 raise ValueError("the chat begins with an answer; nothing was asked")
             asked: str = self._apply(messages[:number], tools, tokenize=False, add_generation_prompt=True)
+            if not whole.startswith(asked):
+                raise ValueError(
+                    f"the chat template asks for message {number} with other words than stand before it in the chat, "
+                    "as templates do that begin the thinking themselves or move what the system says, so that answers "
+                    "cannot be found; take a template with {% generation %}"
+                )
+            if closing is None:
+                closing = self._closing(self._apply(messages[:number], tools, tokenize=False), asked)
             answered = whole
             if number + 1 < len(messages):
                 answered = self._apply(messages[: number + 1], tools, tokenize=False)
-            if not whole.startswith(asked) or not whole.startswith(answered) or len(answered) <= len(asked):
+            answered = answered.removesuffix(closing)
+            if not whole.startswith(answered) or len(answered) <= len(asked):
                 raise ValueError(
                     f"the chat template renders the first {number + 1} of {len(messages)} messages in another way when "
                     "others follow, as templates do that drop earlier thinking, so that answers cannot be found; take "
@@ -179,6 +191,26 @@ class ChatEncoder:
             first, last = self._tokens_of(encoding, len(asked), len(asked) + len(self._said(answered[len(asked) :])))
             answers[first : last + 1] = True
         return ids, answers
+
+    def _check_shown(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], whole: str) -> None:
+        """Refuse a template that leaves calls of tools out, or prints a list of parts as Python would."""
+        if any(isinstance(content := message.get("content"), (list, tuple)) and str(content) in whole
+               for message in messages):  # fmt: skip
+            raise ValueError("the chat template knows no content that is a list of parts; give it as text")
+        if not any("tool_calls" in message for message in messages):
+            return
+        bare = [{"content": "", **message} | {"tool_calls": []} for message in messages]
+        try:
+            without = self._apply(bare, tools, tokenize=False)
+        except ValueError:
+            return  # it looks at them
+        if without == whole:
+            raise ValueError("the chat template leaves tool_calls out; take one that shows them, or leave the chat out")
+
+    def _closing(self, rendered: str, asked: str) -> str:
+        """The end-of-text token where a template closes each chat with it, whoever spoke last; else nothing."""
+        end = self._tokenizer.eos_token
+        return end if end and rendered.endswith(end) and not asked.startswith(rendered) else ""
 
     def _said(self, answer: str) -> str:
         """An answer without the space that a template puts behind the token that ends a turn."""

@@ -23,6 +23,10 @@ FORGETFUL = (
     "{% for m in messages %}<bos>{{ m.role }}\n{% if m.thinking and loop.last %}({{ m.thinking }}){% endif %}"
     "{{ m.content }}<sep>\n{% endfor %}{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
 )
+# Ends each chat with the end of text, whoever spoke last.
+CLOSED = TURNS.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+# Begins the thinking in the question, and drops it from the answer.
+THINKING = TURNS.replace("<bos>assistant\n", "<bos>assistant\n(")
 TOOLS = "{% for t in tools %}{{ t.name }}{% endfor %}" + TURNS
 CHAT = [
     {"role": "system", "content": "alpha"},
@@ -59,7 +63,7 @@ def answers_of(tokenizer, ids, answers):
     return [tokenizer.decode(run) for run in runs]
 
 
-@pytest.mark.parametrize("template", [TURNS, MARKED, INSTRUCTIONS])
+@pytest.mark.parametrize("template", [TURNS, MARKED, INSTRUCTIONS, CLOSED])
 def test_answers_are_what_the_model_says(plain, encoder, template):
     """An answer is its words and the token that ends the turn, however the template says so; the ids are its own."""
     chat = CHAT if template is not INSTRUCTIONS else CHAT[1:]
@@ -93,6 +97,11 @@ def test_tools_and_their_calls_reach_the_template(plain, encoder):
             [*CHAT[:2], {**CHAT[2], "thinking": "mu"}, *CHAT[3:]],
             "renders the first 3 of 5 messages in another way when others follow, as templates do that drop earlier",
         ),
+        (
+            THINKING,
+            CHAT[:3],
+            "asks for message 2 with other words than stand before it in the chat, as templates do that b",
+        ),
         (TURNS, CHAT[2:], "begins with an answer; nothing was asked"),
         (TURNS, CHAT[:2], "no message is the assistant's; there is no answer to learn from"),
         (
@@ -107,12 +116,33 @@ def test_tools_and_their_calls_reach_the_template(plain, encoder):
             [*CHAT[:1], {"role": "user", "content": "a<sep>"}, *CHAT[2:]],
             "a message holds <sep>, the name of a s",
         ),
+        (
+            TURNS,
+            [*CHAT[:2], {**CHAT[2], "tool_calls": [{"name": "mu"}]}],
+            "the chat template leaves tool_calls out; take",
+        ),
+        (
+            MARKED,
+            [*CHAT[:2], {**CHAT[2], "tool_calls": [{"name": "mu"}]}],
+            "the chat template leaves tool_calls out; take",
+        ),
+        (
+            TURNS,
+            [CHAT[0], {"role": "user", "content": [{"type": "text", "text": "mu"}]}, CHAT[2]],
+            "the chat template knows no content that is a list of parts; give it as text",
+        ),
     ],
 )
 def test_what_cannot_be_learnt_from_is_refused(encoder, template, chat, message):
     """Each has its sentence."""
     with pytest.raises(ValueError, match=message):
         encoder(template).encode_chat(chat)
+
+
+def test_names_in_tools_are_refused(encoder):
+    """They would become tokens as those in messages would."""
+    with pytest.raises(ValueError, match="holds <sep>, the name of a special token"):
+        encoder(TOOLS).encode_chat(CHAT, [{"name": "a<sep>"}])
 
 
 def test_names_in_messages_are_kept_where_asked(plain, encoder):
