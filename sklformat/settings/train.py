@@ -25,7 +25,7 @@ class TrainConfig:
     """Cache of teacher records to learn from, a directory or a URL; methods ce and full take its tokens only."""
 
     window: int = 0
-    """Shuffle within windows of this many sequences, so that reads stay together; 0: all of them. Only with --cache."""
+    """Shuffle within windows of this many sequences; 0: all, or a step's where lengths differ. Only with --cache."""
 
     hold_out: int = 0
     """Sequences at the end of the cache that training never sees. Only with --cache."""

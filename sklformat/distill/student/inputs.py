@@ -33,7 +33,13 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
         SettingsError: The records do not fit the method; or as ``streams.open_cache`` and ``streams.open_tokens``.
     """
     tokenizer = config.tokenizer or config.student or config.teacher
-    share = {"batch_size": config.batch_size, "seed": config.seed, "rank": rank, "world_size": world_size}
+    share = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "rank": rank,
+        "world_size": world_size,
+        "ragged_window": config.batch_size * config.accumulation * world_size,  # of a step: resumed, the same
+    }
     if config.tokens is not None:
         return streams.open_tokens(
             config.tokens,

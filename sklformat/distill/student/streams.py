@@ -43,12 +43,27 @@ class TextBatches(IterableDataset[Batch]):
         batch_size: Sequences per batch, on each process.
         seed: Seed of the order.
         rank, world_size: Which process of how many this is.
+        window: As for SparseLogitDataset.
     """
 
-    def __init__(self, sequences: Sequences, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        sequences: Sequences,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        window: int | None = None,
+    ) -> None:
         self.sequences = sequences
         self.schedule = Schedule(
-            num_sequences=len(sequences), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
+            num_sequences=len(sequences),
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            window=window,
         )
         self._epoch = self._consumed = 0
 
@@ -190,6 +205,7 @@ def open_cache(
     rank: int,
     world_size: int,
     window: int | None = None,
+    ragged_window: int | None = None,
     hold_out: int = 0,
     named: loading.Named | None = None,
 ) -> Stream:
@@ -204,6 +220,8 @@ def open_cache(
         rank: Number of this process.
         world_size: Number of processes.
         window: As for ``SparseLogitDataset``.
+        ragged_window: The same where it is None and each sequence has a length of its own: those of like length stand
+            beside each other in the cache, and stay together.
         hold_out: Sequences at the end that the stream never reaches.
         named: How the tokenizer is loaded.
 
@@ -216,6 +234,8 @@ def open_cache(
     if hold_out >= len(cache):
         raise ValueError(f"{path}: has {len(cache)} sequences, hold_out {hold_out} leaves none to train on")
     _check_enough(path, len(cache) - hold_out, batch_size, world_size)
+    if window is None and cache.header.seq_len == 0:
+        window = ragged_window
     dataset = SparseLogitDataset(
         cache,
         batch_size=batch_size,
@@ -270,6 +290,7 @@ def open_tokens(
     isolated: bool = False,
     packing: Packing = "auto",
     truncate: Truncate = "end",
+    ragged_window: int | None = None,
 ) -> Stream:
     """
     Stream the sequences of a token store.
@@ -287,6 +308,7 @@ def open_tokens(
         isolated: Whether documents do not see each other.
         packing: As ``open_sequences``.
         truncate: As ``open_sequences``.
+        ragged_window: As for ``open_cache``.
 
     Raises:
         SettingsError: The store was made by another tokenizer.
@@ -306,7 +328,14 @@ def open_tokens(
         isolated=isolated,
     )
     _check_enough(path, len(sequences), batch_size, world_size)
-    dataset = TextBatches(sequences, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+    dataset = TextBatches(
+        sequences,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        window=ragged_window if sequences.is_ragged else None,
+    )
     return Stream(
         source=path,
         dataset=dataset,

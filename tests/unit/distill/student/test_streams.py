@@ -110,6 +110,20 @@ def test_training_never_sees_what_is_held_out(place, cache, window):
         assert sorted(tokens[:6]) == sorted(rows.tolist())
 
 
+def test_sequences_of_like_length_stay_together(place, tmp_path):
+    """Batches of sequences that have lengths of their own are little padded, epoch after epoch; all come."""
+    documents = tiny.make_documents(64)
+    documents = [Document(d.name, " ".join(d.text.split()[: 1 + i])) for i, d in enumerate(documents)]
+    tiny.write_store(tmp_path / "store", loading.load_tokenizer(place / "tokenizer"), documents)
+    values = {"tokenizer": str(place / "tokenizer"), "seq_len": 100, "packing_seed": 0, "batch_size": 4, "seed": 5}
+    values |= {"rank": 0, "world_size": 1, "packing": "single"}
+    stream = streams.open_tokens(tmp_path / "store", **values, ragged_window=8)
+    batches = take(stream, 2 * 16)
+    real = sum(int((batch.labels != -100).sum()) for batch in batches)
+    assert real == 2 * sum(stream.dataset.sequences.width(i, i + 1) for i in range(64))
+    assert real > 0.85 * sum(batch.labels.numel() for batch in batches)
+
+
 def test_a_tokenizer_whose_ids_mean_the_same_is_taken(place, tmp_path):
     """Another end of text, and tokens added behind, leave the stream as it is; swapped tokens are refused."""
     tokenizer = loading.load_tokenizer(place / "tokenizer")
