@@ -1,4 +1,4 @@
-/* kernels.h: the vector work of sampler, codec and checksums, one table for each instruction set; private. */
+/* kernels.h: the vector work of sampler and codec, one table for each instruction set; private. */
 #ifndef SKL_KERNELS_H
 #define SKL_KERNELS_H
 
@@ -94,8 +94,6 @@ typedef struct skl_kernels {
     uint32_t (*split_tokens)(const uint32_t *tokens, size_t n, int64_t *input_ids, int64_t *labels);
     /* codes[i] / rounds, rounded once; both below 128. */
     void (*divide)(const uint8_t *codes, size_t n, uint32_t rounds, float *quotients);
-    /* Stripes of bytes into the sums [8] of a checksum.  checksum.h */
-    void (*mix_stripes)(uint64_t *sums, const uint8_t *src, size_t num_stripes, const uint8_t *secret);
 } skl_kernels;
 
 extern const skl_kernels skl_kernels_portable;

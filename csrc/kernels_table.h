@@ -1,9 +1,9 @@
-/* kernels_table.h: what every kernels_<set>.c ends with: its record and checksum kernels, and its table.
+/* kernels_table.h: what every kernels_<set>.c ends with: its record kernels, and its table.
  *
  * The including file has the sampler's kernels: group_totals, and widen_as, maxima_as, cdf_as and exponentials_as, of
  * which one copy is made here for each type of logits.  It defines one of SKL_KERNELS_PORTABLE, SKL_KERNELS_AVX2 and
- * SKL_KERNELS_AVX512, which alone chooses kernels_records_<set>.h and a part of kernels_stripes.h: the compiler's
- * flags, such as -march=native, do not.  In the first, each instruction set has
+ * SKL_KERNELS_AVX512, which alone chooses kernels_records_<set>.h: the compiler's flags, such as -march=native, do
+ * not.  There each instruction set has
  *
  *   pack_steps, sum_steps, unpack_steps, widen_steps
  *                    what the plain loops of kernels_pack.h and kernels_records.h do, for as many items as make whole
@@ -31,7 +31,6 @@
 
 #include "kernels_pack.h"
 #include "kernels_records.h"
-#include "kernels_stripes.h"
 
 /* One copy of a loop for each type, so that none asks for the type inside. */
 #define FOR_DTYPE(dtype, loop, ...)                                                                                   \
@@ -80,7 +79,6 @@ const skl_kernels TABLE = {
     .widen_tokens = widen_tokens,
     .split_tokens = split_tokens,
     .divide = divide,
-    .mix_stripes = mix_stripes,
 };
 
 #endif

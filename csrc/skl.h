@@ -131,36 +131,7 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
                             const uint64_t *source_lens, const uint32_t *num_positions, const uint32_t *num_records,
                             const skl_batch *batch, uint8_t *codes, uint32_t *row, skl_fault *fault);
 
-/* ---- blocks: whether many are sound, SPEC.md sections 5 and 6 ------------------------------------------------- */
-
-/* XXH3-64 of len bytes. */
-uint64_t skl_checksum(const uint8_t *src, size_t len, uint64_t seed);
-
-/* Whether the tokens of each row of a batch give its alignment checksum.
- *
- * tokens [num_rows, row_positions + 1]: little-endian, whatever the processor; num_positions [num_rows]: at most
- * row_positions, 0 for a row that is not looked at; alignment [num_rows].
- * *row: the first whose tokens do not, *computed: what they give.
- * SKL_OK, SKL_ERR_CORRUPT, or SKL_ERR_ARG (a row of more positions). */
-skl_status skl_check_tokens(uint32_t num_rows, uint32_t row_positions, const uint32_t *tokens,
-                            const uint32_t *num_positions, const uint64_t *alignment, uint32_t *row,
-                            uint64_t *computed);
-
-/* What is the same in every block of a shard. */
-typedef struct skl_block_layout {
-    uint64_t key;             /* seed of both checksums */
-    uint64_t max_size;        /* of a whole block, in bytes */
-    uint32_t header_size;     /* bytes before the payload; the last 8 are the checksum of the others */
-    uint32_t checksum_offset; /* in the header: where the 8 bytes of the payload's checksum begin */
-} skl_block_layout;
-
-/* Whether blocks have the headers that are expected, and both checksums are right.
- *
- * blocks, block_lens [num_blocks]: with their padding; expected [num_blocks * header_size]: the headers, of which the
- * payload's checksum is not looked at.  *block: the first that is not sound.
- * SKL_OK, SKL_ERR_CORRUPT, or SKL_ERR_ARG (a layout without room for two checksums). */
-skl_status skl_check_blocks(const skl_block_layout *layout, uint64_t num_blocks, const uint8_t *const *blocks,
-                            const uint64_t *block_lens, const uint8_t *expected, uint64_t *block);
+/* ---- columns: whether those of many payloads are sound ------------------------------------------------------- */
 
 /* Whether the columns of a batch hold what SPEC.md section 5.1 allows; arguments as in skl_decode_batch.
  * SKL_OK, SKL_ERR_CORRUPT, SKL_ERR_ARG or SKL_ERR_TRUNCATED. */

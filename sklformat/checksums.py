@@ -19,8 +19,10 @@ Buffer = bytes | bytearray | memoryview
 __all__ = [
     "Fingerprint",
     "alignment",
+    "alignments",
     "check_integers",
     "checksum",
+    "checksums_of",
     "describe_mismatch",
     "fingerprint",
     "fingerprint_of",
@@ -32,6 +34,23 @@ def checksum(data: Buffer, seed: int = 0) -> int:
     """XXH3-64 of ``data`` with a 64-bit seed."""
     value: int = xxhash.xxh3_64_intdigest(data, seed)
     return value
+
+
+def checksums_of(data: memoryview, begins: Iterable[int], lengths: Iterable[int], seed: int = 0) -> NDArray[np.uint64]:
+    """
+    XXH3-64 of many pieces of some memory.
+
+    Args:
+        data: Items of one size.
+        begins: [n] where each piece begins, in items.
+        lengths: [n] how many items it has.
+        seed: 64 bits.
+
+    Returns:
+        [n] uint64.
+    """
+    digest, places = xxhash.xxh3_64_intdigest, zip(begins, lengths, strict=True)
+    return np.array([digest(data[begin : begin + length], seed) for begin, length in places], np.uint64)
 
 
 def describe_mismatch(name: str, stored: int, computed: int) -> str:
@@ -105,3 +124,19 @@ def alignment(tokens: ArrayLike) -> int:
     Source: SPEC section 6.3.
     """
     return checksum(tokens_array(tokens).view(np.uint8).data)
+
+
+def alignments(tokens: NDArray[np.uint32], num_positions: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """
+    The alignment checksums of many sequences.
+
+    Args:
+        tokens: [B, T + 1] uint32 in one piece.
+        num_positions: [B] uint32, at most T: the row's tokens are one more.
+
+    Returns:
+        [B] uint64.
+    """
+    data = tokens.astype("<u4", copy=False).reshape(-1).data
+    begins = range(0, tokens.size, tokens.shape[1])
+    return checksums_of(data, begins, (num_positions + np.uint32(1)).tolist())

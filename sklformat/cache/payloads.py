@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sklformat import native
 from sklformat.cache.shard import Shard
+from sklformat.checksums import alignments
 from sklformat.errors import FormatError
 from sklformat.files.places import Place
 from sklformat.format.block import block_shape, locate, misaligned
@@ -120,10 +121,11 @@ class Payloads:
 
     def _check_tokens(self, arrays: BatchArrays) -> None:
         """The stored tokens give the alignment checksums."""
-        found = native.find_misaligned(arrays.tokens, self.num_positions, self.alignment)
-        if found is not None:
-            row, given = found
-            raise self._located(row, misaligned(int(self.alignment[row]), given))
+        given = alignments(arrays.tokens, self.num_positions)
+        wrong = (given != self.alignment) & (self.num_positions > 0)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise self._located(row, misaligned(int(self.alignment[row]), int(given[row])))
 
     def _located(self, row: int, error: FormatError) -> FormatError:
         """Say of which file, block and byte a fault in a row is."""

@@ -23,7 +23,7 @@ from sklformat.format.header import Header, parse_header
 from sklformat.format.index import SealedIndex, Trailer, expected_headers, parse_index, parse_trailer, payload_sizes
 from sklformat.format.listing import Entry
 from sklformat.format.records import Sequence
-from sklformat.native import address_of, memory_at
+from sklformat.native import address_of
 
 
 class Shard:
@@ -162,11 +162,12 @@ class Shard:
             if copied or file.address is None:
                 memory, at = self._read_blocks(file, numbers, begins, lengths)
                 return at + skipped, lengths - skipped, memory
-            at = begins + np.uint64(file.address)
             new = ~self._checked[numbers]
-            self._check(numbers[new], at[new], lengths[new])
-            self._checked[numbers] = True
-            return at + skipped, lengths - skipped, file
+            if new.any():
+                with file.read(0, file.size) as whole:
+                    self._check(numbers[new], whole, begins[new], lengths[new])
+                self._checked[numbers] = True
+            return begins + np.uint64(file.address) + skipped, lengths - skipped, file
         finally:
             del file  # as above
 
@@ -184,29 +185,30 @@ class Shard:
             with memory[int(starts[first]) : int(starts[last] + lengths[last])].data as out:
                 file.read_into(int(begins[first]), out)
         del file
-        at = starts + np.uint64(address_of(memory.data))
-        self._check(numbers, at, lengths)
-        return memory, at
+        self._check(numbers, memory.data, starts, lengths)
+        return memory, starts + np.uint64(address_of(memory.data))
 
-    def _check(self, numbers: NDArray[np.int64], at: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
+    def _check(
+        self, numbers: NDArray[np.int64], data: memoryview, begins: NDArray[np.uint64], lengths: NDArray[np.uint64]
+    ) -> None:
         """
         Check headers and payloads of blocks against the index; what is wrong is then named by the full check.
 
         Args:
             numbers: [n] blocks of this shard.
-            at: [n] addresses of these in memory.
+            data: Memory that they are in.
+            begins: [n] where in it each begins.
             lengths: [n] their bytes.
         """
-        if not numbers.size:
-            return
         # The index proves the header, and the header its payload.
-        unsound = find_unsound(at, lengths, expected_headers(self.index, self._payload_sizes, numbers), self.key)
+        expected = expected_headers(self.index, self._payload_sizes, numbers)
+        unsound = find_unsound(data, begins, lengths, expected, self.key)
         if unsound is None:
             return
-        number = int(numbers[unsound])
+        number, begin = int(numbers[unsound]), int(begins[unsound])
         offset = int(self.index.offset[number])
         try:
-            with memory_at(int(at[unsound]), int(lengths[unsound])) as whole:
+            with data[begin : begin + int(lengths[unsound])] as whole:
                 check_payload(whole, self._header_of(number, whole), self.key).release()
             raise CorruptError("a fault that the full check does not find")
         except FormatError as error:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sklformat import native
-from sklformat.checksums import alignment, checksum, describe_mismatch, tokens_array
+from sklformat.checksums import alignment, checksum, checksums_of, describe_mismatch, tokens_array
 from sklformat.errors import CorruptError, FormatError, TruncatedError, UnsupportedError
 from sklformat.format import layout
 from sklformat.format.columns import Columns, bits_of, find_fault, follow_records, pack, typed_columns, unpack
@@ -21,7 +21,7 @@ from sklformat.format.header import Header
 from sklformat.format.records import Sequence, SparseTargets
 
 _MAX_SIZE = layout.block_size(layout.MAX_PAYLOAD_SIZE)
-_CHECKSUM_OFFSET = next(field.offset for field in layout.BLOCK_FIELDS if field.name == "payload_checksum")
+_PAYLOAD_CHECKSUM = next(f.offset // 8 for f in layout.BLOCK_FIELDS if f.name == "payload_checksum")  # in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,21 +161,34 @@ def parse_block_header(data: bytes | memoryview, header: Header, key: int, numbe
 
 
 def find_unsound(
-    blocks: NDArray[np.uint64], sizes: NDArray[np.uint64], expected: NDArray[np.uint8], key: int
+    data: memoryview,
+    begins: NDArray[np.uint64],
+    lengths: NDArray[np.uint64],
+    expected: NDArray[np.uint64],
+    key: int,
 ) -> int | None:
     """
     Look for a block that has not the expected header, or of which a checksum is wrong; what is wrong is not named.
 
     Args:
-        blocks: [n] addresses of whole blocks.
-        sizes: [n] their bytes, padding included.
-        expected: [n, 64] their headers as the index implies them, but for the payload's checksum.
+        data: Memory with whole blocks in it, a multiple of 64 bytes.
+        begins: [n] where in it each block begins, a multiple of 64 too.
+        lengths: [n] their bytes, padding included.
+        expected: [n, 8] words of their headers as the index implies them, but for the payload's checksum.
         key: The shard's.
 
     Returns:
         The place of the first, or None.
     """
-    return native.find_unsound(blocks, sizes, expected, key=key, max_size=_MAX_SIZE, checksum_offset=_CHECKSUM_OFFSET)
+    size = np.uint64(layout.BLOCK_HEADER_SIZE)
+    stored = np.frombuffer(data, "<u8").reshape(-1, expected.shape[1])[begins // size]
+    heads = checksums_of(data, begins.tolist(), [layout.BLOCK_HEADER_SIZE - 8] * begins.size, key)
+    payloads = checksums_of(data, (begins + size).tolist(), (lengths - size).tolist(), key)
+    differs = stored != expected
+    differs[:, -1] |= stored[:, -1] != heads
+    differs[:, _PAYLOAD_CHECKSUM] = stored[:, _PAYLOAD_CHECKSUM] != payloads
+    unsound = differs.any(axis=1) | (lengths > _MAX_SIZE)
+    return int(unsound.argmax()) if unsound.any() else None
 
 
 def check_payload(data: memoryview | bytes, block: BlockHeader, key: int) -> memoryview:

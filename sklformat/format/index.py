@@ -235,7 +235,7 @@ _BLOCK_HEADER = np.dtype(
 
 def expected_headers(
     index: SealedIndex, payload_sizes: NDArray[np.uint64], numbers: NDArray[np.int64]
-) -> NDArray[np.uint8]:
+) -> NDArray[np.uint64]:
     """
     The 64 bytes before each payload as the index implies them, but for the payload's checksum, which is 0 here.
 
@@ -245,14 +245,14 @@ def expected_headers(
         numbers: [k] blocks.
 
     Returns:
-        [k, 64] uint8.
+        [k, 8] uint64: the words of each.
     """
     heads = np.zeros(numbers.size, _BLOCK_HEADER)
     heads["magic"], heads["codec"] = layout.BLOCK_MAGIC, layout.CODECS["plain"]
     heads["block_number"], heads["payload_size"] = numbers, payload_sizes[numbers]
     for name in ("num_positions", "num_records", "alignment", "block_checksum"):
         heads[name] = getattr(index, name)[numbers]
-    return heads.view(np.uint8).reshape(numbers.size, layout.BLOCK_HEADER_SIZE)
+    return heads.view("<u8").reshape(numbers.size, layout.BLOCK_HEADER_SIZE // 8)
 
 
 def payload_sizes(header: Header, positions: NDArray[np.uint32], records: NDArray[np.uint32]) -> NDArray[np.uint64]:

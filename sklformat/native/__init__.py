@@ -1,18 +1,13 @@
 """
 The only door to C: arrays in, arrays out, status to exception.
 
-blocks  whether whole blocks are sound: blocks.c, checksum.c
-codec   payloads of sequences to arrays and back: codec.c, batch.c, ratios.c, quantise.c, distinct.c
-door    hands arrays to C and turns its status into an exception
-draws   records from logits, and from sorted draws: sampler.c, merge.c
-rings   control words and frames of a shared-memory ring: ring.c
+codec    payloads of sequences to arrays and back: codec.c, batch.c, ratios.c, quantise.c, distinct.c
+columns  whether those of many payloads are sound: columns.c
+door     hands arrays to C and turns its status into an exception
+draws    records from logits, and from sorted draws: sampler.c, merge.c
+rings    control words and frames of a shared-memory ring: ring.c
 """
 
-from sklformat.native.blocks import (
-    columns_are_sound,
-    find_misaligned,
-    find_unsound,
-)
 from sklformat.native.codec import (
     Arena,
     BatchArrays,
@@ -26,11 +21,11 @@ from sklformat.native.codec import (
     payload_size,
     quantise,
 )
+from sklformat.native.columns import columns_are_sound
 from sklformat.native.door import (
     address_of,
     check,
     kernels_name,
-    memory_at,
     use_kernels,
     view,
 )
@@ -70,10 +65,7 @@ __all__ = [
     "draw",
     "encode",
     "expand",
-    "find_misaligned",
-    "find_unsound",
     "kernels_name",
-    "memory_at",
     "merge_draws",
     "payload_size",
     "quantise",

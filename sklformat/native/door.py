@@ -71,11 +71,6 @@ def address_of(buffer: memoryview) -> int:
     return int(ffi.cast("uintptr_t", ffi.from_buffer(buffer)))
 
 
-def memory_at(address: int, size: int) -> memoryview:
-    """The bytes at an address; good only while whoever owns the memory keeps it."""
-    return memoryview(ffi.buffer(ffi.cast("uint8_t *", address), size))
-
-
 def check(status: int, fault: Any = None, where: str = "") -> None:
     """
     Raise what a C status means; the message begins with ``where``.

@@ -42,3 +42,28 @@ def test_functions_of_xxhash(data, seed):
     assert f"{reference.xxh128(data):032x}" == checksums.fingerprint(data)
     assert checksums.fingerprint(data) == checksums.fingerprint_of([data[:7], b"", data[7:]])
     assert checksums.checksum(data, seed) == checksums.checksum(memoryview(bytearray(data)), seed)
+
+
+@given(st.binary(max_size=600), st.lists(st.tuples(st.integers(0, 600), st.integers(0, 600)), max_size=9), st.data())
+def test_checksums_of_pieces(data, places, draw):
+    """Pieces of some bytes have the checksums that they have alone, overlapping, empty and cut at the end too."""
+    seed = draw.draw(st.integers(0, 2**64 - 1))
+    found = checksums.checksums_of(memoryview(data), [at for at, _ in places], [size for _, size in places], seed)
+    assert found.dtype == np.uint64
+    assert found.tolist() == [reference.xxh64(data[at : at + size], seed) for at, size in places]
+
+
+def test_as_many_places_as_lengths():
+    """A length without its place is refused."""
+    with pytest.raises(ValueError, match="zip"):
+        checksums.checksums_of(memoryview(bytes(8)), [0], [1, 2])
+
+
+@pytest.mark.parametrize("dtype", ["<u4", ">u4"])
+@pytest.mark.parametrize("lengths", [(1, 5, 2), (300, 0, 7), ()])
+def test_alignments_are_those_of_the_rows(lengths, dtype):
+    """Each row's own tokens give its checksum, whatever stands behind them and however the processor keeps them."""
+    positions = np.array(lengths, np.uint32)
+    tokens = np.random.default_rng(1).integers(0, 2**32, (len(lengths), 301), np.uint32).astype(dtype)
+    expected = [reference.alignment_of(row[: n + 1].tolist()) for row, n in zip(tokens, lengths, strict=True)]
+    assert checksums.alignments(tokens, positions).tolist() == expected

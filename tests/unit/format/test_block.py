@@ -204,6 +204,53 @@ def test_short_blocks():
         block.check_payload(data[:-1], said, KEY)
 
 
+def blocks_and_words():
+    """Three blocks in a piece of memory, where they are, and the words of their headers as an index implies them."""
+    blocks = [bytes(block.encode_block(HEADER, KEY, i, **good())[0]) for i in range(3)]
+    lengths = np.array([len(data) for data in blocks], np.uint64)
+    words = np.stack([np.frombuffer(data[:64], "<u8") for data in blocks])
+    words[:, 5] = 0  # the payload's checksum
+    return bytearray(b"".join(blocks)), np.cumsum(lengths) - lengths, lengths, words
+
+
+def test_every_byte_of_a_block_counts():
+    """The first block with another byte anywhere is found, in header, payload and padding."""
+    data, *rest = blocks_and_words()
+    view = memoryview(data)
+    assert block.find_unsound(view, *rest, KEY) is None
+    assert block.find_unsound(view, *rest, KEY ^ 1) == 0
+    size = int(rest[1][0])
+    for place in range(size, 2 * size):
+        data[place] ^= 1
+        assert block.find_unsound(view, *rest, KEY) == 1
+        data[place] ^= 1
+
+
+def test_every_word_that_the_index_implies_counts():
+    """A header that is sound in itself is refused where another is expected."""
+    data, begins, lengths, words = blocks_and_words()
+    for place in set(range(8)) - {5}:
+        others = words.copy()
+        others[2, place] ^= np.uint64(1)
+        assert block.find_unsound(memoryview(data), begins, lengths, others, KEY) == 2
+    assert block.find_unsound(memoryview(data), begins[::-1], lengths, words, KEY) == 0
+
+
+def test_a_wrong_checksum_that_the_index_repeats():
+    """The index proves a header's checksum, and that proves the header: both together are not believed."""
+    data, begins, lengths, words = blocks_and_words()
+    data[int(begins[1]) + 56] ^= 1
+    words[1, 7] ^= np.uint64(1)
+    assert block.find_unsound(memoryview(data), begins, lengths, words, KEY) == 1
+
+
+def test_a_block_beyond_the_formats_limit(monkeypatch):
+    """It is refused although all of it is as it should be."""
+    data, *rest = blocks_and_words()
+    monkeypatch.setattr(block, "_MAX_SIZE", int(rest[1][0]) - 1)
+    assert block.find_unsound(memoryview(data), *rest, KEY) == 0
+
+
 def test_locate_keeps_what_is_known():
     """A fault's place is filled where it is unknown and kept where it is known."""
     error = block.locate(skl.CorruptError("bad", offset=5), path="a", offset=9, section="block", sequence=1)
