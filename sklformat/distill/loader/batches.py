@@ -75,6 +75,31 @@ class Batch:
         """Copy the tensors to page-locked memory."""
         return self._each(Tensor.pin_memory)
 
+    def row(self, row: int, length: int | None = None) -> Batch:
+        """
+        One sequence of a batch, without the dimension B; shares the batch's memory, and its state.
+
+        Args:
+            row: Which.
+            length: Its positions, those of padding left out; None: all.
+        """
+        positions = self.input_ids.shape[1]
+        end = positions if length is None else length
+        offsets = self.targets.offsets[row * positions : row * positions + end + 1]
+        if len(self.input_ids) > 1:
+            first, last = int(offsets[0]), int(offsets[-1])
+            targets = Targets(self.targets.token_ids[first:last], self.targets.probs[first:last], offsets - first)
+        else:
+            targets = dataclasses.replace(self.targets, offsets=offsets)
+        return Batch(
+            self.input_ids[row, :end],
+            self.labels[row, :end],
+            targets,
+            self.state,
+            None if self.position_ids is None else self.position_ids[row, :end],
+            None if self.document_starts is None else self.document_starts[row, :end],
+        )
+
     def _each(self, copy: Callable[[Any], Any]) -> Batch:
         return Batch(
             copy(self.input_ids),

@@ -1,9 +1,7 @@
 """
-The batches of a cache for training: decoded, checked and proven to belong to the tokens trained on.
+The batches of a cache for training, as one stream over all ranks and workers that resumes anywhere.
 
-Knows no model and no loss; the order is ``format.order``'s.  SPEC.md sections 12 and 13.
-
-Shape letters: B sequences, T positions, nnz records of a batch.
+Knows no model and no loss; the order is ``format.order``'s, each batch ``contents``'.  SPEC.md section 12.
 """
 
 from __future__ import annotations
@@ -18,15 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from sklformat.cache.payloads import Payloads
 from sklformat.cache.reader import Cache
-from sklformat.cache.tokens import Tokens, TokenSource
-from sklformat.checksums import checksum
-from sklformat.distill.loader.batches import Batch, Targets
+from sklformat.cache.tokens import TokenSource
+from sklformat.distill.loader.batches import Batch
+from sklformat.distill.loader.contents import Contents
 from sklformat.distill.loader.prefetch import made_ahead
-from sklformat.distill.losses.kl import IGNORED_LABEL
-from sklformat.errors import AlignmentError, ResumeError
-from sklformat.format.columns import STARTS
+from sklformat.errors import ResumeError
 from sklformat.format.order import Schedule
 
 STATE_VERSION = 2
@@ -98,8 +93,8 @@ class SparseLogitDataset(IterableDataset[Batch]):
             world_size = torch.distributed.get_world_size() if distributed else 1
         if prefetch < 0:
             raise ValueError(f"prefetch must be >= 0, got {prefetch}")
-        self.cache = path if isinstance(path, Cache) else Cache(path)
-        self.sequences = _checked_range(sequences, len(self.cache))
+        self._contents = Contents(path, tokens, sequences)
+        self.cache, self.sequences = self._contents.cache, self._contents.sequences
         self.schedule = Schedule(
             num_sequences=len(self.sequences),
             batch_size=1 if batch_size is None else batch_size,
@@ -112,31 +107,12 @@ class SparseLogitDataset(IterableDataset[Batch]):
         )
         self.prefetch = prefetch
         self._single = batch_size is None
-        self.tokens = None if tokens is None else Tokens(tokens)
-        self._check_tokens()
         # In shared memory, so that set_epoch and load_state_dict reach persistent workers too: epoch, consumed and
         # version; then, for this process and for each (num_workers, worker), the version whose consumed it has used.
         self._shared: Tensor = torch.zeros(4 + _MAX_WORKERS * (_MAX_WORKERS + 1) // 2, dtype=torch.int64)
         self._shared.share_memory_()  # type: ignore[no-untyped-call]
         self._position = (0, 0)
         self._own_start: tuple[int, int] | None = None
-
-    def _check_tokens(self) -> None:
-        cache = self.cache
-        if self.tokens is None:
-            if not cache.header.store_tokens:
-                raise ValueError(
-                    f"{cache.path}: the cache stores no tokens; pass tokens= with the sequences it was made from"
-                )
-            return
-        needed = cache.first_sequence + self.sequences.stop
-        available = self.tokens.num_sequences
-        if available is not None and available < needed:
-            raise AlignmentError(
-                f"{cache.path}: {available} sequences of tokens given, the cache reaches to sequence {needed - 1}; "
-                "pack the tokens with the cache's tokenizer, corpus, seed and seq_len",
-                sequence_index=available,
-            )
 
     @property
     def isolated(self) -> bool:
@@ -146,8 +122,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
         Give the model ``batch.position_ids`` then, and no attention mask: transformers keeps attention within each
         document where its positions begin at 0 again.
         """
-        packing = self.cache.header.capture.get("packing")
-        return isinstance(packing, Mapping) and packing.get("isolated") is True
+        return self._contents.isolated
 
     def __len__(self) -> int:
         """Batches of one epoch on this rank; the same on all ranks."""
@@ -254,59 +229,5 @@ class SparseLogitDataset(IterableDataset[Batch]):
             yield batch
 
     def _batch(self, epoch: int, places: NDArray[np.int64], consumed: int) -> Batch:
-        first = self.sequences.start
-        numbers = np.where(places < 0, places, places + first) if first else places
-        payloads = self.cache.payloads(numbers)
-        given = None if self.tokens is None else self._given(numbers, payloads)
-        header = self.cache.header
-        arrays = payloads.decode(header, given, IGNORED_LABEL, starts=STARTS in header.columns)
-        return Batch(
-            input_ids=self._tensor(arrays.input_ids),
-            labels=self._tensor(arrays.labels),
-            targets=Targets(
-                token_ids=torch.from_numpy(arrays.token_ids.view(np.int32)),
-                probs=torch.from_numpy(arrays.probs),
-                offsets=torch.from_numpy(arrays.offsets),
-            ),
-            state=self._state(*self.schedule.after(epoch, consumed)),
-            position_ids=None if arrays.position_ids is None else self._tensor(arrays.position_ids),
-            document_starts=None if arrays.document_starts is None else self._tensor(arrays.document_starts),
-        )
-
-    def _tensor(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor[0] if self._single else tensor
-
-    def _given(self, numbers: NDArray[np.int64], payloads: Payloads) -> NDArray[np.uint32]:
-        """The training program's own tokens of a batch, proven to be those of the records."""
-        assert self.tokens is not None
-        first = self.cache.first_sequence
-        lengths, alignments = payloads.num_positions.tolist(), payloads.alignment.tolist()
-        out = np.zeros((numbers.size, payloads.row_positions(self.cache.header) + 1), "<u4")
-        data, row_bytes = out.data.cast("B"), out.strides[0]
-        for row, number in enumerate(numbers.tolist()):
-            if number < 0:
-                continue
-            tokens, length = self.tokens[first + number], lengths[row] + 1
-            if tokens.size == length:
-                # Values that do not fit are cut here, but what is handed out is what was proven.
-                out[row, :length] = tokens
-                if checksum(data[row * row_bytes : row * row_bytes + 4 * length]) == alignments[row]:
-                    continue
-            self.cache.check_alignment(number, tokens, lambda i: self._neighbour(first + i))
-        return out
-
-    def _neighbour(self, number: int) -> NDArray[np.integer[Any]]:
-        """Other tokens of the source, to look for the cause of a misalignment."""
-        assert self.tokens is not None
-        return self.tokens[number]
-
-
-def _checked_range(sequences: range | None, available: int) -> range:
-    if sequences is None:
-        return range(available)
-    if not isinstance(sequences, range):
-        raise TypeError(f"sequences must be a range, got {sequences!r}")
-    if sequences.step != 1 or not 0 <= sequences.start < sequences.stop <= available:
-        raise ValueError(f"sequences must be a range of step 1 inside of 0..{available}, not empty, got {sequences}")
-    return sequences
+        batch = self._contents.batch(places, self._state(*self.schedule.after(epoch, consumed)))
+        return batch.row(0) if self._single else batch
