@@ -75,6 +75,28 @@ class Batch:
         """Copy the tensors to page-locked memory."""
         return self._each(Tensor.pin_memory)
 
+    def padded(self, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        The targets with equally many places for every position, as tensors that can be cut and put together.
+
+        Args:
+            k: K, >= 1.  Positions with more records keep the k heaviest, of equal ones the lower ids; without k that
+                is unbiased, with it only where ``rest`` is 0.  None: the most records that a position of this batch
+                has, at least 1.
+
+        Returns:
+            ids [B, T, K] int32 and probs [B, T, K] float32, in the order of the records, then 0; and rest [B, T]
+            float32, what ``k`` cut off of each position's mass.  Of a single sequence without B.
+
+        Raises:
+            ValueError: k is below 1.
+        """
+        if k is not None and k < 1:
+            raise ValueError(f"padded targets need k >= 1, got {k}")
+        shape = self.input_ids.shape
+        ids, probs, rest = _padded(self.targets, k)
+        return ids.reshape(*shape, -1), probs.reshape(*shape, -1), rest.reshape(shape)
+
     def row(self, row: int, length: int | None = None) -> Batch:
         """
         One sequence of a batch, without the dimension B; shares the batch's memory, and its state.
@@ -109,6 +131,32 @@ class Batch:
             None if self.position_ids is None else copy(self.position_ids),
             None if self.document_starts is None else copy(self.document_starts),
         )
+
+
+def _padded(targets: Targets, k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """ids and probs [P, K], rest [P] of P positions."""
+    counts = torch.diff(targets.offsets)
+    most = max(int(counts.max()), 1)
+    width = max(most, k or 1)
+    # Record j of position p goes to p * width + j: as far from its place in the ragged list as the position's first.
+    shift = torch.arange(counts.numel(), device=counts.device) * width - targets.offsets[:-1]
+    nnz = targets.token_ids.numel()
+    places = torch.arange(nnz, device=counts.device) + torch.repeat_interleave(shift, counts, output_size=nnz)
+    ids = torch.zeros((counts.numel(), width), dtype=torch.int32, device=counts.device)
+    probs = torch.zeros((counts.numel(), width), dtype=torch.float32, device=counts.device)
+    ids.view(-1)[places] = targets.token_ids.to(torch.int32)
+    probs.view(-1)[places] = targets.probs.to(torch.float32)
+    rest = torch.zeros(counts.numel(), dtype=torch.float32, device=counts.device)
+    if k is None or k >= most:
+        return ids, probs, rest
+    fuller = torch.nonzero(counts > k).squeeze(1)
+    order = torch.sort(probs[fuller], dim=1, descending=True, stable=True).indices
+    kept = torch.sort(order[:, :k], dim=1).values
+    rest[fuller] = probs[fuller].gather(1, order[:, k:]).sum(1)
+    heaviest_ids, heaviest = ids[fuller].gather(1, kept), probs[fuller].gather(1, kept)
+    ids, probs = ids[:, :k].contiguous(), probs[:, :k].contiguous()
+    ids[fuller], probs[fuller] = heaviest_ids, heaviest
+    return ids, probs, rest
 
 
 def collate(sequences: Sequence[Batch]) -> Batch:
