@@ -134,7 +134,7 @@ class Batch:
 
 
 def _padded(targets: Targets, k: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """ids and probs [P, K], rest [P] of P positions."""
+    """The padded ids and probs [P, K], rest [P] of P positions."""
     counts = torch.diff(targets.offsets)
     most = max(int(counts.max()), 1)
     width = max(most, k or 1)
