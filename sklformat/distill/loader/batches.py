@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -159,15 +159,28 @@ def _padded(targets: Targets, k: int | None) -> tuple[Tensor, Tensor, Tensor]:
     return ids, probs, rest
 
 
-def collate(sequences: Sequence[Batch]) -> Batch:
+@overload
+def collate(sequences: Sequence[Batch], form: Literal["batch"] = "batch", *, k: None = None) -> Batch: ...
+
+
+@overload
+def collate(sequences: Sequence[Batch], form: Literal["dict"], *, k: int | None = None) -> dict[str, Tensor]: ...
+
+
+def collate(
+    sequences: Sequence[Batch], form: Literal["batch", "dict"] = "batch", *, k: int | None = None
+) -> Batch | dict[str, Tensor]:
     """
-    One batch of single sequences, as ``SparseLogitDataset(..., batch_size=None)`` gives them.
+    One batch of single sequences: those of ``SparseLogitSequences``, or of ``SparseLogitDataset(batch_size=None)``.
 
     For trainers that batch by themselves: ``DataLoader(ds, batch_size=8, collate_fn=collate)``.  Shorter sequences are
     padded on the right with input 0, label -100 and no records; their positions count on.
 
     Args:
         sequences: At least one; input_ids and labels [T], each with a T of its own.
+        form: "dict": tensors alone, for trainers that move batches, cut them and put them together:
+            ``collate_fn=functools.partial(collate, form="dict", k=32)``.
+        k: K of a dict, as for ``Batch.padded``.  Give one where dicts are put together, since all must have the same.
 
     Returns:
         A batch of B = len(sequences) rows with the state of the last.  In one of several worker processes the state is
@@ -175,9 +188,34 @@ def collate(sequences: Sequence[Batch]) -> Batch:
         single place says what was seen.  ``DataLoader(ds, batch_size=None)`` gives single sequences in the stream's
         order for any number of workers; collated after that, their states stay exact.
 
+        Or a dict of input_ids and labels [B, T], target_ids and target_probs [B, T, K], target_rest [B, T], which are
+        ``padded``'s, and, where the cache has them, position_ids and document_starts [B, T]; it has no state.
+
     Raises:
-        ValueError: No sequence, or batches among them; or some say where documents begin and others do not.
+        ValueError: No sequence, or batches among them; some say where documents begin and others do not; or a form
+            that there is not, or k without a dict.
     """
+    if form not in ("batch", "dict") or (form == "batch" and k is not None):
+        raise ValueError(f"collate makes form 'batch', or 'dict' with a k or without, got form {form!r} and k {k}")
+    batch = _together(sequences)
+    return batch if form == "batch" else _as_dict(batch, k)
+
+
+def _as_dict(batch: Batch, k: int | None) -> dict[str, Tensor]:
+    ids, probs, rest = batch.padded(k)
+    out = {
+        "input_ids": batch.input_ids,
+        "labels": batch.labels,
+        "target_ids": ids,
+        "target_probs": probs,
+        "target_rest": rest,
+    }
+    if batch.position_ids is not None and batch.document_starts is not None:
+        out |= {"position_ids": batch.position_ids, "document_starts": batch.document_starts}
+    return out
+
+
+def _together(sequences: Sequence[Batch]) -> Batch:
     if not sequences or any(sequence.input_ids.ndim != 1 for sequence in sequences):
         shapes = [tuple(sequence.input_ids.shape) for sequence in sequences]
         raise ValueError(f"collate takes single sequences, at least one, of input_ids [T]; got the shapes {shapes}")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from loader_data import POSITIONS, SEQUENCES, write_cache
 
-from sklformat.distill import Batch, SparseLogitDataset, SparseLogitSequences, Targets
+from sklformat.distill import Batch, SparseLogitDataset, SparseLogitSequences, Targets, collate
 
 LENGTHS = [1 + 3 * (i % 5) for i in range(SEQUENCES)]
 
@@ -75,6 +75,28 @@ def test_single_sequences_and_wide_ids(tmp_path):
     targets = Targets(torch.tensor([2**24 - 1]), torch.tensor([1.0], dtype=torch.float64), torch.tensor([0, 1]))
     ids, probs, _ = Batch(torch.zeros(1), torch.zeros(1), targets, {}).padded()
     assert ([[2**24 - 1]], torch.int32, torch.float32) == (ids.tolist(), ids.dtype, probs.dtype)
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_collate_makes_dicts(tmp_path, k):
+    """form="dict" has the tensors of the batch and its padded targets, and those of documents where there are some."""
+    for columns, names in (((), set()), (("document_start",), {"position_ids", "document_starts"})):
+        directory = tmp_path / f"cache-{len(columns)}"
+        write_cache(directory, seq_len=0, lengths=LENGTHS, columns=columns)
+        ones = SparseLogitSequences(directory).__getitems__([0, 4, 2])
+        made, batch = collate(ones, form="dict", k=k), collate(ones)
+        assert {"input_ids", "labels", "target_ids", "target_probs", "target_rest"} | names == set(made)
+        assert all(torch.equal(getattr(batch, name), made[name]) for name in {"input_ids", "labels"} | names)
+        padded = (made["target_ids"], made["target_probs"], made["target_rest"])
+        assert all(torch.equal(a, b) for a, b in zip(batch.padded(k), padded, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [{"form": "list"}, {"k": 3}])
+def test_forms_that_there_are_not(tmp_path, wrong):
+    """A form that collate does not make, and a k without a dict, are refused."""
+    write_cache(tmp_path / "cache")
+    with pytest.raises(ValueError, match="collate makes form 'batch', or 'dict' with a k or without, got form"):
+        collate([SparseLogitSequences(tmp_path / "cache")[0]], **wrong)
 
 
 @pytest.mark.parametrize("k", [0, -1])
