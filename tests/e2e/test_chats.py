@@ -187,6 +187,23 @@ def test_long_chats_are_truncated(cache, place, tmp_path):
         assert f"warning: 1 of 9 documents are longer than seq_len {SEQ_LEN} and lose their {side}{lost}\n" in err
     lengths = [sequence.tokens.size for sequence in skl.open(tmp_path / "start")]
     assert SEQ_LEN + 1 == max(lengths)
+    [long] = [sequence for sequence in skl.open(tmp_path / "start") if sequence.tokens.size == max(lengths)]
+    tokenizer = loading.load_tokenizer(place / "teacher")
+    text = tokenizer.decode(long.tokens)
+    assert text.startswith("<bos>")  # which it keeps, as the teacher knows no text without
+    assert text.endswith(" mu <sep>\n<bos>assistant\nbeta<sep>\n")
+
+
+def test_text_that_loses_its_start_keeps_bos(place, cache, tmp_path):
+    """So do texts that are one sequence each, whose BOS comes with packing."""
+    (tmp_path / "long.txt").write_text("mu " * 90 + "beta")
+    shared = ("--packing", "single", "--columns", "document_start")
+    for side, end in (("start", " mu beta<|endoftext|>"), ("end", " mu")):
+        assert 0 == cache(side, tmp_path / "long.txt", "--truncate", side, *shared)[0]
+        [sequence] = skl.open(tmp_path / side)
+        text = loading.load_tokenizer(place / "teacher").decode(sequence.tokens)
+        assert (SEQ_LEN + 1, True, True) == (sequence.tokens.size, text.startswith("<bos>"), text.endswith(end))
+        assert [0] == np.flatnonzero(sequence.columns["document_start"]).tolist()
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,7 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
         store,
         packing=config.packing,
         truncate=config.truncate,
+        bos_id=tokenizer.bos_token_id,
         seq_len=config.seq_len,
         separator_id=tokenization.separator_id(tokenizer),
         seed=config.packing_seed,

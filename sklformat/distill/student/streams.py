@@ -322,6 +322,7 @@ def open_tokens(
         path,
         packing=packing,
         truncate=truncate,
+        bos_id=loaded.bos_token_id,
         seq_len=seq_len,
         separator_id=tokenization.separator_id(loaded),
         seed=packing_seed,

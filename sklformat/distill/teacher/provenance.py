@@ -18,6 +18,7 @@ from sklformat.distill.models import loading
 from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
 from sklformat.distill.text.facts import StoreFacts
 from sklformat.distill.text.packing import Sequences
+from sklformat.distill.text.singles import SingleSequences
 from sklformat.errors import SettingsError
 from sklformat.format import layout, order
 from sklformat.format.header import Header
@@ -71,7 +72,7 @@ def make_header(
             "num_documents": packed.facts.num_documents,
             "num_tokens": packed.facts.num_tokens,
             **_encoding(packed.facts),
-            **({"single": {"seq_len": packed.seq_len, "truncate": config.truncate}} if packed.is_ragged else {}),
+            **({"single": _single(packed)} if isinstance(packed, SingleSequences) else {}),
             **({"isolated": True} if packed.isolated else {}),
         },
         "batch_size": config.batch_size,
@@ -103,6 +104,13 @@ def make_header(
         corpus_fingerprint=packed.facts.corpus_fingerprint,
         teacher_fingerprint=fingerprint,
     )
+
+
+def _single(packed: SingleSequences) -> dict[str, Any]:
+    """How sequences of one document each were cut, as ``open_sequences`` takes it."""
+    said: dict[str, Any] = {"seq_len": packed.seq_len, "truncate": packed.truncate}
+    keeps_bos = packed.truncate == "start" and packed.bos_id is not None
+    return said | ({"bos_id": packed.bos_id} if keeps_bos else {})
 
 
 def _author(config: CacheConfig, teacher: str) -> dict[str, Any]:

@@ -96,6 +96,7 @@ class TokenSource:
                 path,
                 packing=self._config.packing,
                 truncate=self._config.truncate,
+                bos_id=self._tokenizer.bos_token_id,
                 seq_len=self._config.seq_len,
                 separator_id=tokenization.separator_id(self._tokenizer),
                 seed=self._config.packing_seed,

@@ -126,7 +126,7 @@ class Sequences(ABC):
         return len(self) * self.seq_len
 
     def __getstate__(self) -> dict[str, Any]:
-        given = ("store_path", "seq_len", "separator_id", "seed", "first", "isolated", "_count", "truncate")
+        given = ("store_path", "seq_len", "separator_id", "seed", "first", "isolated", "_count", "truncate", "bos_id")
         return {name: self.__dict__[name] for name in given if name in self.__dict__} | {"_store": None}
 
     @property

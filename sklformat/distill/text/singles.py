@@ -30,7 +30,9 @@ class SingleSequences(Sequences):
     documents of all lengths. A document of one token is left out, and one of whose answers truncation leaves nothing.
 
     Args:
-        truncate: What a document that is too long loses: its "end" or its "start".
+        truncate: What a document that is too long loses: its "end", or its "start" but for BOS, without which many
+            models predict badly.
+        bos_id: The token that is BOS if a document brings one, where the store puts none; None: there is no such token.
         Others, and Raises: As ``Sequences``.
 
     Attributes:
@@ -40,8 +42,10 @@ class SingleSequences(Sequences):
 
     is_ragged = True
 
-    def __init__(self, store_path: Path | str, *, truncate: Truncate = "end", **settings: Any) -> None:
-        self.truncate = truncate
+    def __init__(
+        self, store_path: Path | str, *, truncate: Truncate = "end", bos_id: int | None = None, **settings: Any
+    ) -> None:
+        self.truncate, self.bos_id = truncate, bos_id
         super().__init__(store_path, **settings)
 
     def __getitem__(self, index: int) -> NDArray[np.uint32]:
@@ -53,12 +57,16 @@ class SingleSequences(Sequences):
             paste(sequence, begin - 1, [self._bos_id])
         if self._after:
             paste(sequence, begin + tokens.size, [self.separator_id])
+        if begin < self._before and (self._before or tokens[0] == self.bos_id):
+            sequence[0] = self._bos_id if self._before else tokens[0]
         return sequence
 
     def document_starts(self, index: int) -> NDArray[np.bool_]:
         document, begin = self._place(index)
         starts = np.zeros(int(self._positions[document]) + 1, np.bool_)
         paste(starts, begin - self._before, [True])
+        if self._before or self._opened()[document][0] == self.bos_id:
+            starts[0] = True
         return starts
 
     def counted(self, index: int) -> NDArray[np.bool_] | None:
@@ -112,7 +120,7 @@ class SingleSequences(Sequences):
 
 
 def open_sequences(
-    store_path: Path | str, *, packing: Packing, truncate: Truncate = "end", **settings: Any
+    store_path: Path | str, *, packing: Packing, truncate: Truncate = "end", bos_id: int | None = None, **settings: Any
 ) -> Sequences:
     """
     The sequences of a store.
@@ -121,12 +129,13 @@ def open_sequences(
         store_path: The store.
         packing: "packed", "single", or "auto": single where answers are marked.
         truncate: As ``SingleSequences``.
+        bos_id: As ``SingleSequences``.
         settings: Arguments of ``Sequences``.
     """
     if packing == "auto":
         packing = "single" if TokenStore(store_path).facts.marks_answers else "packed"
     if packing == "single":
-        return SingleSequences(store_path, truncate=truncate, **settings)
+        return SingleSequences(store_path, truncate=truncate, bos_id=bos_id, **settings)
     return PackedSequences(store_path, **settings)
 
 
