@@ -35,6 +35,11 @@ SMALLER = {"--seq-len 512": "--seq-len 32", "--steps 2000": "--steps 6", "--hidd
 NOT_RUN = re.compile(r"<!-- not run: \w.* -->")
 WORDS = ["def", "class", "return", "import", "value", "name", "list", "index", "error", "token", "teacher", "cache"]
 
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -86,6 +91,15 @@ def write_files(directory, text):
     (old / "old.txt").write_text("\n".join(text).replace("value", "Größe"), encoding="latin-1")
 
 
+def write_chats(path, text):
+    """A question and an answer of some of a text's words a row."""
+    for_each = [(words[:3], words[3:8]) for words in map(str.split, text)]
+    with path.open("w") as file:
+        for asked, said in for_each:
+            messages = [{"role": "user", "content": " ".join(asked)}, {"role": "assistant", "content": " ".join(said)}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """The working directory: what the pages take for granted, and the repository's docs/ beside it."""
@@ -95,7 +109,10 @@ def place(tmp_path, monkeypatch):
         for number, document in enumerate(part):
             (tmp_path / name / f"{number}.txt").write_text(document)
     write_files(tmp_path, text)
+    write_chats(tmp_path / "my-chats.jsonl", text[:9])
+    write_chats(tmp_path / "my-held-out-chats.jsonl", text[9:])
     tokenizer = tokenization.train_tokenizer(text, 300)
+    tokenizer.chat_template = TEMPLATE
     teacher = loading.new_llama(
         vocab_size=tokenization.num_ids(tokenizer), hidden_size=32, num_layers=1, num_heads=2, max_positions=64, seed=0
     )
