@@ -95,21 +95,23 @@ def estimate(config: EstimateConfig) -> Estimate:
         proposal_temperature=config.proposal_temperature,
         store_tokens=config.store_tokens,
     )
-    sequences = math.ceil(config.positions / config.seq_len)
+    learnt = config.learnt_per_sequence or config.seq_len
+    sequences = math.ceil(config.positions / learnt)
+    positions = round(sequences * learnt)
     shards = math.ceil(sequences / config.sequences_per_shard)
-    block = block_size(header, config.seq_len, round(config.unique_tokens * config.seq_len))
+    block = block_size(header, config.seq_len, round(config.unique_tokens * learnt))
     size = sequences * (block + layout.INDEX_ROW_SIZE) + shards * (layout.HEADER_SIZE + layout.TRAILER_SIZE)
     speed = config.positions_per_second
-    seconds = None if speed is None else sequences * config.seq_len / speed
+    seconds = None if speed is None else positions / speed
     hours = None if seconds is None else seconds / _HOUR
     assert header.profile is not None
     return Estimate(
-        positions=sequences * config.seq_len,
+        positions=positions,
         sequences=sequences,
         shards=shards,
         profile=header.profile,
         unique_tokens=config.unique_tokens,
-        bytes_per_position=size / (sequences * config.seq_len),
+        bytes_per_position=size / positions,
         bytes=size,
         bytes_per_shard=math.ceil(size / shards),
         disks=math.ceil(size / (config.disk_tb * 1e12)),

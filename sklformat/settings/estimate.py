@@ -31,6 +31,9 @@ class EstimateConfig:
     vocab_size: int | None = None
     """Token ids; a calibration run knows it."""
 
+    learnt_per_sequence: float | None = None
+    """Positions of a sequence that are learnt from, mean, such as answers in chats; none: all, or as measured."""
+
     unique_tokens: float | None = None
     """Records per position, mean; a calibration run measures it. The paper has about 12 at 50 rounds."""
 
@@ -99,7 +102,11 @@ class EstimateConfig:
 
     def __post_init__(self) -> None:
         check_least(self, 1, "seq_len", "sequences_per_shard", "gpus", "calibration_sequences", "batch_size")
-        check_positive(self, "positions", "disk_tb", "unique_tokens", "positions_per_second")
+        check_positive(self, "positions", "disk_tb", "unique_tokens", "positions_per_second", "learnt_per_sequence")
+        if self.learnt_per_sequence is not None and self.learnt_per_sequence > self.seq_len:
+            raise ValueError(
+                f"learnt_per_sequence {self.learnt_per_sequence:g} is more than the {self.seq_len} positions of seq_len"
+            )
         if not 0 <= self.rounds <= MAX_ROUNDS:
             raise ValueError(f"rounds must be in 0..{MAX_ROUNDS}, got {self.rounds}")
         if self.rounds and self.unique_tokens is not None and self.unique_tokens > self.rounds:

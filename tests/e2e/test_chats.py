@@ -282,6 +282,19 @@ def test_packed_chats_may_be_kept_apart(place, cache, tmp_path):
     assert [one.targets for one in plain] == [one.targets for one in apart]
 
 
+def test_estimate_of_chats(place, cache, tmp_path, capfd):
+    """What is predicted for the answers of some chats is what their capture takes, prompts and all."""
+    _, made, _ = cache("cache", place / "chats.jsonl")
+    flags = ("--text", place / "chats.jsonl", "--seq-len", SEQ_LEN, "--rounds", 5, "--calibration-sequences", 9)
+    words = map(str, ("--teacher", place / "teacher", "--positions", made["positions"], *flags))
+    assert 0 == main(["estimate", *words, "--json"])
+    found = json.loads(capfd.readouterr().out)
+    assert (9, made["positions"]) == (found["sequences"], found["positions"])
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.skl")) == pytest.approx(
+        found["bytes"], rel=0.05
+    )
+
+
 def test_students_of_chats(place, cache, tmp_path, capfd):
     """Training from the cache, or with cross-entropy from its tokens, and measuring, see answers alone."""
     assert 0 == cache("cache", place / "chats.jsonl")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from pathlib import Path
 
@@ -21,7 +22,8 @@ def calibrate(config: EstimateConfig) -> EstimateConfig:
         config: With teacher and text.
 
     Returns:
-        The same with vocab_size, unique_tokens and positions_per_second as measured; what was given stays.
+        The same with vocab_size, unique_tokens and positions_per_second as measured; what was given stays. For chats
+        also with the positions that are learnt from in a sequence, and with its mean length as seq_len.
 
     Raises:
         ValueError, OSError, SklError: As ``cache_teacher``.
@@ -49,6 +51,11 @@ def calibrate(config: EstimateConfig) -> EstimateConfig:
             )
         with open_cache(out) as cache:
             vocab_size = cache.header.vocab_size
+            is_ragged = cache.header.seq_len == 0
+            length = sum(len(sequence.targets.offsets) - 1 for sequence in cache) / len(cache)
+    if is_ragged and config.learnt_per_sequence is None:
+        learnt = cached.positions / cached.sequences
+        config = dataclasses.replace(config, learnt_per_sequence=learnt, seq_len=math.ceil(length))
     return dataclasses.replace(
         config,
         vocab_size=config.vocab_size or vocab_size,

@@ -66,6 +66,11 @@ TOKENS = {"cache": None, "tokens": Path("store"), "seq_len": 8}
         (ESTIMATE, {"rounds": 65536}, r"^rounds must be in 0\.\.65535, got 65536"),
         (ESTIMATE, {"rounds": 5, "unique_tokens": 6.0}, "unique_tokens 6 is more than the 5 rounds that draw them"),
         (ESTIMATE, {"rounds": 0, "teacher": "t"}, "a calibration run draws: rounds must be >= 1 with a teacher, got 0"),
+        (
+            ESTIMATE,
+            {"seq_len": 8, "learnt_per_sequence": 9.5},
+            "learnt_per_sequence 9.5 is more than the 8 positions of",
+        ),
         (ESTIMATE, {"teacher": "t"}, "a calibration run needs both teacher and text"),
         (EVAL, {"bins": 0}, "^bins must be >= 1, got 0"),
         (EVAL, {"tokens": Path("s")}, r"give either text or tokens \(a token store\)$"),
