@@ -55,7 +55,6 @@ _SHARD = re.compile(r"shard-\d{5,}\.skl(\.partial)?")
 _BEFORE_SHARDS = re.compile(
     rf"\.(writer\.)?lock|{re.escape(UNFINISHED_NAME)}|{TOKENS_NAME}(\.partial)?|\.?{re.escape(MANIFEST_NAME)}(\.tmp)?"
 )
-_PUBLISHED = re.compile(rf"{_BEFORE_SHARDS.pattern}|(\.?){re.escape(MANIFEST_NAME)}(\.tmp)?")
 _PUBLISHED = re.compile(rf"{_SHARD.pattern}|{re.escape(MANIFEST_NAME)}")
 _DRAW_THREADS = 8  # at most; beside a GPU one core cannot keep up
 
