@@ -4,6 +4,7 @@ From a cache to the batches of a training step.
 batches    what training gets: Batch, Targets and collate
 contents   sequences by number: decoded, checked, proven against tokens
 dataset    SparseLogitDataset: one stream in an order that resumes
+launchers  who divides a stream: torch.distributed and accelerate
 prefetch   work done ahead by threads
 sequences  SparseLogitSequences: a sequence by its number, in anyone's order
 """

@@ -53,7 +53,8 @@ class Batch:
         input_ids: [B, T] int64, the tokens but the last of each sequence; 0 where padded.
         labels: [B, T] int64, the tokens but the first; -100 where there is none, and where a position has no record.
         targets: The teacher's distributions of the labels.
-        state: Where the stream stands after this batch, for ``SparseLogitDataset.load_state_dict``.
+        state: Where the stream stands after this batch, for ``SparseLogitDataset.load_state_dict``; empty where there
+            is no stream, as in ``SparseLogitSequences``.
         position_ids: [B, T] int64, each input's place in its document, or in what the sequence has of it; None where
             the cache does not say where documents begin. For models whose documents do not see each other
             (``SparseLogitDataset.isolated``) only.

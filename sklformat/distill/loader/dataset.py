@@ -20,6 +20,7 @@ from sklformat.cache.reader import Cache
 from sklformat.cache.tokens import TokenSource
 from sklformat.distill.loader.batches import Batch
 from sklformat.distill.loader.contents import Contents
+from sklformat.distill.loader.launchers import check_division, check_epoch, check_ranks, find_prepared, find_rank
 from sklformat.distill.loader.prefetch import made_ahead
 from sklformat.errors import ResumeError
 from sklformat.format.order import Schedule
@@ -65,7 +66,8 @@ class SparseLogitDataset(IterableDataset[Batch]):
             0: none.
 
     Raises:
-        ValueError: The cache stores no tokens and none are given, or the arguments contradict each other.
+        ValueError: The cache stores no tokens and none are given, or the arguments contradict each other; by the
+            iteration: something else divides the stream again, or nothing does among several processes.
         FormatError, FileNotFoundError: As ``skl.open``; damage met later is raised by the iteration.
         AlignmentError: By the iteration: the records are not about these tokens.
     """
@@ -87,10 +89,9 @@ class SparseLogitDataset(IterableDataset[Batch]):
     ) -> None:
         if (rank is None) != (world_size is None):
             raise ValueError(f"give both rank and world_size or neither, got rank {rank}, world_size {world_size}")
+        self._found_rank = rank is None
         if rank is None or world_size is None:
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            rank = torch.distributed.get_rank() if distributed else 0
-            world_size = torch.distributed.get_world_size() if distributed else 1
+            rank, world_size = find_rank()
         if prefetch < 0:
             raise ValueError(f"prefetch must be >= 0, got {prefetch}")
         self._contents = Contents(path, tokens, sequences)
@@ -136,12 +137,17 @@ class SparseLogitDataset(IterableDataset[Batch]):
         """
         if epoch < 0:
             raise ValueError(f"epoch must be >= 0, got {epoch}")
+        loader = self._check_launcher()
+        if loader is not None and self._waits():
+            check_epoch(self.cache.path, loader, epoch, int(self._shared[0]))
         if epoch != int(self._shared[0]):
             self._go_to(epoch, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """
         Where the stream stands, when it is iterated in this process; with workers take ``batch.state``.
+
+        Where something reads ahead of you, as loaders do that accelerate prepared, take ``batch.state`` too.
 
         In a worker process it is that worker's share of the stream, as torchdata's ``StatefulDataLoader`` keeps it.
         """
@@ -176,6 +182,20 @@ class SparseLogitDataset(IterableDataset[Batch]):
             self._go_to(epoch, consumed)
         else:  # of this worker alone, so the others must not see it
             self._own_start = self._position = (epoch, consumed)
+
+    def _check_launcher(self) -> Any | None:
+        """The loader that accelerate prepared, where one iterates this dataset, once it is sure who divides it."""
+        rank, world_size = self.schedule.rank, self.schedule.world_size
+        loader = find_prepared(self)
+        if loader is not None:
+            check_division(self.cache.path, loader, rank, world_size)
+        elif self._found_rank:
+            check_ranks(self.cache.path, rank, world_size)
+        return loader
+
+    def _waits(self) -> bool:
+        """Whether no iteration has used yet what ``set_epoch`` or ``load_state_dict`` set."""
+        return not bool((self._shared[3:] == self._shared[2]).any())
 
     def _go_to(self, epoch: int, consumed: int) -> None:
         if self.schedule.num_batches(consumed) == 0:
@@ -212,6 +232,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
         return epoch, consumed
 
     def __iter__(self) -> Iterator[Batch]:
+        self._check_launcher()
         info = get_worker_info()
         worker, num_workers = (0, 0) if info is None else (info.id, info.num_workers)
         epoch, start = self._begin(worker, num_workers)
