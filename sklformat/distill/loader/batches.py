@@ -106,21 +106,21 @@ class Batch:
             row: Which.
             length: Its positions, those of padding left out; None: all.
         """
-        positions = self.input_ids.shape[1]
+        rows, positions = self.input_ids.shape
         end = positions if length is None else length
-        offsets = self.targets.offsets[row * positions : row * positions + end + 1]
-        if len(self.input_ids) > 1:
+        targets = self.targets
+        if rows > 1 or end < positions:
+            offsets = targets.offsets[row * positions : row * positions + end + 1]
             first, last = int(offsets[0]), int(offsets[-1])
-            targets = Targets(self.targets.token_ids[first:last], self.targets.probs[first:last], offsets - first)
-        else:
-            targets = dataclasses.replace(self.targets, offsets=offsets)
+            targets = Targets(targets.token_ids[first:last], targets.probs[first:last], offsets - first)
+        at = row if end == positions else (row, slice(end))
         return Batch(
-            self.input_ids[row, :end],
-            self.labels[row, :end],
+            self.input_ids[at],
+            self.labels[at],
             targets,
             self.state,
-            None if self.position_ids is None else self.position_ids[row, :end],
-            None if self.document_starts is None else self.document_starts[row, :end],
+            None if self.position_ids is None else self.position_ids[at],
+            None if self.document_starts is None else self.document_starts[at],
         )
 
     def _each(self, copy: Callable[[Any], Any]) -> Batch:
