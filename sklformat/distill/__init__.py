@@ -13,13 +13,14 @@ text     documents, tokens, packing
 from sklformat.distill.loader.batches import Batch, Targets, collate
 from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.loader.sequences import SparseLogitSequences
-from sklformat.distill.losses.kl import DenseTargets, DenseTeacher, linear_sparse_kl, sparse_kl
+from sklformat.distill.losses.kl import DenseTargets, DenseTeacher, OutputHead, linear_sparse_kl, sparse_kl
 from sklformat.distill.losses.metrics import acceptance_rate, calibration_error, lm_loss
 
 __all__ = [
     "Batch",
     "DenseTargets",
     "DenseTeacher",
+    "OutputHead",
     "SparseLogitDataset",
     "SparseLogitSequences",
     "Targets",

@@ -1,8 +1,10 @@
 """
 Losses and metrics on plain tensors; knows nothing else of sklformat.
 
+heads    a student's head: weight, bias, scale, cap
 kl       sparse_kl and linear_sparse_kl, with the gradient computed in the forward pass
 methods  each distillation method as one row form
 metrics  LM loss, calibration, agreement with the teacher
 rows     one dense pass over blocks of logits: the loss and, in place, its gradient
+targets  the forms of target distributions: ragged, padded, dense
 """

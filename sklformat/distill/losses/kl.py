@@ -15,16 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sklformat.distill.losses.heads import OutputHead, Shape
 from sklformat.distill.losses.methods import METHODS
-from sklformat.distill.losses.rows import (
-    IGNORED_LABEL,
-    AnyTargets,
-    DenseTargets,
-    DenseTeacher,
-    LossRows,
-    RaggedTargets,
-    matmul_dtype,
-)
+from sklformat.distill.losses.rows import IGNORED_LABEL, LossRows, matmul_dtype
+from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, PaddedTargets, RaggedTargets
 
 __all__ = [
     "IGNORED_LABEL",
@@ -32,6 +26,8 @@ __all__ = [
     "AnyTargets",
     "DenseTargets",
     "DenseTeacher",
+    "OutputHead",
+    "PaddedTargets",
     "RaggedTargets",
     "linear_sparse_kl",
     "sparse_kl",
@@ -91,15 +87,17 @@ class _LinearSparseKL(torch.autograd.Function):
         ctx: Any,
         hidden_PD: Tensor,
         weight_VD: Tensor,
+        bias_V: Tensor | None,
         rows: LossRows,
         chunk_positions: int,
         compute: torch.dtype,
-        want_grads: tuple[bool, bool],
+        want_grads: tuple[bool, bool, bool],
     ) -> Tensor:
-        ctx.weight_dtype = weight_VD.dtype
+        ctx.weight_dtype, ctx.bias_dtype = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         grad_hidden_PD = torch.empty_like(hidden_PD) if want_grads[0] else None
         # The accumulation type, whatever the weight's: a sum over many chunks in half precision would stall.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=rows.dtype) if want_grads[1] else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=rows.dtype) if want_grads[2] and bias_V is not None else None
         loss = torch.zeros((), dtype=rows.dtype, device=rows.device)
         weight_VD = weight_VD.to(compute)
         buffer_CV = torch.empty(chunk_positions, rows.vocab_size, dtype=compute, device=rows.device)
@@ -113,12 +111,14 @@ class _LinearSparseKL(torch.autograd.Function):
                     grad_hidden_PD[span] = torch.mm(x_CV, weight_VD)
                 if grad_weight_VD is not None:
                     _add_product(grad_weight_VD, x_CV, hidden_CD)
-        ctx.save_for_backward(grad_hidden_PD, grad_weight_VD, rows.total)
+                if grad_bias_V is not None:
+                    grad_bias_V += x_CV.sum(0, dtype=rows.dtype)
+        ctx.save_for_backward(grad_hidden_PD, grad_weight_VD, grad_bias_V, rows.total)
         return loss / rows.total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        grad_hidden_PD, grad_weight_VD, total = ctx.saved_tensors
+        grad_hidden_PD, grad_weight_VD, grad_bias_V, total = ctx.saved_tensors
         with torch.no_grad():
             scale = upstream / total
             if grad_hidden_PD is not None:
@@ -126,7 +126,9 @@ class _LinearSparseKL(torch.autograd.Function):
             if grad_weight_VD is not None:
                 out_VD = torch.empty_like(grad_weight_VD, dtype=ctx.weight_dtype)
                 grad_weight_VD = torch.mul(grad_weight_VD, scale, out=out_VD)
-        grads = _without_second_derivative(grad_hidden_PD), _without_second_derivative(grad_weight_VD)
+            if grad_bias_V is not None:
+                grad_bias_V = (grad_bias_V * scale).to(ctx.bias_dtype)
+        grads = [_without_second_derivative(grad) for grad in (grad_hidden_PD, grad_weight_VD, grad_bias_V)]
         return *grads, None, None, None, None
 
 
@@ -146,11 +148,13 @@ def _add_product(sum_VD: Tensor, x_CV: Tensor, hidden_CD: Tensor) -> None:
 def sparse_kl(
     logits_PV: Tensor,
     targets: AnyTargets,
+    /,
     *,
     method: str = "random_sampling",
     labels_P: Tensor | None = None,
     ce_weight: float = 0.0,
     position_weights_P: Tensor | None = None,
+    normaliser: Tensor | float | None = None,
 ) -> Tensor:
     """
     KL(target || student) in nats, the mean over the positions that count.
@@ -173,27 +177,30 @@ def sparse_kl(
     not depend on the same draws.
 
     A position counts if it has records (dense: always) and, where labels are used (ce_weight > 0 or "naive_fix"), a
-    label.  All others give neither value nor gradient, with CE mixing too.
+    label.  All others give neither value nor gradient, with CE mixing too; where none counts, both are exactly 0.
 
     Args:
         logits_PV: Student's raw logits, [P, V], float16, bfloat16, float32 or float64; left as they are.
             Computed in float32, float64 for float64.
-        targets: See RaggedTargets; DenseTargets or DenseTeacher for "full".  On the device of the logits.
+        targets: See RaggedTargets, or the pair PaddedTargets; DenseTargets or DenseTeacher for "full".  On the device
+            of the logits.
         method: One of METHODS.
         labels_P: Token that follows each position, [P] integer in [0, V) or -100 for none; read only where used.
         ce_weight: Weight alpha in [0, 1] of cross-entropy to the label: alpha CE + (1 - alpha) KL (5.3).
         position_weights_P: Weight w of each position, [P], >= 0; the result is then sum(w L) / sum(w) over the
             positions that count.  None: 1 everywhere.
+        normaliser: What to divide sum(w L) by instead of sum(w), one number: the positions that count in all
+            micro-batches and processes of a step, whose losses then add up to that of the whole step.  None: sum(w).
 
     Returns:
         Scalar, float32 (float64 for float64), nats per position.  The gradient is computed here, together with the
         value, and held in the type of the logits; there is no second derivative (RuntimeError if asked).
 
     Raises:
-        ValueError: Shapes, types or devices disagree, the method is unknown, labels are missing, no position counts,
+        ValueError: Shapes, types or devices disagree, the method is unknown, labels are missing, logits are a DTensor,
             or (checked on the CPU alone, since reading them would stall an accelerator) ids or labels are outside
-            the vocabulary, ids repeat within a position, probabilities or weights are negative or not finite.
-            On an accelerator a batch in which no position counts gives NaN.
+            the vocabulary, ids repeat within a position, probabilities, weights or the normaliser are negative or not
+            finite, or the normaliser is 0 where positions count.
 
     Source: Anshumann et al. 2025, sections 2, 3, 5.3, A.1 to A.6.
     """
@@ -208,6 +215,7 @@ def sparse_kl(
         num_positions=logits_PV.shape[0],
         vocab_size=logits_PV.shape[1],
         like=logits_PV,
+        normaliser=normaliser,
     )
     want_grad = torch.is_grad_enabled() and logits_PV.requires_grad
     loss: Tensor = _SparseKL.apply(logits_PV, rows, want_grad)  # type: ignore[no-untyped-call]
@@ -216,46 +224,51 @@ def sparse_kl(
 
 def linear_sparse_kl(
     hidden_PD: Tensor,
-    lm_head_weight_VD: Tensor,
+    head: Tensor | OutputHead,
     targets: AnyTargets,
+    /,
     *,
     method: str = "random_sampling",
     labels_P: Tensor | None = None,
     ce_weight: float = 0.0,
     position_weights_P: Tensor | None = None,
+    normaliser: Tensor | float | None = None,
     chunk_positions: int | None = None,
 ) -> Tensor:
     """
-    ``sparse_kl(hidden_PD @ lm_head_weight_VD.T, ...)`` in chunks of positions; the logits never exist whole.
+    ``sparse_kl`` of the logits that a head makes of hidden states, in chunks of positions; they never exist whole.
 
     Three matrix products per chunk: logits, gradient of the hidden states, gradient of the weight.  Beyond the results
     it holds one chunk's logits and, until the backward pass ends, the weight's gradient in float32.
-    Under autocast the products take autocast's type.  The weight may be tied to the embedding.
+    Under autocast the products take autocast's type; bias, scale and cap are applied in float32.
 
     Args:
         hidden_PD: Student's last hidden states, [P, D], float16, bfloat16, float32 or float64.
-        lm_head_weight_VD: Weight of the output layer, [V, D], of the same type unless autocast is on.
+        head: Weight of the output layer, [V, D], or an OutputHead, as ``output_head(model)`` gives it.  The weight is
+            of the type of the hidden states unless autocast is on, and may be tied to the embedding.
         targets: As in ``sparse_kl``.
         method: As in ``sparse_kl``.
         labels_P: As in ``sparse_kl``.
         ce_weight: As in ``sparse_kl``.
         position_weights_P: As in ``sparse_kl``.
+        normaliser: As in ``sparse_kl``.
         chunk_positions: Positions per chunk, >= 1.  None: equal chunks of at most 2048 positions and about 1 GiB of
             logits, not below 256 positions.
 
     Returns:
-        Scalar as ``sparse_kl`` returns.  The weight's gradient is summed over chunks in float32 (float64 for float64);
-        for half precision on a CPU each chunk's product is rounded to that precision first.
+        Scalar as ``sparse_kl`` returns.  The gradients of weight and bias are summed over chunks in float32 (float64
+        for float64); for half precision on a CPU each chunk's product is rounded to that precision first.
 
     Raises:
-        ValueError: As ``sparse_kl``, or hidden states and weight do not fit each other.
+        ValueError: As ``sparse_kl``, or hidden states and head do not fit each other, or a part is a DTensor.
 
     Source: As ``sparse_kl``; the paper's section D.2 asks for a manual forward and backward pass.
     """
-    compute = matmul_dtype("hidden_PD", hidden_PD, lm_head_weight_VD)
-    if lm_head_weight_VD.device != hidden_PD.device:
-        raise ValueError(f"lm_head_weight_VD is on {lm_head_weight_VD.device}, hidden_PD on {hidden_PD.device}")
-    num_positions, vocab_size = hidden_PD.shape[0], lm_head_weight_VD.shape[0]
+    head = head if isinstance(head, OutputHead) else OutputHead(head)
+    if head.weight.device != hidden_PD.device:
+        raise ValueError(f"lm_head_weight_VD is on {head.weight.device}, hidden_PD on {hidden_PD.device}")
+    compute = matmul_dtype("hidden_PD", hidden_PD, head.weight)
+    num_positions, vocab_size = hidden_PD.shape[0], head.weight.shape[0]
     rows = LossRows(
         targets,
         method,
@@ -265,17 +278,21 @@ def linear_sparse_kl(
         num_positions=num_positions,
         vocab_size=vocab_size,
         like=hidden_PD,
+        normaliser=normaliser,
+        shape=Shape.of(head),
     )
     if chunk_positions is None:
         fitting = MAX_CHUNK_BYTES // (vocab_size * compute.itemsize)
         most = min(MAX_CHUNK_POSITIONS, max(MIN_CHUNK_POSITIONS, fitting))
-        chunk_positions = math.ceil(num_positions / math.ceil(num_positions / most))
+        chunk_positions = math.ceil(num_positions / max(1, math.ceil(num_positions / most)))
     elif chunk_positions < 1:
         raise ValueError(f"chunk_positions is {chunk_positions}; need at least 1")
-    chunk_positions = min(chunk_positions, num_positions)
+    chunk_positions = max(1, min(chunk_positions, num_positions))
+    hidden_PD, weight_VD = head.widened(hidden_PD)
     enabled = torch.is_grad_enabled()
-    want_grads = (enabled and hidden_PD.requires_grad, enabled and lm_head_weight_VD.requires_grad)
+    inputs = (hidden_PD, weight_VD, head.bias)
+    want_grads = tuple(enabled and tensor is not None and tensor.requires_grad for tensor in inputs)
     loss: Tensor = _LinearSparseKL.apply(  # type: ignore[no-untyped-call]
-        hidden_PD, lm_head_weight_VD, rows, chunk_positions, compute, want_grads
+        *inputs, rows, chunk_positions, compute, want_grads
     )
     return loss

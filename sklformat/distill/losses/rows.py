@@ -8,64 +8,23 @@ near the optimum they are small differences of large numbers, and rounding first
 Shape letters: P positions, V vocabulary, D hidden size, C positions of a chunk, R positions of a block, N records.
 """
 
-# ruff: noqa: N815 - shape suffixes
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from sklformat.distill.losses.heads import Shape, refuse_sharded
 from sklformat.distill.losses.methods import METHODS, SPARSE_METHODS, Block, mix_ce, segment_sum
+from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, Ragged, RaggedTargets
 
 IGNORED_LABEL = -100
 # Elements of the block that the passes of the row form go over: small enough for a CPU's cache, large enough to hide
 # the cost of the ragged operations (CPU) or of the launches (accelerators).
 BLOCK_ELEMENTS_CPU = 1 << 20
 BLOCK_ELEMENTS_DEVICE = 1 << 26
-
-
-class RaggedTargets(Protocol):
-    """
-    Sparse target distributions of P positions; what a batch of the cache carries.
-
-    Attributes:
-        token_ids: [N], any integer type, in [0, V), distinct within a position, in any order.
-        probs: [N] float32, >= 0: the target probabilities.
-        offsets: [P + 1] int64: position i owns records offsets[i] to offsets[i + 1]; may stay on the CPU, which saves
-            an accelerator one synchronisation per step.
-    """
-
-    @property
-    def token_ids(self) -> Tensor: ...
-    @property
-    def probs(self) -> Tensor: ...
-    @property
-    def offsets(self) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class DenseTargets:
-    """Whole teacher distributions for method "full": probs_PV [P, V], any float type, rows summing to 1."""
-
-    probs_PV: Tensor
-
-
-@dataclass(frozen=True)
-class DenseTeacher:
-    """
-    A teacher's last layer for method "full"; its probabilities are formed block by block and never held whole.
-
-    hidden_PD [P, D_teacher] and lm_head_weight_VD [V, D_teacher] have one float type; no gradient flows into them.
-    """
-
-    hidden_PD: Tensor
-    lm_head_weight_VD: Tensor
-
-
-AnyTargets: TypeAlias = RaggedTargets | DenseTargets | DenseTeacher
 
 
 class LossRows:
@@ -82,8 +41,11 @@ class LossRows:
         num_positions: int,
         vocab_size: int,
         like: Tensor,
+        normaliser: Tensor | float | None = None,
+        shape: Shape | None = None,
     ) -> None:
-        self.method, self.ce_weight = method, ce_weight
+        refuse_sharded("what the loss is taken of", like)
+        self.method, self.ce_weight, self.shape = method, ce_weight, shape
         self.num_positions, self.vocab_size = num_positions, vocab_size
         self.device = like.device
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -102,7 +64,7 @@ class LossRows:
         if isinstance(targets, DenseTargets | DenseTeacher):
             counted_P = self._check_dense(targets)
         else:
-            counted_P = self._check_ragged(targets)
+            counted_P = self._check_ragged(Ragged.of(targets) if isinstance(targets, tuple) else targets)
         self.labels_P: Tensor | None = None
         if ce_weight > 0 or method == "naive_fix":
             self.labels_P = self._check_labels(labels_P)
@@ -114,12 +76,10 @@ class LossRows:
                 raise ValueError("position_weights_P holds a weight that is negative or not finite")
             weights_P = torch.where(counted_P, position_weights_P.detach().to(self.dtype), weights_P)
         self.weights_P = weights_P
-        self.total = weights_P.sum()
-        if num_positions == 0 or (self._checks_values and float(self.total) == 0):
-            raise ValueError(
-                f"none of the {num_positions} positions counts: "
-                "each lacks records, a label that the loss needs, or weight"
-            )
+        own_total = weights_P.sum()
+        total = own_total if normaliser is None else self._check_normaliser(normaliser, own_total)
+        # Where nothing counts, value and gradients are 0, on every device without asking.
+        self.total = torch.where(own_total > 0, total, torch.ones_like(total))
         limit = BLOCK_ELEMENTS_CPU if self.device.type == "cpu" else BLOCK_ELEMENTS_DEVICE
         self.block_positions = max(1, limit // vocab_size)
 
@@ -133,6 +93,19 @@ class LossRows:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; need {list(shape)}")
         if tensor.device != self.device:
             raise ValueError(f"{name} is on {tensor.device}, the student on {self.device}; move it there first")
+
+    def _check_normaliser(self, normaliser: Tensor | float, own_total: Tensor) -> Tensor:
+        total = torch.as_tensor(normaliser).detach().to(own_total, non_blocking=True)
+        if total.numel() != 1:
+            raise ValueError(f"normaliser has shape {list(total.shape)}; need one number, the positions to divide by")
+        if self._checks_values and not 0 <= float(total) < math.inf:
+            raise ValueError(f"normaliser is {float(total)}; need a finite number of positions")
+        if self._checks_values and float(total) == 0 < float(own_total):
+            raise ValueError(
+                f"normaliser is 0, and positions of weight {float(own_total):g} count here; "
+                "sum what counts over all micro-batches and processes"
+            )
+        return total.reshape(())
 
     def _check_dense(self, targets: DenseTargets | DenseTeacher) -> Tensor:
         if isinstance(targets, DenseTargets):
@@ -198,7 +171,7 @@ class LossRows:
         for start in starts:
             stop = min(start + chunk_positions, self.num_positions)
             edges.append([*range(start, stop, self.block_positions), stop])
-        flat = torch.tensor([edge for chunk in edges for edge in chunk])
+        flat = torch.tensor([edge for chunk in edges for edge in chunk], dtype=torch.int64)
         # One transfer for all blocks, and the only point where the host waits for an accelerator.
         offsets = None if self.ragged is None else self.ragged.offsets
         records = iter([0] * len(flat) if offsets is None else offsets[flat.to(offsets.device)].tolist())
@@ -227,11 +200,14 @@ class LossRows:
         z_RV = (
             grad_RV if grad_RV is not None and grad_RV.dtype == self.dtype else torch.empty_like(x_RV, dtype=self.dtype)
         )
-        max_R1 = x_RV.amax(1, keepdim=True).to(self.dtype)
-        if x_RV.dtype == self.dtype:
-            torch.sub(x_RV, max_R1, out=z_RV)
+        tanh_RV = None
+        if self.shape is not None:
+            tanh_RV = self.shape.bend(z_RV.copy_(x_RV))
+            z_RV.sub_(z_RV.amax(1, keepdim=True))
+        elif x_RV.dtype == self.dtype:
+            torch.sub(x_RV, x_RV.amax(1, keepdim=True), out=z_RV)
         else:
-            z_RV.copy_(x_RV).sub_(max_R1)
+            z_RV.copy_(x_RV).sub_(x_RV.amax(1, keepdim=True).to(self.dtype))
         label_index_R = None
         if self.labels_P is not None:
             # A position without label has weight 0, so that any id will do.
@@ -240,6 +216,8 @@ class LossRows:
             loss_R = self._run_sparse(z_RV, block, weights_R, label_index_R, want_grad=grad_RV is not None)
         else:
             loss_R = self._run_dense(z_RV, start, stop, weights_R, label_index_R, want_grad=grad_RV is not None)
+        if grad_RV is not None and self.shape is not None:
+            self.shape.unbend(z_RV, tanh_RV)
         if grad_RV is not None and grad_RV is not z_RV:
             grad_RV.copy_(z_RV)
         return torch.where(weights_R > 0, loss_R * weights_R, 0).sum()

@@ -1,0 +1,123 @@
+"""
+A student's head as a loss takes it: what its logits are, given hidden states.
+
+Knows tensors only.
+Shape letters: P positions, V vocabulary, D hidden size, R positions of a block, K rank of a low-rank part.
+"""
+
+# ruff: noqa: N815 - shape suffixes
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """
+    logits = softcap · tanh(scale · (h Wᵀ + bias) / softcap); without a cap scale · (h Wᵀ + bias).
+
+    Gradients flow into each tensor that wants one; scale and cap are fixed.
+
+    Attributes:
+        weight: W, [V, D]; it may be tied to the embedding, and have more rows than the tokenizer has ids.
+        bias: [V], or None.
+        softcap: > 0, the bound of the logits' magnitude; None: no cap.
+        scale: Factor of the logits, not 0; of a head that divides them the inverse.
+        low_rank: Two matrices down [K, D] and up [V, K]: W is then weight + up down, which is never formed, so that a
+            small adapter is not lost in the rounding of a half-precision weight.  None: W is weight.
+
+    Raises:
+        ValueError: A part does not fit the weight, or scale or cap is no such number.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    low_rank: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name, tensor in self._tensors():
+            refuse_sharded(f"the head's {name}", tensor)
+            if tensor.device != self.weight.device:
+                raise ValueError(f"the head's {name} is on {tensor.device}, its weight on {self.weight.device}")
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ValueError(f"the head's bias has shape {list(self.bias.shape)}, its weight {list(self.weight.shape)}")
+        if self.low_rank is not None:
+            down, up = self.low_rank
+            if up.dim() != 2 or down.shape != (up.shape[1], *self.weight.shape[1:]) or len(up) != len(self.weight):
+                raise ValueError(
+                    f"the head's low rank has shapes {list(down.shape)} and {list(up.shape)}, its weight "
+                    f"{list(self.weight.shape)}; need [K, D], [V, K] and [V, D]"
+                )
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"the head's softcap is {self.softcap}; need a number above 0, or None for no cap")
+        if self.scale == 0 or not math.isfinite(self.scale):
+            raise ValueError(f"the head's scale is {self.scale}; need a finite number that is not 0")
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        down, up = self.low_rank or (None, None)
+        named = {"weight": self.weight, "bias": self.bias, "low_rank[0]": down, "low_rank[1]": up}
+        return [(name, tensor) for name, tensor in named.items() if tensor is not None]
+
+    def widened(self, hidden_PD: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states and weight whose product is h Wᵀ: a low-rank part becomes K more columns of both."""
+        if self.low_rank is None:
+            return hidden_PD, self.weight
+        down, up = self.low_rank
+        low_PK = hidden_PD.to(down.dtype) @ down.T
+        hidden = torch.cat([hidden_PD, low_PK.to(hidden_PD.dtype)], 1)
+        return hidden, torch.cat([self.weight, up.to(self.weight.dtype)], 1)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What becomes of a block of the product h Wᵀ: bias, scale and cap, in the accumulation type."""
+
+    bias_V: Tensor | None
+    scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, head: OutputHead) -> Shape | None:
+        """None: the product is the logits."""
+        if head.bias is None and head.scale == 1 and head.softcap is None:
+            return None
+        return cls(None if head.bias is None else head.bias.detach(), head.scale, head.softcap)
+
+    def bend(self, z_RV: Tensor) -> Tensor | None:
+        """Turn the product into logits, in place; what ``unbend`` needs of it, [R, V], or None."""
+        if self.bias_V is not None:
+            z_RV.add_(self.bias_V)
+        if self.softcap is None:
+            z_RV.mul_(self.scale)
+            return None
+        tanh_RV = z_RV.mul_(self.scale / self.softcap).tanh_().clone()
+        z_RV.mul_(self.softcap)
+        return tanh_RV
+
+    def unbend(self, grad_RV: Tensor, tanh_RV: Tensor | None) -> None:
+        """Turn the gradient of the logits into that of the product, in place."""
+        if tanh_RV is not None:
+            grad_RV.mul_(tanh_RV.square_().neg_().add_(1))
+        grad_RV.mul_(self.scale)
+
+
+def refuse_sharded(name: str, tensor: Tensor) -> None:
+    """
+    Refuse what is only a part of a tensor on each process.
+
+    Raises:
+        ValueError: The tensor is a DTensor.
+    """
+    if hasattr(tensor, "full_tensor"):
+        raise ValueError(
+            f"{name} is a DTensor, of which each process holds a part; call the sharded model itself first, with "
+            "output_hidden_states=True and logits_to_keep=1, and take the head after that, while it is whole "
+            '(docs/training.md, "A sharded student")'
+        )
