@@ -10,11 +10,16 @@ teacher  capture of a teacher
 text     documents, tokens, packing
 """
 
+from typing import TYPE_CHECKING, Any
+
 from sklformat.distill.loader.batches import Batch, Targets, collate
 from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.loader.sequences import SparseLogitSequences
 from sklformat.distill.losses.kl import DenseTargets, DenseTeacher, OutputHead, linear_sparse_kl, sparse_kl
 from sklformat.distill.losses.metrics import acceptance_rate, calibration_error, lm_loss
+
+if TYPE_CHECKING:
+    from sklformat.distill.models.heads import output_head
 
 __all__ = [
     "Batch",
@@ -29,5 +34,14 @@ __all__ = [
     "collate",
     "linear_sparse_kl",
     "lm_loss",
+    "output_head",
     "sparse_kl",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "output_head":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sklformat.distill.models.heads import output_head  # noqa: PLC0415  it loads transformers, the rest does not
+
+    return output_head

@@ -28,8 +28,8 @@ class OutputHead:
         bias: [V], or None.
         softcap: > 0, the bound of the logits' magnitude; None: no cap.
         scale: Factor of the logits, not 0; of a head that divides them the inverse.
-        low_rank: Two matrices down [K, D] and up [V, K]: W is then weight + up down, which is never formed, so that a
-            small adapter is not lost in the rounding of a half-precision weight.  None: W is weight.
+        low_rank: Triples of down [K, D], up [V, K] and a factor: each adds factor · up down to the weight.  The sum is
+            never formed, so that a small adapter is not lost in the rounding of a half-precision weight.
 
     Raises:
         ValueError: A part does not fit the weight, or scale or cap is no such number.
@@ -39,7 +39,7 @@ class OutputHead:
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
-    low_rank: tuple[Tensor, Tensor] | None = None
+    low_rank: tuple[tuple[Tensor, Tensor, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name, tensor in self._tensors():
@@ -48,8 +48,7 @@ class OutputHead:
                 raise ValueError(f"the head's {name} is on {tensor.device}, its weight on {self.weight.device}")
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ValueError(f"the head's bias has shape {list(self.bias.shape)}, its weight {list(self.weight.shape)}")
-        if self.low_rank is not None:
-            down, up = self.low_rank
+        for down, up, _ in self.low_rank:
             if up.dim() != 2 or down.shape != (up.shape[1], *self.weight.shape[1:]) or len(up) != len(self.weight):
                 raise ValueError(
                     f"the head's low rank has shapes {list(down.shape)} and {list(up.shape)}, its weight "
@@ -61,18 +60,32 @@ class OutputHead:
             raise ValueError(f"the head's scale is {self.scale}; need a finite number that is not 0")
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        down, up = self.low_rank or (None, None)
-        named = {"weight": self.weight, "bias": self.bias, "low_rank[0]": down, "low_rank[1]": up}
-        return [(name, tensor) for name, tensor in named.items() if tensor is not None]
+        low_rank = [("low rank", tensor) for down, up, _ in self.low_rank for tensor in (down, up)]
+        bias = [] if self.bias is None else [("bias", self.bias)]
+        return [("weight", self.weight), *bias, *low_rank]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether hidden states times the weight are the logits."""
+        return not self.low_rank and Shape.of(self) is None
 
     def widened(self, hidden_PD: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states and weight whose product is h Wᵀ: a low-rank part becomes K more columns of both."""
-        if self.low_rank is None:
+        """Hidden states and weight whose product is h Wᵀ: low-rank parts become more columns of both."""
+        if not self.low_rank:
             return hidden_PD, self.weight
-        down, up = self.low_rank
-        low_PK = hidden_PD.to(down.dtype) @ down.T
-        hidden = torch.cat([hidden_PD, low_PK.to(hidden_PD.dtype)], 1)
-        return hidden, torch.cat([self.weight, up.to(self.weight.dtype)], 1)
+        low = [(hidden_PD.to(down.dtype) @ down.T) * factor for down, _, factor in self.low_rank]
+        hidden = torch.cat([hidden_PD, *(low_PK.to(hidden_PD.dtype) for low_PK in low)], 1)
+        return hidden, torch.cat([self.weight, *(up.to(self.weight.dtype) for _, up, _ in self.low_rank)], 1)
+
+    def logits(self, hidden_PD: Tensor) -> Tensor:
+        """[P, V] in the hidden states' type, without gradient: for a look at few positions."""
+        with torch.no_grad():
+            hidden, weight = self.widened(hidden_PD)
+            logits_PV = hidden @ weight.T
+            shape = Shape.of(self)
+            if shape is not None:
+                shape.bend(logits_PV)
+        return logits_PV
 
 
 @dataclass(frozen=True)

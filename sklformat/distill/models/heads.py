@@ -1,5 +1,5 @@
 """
-What kind of head a model has: one matrix, or more than that (a bias, a scale, a cap).
+What kind of head a model has: one matrix, or more than that (a bias, a scale, a cap, an adapter).
 
 Loads nothing.
 Shape letters: B sequences, T positions, V vocabulary, D hidden size.
@@ -7,51 +7,161 @@ Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sklformat.distill.losses.heads import OutputHead
 from sklformat.distill.models import outputs
 
 _PROBE_TOKENS = 8
 _PROBE_LOGIT = 100.0  # beyond every cap in use, the greatest of which is 50
-# What the configs of transformers' models call a cap on the logits, or a factor or divisor of them.
+# What the configs of transformers' models call a cap on the logits, a factor or a divisor of them.
 _CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
-_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier")
+_FACTORS = ("logit_scale", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+
+# The scale of models whose heads were tried: in a loop it is done once.
+_scales: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+
+
+def output_head(model: Any) -> OutputHead:
+    """
+    The head of a causal language model as ``linear_sparse_kl`` takes it, so that gradients reach its parameters.
+
+    Bias, scale and cap are the model's own; a head under LoRA of peft brings its adapter, and one of
+    ``modules_to_save`` is the copy that learns.  The config says what scales and caps the logits; then the head is
+    tried on hidden states of a few tokens, made so large that a cap shows, and on zeros, where a bias is all there is,
+    since not every model says so.  That is done once for each model.
+
+    Args:
+        model: Of transformers or, around that, of peft.  Not a wrapper such as DistributedDataParallel.
+
+    Returns:
+        The head, of the model's own parameters; it stays right while they learn.  Under fully_shard each step
+        takes its own, after the model's own call.
+
+    Raises:
+        ValueError: The logits are something else, the weight is a DTensor or quantised, or the adapter is one that
+            hidden states and a matrix cannot stand for (dropout, DoRA, a tied head).
+    """
+    plain = _without_peft(model)
+    head = _described(plain)
+    if plain not in _scales:
+        if any(hasattr(parameter, "full_tensor") for parameter in plain.parameters()):
+            raise ValueError(
+                f"the head of {type(plain).__name__} cannot be tried while the model is sharded; call "
+                "output_head(model) once before fully_shard"
+            )
+        # A factor by one model's name is a divisor by another's, or nothing.
+        fitting = (scale for scale in (head.scale, 1 / head.scale, 1.0) if _tried_well(plain, _scaled(head, scale)))
+        scale = next(fitting, None)
+        if scale is None:
+            raise ValueError(
+                f"the logits of {type(plain).__name__} are not its hidden states times its head with the bias, scale "
+                "and cap that its config names; the chunked loss cannot train it: use sparse_kl of its logits"
+            )
+        _scales[plain] = scale
+    return _scaled(head, _scales[plain])
+
+
+def _scaled(head: OutputHead, scale: float) -> OutputHead:
+    return dataclasses.replace(head, scale=scale)
+
+
+def _without_peft(model: Any) -> Any:
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(plain, "get_output_embeddings"):
+        raise ValueError(
+            f"a {type(plain).__name__} is no causal language model of transformers or peft; of a wrapper give what it "
+            "wraps (.module)"
+        )
+    return plain
+
+
+def _described(model: Any) -> OutputHead:
+    """The head as config and layers describe it."""
+    name, layer = type(model).__name__, model.get_output_embeddings()
+    if hasattr(layer, "modules_to_save"):
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    low_rank: tuple[tuple[Tensor, Tensor, float], ...] = ()
+    if hasattr(layer, "base_layer"):
+        low_rank = _adapters(model, layer)
+        layer = layer.base_layer
+    is_linear = isinstance(layer, torch.nn.Linear)
+    if not is_linear:
+        raise ValueError(f"the head of {name} is a {type(layer).__name__}, not one matrix; use sparse_kl of its logits")
+    weight = layer.weight
+    # A quantised layer calls itself linear and holds packed numbers, integers, or a tensor of a type of its own.
+    whole = weight.shape == (layer.out_features, layer.in_features) and weight.is_floating_point()
+    if not hasattr(weight, "full_tensor") and not (whole and type(weight.data) is Tensor):
+        raise ValueError(
+            f"the head of {name} is quantised ({type(layer).__name__}, {weight.dtype}) and gives no gradient; leave it "
+            "out of the quantisation, or use sparse_kl of the model's logits"
+        )
+    config = model.config.get_text_config()
+    caps = [value for value in (getattr(config, key, None) for key in _CAPS) if value]
+    scale = 1.0
+    for key in _FACTORS:
+        scale *= getattr(config, key, None) or 1
+    for key in _DIVISORS:
+        scale /= getattr(config, key, None) or 1
+    return OutputHead(weight, layer.bias, caps[0] if caps else None, scale, low_rank)
+
+
+def _adapters(model: Any, layer: Any) -> tuple[tuple[Tensor, Tensor, float], ...]:
+    """What a layer of peft adds to the matrix below it."""
+    name = type(model).__name__
+    if layer.disable_adapters or layer.merged:
+        return ()
+    active = [adapter for adapter in layer.active_adapters if adapter in getattr(layer, "lora_A", ())]
+    if not active or any(adapter in layer.lora_variant or layer.lora_B[adapter].bias is not None for adapter in active):
+        raise ValueError(
+            f"the adapter on the head of {name} is not plain LoRA ({type(layer).__name__}); leave the head out of "
+            "target_modules, or use sparse_kl of the model's logits"
+        )
+    if layer.base_layer.weight is model.get_input_embeddings().weight:
+        raise ValueError(
+            f"the head of {name} is tied to the embedding, and LoRA changes it alone: merged, the adapter would change "
+            "both; leave the head out of target_modules, or untie the two"
+        )
+    rates = [getattr(layer.lora_dropout[adapter], "p", 0) for adapter in active]
+    if any(rates):
+        raise ValueError(
+            f"LoRA on the head of {name} has lora_dropout {max(rates)}, which the chunked loss would leave out; set it "
+            "to 0, or leave the head out of target_modules"
+        )
+    return tuple((layer.lora_A[a].weight, layer.lora_B[a].weight, float(layer.scaling[a])) for a in active)
+
+
+def has_linear_head(model: Any) -> bool:
+    """Say whether ``hidden_states @ lm_head_weight.T`` are a model's logits; some add a bias, scale or cap them."""
+    try:
+        head = _described(_without_peft(model))
+    except ValueError:
+        return False
+    return head.is_plain and _tried_well(_without_peft(model), head)
 
 
 @torch.no_grad()
-def has_linear_head(model: Any) -> bool:
-    """
-    Say whether ``hidden_states @ lm_head_weight.T`` are a model's logits; some add a bias, scale or cap them.
-
-    The config is asked for what it calls a cap or a scale; then the head is tried on hidden states of a few tokens,
-    made so large that a cap shows, and on zeros, where a bias is all there is, since not every model says so.
-    """
-    try:
-        weight_VD = outputs.lm_head_weight(model)
-        outputs.body(model)
-    except ValueError:
-        return False
-    config = model.config.get_text_config()
-    if any(getattr(config, name, None) for name in _CAPS):
-        return False
-    if any(getattr(config, name, None) not in (None, 1) for name in _SCALES):
-        return False
-    ids_BT = torch.arange(_PROBE_TOKENS, device=weight_VD.device)[None] % weight_VD.shape[0]
-    training = model.training
+def _tried_well(model: Any, head: OutputHead) -> bool:
+    ids_BT = torch.arange(_PROBE_TOKENS, device=outputs.input_device(model))[None] % head.weight.shape[0]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return _is_product(model, weight_VD, ids_BT)
+        return _is_product(model, head, ids_BT)
     except outputs.HEAD_FAILURES:  # the head needs more from the body than hidden states
         return False
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
-def _is_product(model: Any, weight_VD: Tensor, ids_BT: Tensor) -> bool:
-    """Whether the logits of these tokens, and of hidden states at the ends of the range, are the product."""
+def _is_product(model: Any, head: OutputHead, ids_BT: Tensor) -> bool:
+    """Whether the logits of these tokens, and of hidden states at the ends of the range, are the head's."""
     hidden_BTD = outputs.hidden_states(model, ids_BT)
     found = [outputs.logits(model, ids_BT)]
     factor = min(
@@ -60,9 +170,11 @@ def _is_product(model: Any, weight_VD: Tensor, ids_BT: Tensor) -> bool:
     )
     inputs = [hidden_BTD, hidden_BTD * factor, torch.zeros_like(hidden_BTD)]
     found += [outputs.head_logits(model, given_BTD) for given_BTD in inputs[1:]]
-    relative = 1e-4 if weight_VD.dtype == torch.float32 else 0.02  # bfloat16 has 8 bits
+    relative = 1e-4 if head.weight.dtype == torch.float32 else 0.02  # bfloat16 has 8 bits
     for given_BTD, found_BTV in zip(inputs, found, strict=True):
-        product_BTV = (given_BTD.to(weight_VD.device) @ weight_VD.T).to(found_BTV)  # a model may be spread over devices
+        # A model may be spread over devices.
+        product_PV = head.logits(given_BTD.flatten(0, 1).to(head.weight.device))
+        product_BTV = product_PV.view(*ids_BT.shape, -1).to(found_BTV)
         allowed = relative * float(found_BTV.abs().max())
         if found_BTV.shape != product_BTV.shape or not (found_BTV - product_BTV).abs().max() <= allowed:
             return False

@@ -100,14 +100,14 @@ def load_student(config: TrainConfig, stream: streams.Stream) -> Any:
         )
     student = loading.load_model(config.student, **_named(config))
     loading.check_trainable(student)
-    width = outputs.lm_head_weight(student).shape[0]
+    width = outputs.head_width(student)
     if width < stream.vocab_size and not stream.holds_only(width):
         raise SettingsError(
             f"the student {config.student} has a vocabulary of {width}, {stream.source} one of {stream.vocab_size}; "
             "widen the student's embedding, or take a cache of its own tokenizer"
         )
     loading.check_fit(stream.tokenizer, student, seq_len=stream.seq_len or None)
-    heads.check_linear_head(student)
+    heads.output_head(student)
     if stream.isolated:
         attention.check_isolates(student)
     return student.train()
@@ -123,7 +123,7 @@ def load_teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> A
     assert config.teacher is not None
     _check_tokenizers(config, stream)
     teacher = loading.load_model(config.teacher, **_named(config))
-    widths = [outputs.lm_head_weight(model).shape[0] for model in (teacher, student)]
+    widths = [outputs.head_width(model) for model in (teacher, student)]
     if widths[0] < stream.vocab_size or widths[1] != stream.vocab_size:
         raise SettingsError(
             f"method full compares teacher and student entry by entry over the {stream.vocab_size} ids of "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sklformat.distill.loader.batches import Batch
 from sklformat.distill.losses.kl import IGNORED_LABEL, DenseTeacher, linear_sparse_kl
-from sklformat.distill.models import loading, outputs
+from sklformat.distill.models import heads, loading, outputs
 from sklformat.distill.models.devices import find_device
 from sklformat.distill.student import runs, streams
 from sklformat.distill.student.inputs import load_student, load_teacher, open_stream, settings_of
@@ -128,6 +128,7 @@ class _Training:
         self.config, self.stream, self.run = config, stream, run
         self.rank, self.world_size, self.device = rank, world_size, device
         self.model = student.to(device).train()
+        self.head = heads.output_head(self.model)
         self.teacher = None if teacher is None else teacher.to(device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         decay = [p for p in self.parameters if p.dim() >= 2]
@@ -223,7 +224,7 @@ class _Training:
         loss = torch.zeros((), device=self.device)
         for batch, count in zip(micro_batches, counts, strict=True):
             if count:
-                part = self._loss(batch) * (count / total)
+                part = self._loss(batch, total)
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += part.detach()
         if self.world_size > 1:
@@ -235,7 +236,8 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch, total: int) -> Tensor:
+        """The batch's share of the step's mean over ``total`` positions."""
         config = self.config
         if config.method == "ce":
             batch = dataclasses.replace(batch, targets=streams.one_hot(batch.labels))
@@ -252,13 +254,14 @@ class _Training:
                 targets = DenseTeacher(hidden_PD, head_VD)
             return linear_sparse_kl(
                 outputs.hidden_states(self.model, batch.input_ids, positions_BT).flatten(0, 1),
-                outputs.lm_head_weight(self.model),
+                self.head,
                 targets,
                 # The divergence from all of the probability on the label is cross-entropy.
                 method="random_sampling" if config.method == "ce" else config.method,
                 labels_P=labels_P,
                 ce_weight=config.ce_weight,
                 position_weights_P=(labels_P != IGNORED_LABEL).float(),
+                normaliser=total,
             )
 
     def _sum_over_processes(self, loss: Tensor) -> None:

@@ -57,17 +57,29 @@ def make(*, bias=False, low_rank=False, dtype=torch.float64, **shape):
 
     hidden_PD, weight_VD = leaf(P, D), leaf(V, D)
     more = {"bias": leaf(V)} if bias else {}
-    more |= {"low_rank": (leaf(R, D), leaf(V, R))} if low_rank else {}
+    more |= {"low_rank": ((leaf(R, D), leaf(V, R), 0.5), (leaf(1, D), leaf(V, 1), 2.0))} if low_rank else {}
     return hidden_PD, OutputHead(weight_VD, **more, **shape)
 
 
 def leaves(head):
-    return [leaf for leaf in (head.weight, head.bias, *(head.low_rank or ())) if leaf is not None]
+    low_rank = [tensor for down, up, _ in head.low_rank for tensor in (down, up)]
+    return [leaf for leaf in (head.weight, head.bias, *low_rank) if leaf is not None]
+
+
+def rebuilt(head, parts):
+    """The same head of other leaves."""
+    weight_VD, *more = parts
+    bias_V = None if head.bias is None else more.pop(0)
+    factors = [factor for *_, factor in head.low_rank]
+    low_rank = tuple(zip(more[::2], more[1::2], factors, strict=True))
+    return OutputHead(weight_VD, bias_V, head.softcap, head.scale, low_rank)
 
 
 def dense_logits(hidden_PD, head):
     """The formula, under autograd."""
-    weight_VD = head.weight if head.low_rank is None else head.weight + head.low_rank[1] @ head.low_rank[0]
+    weight_VD = head.weight
+    for down, up, factor in head.low_rank:
+        weight_VD = weight_VD + factor * up @ down
     x_PV = hidden_PD @ weight_VD.T
     x_PV = head.scale * (x_PV if head.bias is None else x_PV + head.bias)
     return x_PV if head.softcap is None else head.softcap * torch.tanh(x_PV / head.softcap)
@@ -98,11 +110,8 @@ def test_gradcheck(shape):
     hidden_PD, head = make(**SHAPES[shape])
     targets = Ragged()
 
-    def loss(hidden_PD, weight_VD, *more):
-        more = list(more)
-        bias_V = None if head.bias is None else more.pop(0)
-        given = OutputHead(weight_VD, bias_V, head.softcap, head.scale, tuple(more) or None)
-        return linear_sparse_kl(hidden_PD, given, targets, chunk_positions=4)
+    def loss(hidden_PD, *parts):
+        return linear_sparse_kl(hidden_PD, rebuilt(head, parts), targets, chunk_positions=4)
 
     assert torch.autograd.gradcheck(loss, (hidden_PD, *leaves(head)), fast_mode=True)
 
@@ -114,8 +123,8 @@ def test_rounding_is_that_of_the_type(dtype, bound):
     loss = linear_sparse_kl(hidden_PD, head, Ragged())
     found = value_and_grads(loss, [hidden_PD, *leaves(head)])
     parts = [part.detach().double().requires_grad_() for part in (hidden_PD, *leaves(head))]
-    exact = OutputHead(parts[1], parts[2], head.softcap, head.scale, (parts[3], parts[4]))
-    wanted = value_and_grads(sparse_kl(dense_logits(parts[0], exact), Ragged()), parts)
+    exact = dense_logits(parts[0], rebuilt(head, parts[1:]))
+    wanted = value_and_grads(sparse_kl(exact, Ragged()), parts)
     for ours, theirs in zip(found, wanted, strict=True):
         assert float((ours.double() - theirs).norm() / theirs.norm()) < bound
 
@@ -125,7 +134,7 @@ def test_a_small_adapter_is_not_lost_in_the_weights_rounding():
     signs_D = torch.tensor([1.0, -1.0]).repeat(32).bfloat16()
     hidden_PD, weight_VD, up_VR = signs_D.repeat(P, 1), torch.ones(V, 64).bfloat16(), torch.zeros(V, 1).bfloat16()
     up_VR[3] = 1e-3
-    adapted = OutputHead(weight_VD, low_rank=(signs_D[None], up_VR))
+    adapted = OutputHead(weight_VD, low_rank=((signs_D[None], up_VR, 1.0),))
     assert torch.equal(weight_VD, weight_VD + up_VR @ signs_D[None])
     pair = (torch.full((P, 1), 3), torch.ones(P, 1))
     gain = linear_sparse_kl(hidden_PD, weight_VD, pair) - linear_sparse_kl(hidden_PD, adapted, pair)
@@ -139,7 +148,7 @@ def test_a_frozen_weight_under_an_adapter_gets_no_gradient():
     head.weight.requires_grad_(False)
     linear_sparse_kl(hidden_PD, head, Ragged()).backward()
     assert head.weight.grad is None
-    assert all(part.grad.any() for part in head.low_rank)
+    assert all(part.grad.any() for part in leaves(head)[1:])
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
@@ -247,7 +256,7 @@ WRONG = {
     "endless cap": ({"softcap": math.inf}, "the head's softcap is inf; need a number above 0"),
     "scale": ({"scale": 0.0}, r"the head's scale is 0\.0; need a finite number that is not 0"),
     "low rank": (
-        {"low_rank": (torch.ones(V, R), torch.ones(R, D))},
+        {"low_rank": ((torch.ones(V, R), torch.ones(R, D), 1.0),)},
         r"the head's low rank has shapes \[31, 2\] and \[2, 5\], its weight \[31, 5\]; need \[K, D\], \[V, K\]",
     ),
     "devices": ({"bias": torch.ones(V, device="meta")}, "the head's bias is on meta, its weight on cpu"),
@@ -270,9 +279,7 @@ def test_an_accelerator_gives_the_same(shape):
     hidden_PD, head = make(**SHAPES[shape])
     expected = value_and_grads(linear_sparse_kl(hidden_PD, head, Ragged()), [hidden_PD, *leaves(head)])
     parts = [part.detach().cuda().requires_grad_() for part in (hidden_PD, *leaves(head))]
-    more = parts[2:]
-    bias_V = None if head.bias is None else more.pop(0)
-    moved = OutputHead(parts[1], bias_V, head.softcap, head.scale, tuple(more) or None)
+    moved = rebuilt(head, parts[1:])
     pair = tuple(part.cuda() for part in Ragged().padded())
     for ours, wanted in zip(value_and_grads(linear_sparse_kl(parts[0], moved, pair), parts), expected, strict=True):
         torch.testing.assert_close(ours.cpu(), wanted, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,229 @@
+"""The head as the loss takes it: of every kind of model at hand, of adapters and of shards."""
+
+import copy
+import types
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional
+
+import sklformat.distill
+from sklformat.distill import OutputHead, linear_sparse_kl, output_head
+from sklformat.distill.models import heads, outputs
+
+V, B, T = 64, 2, 6
+SIZES = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+SMALL = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+STUDENTS = {
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5, **SMALL},
+    "Cohere": {"logit_scale": 0.0625, **SMALL},
+    "Granite": {"logits_scaling": 13.0},
+    "HyperCLOVAX": {"logits_scaling": 3.0},  # which multiplies, as Granite's divides
+    "Phi": {**SMALL},
+    "Llama": {"tie_word_embeddings": True},
+}
+
+
+def make(kind, **changes):
+    config = getattr(transformers, kind + "Config")(**SIZES, **(STUDENTS[kind] | changes))
+    torch.manual_seed(0)
+    model = getattr(transformers, kind + "ForCausalLM")(config)
+    for parameter in model.parameters():  # biases, too, and logits large enough for a cap
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def ids_and_targets():
+    g = torch.Generator().manual_seed(1)
+    ids_BT = torch.randint(V, (B, T), generator=g)
+    ids_PK = torch.stack([torch.randperm(V, generator=g)[:3] for _ in range(B * T)])
+    return ids_BT, (ids_PK, torch.full((B * T, 3), 1 / 3))
+
+
+def gradients(model, loss):
+    """The loss, and what it gives each parameter that learns."""
+    model.zero_grad()
+    loss.backward()
+    named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), named
+
+
+def dense_loss(model, ids_BT, targets):
+    logits_PV = model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)
+    ids_PK, probs_PK = targets
+    logp_PK = torch.log_softmax(logits_PV.double(), 1).gather(1, ids_PK)
+    return (torch.xlogy(probs_PK, probs_PK) - probs_PK * logp_PK).sum() / len(ids_PK)
+
+
+def chunked_loss(model, ids_BT, targets):
+    plain = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    hidden_PD = outputs.hidden_states(plain, ids_BT).flatten(0, 1)
+    return linear_sparse_kl(hidden_PD, output_head(model), targets, chunk_positions=5)
+
+
+def assert_equal_steps(model):
+    """The chunked loss over the head gives the model's own loss and gradients, of all its parameters."""
+    ids_BT, targets = ids_and_targets()
+    value, grads = gradients(model, chunked_loss(model, ids_BT, targets))
+    wanted_value, wanted = gradients(model, dense_loss(model, ids_BT, targets))
+    assert wanted.keys() == grads.keys()
+    torch.testing.assert_close(value.double(), wanted_value.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads, wanted, rtol=1e-3, atol=1e-5)
+    return wanted
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_students_with_a_cap_a_scale_or_a_bias(kind):
+    """The loss sees what the model's own logits are; its gradients are theirs, tied embeddings included."""
+    model = make(kind)
+    assert_equal_steps(model)
+    assert model.training
+    assert output_head(model).weight is model.get_output_embeddings().weight
+
+
+def test_the_bundled_parts_name_what_is_plain():
+    """Where nothing but the matrix makes the logits, the head says so."""
+    assert output_head(make("Llama")).is_plain
+    assert heads.has_linear_head(make("Granite", logits_scaling=1.0))
+    assert OutputHead(torch.ones(2, 2), scale=1.0).is_plain
+    assert not output_head(make("Phi")).is_plain
+
+
+def lora(model, *, layers=("lm_head", "q_proj"), **changes):
+    """The model under LoRA whose B is not zero any more."""
+    values = {"r": 2, "lora_alpha": 3, "lora_dropout": 0.0, "target_modules": list(layers)} | changes
+    model = peft.get_peft_model(model, peft.LoraConfig(**values))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.train()
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Cohere", "Granite", "Phi", "Llama"])
+def test_an_adapter_on_the_head_learns(kind):
+    """LoRA on the head is part of the loss, and its matrices get their gradients (U8); the weight below gets none."""
+    wanted = assert_equal_steps(lora(make(kind, tie_word_embeddings=False)))
+    assert 4 == len(wanted)
+    assert 2 == sum("lm_head" in name for name in wanted)
+
+
+def test_two_adapters_at_once_and_none():
+    """All active adapters count; with adapters switched off the head is the model's own."""
+    model = lora(make("Granite", tie_word_embeddings=False))
+    model.add_adapter("more", peft.LoraConfig(r=3, lora_alpha=1, target_modules=["lm_head"]))
+    model.base_model.set_adapter(["default", "more"])
+    torch.nn.init.normal_(model.get_output_embeddings().lora_B["more"].weight)
+    assert 2 == len(output_head(model).low_rank)
+    assert_equal_steps(model)
+    with model.disable_adapter():
+        assert () == output_head(model).low_rank
+
+
+def test_a_head_that_is_saved_whole_learns():
+    """Of a head in modules_to_save the loss takes the copy that learns."""
+    model = lora(make("Phi"), layers=["q_proj"], modules_to_save=["lm_head"])
+    wanted = assert_equal_steps(model)
+    assert 2 == sum("lm_head" in name for name in wanted)
+
+
+REFUSED = {
+    "dropout": (
+        {"lora_dropout": 0.1},
+        {},
+        r"LoRA on the head of Granite\w+ has lora_dropout 0\.1, which the chunked lo",
+    ),
+    "DoRA": ({"use_dora": True}, {}, r"the adapter on the head of Granite\w+ is not plain LoRA \(Linear\); leave the"),
+    "tied": ({}, {"tie_word_embeddings": True}, r"the head of \w+ is tied to the embedding, and LoRA changes it alone"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", REFUSED)
+def test_adapters_that_no_matrix_stands_for(name):
+    """What the loss would leave out is refused, with what to change."""
+    changes, sizes, message = REFUSED[name]
+    model = lora(make("Granite", **({"tie_word_embeddings": False} | sizes)), **changes)
+    with pytest.raises(ValueError, match=message):
+        output_head(model)
+
+
+def test_a_quantised_head():
+    """Integers, or numbers packed into fewer, have no gradient."""
+    model = make("Llama", tie_word_embeddings=False)
+    layer = model.get_output_embeddings()
+    layer.weight = torch.nn.Parameter(torch.ones(V, 16, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"the head of \w+ is quantised \(Linear, torch\.int8\) and gives no gradient"):
+        output_head(model)
+    layer.weight = torch.nn.Parameter(torch.ones(V * 8, 1))
+    with pytest.raises(
+        ValueError, match=r"is quantised \(Linear, torch\.float32\) and gives no gradient; leave it out"
+    ):
+        output_head(model)
+
+
+def test_what_is_no_head():
+    """A wrapper, a head that is no matrix, and logits that the config does not explain are refused by name."""
+    model = make("Llama")
+    wrapper = types.SimpleNamespace(module=model)
+    with pytest.raises(
+        ValueError, match="a SimpleNamespace is no causal language model of transformers or peft; of a w"
+    ):
+        output_head(wrapper)
+    odd = copy.deepcopy(model)
+    odd.lm_head = torch.nn.Embedding(V, 16)
+    with pytest.raises(
+        ValueError, match=r"the head of \w+ is a Embedding, not one matrix; use sparse_kl of its logits"
+    ):
+        output_head(odd)
+    odd = make("Granite")
+    odd.config.logits_scaling = 2.0
+    odd.forward = lambda **named: functional  # something else altogether
+    with pytest.raises(ValueError, match=r"the logits of \w+ are not its hidden states times its head with the bias"):
+        output_head(odd)
+    assert not hasattr(sklformat.distill, "outputhead")
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        sklformat.distill.no_such_name  # noqa: B018
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+def test_a_sharded_student(one_process):
+    """Under fully_shard a head is refused where it is a DTensor, and right after the model's own call (U7)."""
+    whole, model = make("Gemma2"), make("Gemma2")
+    ids_BT, targets = ids_and_targets()
+    value, wanted = gradients(whole, chunked_loss(whole, ids_BT, targets))
+    untried = copy.deepcopy(model)
+    output_head(model)
+    for each in (model, untried):
+        for layer in each.model.layers:
+            fully_shard(layer, mesh=one_process)
+        fully_shard(each, mesh=one_process)
+    message = r"the head's weight is a DTensor, of which each process holds a part; call the sharded model itself first"
+    with pytest.raises(ValueError, match=message):
+        output_head(model)
+    with pytest.raises(ValueError, match=message):
+        linear_sparse_kl(torch.ones(B * T, 16), model.lm_head.weight, targets)
+    output = untried(input_ids=ids_BT, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+    with pytest.raises(
+        ValueError, match=r"the head of \w+ cannot be tried while the model is sharded; call output_head"
+    ):
+        output_head(untried)
+    output = model(input_ids=ids_BT, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+    loss = linear_sparse_kl(output.hidden_states[-1].flatten(0, 1), output_head(model), targets)
+    found_value, found = gradients(model, loss)
+    torch.testing.assert_close(found_value, value)
+    assert wanted.keys() == found.keys()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad.full_tensor(), wanted[name])
