@@ -54,6 +54,46 @@ def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT:
     return hidden_BTD
 
 
+def balance_weight(model: PreTrainedModel) -> float:
+    """Weight of the balancing loss that a mixture of experts has in its config, 0 for none; added only where asked."""
+    return float(getattr(model.config.get_text_config(), "router_aux_loss_coef", None) or 0)
+
+
+def asks_for_balance(model: PreTrainedModel) -> bool:
+    """Whether a model's own training adds its balancing loss: as transformers has it, with output_router_logits."""
+    return balance_weight(model) > 0 and bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
+def hidden_states_and_balance(
+    model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """
+    ``hidden_states``, and the weighted balancing loss of a mixture of experts whose config asks for one, else None.
+
+    The model itself makes the loss of what its routers gave, over all positions.
+
+    Raises:
+        ValueError: As ``body``; or the config asks for the loss, and the model makes none.
+    """
+    if not asks_for_balance(model):
+        return hidden_states(model, input_ids_BT, position_ids_BT), None
+    name, own = body(model)
+    named = _documents(model, position_ids_BT)
+    given = own(input_ids=input_ids_BT, use_cache=False, output_router_logits=True, **named)
+    setattr(model, name, _Given(given.last_hidden_state, own, given.router_logits))
+    try:
+        output = model(input_ids=input_ids_BT, use_cache=False, output_router_logits=True, logits_to_keep=1)
+    finally:
+        setattr(model, name, own)
+    balance = getattr(output, "aux_loss", None)
+    if balance is None:
+        raise ValueError(
+            f"the config of {type(model).__name__} asks for a balancing loss (router_aux_loss_coef, "
+            "output_router_logits), and the model gives none; set output_router_logits to false"
+        )
+    return given.last_hidden_state, balance_weight(model) * balance
+
+
 def lm_head_weight(model: PreTrainedModel) -> Tensor:
     """
     Weight of the head, [V, D]: the parameter itself, so that gradients reach it.
@@ -123,7 +163,7 @@ HEAD_FAILURES = (AttributeError, IndexError, KeyError, TypeError, ValueError, Ru
 
 
 class _Output(transformers.modeling_outputs.BaseModelOutputWithPast):  # type: ignore[misc]
-    """What a body gives. What else a head may ask for (router's logits, images) is not there; it does without."""
+    """What a body gives. What else a head may ask for (images) is not there; it does without."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -133,9 +173,9 @@ class _Output(transformers.modeling_outputs.BaseModelOutputWithPast):  # type: i
 class _Given(torch.nn.Module):
     """Stands where a model's body was, and gives hidden states that were made before; all else is the body's."""
 
-    def __init__(self, hidden_BTD: Tensor, own: torch.nn.Module) -> None:
+    def __init__(self, hidden_BTD: Tensor, own: torch.nn.Module, router_logits: Any = None) -> None:
         super().__init__()
-        self._hidden_BTD = hidden_BTD
+        self._hidden_BTD, self._router_logits = hidden_BTD, router_logits
         self.__dict__["_own"] = own  # no module of this one
 
     def __getattr__(self, name: str) -> Any:
@@ -143,7 +183,9 @@ class _Given(torch.nn.Module):
         return self if name == "decoder" else getattr(self.__dict__["_own"], name)
 
     def forward(self, *_args: object, **_named: object) -> object:
-        return _Output(last_hidden_state=self._hidden_BTD)
+        output = _Output(last_hidden_state=self._hidden_BTD)
+        output.router_logits = self._router_logits
+        return output
 
 
 def head_logits(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:

@@ -93,6 +93,11 @@ def train(config: TrainConfig, *, report: runs.Report | None = None) -> TrainSum
         if rank == 0 and stream.note:
             say(f"note: {stream.note}")
         student = load_student(config, stream)
+        if rank == 0 and outputs.balance_weight(student) > 0 and not outputs.asks_for_balance(student):
+            say(
+                "note: the balancing loss of the student's experts is left out, since its config has "
+                "output_router_logits off; set it to true there to add the loss"
+            )
         teacher = None if config.teacher is None else load_teacher(config, stream, student)
         settings = settings_of(config, stream, world_size, student, teacher)
         with runs.opened(config.out, settings, writes=rank == 0) as run:
@@ -224,8 +229,9 @@ class _Training:
         loss = torch.zeros((), device=self.device)
         for batch, count in zip(micro_batches, counts, strict=True):
             if count:
-                part = self._loss(batch, total)
-                part.backward()  # type: ignore[no-untyped-call]
+                part, balance = self._loss(batch, total)
+                whole = part if balance is None else part + balance * (count / total)
+                whole.backward()  # type: ignore[no-untyped-call]
                 loss += part.detach()
         if self.world_size > 1:
             self._sum_over_processes(loss)
@@ -236,8 +242,8 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
-    def _loss(self, batch: Batch, total: int) -> Tensor:
-        """The batch's share of the step's mean over ``total`` positions."""
+    def _loss(self, batch: Batch, total: int) -> tuple[Tensor, Tensor | None]:
+        """The batch's share of the step's mean over ``total`` positions, and the batch's own balancing loss."""
         config = self.config
         if config.method == "ce":
             batch = dataclasses.replace(batch, targets=streams.one_hot(batch.labels))
@@ -252,8 +258,9 @@ class _Training:
                 # A head may be padded beyond the ids that mean something.
                 head_VD = outputs.lm_head_weight(self.teacher).detach()[: self.stream.vocab_size]
                 targets = DenseTeacher(hidden_PD, head_VD)
-            return linear_sparse_kl(
-                outputs.hidden_states(self.model, batch.input_ids, positions_BT).flatten(0, 1),
+            hidden_BTD, balance = outputs.hidden_states_and_balance(self.model, batch.input_ids, positions_BT)
+            loss = linear_sparse_kl(
+                hidden_BTD.flatten(0, 1),
                 self.head,
                 targets,
                 # The divergence from all of the probability on the label is cross-entropy.
@@ -263,6 +270,7 @@ class _Training:
                 position_weights_P=(labels_P != IGNORED_LABEL).float(),
                 normaliser=total,
             )
+        return loss, balance
 
     def _sum_over_processes(self, loss: Tensor) -> None:
         for parameter in self.parameters:

@@ -227,3 +227,40 @@ def test_a_sharded_student(one_process):
     assert wanted.keys() == found.keys()
     for name, grad in found.items():
         torch.testing.assert_close(grad.full_tensor(), wanted[name])
+
+
+def experts(**changes):
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, **SMALL, **changes)
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(config)
+
+
+def test_the_balancing_loss_is_the_models_own():
+    """Where the config asks for it, the loss of the routers comes with the hidden states, with its gradient (U13)."""
+    ids_BT, _ = ids_and_targets()
+    model = experts(router_aux_loss_coef=0.25, output_router_logits=True)
+    body = model.model
+    hidden_BTD, balance = outputs.hidden_states_and_balance(model, ids_BT)
+    assert body is model.model
+    torch.testing.assert_close(hidden_BTD, outputs.hidden_states(model, ids_BT), rtol=0, atol=0)
+    wanted = 0.25 * model(input_ids=ids_BT, use_cache=False).aux_loss
+    (gate,) = [p for name, p in model.named_parameters() if name.endswith("gate.weight")]
+    torch.testing.assert_close(balance, wanted)
+    torch.testing.assert_close(torch.autograd.grad(balance, gate), torch.autograd.grad(wanted, gate))
+    positions_BT = torch.tensor([[0, 1, 2, 0, 1, 2]] * B)  # two documents in each sequence
+    apart_BTD, balance = outputs.hidden_states_and_balance(model, ids_BT, positions_BT)
+    torch.testing.assert_close(apart_BTD, outputs.hidden_states(model, ids_BT, positions_BT), rtol=0, atol=0)
+    assert balance > 0
+
+
+def test_no_balancing_loss_where_none_is_asked_for():
+    """A config that does not ask gets none; one that asks a model without such a loss is refused."""
+    ids_BT, _ = ids_and_targets()
+    for model in (experts(router_aux_loss_coef=0.25), experts(output_router_logits=True, router_aux_loss_coef=0.0)):
+        assert outputs.hidden_states_and_balance(model, ids_BT)[1] is None
+    model = experts(output_router_logits=True)
+    model.forward = lambda **named: types.SimpleNamespace(logits=None)
+    with pytest.raises(
+        ValueError, match=r"the config of Mixtral\w+ asks for a balancing loss \(router_aux_loss_coef, outp"
+    ):
+        outputs.hidden_states_and_balance(model, ids_BT)

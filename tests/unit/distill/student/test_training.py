@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -341,6 +342,58 @@ def test_a_student_can_be_continued(place, tmp_path):
         config_of(place, tmp_path / "second", student=str(first.model), tokenizer=None, steps=2, seed=1), report=silent
     )
     assert log_of(tmp_path / "second")[0]["loss"] < log_of(tmp_path / "first")[0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Phi"])
+def test_a_student_with_a_cap_or_a_bias_is_trained(place, tmp_path, kind):
+    """The first loss of CE is cross-entropy of the student's own logits, cap and bias included; then it falls (U9)."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "tokenizer")
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": SEQ_LEN}
+    more = {"head_dim": 8, "final_logit_softcapping": 0.5} if kind == "Gemma2" else {}
+    torch.manual_seed(0)
+    student = getattr(transformers, kind + "ForCausalLM")(getattr(transformers, kind + "Config")(**sizes, **more))
+    for parameter in student.requires_grad_(False).get_output_embeddings().parameters():
+        torch.nn.init.normal_(parameter)
+    tokenizer.save_pretrained(tmp_path / "student")
+    student.save_pretrained(tmp_path / "student")
+    config = config_of(place, tmp_path / "run", tokenizer=None, student=str(tmp_path / "student"), method="ce")
+    train(config, report=silent)
+    losses = [row["loss"] for row in log_of(tmp_path / "run")]
+    _, tokens = first_batch(place)
+    expected = cross_entropy(student(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert float(expected) == pytest.approx(losses[0], abs=1e-5)
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_the_experts_of_a_student_are_balanced(place, tmp_path, capsys):
+    """A config that asks for the balancing loss gets it in its gradients, beside the same loss in the log (U13)."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "tokenizer")
+    first = {}
+    for asked in (False, True):
+        config = transformers.MixtralConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            router_aux_loss_coef=5.0,
+            output_router_logits=asked,
+        )
+        torch.manual_seed(0)
+        place_of = tmp_path / f"student-{asked}"
+        transformers.MixtralForCausalLM(config).save_pretrained(place_of)
+        tokenizer.save_pretrained(place_of)
+        run = config_of(place, tmp_path / f"run-{asked}", tokenizer=None, student=str(place_of), steps=1)
+        train(run, report=silent)
+        first[asked] = losses_of(tmp_path / f"run-{asked}")[0]
+        said = "the balancing loss of the student's experts is left out" in capsys.readouterr().err
+        assert said is not asked
+    (_, loss, norm), (_, balanced_loss, balanced_norm) = first[False], first[True]
+    assert loss == balanced_loss
+    assert balanced_norm > norm
 
 
 def test_bfloat16_stays_near_float32(place, tmp_path):
