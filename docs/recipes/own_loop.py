@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from sklformat.distill import SparseLogitDataset, linear_sparse_kl
+from sklformat.distill import SparseLogitDataset, linear_sparse_kl, output_head
 
 
 def save(checkpoint: Path, state: dict) -> None:
@@ -38,6 +38,7 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = AutoModelForCausalLM.from_pretrained(options.student).to(device).train()
+    head = output_head(student)  # with its bias, scale and cap
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate)
     dataset = SparseLogitDataset(options.cache, batch_size=options.batch_size, seed=0)
     step = 0
@@ -54,7 +55,7 @@ def main() -> None:
         for loaded in DataLoader(dataset, batch_size=None, num_workers=options.num_workers):
             batch = loaded.to(device)
             hidden = student.base_model(batch.input_ids).last_hidden_state.flatten(0, 1)
-            loss = linear_sparse_kl(hidden, student.get_output_embeddings().weight, batch.targets)
+            loss = linear_sparse_kl(hidden, head, batch.targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
