@@ -83,9 +83,7 @@ class Ragged:
         if len(padded) != 2 or padded[0].shape != padded[1].shape or padded[0].dim() == 0:
             shapes = [list(getattr(part, "shape", ())) for part in padded]
             raise ValueError(f"padded targets have the shapes {shapes}; need token_ids and probs, both [..., K]")
-        ids_PK, probs_PK = padded[0].flatten(0, -2), padded[1].flatten(0, -2)
-        if ids_PK.dim() == 1:
-            ids_PK, probs_PK = ids_PK[None], probs_PK[None]
+        ids_PK, probs_PK = (part.flatten(0, -2) if part.dim() > 1 else part[None] for part in padded)
         held_PK = probs_PK != 0
         offsets = torch.zeros(len(held_PK) + 1, dtype=torch.int64, device=held_PK.device)
         torch.cumsum(held_PK.sum(1), 0, out=offsets[1:])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from sklformat.distill.loader.batches import Batch, Targets
 from sklformat.distill.losses.kl import METHODS, DenseTargets, OutputHead, linear_sparse_kl, sparse_kl
 
 P, V, D, K, R = 9, 31, 5, 4, 2
@@ -165,6 +166,19 @@ def test_padded_targets_are_the_ragged_ones(method, ce_weight):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
         logits_PV = (hidden_PD @ head.weight.T).detach()
         assert sparse_kl(logits_PV, pair, **args) == sparse_kl(logits_PV, targets, **args)
+
+
+def test_padded_targets_of_a_batch_and_of_one_position():
+    """What ``batch.padded()`` gives is what the losses take, and one position's own row too."""
+    hidden_PD, head = make()
+    ragged = Ragged()
+    targets = Targets(ragged.token_ids.int(), ragged.probs, ragged.offsets)
+    nothing = torch.zeros(3, P // 3, dtype=torch.int64)
+    ids, probs, _ = Batch(nothing, nothing, targets, {}).padded(5)
+    expected = linear_sparse_kl(hidden_PD, head, targets)
+    assert linear_sparse_kl(hidden_PD, head, (ids, probs)) == expected
+    one = linear_sparse_kl(hidden_PD[:1], head, (ids[0, 0], probs[0, 0]))
+    assert one == linear_sparse_kl(hidden_PD[:1], head, (ids[0, :1], probs[0, :1]))
 
 
 NOTHING = {
