@@ -26,8 +26,9 @@ FLAGS = {
     """,
     "estimate": """
         adapter-base batch-size calibration-sequences device disk-tb dtype encoding exclude field gpu-price gpus
-        include json max-unpack-ratio on-bad-file positions positions-per-second proposal-temperature rounds seq-len
-        sequences-per-shard store-tokens teacher text trust-remote-code unique-tokens vocab-size
+        include json learnt-per-sequence max-unpack-ratio on-bad-file positions positions-per-second
+        proposal-temperature rounds seq-len sequences-per-shard store-tokens teacher text trust-remote-code
+        unique-tokens vocab-size
     """,
 }
 
