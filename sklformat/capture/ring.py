@@ -196,7 +196,8 @@ class Ring:
                 if size <= self.max_payload:
                     raise
                 raise ValueError(
-                    f"frame of {size} bytes, the ring takes up to {self.max_payload}; make the ring larger"
+                    f"frame of {size} bytes, the ring takes up to {self.max_payload}; make the ring larger "
+                    "(ring_bytes of a Capture, ring_mib of sklformat cache)"
                 ) from None
             except RingClosedError:
                 raise self._consumer_gone() from None
