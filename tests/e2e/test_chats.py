@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from capture_data import shard_bytes
 
 import sklformat as skl
 from sklformat.cli import main
 from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.models import loading
+from sklformat.distill.teacher.drawing import Drawer
 from sklformat.sampler import draw
 
 SEQ_LEN = 64
@@ -344,3 +346,23 @@ def test_who_wrote_the_text(place, cache, tmp_path, capfd):
     assert {"name": "some-other-model", "sampling": {"temperature": "1"}} == written["other"][0]
     status, _, err = cache("bad", place / "chats.jsonl", "--author", "teacher", "hot")
     assert (2, "author: after the name come settings as NAME=VALUE, got hot" in err) == (status, True)
+
+
+def test_a_capture_of_chats_is_resumed(place, cache, tmp_path, monkeypatch):
+    """Stopped within a batch of unlike lengths, or ended early, it goes on to the bytes of an undisturbed run."""
+    words = ("--batch-size", 3, "--sequences-per-shard", 4)
+    assert 0 == cache("whole", place / "chats.jsonl", *words)[0]
+    draw_sequence = Drawer.draw
+
+    def stopping(drawer, sequence, *rest):
+        if sequence == 5:
+            raise KeyboardInterrupt
+        return draw_sequence(drawer, sequence, *rest)
+
+    monkeypatch.setattr(Drawer, "draw", stopping)
+    assert 130 == cache("stopped", place / "chats.jsonl", *words)[0]
+    monkeypatch.setattr(Drawer, "draw", draw_sequence)
+    assert 0 == cache("short", place / "chats.jsonl", *words, "--num-sequences", 4)[0]
+    for out, made in (("stopped", 4), ("short", 5)):
+        assert made == cache(out, place / "chats.jsonl", *words)[1]["sequences_made"]
+        assert shard_bytes(tmp_path / "whole") == shard_bytes(tmp_path / out)
