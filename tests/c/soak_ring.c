@@ -1,6 +1,7 @@
 /* Many messages of mixed sizes from one process to another: each arrives once, whole and in order.
  *
  * soak_ring MESSAGES [CAPACITY]: exits 0 and says what was moved, or says what went wrong. */
+#include "check.h"
 #include "skl.h"
 
 #include <stdio.h>
@@ -12,14 +13,6 @@
 #include <unistd.h>
 
 #define SECOND UINT64_C(1000000000)
-#define CHECK(condition)                                                                                              \
-    do {                                                                                                              \
-        if (!(condition)) {                                                                                           \
-            fprintf(stderr, "%s:%d: %s, message %llu\n", __FILE__, __LINE__, #condition, (unsigned long long)number); \
-            exit(1);                                                                                                  \
-        }                                                                                                             \
-    } while (0)
-
 static uint64_t mix(uint64_t x)
 {
     x = (x ^ x >> 31) * UINT64_C(0x7fb5d329728ea185);

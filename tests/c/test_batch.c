@@ -1,5 +1,6 @@
 /* test_batch.c: decoding at length, one by one and in batches; every table of kernels gives the same bits and names the
  * same fault, under sanitizers and in buffers of exactly the promised length. */
+#include "check.h"
 #include "kernels.h"
 #include "kernels_choice.h"
 
@@ -10,14 +11,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#define CHECK(condition)                                                                     \
-    do {                                                                                     \
-        if (!(condition)) {                                                                  \
-            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition);     \
-            exit(1);                                                                         \
-        }                                                                                    \
-    } while (0)
 
 enum { PADDING = 64 };
 

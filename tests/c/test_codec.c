@@ -1,4 +1,5 @@
 /* test_codec.c: the codec and the ratio code alone, with buffers of exactly the promised length, under sanitizers. */
+#include "check.h"
 #include "kernels_choice.h"
 #include "skl.h"
 
@@ -6,14 +7,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define CHECK(condition)                                                                     \
-    do {                                                                                     \
-        if (!(condition)) {                                                                  \
-            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition);     \
-            exit(1);                                                                         \
-        }                                                                                    \
-    } while (0)
 
 enum { PADDING = 64 };
 

@@ -1,17 +1,10 @@
 /* test_columns.c: columns of payloads, with buffers of exactly the promised length, under sanitizers. */
+#include "check.h"
 #include "skl.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define CHECK(condition)                                                                     \
-    do {                                                                                     \
-        if (!(condition)) {                                                                  \
-            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition);     \
-            exit(1);                                                                         \
-        }                                                                                    \
-    } while (0)
 
 /* Heap memory of exactly this size, so that the sanitizer sees the first byte beyond it. */
 static uint8_t *room(size_t size)

@@ -1,18 +1,11 @@
 /* Sorted draws become (token id, count) pairs; anything else is refused. */
+#include "check.h"
 #include "kernels_choice.h"
 #include "skl.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define CHECK(condition) \
-    do { \
-        if (!(condition)) { \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-            exit(1); \
-        } \
-    } while (0)
 
 /* Equal neighbours are counted, rows stay apart. */
 static void merges_each_row(void)

@@ -1,17 +1,11 @@
 /* test_module.c: loading the library does not change how its process computes.  test_module MODULE. */
+#include "check.h"
+
 #include <dlfcn.h>
 #include <fenv.h>
 #include <float.h>
 #include <stdio.h>
 #include <stdlib.h>
-
-#define CHECK(condition)                                                                     \
-    do {                                                                                     \
-        if (!(condition)) {                                                                  \
-            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition);     \
-            exit(1);                                                                         \
-        }                                                                                    \
-    } while (0)
 
 /* Subnormal numbers are numbers, and results are rounded to nearest. */
 static void check_environment(void)

@@ -1,5 +1,6 @@
 /* The ring: order, content, waiting, closing, and memory that something overwrote.  Built with ASan and UBSan, and with
  * TSan for the threads. */
+#include "check.h"
 #include "kernels_choice.h"
 #include "skl.h"
 
@@ -20,14 +21,6 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
-
-#define CHECK(condition) \
-    do { \
-        if (!(condition)) { \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-            exit(1); \
-        } \
-    } while (0)
 
 #define CAPACITY 16384u
 #define RING_LEN (4096u + CAPACITY)

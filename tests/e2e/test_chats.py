@@ -1,9 +1,12 @@
 """Chats: from rows of messages to records of answers alone, one chat a sequence or packed."""
 
+import datetime as dt
 import itertools
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -149,6 +152,14 @@ def test_rows_of_every_shape(place, cache, tmp_path, row):
     assert TEXT == loading.load_tokenizer(place / "teacher").decode(sequence.tokens)
 
 
+def test_what_json_cannot_say(cache, tmp_path):
+    """Tables hold dates and bytes beside the words of a message; they are no fault."""
+    said = {"role": "user", "content": "alpha", "at": dt.date(2026, 1, 2)}
+    pq.write_table(pa.Table.from_pylist([{"messages": [said, ANSWER]}]), tmp_path / "rows.parquet")
+    status, _, err = cache("cache", tmp_path / "rows.parquet")
+    assert 0 == status, err
+
+
 def test_prompt_and_completion_as_text(place, cache, tmp_path):
     """Text without a template: the prompt is read, the completion and the end of text are learnt from."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "alpha ", "completion": "beta"}) + "\n")
@@ -236,6 +247,11 @@ def test_text_that_loses_its_start_keeps_bos(place, cache, tmp_path):
         ([{"messages": [{"role": "user", "content": "x"}]}], (), "line 1: no message is the assistant's; there is no"),
         ([{"text": "x", "messages": []}], (), "has text in 'text' and a chat in 'messages'; say which with --field"),
         ([*make_chats(1), {"text": "x"}], (), "line 2 holds text, "),
+        (
+            [{"messages": [{"role": "user", "content": "\ud800"}, ANSWER]}],
+            (),
+            "line 1 holds half a surrogate pair, whi",
+        ),
         ([{"text": "x"}, *make_chats(1)], (), "line 2 holds a chat in 'messages', "),
         (make_chats(1), ("--bos", "document"), "bos document: a chat begins as its template says; leave --bos out"),
     ],

@@ -139,8 +139,10 @@ class TokenSource:
         """As asked; with auto as the tokens were made that an earlier run left, whatever the rule was then."""
         if self._config.bos != "auto":
             return self._config.bos
+        if self._is_ragged() and self._has_bos(self._given()):
+            return "none"
         if not path.exists():
-            return "none" if self._is_ragged() and self._has_bos(self._given()) else "auto"
+            return "auto"
         facts = TokenStore(path).facts
         if facts.bos == "none" and not facts.marks_answers and tokenization.template_ids(self._tokenizer)[0]:
             _warn(

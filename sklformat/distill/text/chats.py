@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.distill.text.corpus import Encoding, TokenStore, write_encoded, write_token_store
-from sklformat.distill.text.documents import Document, document_of, some
+from sklformat.distill.text.documents import Document, check_characters, document_of, some
 from sklformat.distill.text.facts import Encoder
 from sklformat.distill.text.fingerprints import text_fingerprint
 from sklformat.distill.text.sources import hub
@@ -62,7 +62,8 @@ class Chat:
     @property
     def text(self) -> str:
         """All that it says, in one form, for its fingerprint."""
-        return json.dumps([self.messages, self.tools, self.prompt, self.completion], sort_keys=True, ensure_ascii=False)
+        parts = [self.messages, self.tools, self.prompt, self.completion]
+        return json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)  # tables hold dates and the like
 
 
 Marked = tuple[NDArray[np.int64], NDArray[np.bool_]]
@@ -152,6 +153,7 @@ def write_texts(directory: Path, texts: Iterator[Text], encoders: Encoders, **fa
 
 
 def _digest(chat: Chat) -> str:
+    check_characters(chat.text, chat.place)
     return text_fingerprint((chat.name, chat.text))
 
 

@@ -106,11 +106,21 @@ def document_of(row: Row, field: str) -> Document | None:
     text = row.values[field]
     if not isinstance(text, str):
         raise ValueError(f"{row.place} has {kind_of(text)} in field {field!r}, must be text")  # noqa: TRY004  the data is wrong
+    check_characters(text, row.place)
+    return Document(row.name, text) if text else None
+
+
+def check_characters(text: str, place: str) -> None:
+    """
+    Make sure that a text can be written.
+
+    Raises:
+        ValueError: It holds half a surrogate pair; names the place.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{row.place} holds half a surrogate pair, which is no character") from None
-    return Document(row.name, text) if text else None
+        raise ValueError(f"{place} holds half a surrogate pair, which is no character") from None
 
 
 def some(documents: Iterable[Made], otherwise: str) -> Iterator[Made]:
