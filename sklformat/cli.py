@@ -22,7 +22,7 @@ from typing import Any
 from sklformat import SklError, UnfinishedError, __version__, progress, recover, verify
 from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cache.report import inspect
-from sklformat.errors import WriteError
+from sklformat.errors import WriteError, is_memory_short
 from sklformat.files.disk import refuse_held
 from sklformat.flags import UsageError, in_flags, parse
 from sklformat.format.layout import PARTIAL_SUFFIX, UNBIASED_SAMPLERS
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SklError, ValueError) as error:
         return _fail(name, verb.in_flags(error), 1)
     except (RuntimeError, MemoryError) as error:
-        if not _is_memory_short(error):
+        if not is_memory_short(error):
             raise
         advice = "use a smaller --batch-size, where the verb has one, or a device with more memory"
         return _fail(name, f"out of memory ({str(error).partition(chr(10))[0] or 'of this machine'}); {advice}", 1)
@@ -114,13 +114,6 @@ def _of_system(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename is not None else ""
     said = f"{where}{error.strerror}" if error.strerror else str(error)
     return f"{said}: make room, then run the same command again" if error.errno in _NO_ROOM else said
-
-
-def _is_memory_short(error: BaseException) -> bool:
-    """Whether memory ran out: torch says it with an error of its own on a GPU, with a RuntimeError on the CPU."""
-    torch = sys.modules.get("torch")  # not loaded: the error is not torch's
-    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    return on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _fail(name: str, message: str, status: int) -> int:

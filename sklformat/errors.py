@@ -6,6 +6,7 @@ Wrong arguments raise ``ValueError`` or ``TypeError``; operating system errors p
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 
@@ -140,3 +141,10 @@ STATUS_ERRORS: dict[str, type[Exception]] = {
 def describe_bad_json(error: Exception, what: str | None = None) -> str:
     """What is wrong with a text, the part ``what`` of it, in which a parser of JSON met ``error``."""
     return f"not JSON: {error}" if what is None else f"{what} is not JSON: {error}"
+
+
+def is_memory_short(error: BaseException) -> bool:
+    """Whether memory ran out: torch says it with an error of its own on a GPU, with a RuntimeError on the CPU."""
+    torch = sys.modules.get("torch")  # not loaded: the error is not torch's
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)

@@ -266,7 +266,7 @@ def linear_sparse_kl(
     """
     head = head if isinstance(head, OutputHead) else OutputHead(head)
     if head.weight.device != hidden_PD.device:
-        raise ValueError(f"lm_head_weight_VD is on {head.weight.device}, hidden_PD on {hidden_PD.device}")
+        raise ValueError(f"the head's weight is on {head.weight.device}, hidden_PD on {hidden_PD.device}")
     compute = matmul_dtype("hidden_PD", hidden_PD, head.weight)
     num_positions, vocab_size = hidden_PD.shape[0], head.weight.shape[0]
     rows = LossRows(

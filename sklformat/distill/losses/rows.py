@@ -323,12 +323,12 @@ def matmul_dtype(name: str, hidden_PD: Tensor, weight_VD: Tensor) -> torch.dtype
     """Type of the products of hidden states and weight: autocast's where it is on, else the one type of both."""
     if hidden_PD.dim() != 2 or weight_VD.dim() != 2 or hidden_PD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
-            f"{name} has shape {list(hidden_PD.shape)}, its lm_head_weight_VD {list(weight_VD.shape)}; "
+            f"{name} has shape {list(hidden_PD.shape)}, its head's weight {list(weight_VD.shape)}; "
             "need [positions, D] and [V, D]"
         )
     device = hidden_PD.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (hidden_PD.dtype, weight_VD.dtype):
         return torch.get_autocast_dtype(device)
     if hidden_PD.dtype != weight_VD.dtype:
-        raise ValueError(f"{name} has type {hidden_PD.dtype}, its lm_head_weight_VD {weight_VD.dtype}; need one type")
+        raise ValueError(f"{name} has type {hidden_PD.dtype}, its head's weight {weight_VD.dtype}; need one type")
     return hidden_PD.dtype

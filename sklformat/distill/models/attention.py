@@ -16,10 +16,11 @@ import transformers
 from torch import Tensor
 
 from sklformat.distill.models import outputs
+from sklformat.errors import is_memory_short
 
 _PROBE_TOKENS = 8
 _DOCUMENT_TOKENS = 7
-_NOT_AT_ALL = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
+_NOT_AT_ALL = (AssertionError, *outputs.HEAD_FAILURES)
 
 
 @torch.no_grad()
@@ -47,9 +48,9 @@ def check_causal(model: Any) -> None:
     other_BT[:, kept:] = (ids_BT[:, kept:] + 1) % width
     try:
         found = [outputs.logits(model, given_BT)[:, :kept].float() for given_BT in (ids_BT, other_BT)]
-    except torch.OutOfMemoryError:
-        raise
     except _NOT_AT_ALL as error:
+        if is_memory_short(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"a {kind} cannot be run over token ids alone ({reason}); use a causal language model"
@@ -77,10 +78,8 @@ def check_isolates(model: Any) -> None:
         ValueError: The second document's logits are not the same; names the kind of model.
         torch.OutOfMemoryError: No room for the model's own run.
     """
-    training = model.training
-    model.eval()
-    isolates = _isolates(model)
-    model.train(training)
+    with outputs.evaluated(model):
+        isolates = _isolates(model)
     if not isolates:
         raise ValueError(
             f"a {type(model).__name__} does not keep documents apart (transformers {transformers.__version__}): one "
@@ -104,9 +103,9 @@ def _isolates(model: Any) -> bool:
     )
     try:
         packed, behind_another = (_second(model, ids, positions_BT, is_second_BT) for ids in (ids_BT, other_BT))
-    except torch.OutOfMemoryError:
-        raise
-    except (*_NOT_AT_ALL, ImportError):  # it takes no positions, or no masks
+    except (*_NOT_AT_ALL, ImportError) as error:  # it takes no positions, or no masks
+        if is_memory_short(error):
+            raise
         return False
     # What a document before it says must change no bit, but that mixtures of experts may round otherwise; alone, all
     # products have another shape.

@@ -10,11 +10,11 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 import transformers
 from safetensors import SafetensorError
 
 from sklformat.distill.models import hub
+from sklformat.errors import is_memory_short
 
 # What a broken config, a library that is missing, or code that came with a model, may end with.
 _FAILURES = (
@@ -56,10 +56,10 @@ def named(path: Path | str, what: str) -> Iterator[bool]:
     try:
         not_asked = hub.why_not_asked(str(path))
         yield bool(not_asked)
-    except (torch.OutOfMemoryError, RefusedError):
+    except RefusedError:
         raise
     except _FAILURES as error:
-        if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+        if is_memory_short(error):
             raise
         if isinstance(error, ValueError) and "trust_remote_code" in str(error):
             raise RefusedError(

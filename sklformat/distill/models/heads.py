@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sklformat.distill.losses.heads import OutputHead
 from sklformat.distill.models import outputs
+from sklformat.errors import is_memory_short
 
 _PROBE_TOKENS = 8
 _PROBE_LOGIT = 100.0  # beyond every cap in use, the greatest of which is 50
@@ -149,15 +150,13 @@ def has_linear_head(model: Any) -> bool:
 @torch.no_grad()
 def _tried_well(model: Any, head: OutputHead) -> bool:
     ids_BT = torch.arange(_PROBE_TOKENS, device=outputs.input_device(model))[None] % head.weight.shape[0]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        return _is_product(model, head, ids_BT)
-    except outputs.HEAD_FAILURES:  # the head needs more from the body than hidden states
+        with outputs.evaluated(model):
+            return _is_product(model, head, ids_BT)
+    except outputs.HEAD_FAILURES as error:  # the head needs more from the body than hidden states
+        if is_memory_short(error):
+            raise
         return False
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _is_product(model: Any, head: OutputHead, ids_BT: Tensor) -> bool:

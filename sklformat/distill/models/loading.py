@@ -31,7 +31,15 @@ class Named(TypedDict, total=False):
     adapter_base: str | None
 
 
-_OF_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+def named_of(config: Any) -> Named:
+    """What the settings of a verb say of it."""
+    return {"trust_remote_code": config.trust_remote_code, "adapter_base": config.adapter_base}
+
+
+_OF_TOKENIZERS = (
+    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+)
 
 
 def load_tokenizer(
@@ -53,8 +61,7 @@ def load_tokenizer(
     """
     path = str(path)
     with quiet(), named(path, "tokenizer") as local:
-        bare = Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _OF_TOKENIZERS)
-        adapter = adapters.find_adapter(path, revision=revision, local=local) if bare else None
+        adapter = adapters.find_adapter(path, revision=revision, local=local) if _is_bare(path) else None
         if adapter is None:
             return transformers.AutoTokenizer.from_pretrained(
                 path, revision=revision or "main", local_files_only=local, trust_remote_code=trust_remote_code
@@ -62,6 +69,23 @@ def load_tokenizer(
     with adapters.of_another(path):
         base = adapters.base_of(path, adapter, adapter_base)
         return load_tokenizer(base, revision=adapter.get("revision"), trust_remote_code=trust_remote_code)
+
+
+def load_own_tokenizer(path: str, **how: Any) -> PreTrainedTokenizerBase | None:
+    """
+    As ``load_tokenizer``; None for the directory of a model that holds none, which is no fault of it.
+
+    Raises:
+        OSError, ValueError: There is one, and it cannot be loaded.
+    """
+    if _is_bare(path) and adapters.find_adapter(path, revision=how.get("revision"), local=True) is None:
+        return None
+    return load_tokenizer(path, **how)
+
+
+def _is_bare(path: str) -> bool:
+    """Whether a path is a directory without anything of a tokenizer."""
+    return Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _OF_TOKENIZERS)
 
 
 def load_model(

@@ -6,6 +6,8 @@ Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,10 +35,10 @@ def body(model: PreTrainedModel) -> tuple[str, Any]:
 
 def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
     """
-    Run a model without its head; with ``lm_head_weight`` this is all that ``linear_sparse_kl`` needs.
+    Run a model without its head; with ``output_head`` this is all that ``linear_sparse_kl`` needs.
 
     Attention is causal over the whole sequence, not masked at separators (paper, Appendix D), unless position ids
-    say where documents begin, and the model heeds them (``isolation``).
+    say where documents begin, and the model heeds them (``attention.check_isolates``).
 
     Args:
         model: A causal language model.
@@ -92,6 +94,18 @@ def hidden_states_and_balance(
             "output_router_logits), and the model gives none; set output_router_logits to false"
         )
     return given.last_hidden_state, balance_weight(model) * balance
+
+
+@contextlib.contextmanager
+def evaluated(model: PreTrainedModel) -> Iterator[None]:
+    """A model without dropout for a while; each of its modules is left as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def lm_head_weight(model: PreTrainedModel) -> Tensor:

@@ -126,7 +126,7 @@ def _token_store(config: EvalConfig) -> Iterator[Path]:
     if config.tokens is not None:
         yield config.tokens
         return
-    tokenizer = loading.load_tokenizer(config.tokenizer or config.student, **_named(config))
+    tokenizer = loading.load_tokenizer(config.tokenizer or config.student, **loading.named_of(config))
     vocab_size = tokenization.num_ids(tokenizer)
     encoders = Encoders(tokenizer, bos=config.bos, special_tokens=config.special_tokens)
     with tempfile.TemporaryDirectory(prefix="sklformat-eval-") as directory:
@@ -188,22 +188,14 @@ def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress
     return evaluation
 
 
-def _named(config: EvalConfig) -> loading.Named:
-    """How models and tokenizers are loaded."""
-    return {"trust_remote_code": config.trust_remote_code, "adapter_base": config.adapter_base}
-
-
 def _checked_tokenizer(config: EvalConfig, facts: StoreFacts, model: str) -> Any:
     """The tokenizer of the student or of the teacher: the one given, or the model's own, if ids mean the same to it."""
     is_student = model == config.student
     name = config.tokenizer if config.tokenizer is not None and is_student else model
-    try:
-        tokenizer = loading.load_tokenizer(name, **_named(config))
-    except OSError:
-        if is_student or config.tokenizer is None:
-            raise
-        name = config.tokenizer  # which the teacher, having none, is taken to share
-        tokenizer = loading.load_tokenizer(name, **_named(config))
+    tokenizer = loading.load_own_tokenizer(name, **loading.named_of(config))
+    if tokenizer is None:
+        name = name if config.tokenizer is None else config.tokenizer  # which the teacher is taken to share
+        tokenizer = loading.load_tokenizer(name, **loading.named_of(config))
     conflict = facts.made_by.conflict(tokenizer)
     if conflict and config.tokens is None:  # the student's own tokens, so this is the teacher
         raise SettingsError(
@@ -221,7 +213,7 @@ def _checked_tokenizer(config: EvalConfig, facts: StoreFacts, model: str) -> Any
 
 def _load(config: EvalConfig, path: str, tokenizer: Any, tokens: TokenStore, device: torch.device) -> tuple[Any, int]:
     """A model, and how many of the ids of the text it knows."""
-    model = loading.load_model(path, dtype=config.dtype, device=device, **_named(config))
+    model = loading.load_model(path, dtype=config.dtype, device=device, **loading.named_of(config))
     try:
         vocab_size = min(tokens.facts.vocab_size, loading.check_fit(tokenizer, model, seq_len=config.seq_len))
         if config.isolate_documents:

@@ -44,7 +44,7 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
         return streams.open_tokens(
             config.tokens,
             tokenizer=tokenizer,
-            named=_named(config),
+            named=loading.named_of(config),
             seq_len=config.seq_len,
             packing_seed=config.packing_seed,
             isolated=config.isolate_documents,
@@ -56,7 +56,7 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
     stream = streams.open_cache(
         config.cache,
         tokenizer=tokenizer,
-        named=_named(config),
+        named=loading.named_of(config),
         window=config.window or None,
         hold_out=config.hold_out,
         **share,
@@ -76,11 +76,6 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
     return stream
 
 
-def _named(config: TrainConfig) -> loading.Named:
-    """How models and tokenizers are loaded."""
-    return {"trust_remote_code": config.trust_remote_code, "adapter_base": config.adapter_base}
-
-
 def load_student(config: TrainConfig, stream: streams.Stream) -> Any:
     """
     The student that a run starts from: loaded, or a new Llama.
@@ -98,7 +93,7 @@ def load_student(config: TrainConfig, stream: streams.Stream) -> Any:
             seed=config.seed,
             separator_id=tokenization.separator_id(stream.tokenizer),
         )
-    student = loading.load_model(config.student, **_named(config))
+    student = loading.load_model(config.student, **loading.named_of(config))
     loading.check_trainable(student)
     width = outputs.head_width(student)
     if width < stream.vocab_size and not stream.holds_only(width):
@@ -122,7 +117,7 @@ def load_teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> A
     """
     assert config.teacher is not None
     _check_tokenizers(config, stream)
-    teacher = loading.load_model(config.teacher, **_named(config))
+    teacher = loading.load_model(config.teacher, **loading.named_of(config))
     widths = [outputs.head_width(model) for model in (teacher, student)]
     if widths[0] < stream.vocab_size or widths[1] != stream.vocab_size:
         raise SettingsError(
@@ -142,9 +137,8 @@ def _check_tokenizers(config: TrainConfig, stream: streams.Stream) -> None:
     assert config.teacher is not None
     if config.tokenizer is None and config.student is None:
         return  # the stream's is the teacher's
-    try:
-        teachers = loading.load_tokenizer(config.teacher, **_named(config))
-    except OSError:  # it has none, and is taken to share the student's
+    teachers = loading.load_own_tokenizer(config.teacher, **loading.named_of(config))
+    if teachers is None:  # it is taken to share the student's
         return
     conflict = MadeBy.of(stream.tokenizer, stream.vocab_size).conflict(teachers)
     if conflict:
@@ -165,7 +159,10 @@ def settings_of(
     """
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_FIELDS}
     values = {name: value for name, value in values.items() if name not in _FINGERPRINTED_FIELDS} | stream.identity
-    # Only where they are, so that runs resume that began before this setting; a cache says it whatever the flag.
+    # Only where they say something, so that runs resume that began before these settings; a cache says it itself.
+    for name, default in (("packing", "auto"), ("truncate", "end")):
+        if values[name] == default:
+            del values[name]
     del values["isolate_documents"]
     values |= {"isolate_documents": True} if stream.isolated else {}
     given = {

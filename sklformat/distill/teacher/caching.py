@@ -133,11 +133,7 @@ def cache_teacher(config: CacheConfig) -> Cached:
 def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
     check_room(config.ring_mib << 20, "ring_mib")
     device, over = _devices(config, ranks)
-    named: loading.Named = {
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-        "adapter_base": config.adapter_base,
-    }
+    named: loading.Named = {"revision": config.revision, **loading.named_of(config)}
     tokenizer = loading.load_tokenizer(config.teacher_name, **named)
     source = TokenSource(config, tokenizer)
     run = ranks.first(lambda: _name_run(config))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sklformat.distill.models import heads, outputs
+from sklformat.errors import is_memory_short
 
 LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 24}
 """The most logits that are there at once, by kind of device. On a CPU 16 MiB of float32 are memory that is used again
@@ -100,6 +101,8 @@ class Teacher:
         expected = outputs.logits(self._model, ids_BT)
         try:
             found = outputs.head_logits(self._model, outputs.hidden_states(self._model, ids_BT))
-        except outputs.HEAD_FAILURES:
+        except outputs.HEAD_FAILURES as error:
+            if is_memory_short(error):
+                raise
             return False
         return torch.equal(expected, found)

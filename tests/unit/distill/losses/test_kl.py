@@ -615,10 +615,10 @@ def test_linear_refuses_parts_that_do_not_fit():
     hidden_PD, weight_VD, targets, _ = linear_case()
     with pytest.raises(
         ValueError,
-        match=r"^hidden_PD has shape \[\d+, 2\], its lm_head_weight_VD .*; need \[positions, D\] and \[V, D\]",
+        match=r"^hidden_PD has shape \[\d+, 2\], its head's weight .*; need \[positions, D\] and \[V, D\]",
     ):
         linear_sparse_kl(hidden_PD[:, :2], weight_VD, targets)
-    with pytest.raises(ValueError, match=r"hidden_PD has type .*, its lm_head_weight_VD torch\.float32; need one type"):
+    with pytest.raises(ValueError, match=r"hidden_PD has type .*, its head's weight torch\.float32; need one type"):
         linear_sparse_kl(hidden_PD, weight_VD.float(), targets)
     with pytest.raises(ValueError, match="chunk_positions is 0"):
         linear_sparse_kl(hidden_PD, weight_VD, targets, chunk_positions=0)

@@ -5,6 +5,7 @@ import types
 
 import peft
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 import transformers
@@ -15,6 +16,7 @@ from torch.nn import functional
 import sklformat.distill
 from sklformat.distill import OutputHead, linear_sparse_kl, output_head
 from sklformat.distill.models import heads, outputs
+from sklformat.distill.teacher.forward import Teacher
 
 V, B, T = 64, 2, 6
 SIZES = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -264,3 +266,19 @@ def test_no_balancing_loss_where_none_is_asked_for():
         ValueError, match=r"the config of Mixtral\w+ asks for a balancing loss \(router_aux_loss_coef, outp"
     ):
         outputs.hidden_states_and_balance(model, ids_BT)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("can't allocate memory")])
+def test_short_memory_is_no_other_kind_of_head(monkeypatch, error):
+    """Out of memory while a model is tried is said as such; else a capture would quietly take the slowest way."""
+    model = tiny.new_model(290).eval()
+
+    def full(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heads.outputs, "hidden_states", full)
+        with pytest.raises(RuntimeError, match=str(error)):
+            heads.has_linear_head(model)
+        with pytest.raises(RuntimeError, match=str(error)):
+            Teacher(model, 290)

@@ -1,5 +1,6 @@
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -196,3 +197,11 @@ def test_broken_weights_are_named(place, tmp_path, name):
     loading.save(model, loading.load_tokenizer(place / name), tmp_path / "broken")
     with pytest.raises(ValueError, match="broken: gives logits that are no finite numbers; its weights are broken"):
         run(place, **{"teacher": str(place / "teacher"), name: str(tmp_path / "broken")})
+
+
+def test_a_damaged_tokenizer_is_no_missing_one(place, tmp_path):
+    """Only a directory that holds none is taken to share the student's; one that cannot be loaded is an error."""
+    shutil.copytree(place / "teacher", tmp_path / "teacher")
+    (tmp_path / "teacher" / "tokenizer.json").write_text("{")
+    with pytest.raises(OSError, match="teacher: cannot load a tokenizer"):
+        run(place, teacher=str(tmp_path / "teacher"), tokenizer=str(place / "student"))
