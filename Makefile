@@ -1,6 +1,6 @@
 # make demo   set up, then run the whole pipeline: teacher, cache, students, table and plot (ARGS="--seed 1" passes flags on)
 # make test   set up, then check style, types and imports, and run the C and Python tests, C under sanitizers
-# make soak   the long tests, each with its time: 15 minutes of one core, half an hour beside other work
+# make soak   the long tests, each with its time: half an hour of one core or more; an hour or two beside other work
 # make sweep  every causal type of transformers at a tiny size: which capture sees exactly, which it refuses and why
 # make fuzz   random input under sanitizers, FUZZ_SECONDS for each target (60)
 # make ports  the C tests on aarch64 (under qemu-user) and with musl, where apt has them; abi3audit of the wheel

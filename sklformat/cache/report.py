@@ -22,7 +22,7 @@ from sklformat.cache.manifest import MANIFEST_NAME, has_manifest, read_manifest
 from sklformat.cache.payloads import Payloads
 from sklformat.cache.reader import Cache
 from sklformat.cache.shard import Shard, describe
-from sklformat.errors import FormatError, UnsupportedError
+from sklformat.errors import FormatError, UnreadableError, UnsupportedError
 from sklformat.files.places import Place, is_url
 from sklformat.files.regular import is_directory
 from sklformat.format.header import Header
@@ -232,13 +232,21 @@ def _check_listed(listed: list[Entry], found: list[Entry]) -> list[Problem]:
     return problems
 
 
+def _action(error: FormatError) -> str:
+    if error.section == "manifest":
+        return _RELIST
+    if isinstance(error, UnreadableError) and error.offset is not None:  # a regular file on a disk that fails
+        return _REPLACE
+    return _ACTIONS.get(type(error).__name__, _REPLACE)
+
+
 def _problem(error: FormatError, path: Place, sequence: int | None = None, offset: int | None = None) -> Problem:
     name = type(error).__name__
     return Problem(
         error.path or path,
         name,
         error.message if error.section is None else f"{error.section}: {error.message}",
-        _RELIST if error.section == "manifest" else _ACTIONS.get(name, _REPLACE),
+        _action(error),
         error.offset if error.offset is not None else offset,
         error.sequence if error.sequence is not None else sequence,
     )

@@ -71,6 +71,7 @@ class CacheWriter:
         with ExitStack() as held:
             held.enter_context(locked_directory(self.directory))
             if has_manifest(self.directory):
+                unmark_unfinished(self.directory)  # what a crash left that came after the manifest
                 raise FileExistsError(
                     f"{self.directory}: holds a finished cache ({MANIFEST_NAME}); choose another directory"
                 )

@@ -12,7 +12,13 @@ from pathlib import Path
 
 _MEMORY = Path("/proc/meminfo")
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
+_MIN_CAPACITY = 4096
 _AVAILABLE = re.compile(r"MemAvailable: +(\d+) kB")
+
+
+def capacity_of(size_bytes: int) -> int:
+    """Bytes of a ring that takes this many: the next power of two, 4096 at least."""
+    return max(_MIN_CAPACITY, 1 << (size_bytes - 1).bit_length())
 
 
 def check_room(size_bytes: int, given: str) -> None:
@@ -20,16 +26,16 @@ def check_room(size_bytes: int, given: str) -> None:
     Make sure that a ring fits into memory.
 
     Args:
-        size_bytes: Of the ring.
+        size_bytes: That are asked for, >= 1.
         given: The argument that says so, for the message.
 
     Raises:
         ValueError: It does not; says what is free.
     """
-    free = _free_bytes()
-    if free is not None and size_bytes > free:
+    free, capacity = _free_bytes(), capacity_of(size_bytes)
+    if free is not None and capacity > free:
         raise ValueError(
-            f"{given} is too large: a ring of {_size(size_bytes)} takes as much memory at once, and {_size(free)} are "
+            f"{given} is too large: a ring of {_size(capacity)} takes as much memory at once, and {_size(free)} are "
             "free here"
         )
 

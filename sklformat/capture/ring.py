@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 from sklformat import native
 from sklformat.capture.descriptors import Descriptors, PeerDescriptors
-from sklformat.capture.memory import check_room
+from sklformat.capture.memory import capacity_of, check_room
 from sklformat.errors import CorruptError, RingClosedError, RingTimeoutError, UnsupportedError
 
-_MIN_CAPACITY = 4096
 _FRAME_HEADER = 64
 _MAX_TYPE = 2**32 - 2  # the largest value marks padding
 # Longest sleep before the other side's life is looked at: what a death costs at most, scheduling aside.
@@ -98,7 +97,7 @@ class Ring:
             )
         if size_bytes < 1:
             raise ValueError(f"size_bytes must be positive, got {size_bytes}")
-        capacity = max(_MIN_CAPACITY, 1 << (size_bytes - 1).bit_length())
+        capacity = capacity_of(size_bytes)
         check_room(capacity, "size_bytes")
         return cls(Descriptors.of_producer(native.RING_CONTROL_SIZE + capacity), producer=True)
 

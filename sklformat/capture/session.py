@@ -107,7 +107,6 @@ class Capture:
         ):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        check_room(ring_bytes, "ring_bytes")
         if -(-num_sequences // sequences_per_shard) > layout.MAX_SHARDS:
             raise ValueError(
                 f"{num_sequences} sequences in shards of {sequences_per_shard} make more than {layout.MAX_SHARDS} "
@@ -152,6 +151,7 @@ class Capture:
                 self._sealed_before = self.num_sequences
             self._todo = {work.next_sequence: work for work in self._works if work.next_sequence < work.end}
             if self._works:
+                check_room(self._ring_bytes, "ring_bytes")
                 mark_unfinished(self.directory)
                 self._ring = held.enter_context(Ring.create(self._ring_bytes))
                 self._process = self._start(self._ring, writer_lock)

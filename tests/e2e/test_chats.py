@@ -152,6 +152,16 @@ def test_rows_of_every_shape(place, cache, tmp_path, row):
     assert TEXT == loading.load_tokenizer(place / "teacher").decode(sequence.tokens)
 
 
+def test_a_file_that_is_skipped_decides_nothing(cache, place, tmp_path):
+    """What the others must be is said by the first row that is something."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.json").write_text('[{"name": "x"}]')
+    (tmp_path / "rows" / "b.jsonl").write_text((place / "chats.jsonl").read_text())
+    status, result, err = cache("cache", tmp_path / "rows", "--on-bad-file", "skip")
+    assert (0, 9) == (status, result["sequences"]), err
+    assert "skipped 1 of 2 files" in err
+
+
 def test_what_json_cannot_say(cache, tmp_path):
     """Tables hold dates and bytes beside the words of a message; they are no fault."""
     said = {"role": "user", "content": "alpha", "at": dt.date(2026, 1, 2)}
@@ -245,7 +255,7 @@ def test_text_that_loses_its_start_keeps_bos(place, cache, tmp_path):
             "field 'tools' is a number, must be a list",
         ),
         ([{"messages": [{"role": "user", "content": "x"}]}], (), "line 1: no message is the assistant's; there is no"),
-        ([{"text": "x", "messages": []}], (), "has text in 'text' and a chat in 'messages'; say which with --field"),
+        ([{"text": "x", "messages": []}], (), "has text in 'text' and a chat in 'messages'; give --field messages for"),
         ([*make_chats(1), {"text": "x"}], (), "line 2 holds text, "),
         (
             [{"messages": [{"role": "user", "content": "\ud800"}, ANSWER]}],

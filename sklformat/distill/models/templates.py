@@ -148,7 +148,11 @@ class ChatEncoder:
             )["input_ids"]
             for part in (prompt, completion)
         )
-        answer = [*answer, separator_id(self._tokenizer)]
+        end = separator_id(self._tokenizer)
+        if self.special_tokens == "keep":  # either may bring what stands around a text
+            before = [] if ids[: len(before)] == before else before
+            answer = answer[:-1] if answer[-1:] == [end] else answer
+        answer = [*answer, end]
         marked = np.array([*before, *ids, *answer], np.int64)
         return marked, np.arange(marked.size) >= marked.size - len(answer)
 

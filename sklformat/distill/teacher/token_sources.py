@@ -124,8 +124,8 @@ class TokenSource:
         }
         bos = self._choose_bos(path)
         if self._is_ragged():
-            encode = tokenization.TextEncoder(self._tokenizer, bos=bos)
-            encoding = Encoding(bos=encode.bos, bos_id=encode.bos_id, special_tokens="given")
+            place, bos_id = tokenization.choose_bos(self._tokenizer, bos)
+            encoding = Encoding(bos=place, bos_id=bos_id, special_tokens="given")
             return self._look_at(copy_ragged(path, self._given(), **facts, encoding=encoding), self._given())
         assert self._texts is not None
         encoders = Encoders(self._tokenizer, bos=bos, special_tokens=self._config.special_tokens)

@@ -175,14 +175,17 @@ class _Reader:
 
     def __call__(self, row: Row) -> Text | None:
         chat_field = self._chat_field(row)
-        if self._first is None:
-            self._first = (chat_field, row.place)
-        if chat_field != self._first[0]:
+        if self._first is not None and chat_field != self._first[0]:
             there, here = (f"a chat in {field!r}" if field else "text" for field in (self._first[0], chat_field))
             raise ValueError(f"{row.place} holds {here}, {self._first[1]} holds {there}; give files of one kind")
+        made: Text | None
         if chat_field is None:
-            return document_of(row, self._field)
-        return read_chat(row.name, row.values, chat_field, row.place)
+            made = document_of(row, self._field)
+        else:
+            made = read_chat(row.name, row.values, chat_field, row.place)
+        if self._first is None:  # a row that is neither says nothing of the others
+            self._first = (chat_field, row.place)
+        return made
 
     def _chat_field(self, row: Row) -> str | None:
         given = row.values.get(self._field)
@@ -195,7 +198,8 @@ class _Reader:
             return None
         if isinstance(given, str):
             raise ValueError(  # noqa: TRY004  the data is wrong
-                f"{row.place} has text in 'text' and a chat in {found[0]!r}; say which with --field"
+                f"{row.place} has text in 'text' and a chat in {found[0]!r}; give --field {found[0]} for the chat, "
+                "or leave one of the two out"
             )
         return found[0]
 

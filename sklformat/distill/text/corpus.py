@@ -326,8 +326,9 @@ def _write(
     fingerprints: tuple[str, str],
     encoding: Encoding,
 ) -> TokenStore:
-    if not 1 <= vocab_size <= 1 << 32:
-        raise ValueError(f"vocab_size must be in [1, 2^32], got {vocab_size}")
+    bits = 31 if encoding.marks_answers else 32
+    if not 1 <= vocab_size <= 1 << bits:
+        raise ValueError(f"vocab_size must be in [1, 2^{bits}], got {vocab_size}")
     dtype = "uint16" if vocab_size <= 1 << 16 and not encoding.marks_answers else "uint32"
     texts, digests = Fingerprint(), Fingerprint()
     num_documents = num_tokens = 0

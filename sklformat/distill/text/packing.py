@@ -25,7 +25,7 @@ class Sequences(ABC):
     """
     What teacher and student read: sequences made of a token store's documents, in an order that a seed shuffles.
 
-    A sequence is a function of (store, seed, seq_len, separator) alone. Memory: some 16 bytes per document.
+    A sequence is a function of the store and the arguments alone. Memory: some 16 bytes per document.
 
     Pickled, it is its arguments; the store is opened again, on first use, in the process that unpickled it.
 

@@ -27,7 +27,7 @@ class SingleSequences(Sequences):
 
     Documents stand in shuffled order; of each ``_BUCKET`` that follow each other, those of like length form runs of
     ``_RUN``, which are shuffled: batches of sequences that follow each other are little padded, and any first part has
-    documents of all lengths. A document of one token is left out, and one of whose answers truncation leaves nothing.
+    documents of all lengths. A sequence of one token is left out, and one of whose answers truncation leaves nothing.
 
     Args:
         truncate: What a document that is too long loses: its "end", or its "start" but for BOS, without which many
@@ -97,7 +97,12 @@ class SingleSequences(Sequences):
         return answers
 
     def _arrange(self, store: TokenStore) -> None:
-        self._before = int(store.facts.bos != "none")  # a window is a document here
+        if store.facts.bos == "window":
+            raise ValueError(
+                f"{store.directory}: bos window begins packed sequences; where each document is one, make the tokens "
+                "with --bos document"
+            )
+        self._after = int(not store.facts.marks_answers)  # no BOS follows that could stand for the separator
         whole = store.lengths + self._before + self._after - 1
         self._positions = np.minimum(whole, self.seq_len)
         is_kept = whole >= 1

@@ -222,6 +222,7 @@ def test_a_byte_that_the_disk_cannot_read(directory, monkeypatch):
     monkeypatch.setattr(os, "preadv", read)
     (problem,) = skl.verify(directory)
     assert ("UnreadableError", shard, 1) == (problem.error, problem.path, problem.sequence)
+    assert problem.action.startswith("replace the file by a sound copy")  # it is a regular file already
 
 
 def test_memory_does_not_grow_with_the_number_of_sequences(tmp_path):

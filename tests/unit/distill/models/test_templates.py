@@ -159,5 +159,9 @@ def test_prompt_and_completion(plain, encoder):
     assert "<bos>alpha beta<sep><|endoftext|>" == plain.decode(ids)
     assert ["beta<sep><|endoftext|>"] == answers_of(plain, ids, answers)
     assert plain.convert_tokens_to_ids("<sep>") not in ids
+    keep = encoder(None, is_completion=True, special_tokens="keep")
+    ids, answers = keep.encode_completion("<bos>alpha ", "beta<|endoftext|>")  # which bring both
+    assert "<bos>alpha beta<|endoftext|>" == plain.decode(ids)
+    assert ["beta<|endoftext|>"] == answers_of(plain, ids, answers)
     with pytest.raises(ValueError, match="the tokenizer has no chat template; take the model's chat variant"):
         encoder(None)
