@@ -390,7 +390,7 @@ def test_a_ring_that_finds_no_room_is_refused_by_its_flag(cache, tmp_path):
     """Memory is asked for before the teacher is loaded, and the message names the flag and both figures."""
     err = refusal(cache(ring_mib=10**8))
     words = (
-        r"--ring-mib is too large: a ring of 97,656\.2 GiB takes as much memory at once, and [\d,.]+ [GM]iB are free"
+        r"--ring-mib is too large: a ring of 131,072\.0 GiB takes as much memory at once, and [\d,.]+ [GM]iB are free"
     )
     assert re.fullmatch(rf"sklformat cache: {words} here\n", err), err
     assert not (tmp_path / "cache").exists()

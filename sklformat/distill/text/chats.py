@@ -93,7 +93,19 @@ def read_texts(files: TextFiles) -> Iterator[Text]:
 
 
 def read_dataset_texts(words: Sequence[str], *, split: str = "train", field: str = "text") -> Iterator[Text]:
-    """The same of a Hugging Face dataset; arguments and errors as ``read_dataset``."""
+    """
+    The same of a Hugging Face dataset.
+
+    Args:
+        words: As ``hub.read_dataset_rows``: a directory, or a name and, where it has several, its configuration.
+        split: Part of it.
+        field: As ``read_texts``.
+
+    Raises:
+        ModuleNotFoundError: ``datasets`` is not installed.
+        FileNotFoundError: There is no such dataset, split or configuration.
+        ValueError: As ``read_texts``.
+    """
     reader = _Reader(field)
     texts = (text for row in hub.read_dataset_rows(words, split=split) if (text := reader(row)) is not None)
     return some(texts, f"dataset {' '.join(words)} has none in column {field!r} of split {split!r}")

@@ -9,11 +9,10 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from sklformat.distill.text.sources import hub
 from sklformat.distill.text.sources.json_rows import kind_of
 from sklformat.distill.text.sources.rows import Row, read_made
 from sklformat.settings.files import TextFiles
@@ -75,28 +74,6 @@ def read_documents(files: TextFiles | Iterable[Path | str] | Path | str) -> Iter
     field, source = files.field, ", ".join(map(str, files.text))
     documents = read_made(files, lambda row: document_of(row, field), wanted={field})
     return some(documents, f"every file in {source} is empty, or cannot be read and is skipped")
-
-
-def read_dataset(words: Sequence[str], *, split: str = "train", field: str = "text") -> Iterator[Document]:
-    """
-    Read a Hugging Face dataset, one document per row; empty texts are left out.
-
-    Args:
-        words: As ``hub.read_dataset_rows``: a directory, or a name and, where it has several, its configuration.
-        split: Part of it.
-        field: Column that holds the text.
-
-    Yields:
-        Documents named ``split#0``, ``split#1``, …
-
-    Raises:
-        ModuleNotFoundError: ``datasets`` is not installed.
-        FileNotFoundError: There is no such dataset, split or configuration.
-        ValueError: No such column, or no text in it.
-    """
-    rows = hub.read_dataset_rows(words, split=split)
-    documents = (document for row in rows if (document := document_of(row, field)) is not None)
-    return some(documents, f"dataset {' '.join(words)} has none in column {field!r} of split {split!r}")
 
 
 def document_of(row: Row, field: str) -> Document | None:

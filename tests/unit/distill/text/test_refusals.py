@@ -11,9 +11,9 @@ from mmap_ninja import RaggedMmap
 
 import sklformat as skl
 from sklformat.distill.text import chats
-from sklformat.distill.text.chats import read_chat
+from sklformat.distill.text.chats import read_chat, read_dataset_texts
 from sklformat.distill.text.corpus import TokenStore, open_ragged
-from sklformat.distill.text.documents import cut_documents, read_dataset
+from sklformat.distill.text.documents import cut_documents
 from sklformat.distill.text.singles import SingleSequences
 from sklformat.distill.text.sources import hub
 from sklformat.distill.text.sources.json_rows import read_array
@@ -32,7 +32,7 @@ def test_texts(monkeypatch, text, message):
     """A text that is none is named by its place."""
     monkeypatch.setattr(hub, "read_dataset_rows", lambda words, split: hub._named([{"text": text}], words[0], split))
     with pytest.raises(ValueError, match=message):
-        list(read_dataset(["d"]))
+        list(read_dataset_texts(["d"]))
 
 
 def test_pieces_of_no_size():
