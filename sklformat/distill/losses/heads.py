@@ -1,5 +1,5 @@
 """
-A student's head as a loss takes it: what its logits are, given hidden states.
+A model's head as a loss takes it: what its logits are, given hidden states.
 
 Knows tensors only.
 Shape letters: P positions, V vocabulary, D hidden size, R positions of a block, K rank of a low-rank part.
@@ -10,7 +10,7 @@ Shape letters: P positions, V vocabulary, D hidden size, R positions of a block,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,6 +68,14 @@ class OutputHead:
     def is_plain(self) -> bool:
         """Whether hidden states times the weight are the logits."""
         return not self.low_rank and Shape.of(self) is None
+
+    def narrowed(self, vocab_size: int) -> OutputHead:
+        """The head of the first ids alone, as a view: of a padded teacher those that the student has too."""
+        if len(self.weight) < vocab_size:
+            raise ValueError(f"the head has {len(self.weight)} ids; {vocab_size} of them cannot be taken")
+        low_rank = tuple((down, up[:vocab_size], factor) for down, up, factor in self.low_rank)
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return replace(self, weight=self.weight[:vocab_size], bias=bias, low_rank=low_rank)
 
     def widened(self, hidden_PD: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states and weight whose product is h Wᵀ: low-rank parts become more columns of both."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sklformat.distill.losses.heads import Shape, refuse_sharded
+from sklformat.distill.losses.heads import OutputHead, Shape, refuse_sharded
 from sklformat.distill.losses.methods import METHODS, SPARSE_METHODS, Block, mix_ce, segment_sum
 from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, Ragged, RaggedTargets
 
@@ -56,6 +56,7 @@ class LossRows:
         if not like.is_floating_point():
             raise ValueError(f"logits or hidden states have type {like.dtype}; need a float type")
         self.dense: DenseTargets | DenseTeacher | None = None
+        self.teacher_shape: Shape | None = None
         self.ragged: RaggedTargets | None = None
         if (method == "full") != isinstance(targets, DenseTargets | DenseTeacher):
             raise ValueError(
@@ -111,11 +112,15 @@ class LossRows:
         if isinstance(targets, DenseTargets):
             self._check_shape("probs_PV", targets.probs_PV, (self.num_positions, self.vocab_size))
         else:
-            hidden_PD, weight_VD = targets.hidden_PD, targets.lm_head_weight_VD
+            hidden_PD = targets.hidden_PD.detach()
+            head = targets.head if isinstance(targets.head, OutputHead) else OutputHead(targets.head)
             self._check_shape("the teacher's hidden_PD", hidden_PD, (self.num_positions, *hidden_PD.shape[1:]))
-            self._check_shape("the teacher's lm_head_weight_VD", weight_VD, (self.vocab_size, *hidden_PD.shape[1:]))
-            compute = matmul_dtype("the teacher's hidden_PD", hidden_PD, weight_VD)
-            targets = DenseTeacher(hidden_PD.detach().to(compute), weight_VD.detach().to(compute))
+            self._check_shape("the teacher's head", head.weight, (self.vocab_size, *hidden_PD.shape[1:]))
+            compute = matmul_dtype("the teacher's hidden_PD", hidden_PD, head.weight)
+            with torch.no_grad():
+                hidden_PD, weight_VD = head.widened(hidden_PD)
+            targets = DenseTeacher(hidden_PD.to(compute), weight_VD.detach().to(compute))
+            self.teacher_shape = Shape.of(head)
         self.dense = targets
         return torch.ones(self.num_positions, dtype=torch.bool, device=self.device)
 
@@ -311,8 +316,12 @@ class LossRows:
         if isinstance(self.dense, DenseTargets):
             t_RV = self.dense.probs_PV[start:stop].detach().to(self.dtype, copy=True)
             return t_RV, torch.xlogy(t_RV, t_RV).sum(1)
-        assert self.dense is not None
-        logits_RV = torch.mm(self.dense.hidden_PD[start:stop], self.dense.lm_head_weight_VD.t())
+        assert isinstance(self.dense, DenseTeacher)
+        assert isinstance(self.dense.head, Tensor)
+        logits_RV = torch.mm(self.dense.hidden_PD[start:stop], self.dense.head.t())
+        if self.teacher_shape is not None:
+            logits_RV = logits_RV.to(self.dtype)
+            self.teacher_shape.bend(logits_RV)
         # From the logarithms: xlogy takes each of them again, many times slower than exp. A masked id, log 0, gives 0.
         log_RV = logits_RV.log_softmax(1, dtype=self.dtype).clamp_(min=torch.finfo(self.dtype).min)
         t_RV = log_RV.exp()

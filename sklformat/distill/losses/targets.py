@@ -14,6 +14,8 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from sklformat.distill.losses.heads import OutputHead
+
 
 class RaggedTargets(Protocol):
     """
@@ -54,11 +56,16 @@ class DenseTeacher:
     """
     A teacher's last layer for method "full"; its probabilities are formed block by block and never held whole.
 
-    hidden_PD [P, D_teacher] and lm_head_weight_VD [V, D_teacher] have one float type; no gradient flows into them.
+    No gradient flows into it.
+
+    Attributes:
+        hidden_PD: [P, D_teacher].
+        head: Weight [V, D_teacher] of the type of the hidden states, or an OutputHead, as ``output_head(teacher)``
+            gives it; one padded beyond the student's V ids is cut first, with ``head.narrowed(V)``.
     """
 
     hidden_PD: Tensor
-    lm_head_weight_VD: Tensor
+    head: Tensor | OutputHead
 
 
 AnyTargets: TypeAlias = RaggedTargets | PaddedTargets | DenseTargets | DenseTeacher

@@ -178,17 +178,3 @@ def _is_product(model: Any, head: OutputHead, ids_BT: Tensor) -> bool:
         if found_BTV.shape != product_BTV.shape or not (found_BTV - product_BTV).abs().max() <= allowed:
             return False
     return True
-
-
-def check_linear_head(model: Any) -> None:
-    """
-    Make sure that ``hidden_states`` and ``lm_head_weight`` are all that a loss needs.
-
-    Raises:
-        ValueError: The model's logits are something else than their product.
-    """
-    if not has_linear_head(model):
-        raise ValueError(
-            f"the logits of {type(model).__name__} are not hidden states times one matrix "
-            f"(a bias, a scale or a cap?); the chunked loss cannot train it"
-        )

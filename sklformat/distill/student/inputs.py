@@ -126,7 +126,14 @@ def load_teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> A
             f"{widths[1]} (needs just as many)"
         )
     loading.check_fit(stream.tokenizer, teacher, seq_len=stream.seq_len or None)
-    heads.check_linear_head(teacher)
+    try:
+        heads.output_head(teacher)
+    except ValueError as error:
+        reason = str(error).partition(";")[0]  # what follows is about students
+        raise SettingsError(
+            f"the teacher {config.teacher} cannot run alongside: {reason}; capture it with sklformat cache, which runs "
+            "a head as its model does, and train on that"
+        ) from None
     if stream.isolated:
         attention.check_isolates(teacher)
     return teacher

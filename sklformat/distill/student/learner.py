@@ -123,8 +123,7 @@ class Learner:
                 with torch.no_grad():
                     hidden_PD = outputs.hidden_states(self.teacher, batch.input_ids, positions_BT).flatten(0, 1)
                 # A head may be padded beyond the ids that mean something.
-                head_VD = outputs.lm_head_weight(self.teacher).detach()[: self.stream.vocab_size]
-                targets = DenseTeacher(hidden_PD, head_VD)
+                targets = DenseTeacher(hidden_PD, heads.output_head(self.teacher).narrowed(self.stream.vocab_size))
             hidden_BTD, balance = outputs.hidden_states_and_balance(self.model, batch.input_ids, positions_BT)
             loss = linear_sparse_kl(
                 hidden_BTD.flatten(0, 1),

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from sklformat.distill.loader.batches import Batch, Targets
-from sklformat.distill.losses.kl import METHODS, DenseTargets, OutputHead, linear_sparse_kl, sparse_kl
+from sklformat.distill.losses.kl import METHODS, DenseTargets, DenseTeacher, OutputHead, linear_sparse_kl, sparse_kl
 
 P, V, D, K, R = 9, 31, 5, 4, 2
 SPARSE_METHODS = [method for method in METHODS if method != "full"]
@@ -49,16 +49,17 @@ class Ragged:
         return ids_PK, probs_PK
 
 
-def make(*, bias=False, low_rank=False, dtype=torch.float64, **shape):
+def make(*, bias=False, low_rank=False, dtype=torch.float64, seed=1, vocab_size=V, **shape):
     """Hidden states, and a head with all its leaves wanting gradients."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator().manual_seed(seed)
 
     def leaf(*sizes):
         return torch.randn(*sizes, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
 
-    hidden_PD, weight_VD = leaf(P, D), leaf(V, D)
-    more = {"bias": leaf(V)} if bias else {}
-    more |= {"low_rank": ((leaf(R, D), leaf(V, R), 0.5), (leaf(1, D), leaf(V, 1), 2.0))} if low_rank else {}
+    hidden_PD, weight_VD = leaf(P, D), leaf(vocab_size, D)
+    more = {"bias": leaf(vocab_size)} if bias else {}
+    parts = ((leaf(rank, D), leaf(vocab_size, rank), factor) for rank, factor in ((R, 0.5), (1, 2.0)))
+    more |= {"low_rank": tuple(parts)} if low_rank else {}
     return hidden_PD, OutputHead(weight_VD, **more, **shape)
 
 
@@ -103,6 +104,32 @@ def test_a_head_is_its_formula(shape, method):
     for chunk_positions in (None, 4):
         loss = linear_sparse_kl(hidden_PD, head, targets, chunk_positions=chunk_positions, **args)
         torch.testing.assert_close(value_and_grads(loss, inputs), expected, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_teachers_head_is_its_formula(shape, padding):
+    """Method "full" learns from the teacher's own logits, of its ids that the student has, whatever head it has."""
+    teachers_PD, whole = make(**SHAPES[shape], seed=3, vocab_size=V + padding)
+    t_PV = torch.softmax(dense_logits(teachers_PD, whole)[:, :V], 1).detach()
+    teacher = DenseTeacher(teachers_PD, whole.narrowed(V))
+    hidden_PD, head = make(**SHAPES["all"])
+    args = {"method": "full", "labels_P": torch.arange(P), "ce_weight": 0.2}
+    inputs = [hidden_PD, *leaves(head)]
+    expected = value_and_grads(linear_sparse_kl(hidden_PD, head, DenseTargets(t_PV), **args), inputs)
+    for chunk_positions in (None, 4):
+        loss = linear_sparse_kl(hidden_PD, head, teacher, chunk_positions=chunk_positions, **args)
+        torch.testing.assert_close(value_and_grads(loss, inputs), expected, rtol=1e-11, atol=1e-14)
+    linear_sparse_kl(hidden_PD, head, teacher, **args).backward()
+    assert [None] * (1 + len(leaves(whole))) == [leaf.grad for leaf in (teachers_PD, *leaves(whole))]
+
+
+def test_a_teachers_head_in_half_precision():
+    """Under autocast the teacher's product is rounded, and its bias, scale and cap are not."""
+    hidden_PD, head = make(**SHAPES["all"], dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = linear_sparse_kl(hidden_PD, head, DenseTeacher(hidden_PD, head), method="full")
+    assert abs(float(own.detach())) < 1e-6, "a student that is its own teacher"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -283,6 +310,15 @@ def test_a_head_whose_parts_do_not_fit_is_refused(name):
     changes, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         OutputHead(torch.ones(V, D), **changes)
+
+
+def test_a_teachers_head_of_other_ids_is_refused():
+    """Neither is a padded teacher cut in silence, nor are ids made up that it has not."""
+    hidden_PD, head = make()
+    with pytest.raises(ValueError, match=r"the teacher's head has shape \[31, 5\]; need \[30, 5\]"):
+        linear_sparse_kl(hidden_PD, head.narrowed(V - 1), DenseTeacher(hidden_PD, head), method="full")
+    with pytest.raises(ValueError, match="the head has 31 ids; 32 of them cannot be taken"):
+        head.narrowed(V + 1)
 
 
 @pytest.mark.gpu

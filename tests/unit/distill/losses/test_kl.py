@@ -156,7 +156,7 @@ def test_full_is_the_dense_divergence(given, ce_weight):
         torch.randn(P, D, generator=g, dtype=torch.float64), torch.randn(V, D, generator=g, dtype=torch.float64)
     )
     labels_P = torch.randint(V, (P,), generator=g)
-    logt_PV = torch.log_softmax(teacher.hidden_PD @ teacher.lm_head_weight_VD.T, 1)
+    logt_PV = torch.log_softmax(teacher.hidden_PD @ teacher.head.T, 1)
     kl = functional.kl_div(torch.log_softmax(x_PV, 1), logt_PV, log_target=True, reduction="batchmean")
     expected = value_and_grads((1 - ce_weight) * kl + ce_weight * functional.cross_entropy(x_PV, labels_P), x_PV)
     targets = teacher if given == "teacher" else DenseTargets(logt_PV.exp())
@@ -415,7 +415,7 @@ def test_an_accelerator_gives_the_same(method, dtype):
     args = {"method": method, "ce_weight": 0.2, "chunk_positions": 8}
     if method == "full":
         targets = DenseTeacher(0.5 * hidden_PD.detach(), weight_VD.detach())
-        moved = DenseTeacher(targets.hidden_PD.cuda(), targets.lm_head_weight_VD.cuda())
+        moved = DenseTeacher(targets.hidden_PD.cuda(), targets.head.cuda())
     else:
         moved = replace(targets, token_ids=targets.token_ids.cuda(), probs=targets.probs.cuda())
     expected = value_and_grads(

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sklformat as skl
-from sklformat.distill.models import loading, tokenization
+from sklformat.distill.models import loading, outputs, tokenization
 from sklformat.distill.student.schedule import learning_rate_at
 from sklformat.distill.student.training import train
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
@@ -147,18 +147,41 @@ def test_first_loss_of_ce_is_cross_entropy(place, tmp_path):
     assert float(expected) == pytest.approx(log_of(tmp_path / "run")[0]["loss"], abs=1e-5)
 
 
-def test_first_loss_of_full_is_the_divergence_from_the_teacher(place, tmp_path):
+def capped_teacher(directory, tokenizer):
+    """A teacher whose head is padded and has a cap, as Gemma 2's."""
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=tokenization.num_ids(tokenizer) + 7,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+    )
+    model = transformers.Gemma2ForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    loading.save(model, tokenizer, directory)
+    return directory
+
+
+@pytest.mark.parametrize("head", ["one matrix", "padded and capped"])
+def test_first_loss_of_full_is_the_divergence_from_the_teacher(place, tmp_path, head):
     """Method full is KL(teacher || student) with the teacher's own logits; ce_weight mixes cross-entropy in."""
     student, tokens = first_batch(place)
-    teacher = loading.load_model(place / "teacher").requires_grad_(False)
+    path = place / "teacher"
+    if head != "one matrix":
+        path = capped_teacher(tmp_path / "capped", loading.load_tokenizer(place / "tokenizer"))
+    teacher = loading.load_model(path).requires_grad_(False)
     log_p = student(tokens[:, :-1]).logits.log_softmax(-1)
-    log_t = teacher(tokens[:, :-1]).logits.log_softmax(-1)
+    log_t = teacher(tokens[:, :-1]).logits[..., : log_p.shape[-1]].log_softmax(-1)
     divergence = float((log_t.exp() * (log_t - log_p)).sum(-1).mean())
     ce = float(cross_entropy(log_p.flatten(0, 1), tokens[:, 1:].flatten()))
     for weight in (0.0, 0.25):
         out = tmp_path / f"run{weight}"
         train(
-            config_of(place, out, method="full", teacher=str(place / "teacher"), steps=1, ce_weight=weight),
+            config_of(place, out, method="full", teacher=str(path), steps=1, ce_weight=weight),
             report=silent,
         )
         expected = (1 - weight) * divergence + weight * ce
@@ -287,6 +310,19 @@ def test_a_teacher_beside_the_student_has_its_tokenizer(place, tmp_path):
         train(config_of(place, tmp_path / "run", teacher=str(tmp_path / "other"), **full), report=silent)
     done = train(config_of(place, tmp_path / "run", teacher=str(tmp_path / "bare"), **full), report=silent)
     assert 1 == done.steps
+
+
+def test_a_teacher_whose_head_hidden_states_do_not_make(place, tmp_path, monkeypatch):
+    """Logits that the config does not explain stop the run, with the way that takes any head."""
+    logits = outputs.logits
+    monkeypatch.setattr(outputs, "logits", lambda *args: logits(*args).square())
+    message = (
+        r"the teacher .*teacher cannot run alongside: the logits of LlamaForCausalLM are not its hidden states times "
+        r"its head with the bias, scale and cap that its config names; capture it with sklformat cache, which runs a"
+    )
+    config = config_of(place, tmp_path / "run", method="full", teacher=str(place / "teacher"))
+    with pytest.raises(skl.SettingsError, match=message):
+        train(config, report=silent)
 
 
 def test_a_narrow_student_is_refused(place, tmp_path):
