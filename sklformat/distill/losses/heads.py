@@ -77,19 +77,19 @@ class OutputHead:
         bias = None if self.bias is None else self.bias[:vocab_size]
         return replace(self, weight=self.weight[:vocab_size], bias=bias, low_rank=low_rank)
 
-    def widened(self, hidden_PD: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states and weight whose product is h Wᵀ: low-rank parts become more columns of both."""
+    def widened(self, hidden_PD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Hidden states with low-rank parts as more columns, and what these are to the weight, [V, K] or None."""
         if not self.low_rank:
-            return hidden_PD, self.weight
+            return hidden_PD, None
         low = [(hidden_PD.to(down.dtype) @ down.T) * factor for down, _, factor in self.low_rank]
         hidden = torch.cat([hidden_PD, *(low_PK.to(hidden_PD.dtype) for low_PK in low)], 1)
-        return hidden, torch.cat([self.weight, *(up.to(self.weight.dtype) for _, up, _ in self.low_rank)], 1)
+        return hidden, torch.cat([up.to(self.weight.dtype) for _, up, _ in self.low_rank], 1)
 
     def logits(self, hidden_PD: Tensor) -> Tensor:
         """[P, V] in the hidden states' type, without gradient: for a look at few positions."""
         with torch.no_grad():
-            hidden, weight = self.widened(hidden_PD)
-            logits_PV = hidden @ weight.T
+            hidden, up_VK = self.widened(hidden_PD)
+            logits_PV = hidden @ joined(self.weight, up_VK).T
             shape = Shape.of(self)
             if shape is not None:
                 shape.bend(logits_PV)
@@ -127,6 +127,11 @@ class Shape:
         if tanh_RV is not None:
             grad_RV.mul_(tanh_RV.square_().neg_().add_(1))
         grad_RV.mul_(self.scale)
+
+
+def joined(weight_VD: Tensor, up_VK: Tensor | None) -> Tensor:
+    """The weight that widened hidden states are multiplied by."""
+    return weight_VD if up_VK is None else torch.cat([weight_VD, up_VK], 1)
 
 
 def refuse_sharded(name: str, tensor: Tensor) -> None:

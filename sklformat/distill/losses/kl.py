@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sklformat.distill.losses.heads import OutputHead, Shape
+from sklformat.distill.losses.heads import OutputHead, Shape, joined
 from sklformat.distill.losses.methods import METHODS
 from sklformat.distill.losses.rows import IGNORED_LABEL, LossRows, matmul_dtype
 from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, PaddedTargets, RaggedTargets
@@ -87,49 +87,54 @@ class _LinearSparseKL(torch.autograd.Function):
         ctx: Any,
         hidden_PD: Tensor,
         weight_VD: Tensor,
+        up_VK: Tensor | None,
         bias_V: Tensor | None,
         rows: LossRows,
         chunk_positions: int,
         compute: torch.dtype,
-        want_grads: tuple[bool, bool, bool],
+        want_grads: tuple[bool, bool, bool, bool],
     ) -> Tensor:
-        ctx.weight_dtype, ctx.bias_dtype = weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        ctx.dtypes = [None if part is None else part.dtype for part in (weight_VD, up_VK, bias_V)]
         grad_hidden_PD = torch.empty_like(hidden_PD) if want_grads[0] else None
+        # The columns of what learns alone: a frozen weight under an adapter takes no room.
+        width = weight_VD.shape[1]
+        learning = slice(0 if want_grads[1] else width, hidden_PD.shape[1] if want_grads[2] else width)
+        ctx.widths = [width if want_grads[1] else 0, hidden_PD.shape[1] - width if want_grads[2] else 0]
         # The accumulation type, whatever the weight's: a sum over many chunks in half precision would stall.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=rows.dtype) if want_grads[1] else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=rows.dtype) if want_grads[2] and bias_V is not None else None
+        grad_columns_VX = weight_VD.new_zeros(len(weight_VD), sum(ctx.widths), dtype=rows.dtype)
+        grad_bias_V = torch.zeros_like(bias_V, dtype=rows.dtype) if want_grads[3] and bias_V is not None else None
         loss = torch.zeros((), dtype=rows.dtype, device=rows.device)
-        weight_VD = weight_VD.to(compute)
+        weight_VX = joined(weight_VD, up_VK).to(compute)
         buffer_CV = torch.empty(chunk_positions, rows.vocab_size, dtype=compute, device=rows.device)
         with torch.autocast(rows.device.type, enabled=False):
             for span, blocks in rows.chunks(chunk_positions):
                 hidden_CD = hidden_PD[span].to(compute)
                 x_CV = buffer_CV[: len(hidden_CD)]
-                torch.mm(hidden_CD, weight_VD.t(), out=x_CV)
+                torch.mm(hidden_CD, weight_VX.t(), out=x_CV)
                 rows.run_chunk(blocks, x_CV, x_CV if any(want_grads) else None, loss)
                 if grad_hidden_PD is not None:
-                    grad_hidden_PD[span] = torch.mm(x_CV, weight_VD)
-                if grad_weight_VD is not None:
-                    _add_product(grad_weight_VD, x_CV, hidden_CD)
+                    grad_hidden_PD[span] = torch.mm(x_CV, weight_VX)
+                if any(ctx.widths):
+                    _add_product(grad_columns_VX, x_CV, hidden_CD[:, learning])
                 if grad_bias_V is not None:
                     grad_bias_V += x_CV.sum(0, dtype=rows.dtype)
-        ctx.save_for_backward(grad_hidden_PD, grad_weight_VD, grad_bias_V, rows.total)
+        ctx.save_for_backward(grad_hidden_PD, grad_columns_VX, grad_bias_V, rows.total)
         return loss / rows.total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        grad_hidden_PD, grad_weight_VD, grad_bias_V, total = ctx.saved_tensors
+        grad_hidden_PD, grad_columns_VX, grad_bias_V, total = ctx.saved_tensors
         with torch.no_grad():
             scale = upstream / total
             if grad_hidden_PD is not None:
                 grad_hidden_PD = grad_hidden_PD * scale
-            if grad_weight_VD is not None:
-                out_VD = torch.empty_like(grad_weight_VD, dtype=ctx.weight_dtype)
-                grad_weight_VD = torch.mul(grad_weight_VD, scale, out=out_VD)
-            if grad_bias_V is not None:
-                grad_bias_V = (grad_bias_V * scale).to(ctx.bias_dtype)
-        grads = [_without_second_derivative(grad) for grad in (grad_hidden_PD, grad_weight_VD, grad_bias_V)]
-        return *grads, None, None, None, None
+            parts = [part if part.shape[1] else None for part in grad_columns_VX.split(ctx.widths, 1)]
+            grads = [grad_hidden_PD]
+            for part, dtype in zip([*parts, grad_bias_V], ctx.dtypes, strict=True):
+                # Straight into the parameter's type: there is no second gradient in float32.
+                out = None if part is None else torch.empty(part.shape, dtype=dtype, device=part.device)
+                grads.append(None if part is None else torch.mul(part, scale, out=out))
+        return *(_without_second_derivative(grad) for grad in grads), None, None, None, None
 
 
 def _add_product(sum_VD: Tensor, x_CV: Tensor, hidden_CD: Tensor) -> None:
@@ -239,7 +244,8 @@ def linear_sparse_kl(
     ``sparse_kl`` of the logits that a head makes of hidden states, in chunks of positions; they never exist whole.
 
     Three matrix products per chunk: logits, gradient of the hidden states, gradient of the weight.  Beyond the results
-    it holds one chunk's logits and, until the backward pass ends, the weight's gradient in float32.
+    it holds one chunk's logits and, until the backward pass ends, the weight's gradient in float32; of a frozen weight
+    under an adapter the adapter's alone.
     Under autocast the products take autocast's type; bias, scale and cap are applied in float32.
 
     Args:
@@ -288,9 +294,9 @@ def linear_sparse_kl(
     elif chunk_positions < 1:
         raise ValueError(f"chunk_positions is {chunk_positions}; need at least 1")
     chunk_positions = max(1, min(chunk_positions, num_positions))
-    hidden_PD, weight_VD = head.widened(hidden_PD)
+    hidden_PD, up_VK = head.widened(hidden_PD)
     enabled = torch.is_grad_enabled()
-    inputs = (hidden_PD, weight_VD, head.bias)
+    inputs = (hidden_PD, head.weight, up_VK, head.bias)
     want_grads = tuple(enabled and tensor is not None and tensor.requires_grad for tensor in inputs)
     loss: Tensor = _LinearSparseKL.apply(  # type: ignore[no-untyped-call]
         *inputs, rows, chunk_positions, compute, want_grads

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sklformat.distill.losses.heads import OutputHead, Shape, refuse_sharded
+from sklformat.distill.losses.heads import OutputHead, Shape, joined, refuse_sharded
 from sklformat.distill.losses.methods import METHODS, SPARSE_METHODS, Block, mix_ce, segment_sum
 from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, Ragged, RaggedTargets
 
@@ -118,8 +118,8 @@ class LossRows:
             self._check_shape("the teacher's head", head.weight, (self.vocab_size, *hidden_PD.shape[1:]))
             compute = matmul_dtype("the teacher's hidden_PD", hidden_PD, head.weight)
             with torch.no_grad():
-                hidden_PD, weight_VD = head.widened(hidden_PD)
-            targets = DenseTeacher(hidden_PD.to(compute), weight_VD.detach().to(compute))
+                hidden_PD, up_VK = head.widened(hidden_PD)
+                targets = DenseTeacher(hidden_PD.to(compute), joined(head.weight, up_VK).detach().to(compute))
             self.teacher_shape = Shape.of(head)
         self.dense = targets
         return torch.ones(self.num_positions, dtype=torch.bool, device=self.device)

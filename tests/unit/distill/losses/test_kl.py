@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sklformat.distill.losses.kl import METHODS, DenseTargets, DenseTeacher, linear_sparse_kl, sparse_kl
+from sklformat.distill.losses.kl import METHODS, DenseTargets, DenseTeacher, OutputHead, linear_sparse_kl, sparse_kl
 
 SPARSE_METHODS = [method for method in METHODS if method != "full"]
 
@@ -429,16 +429,22 @@ def test_an_accelerator_gives_the_same(method, dtype):
 
 
 class LargestAllocation(TorchDispatchMode):
-    """Elements of the largest new storage that any operation returns."""
+    """Elements of each new storage that any operation returns, and of the largest."""
 
-    elements = 0
+    def __init__(self):
+        super().__init__()
+        self.sizes = [0]
+
+    @property
+    def elements(self):
+        return max(self.sizes)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         known = {t.untyped_storage().data_ptr() for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)}
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.itemsize)
+                self.sizes.append(tensor.untyped_storage().nbytes() // tensor.itemsize)
         return out
 
 
@@ -460,6 +466,37 @@ def test_linear_never_holds_all_logits(method, dtype):
         sparse_kl(hidden_PD @ weight_VD.T, targets, method=method, labels_P=labels_P).backward()
     whole = P * V
     assert whole == control.elements
+
+
+# What of a head learns, and how many tensors of the weight's size there are at a step: of the weight its gradient, in
+# float32 and in its own type, and of an adapter the weight that has it as more columns.
+LEARNING = {
+    ("weight", "bias"): 2,
+    ("weight", "adapter"): 3,
+    ("adapter",): 1,
+    ("bias",): 0,
+    (): 0,
+}
+
+
+@pytest.mark.parametrize("learning", LEARNING, ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_frozen_takes_no_room(dtype, learning):
+    """A weight that does not learn has no gradient made of its size, neither alone nor under an adapter."""
+    P, V, D, K = 8, 1009, 40, 2
+    hidden_PD, weight_VD, targets, _ = linear_case(dtype, P, V, D)
+    weight_VD = weight_VD.detach()
+    g = generator(8)
+    bias_V, down_KD, up_VK = (torch.randn(*shape, generator=g).to(dtype) for shape in ((V,), (K, D), (V, K)))
+    head = OutputHead(weight_VD, bias_V, low_rank=((down_KD, up_VK, 0.5),) if "adapter" in learning else ())
+    parts = {"weight": [weight_VD], "bias": [bias_V], "adapter": [down_KD, up_VK]}
+    leaves = [hidden_PD, *(part.requires_grad_() for name in learning for part in parts[name])]
+    with LargestAllocation() as made:
+        linear_sparse_kl(hidden_PD, head, targets).backward()
+    chunks = int(dtype == torch.bfloat16 and "weight" in learning)  # whose product is rounded before it is added
+    assert LEARNING[learning] + chunks == sum(size >= V * D for size in made.sizes)
+    assert V * (D + K) >= made.elements
+    assert all(leaf.grad.any() for leaf in leaves)
 
 
 def test_default_chunks_hold_at_most_2048_positions(monkeypatch):
