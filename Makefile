@@ -4,6 +4,7 @@
 # make sweep  every causal type of transformers at a tiny size: which capture sees exactly, which it refuses and why
 # make fuzz   random input under sanitizers, FUZZ_SECONDS for each target (60)
 # make ports  the C tests on aarch64 (under qemu-user) and with musl, where apt has them; abi3audit of the wheel
+# make integrations  the tests with the trainers of others, each where its package installs: in .venv, or in an environment of its own
 # make bench  the benchmarks; results go to the terminal
 # make clean  remove what was built
 # A torch that is in .venv already is kept; PYTHON=... names the interpreter for a new .venv.
@@ -24,7 +25,7 @@ MODULES := build/modules
 $(shell mkdir -p build && find sklformat -name '*.py' | sort >$(MODULES).now && \
   { cmp -s $(MODULES).now $(MODULES) && rm $(MODULES).now || mv $(MODULES).now $(MODULES); })
 
-.PHONY: demo test lint ctest sanitized pytest soak sweep fuzz ports bench clean
+.PHONY: demo test lint ctest sanitized pytest soak sweep fuzz ports integrations bench clean
 
 demo: $(READY)
 	$(BIN)/sklformat demo $(ARGS)
@@ -54,7 +55,7 @@ ctest: $(READY)
 
 # The tests that give C the most to do, and the fuzzer of shards, with C under ASan and UBSan in a real Python.
 sanitized: $(SANITIZED)/ready
-	$(RUN_SANITIZED) -m pytest -m "not soak and not gpu" -p no:cacheprovider tests/unit/native \
+	$(RUN_SANITIZED) -m pytest -m "not soak and not gpu and not integration" -p no:cacheprovider tests/unit/native \
 	  tests/unit/capture/test_ring.py tests/property tests/golden tests/fault/test_differential.py tests/fuzz
 
 # C once, and Python as it is now.
@@ -70,7 +71,7 @@ $(SANITIZED)/ready: $(SANITIZED)/built $(shell find sklformat -name '*.py')
 	touch $@
 
 pytest: $(READY)
-	$(BIN)/python -m pytest -m "not soak and not gpu" -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not soak and not gpu and not integration" -n 2 --dist worksteal $(ARGS)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak -vv -rP -o console_output_style=times --durations=10 $(ARGS)
@@ -110,6 +111,41 @@ aarch64|aarch64-linux-gnu-gcc|qemu-aarch64;-L;/usr/aarch64-linux-gnu|gcc-aarch64
 musl|musl-gcc||musl-tools
 endef
 export PORTS
+
+# In .venv what needs nothing more; then each neighbour, by its name: packages with what they require, packages without.
+# Its environment sees .venv, adds to it and hides from it what clashes, but never torch.  What cannot be had is left out, and said.
+integrations: $(READY)
+	@mkdir -p build/integrations; printf '%s\n' "$$NEIGHBOURS" >build/integrations/list; left_out=; failed=; \
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" >build/integrations/constraints; \
+	ignored=$$(sed 's,|.*,,; s,.*,--ignore=tests/integrations/test_&.py,' build/integrations/list); \
+	echo "== .venv"; $(BIN)/python -m pytest -m integration $$ignored $(ARGS) || failed="$$failed .venv"; \
+	while IFS='|' read -r name packages alone; do \
+	  test -e tests/integrations/test_$$name.py || continue; \
+	  environment=build/integrations/$$name; \
+	  test "$$(cat $$environment/ready 2>&1)" = "$$packages|$$alone" || $(ENVIRONMENT) >build/integrations/$$name.log 2>&1 || \
+	    { left_out="$$left_out\n$$name: $$(tail -n 1 build/integrations/$$name.log)"; continue; }; \
+	  echo "== $$name"; \
+	  $$environment/bin/python -m pytest -m integration tests/integrations/test_$$name.py $(ARGS) </dev/null || failed="$$failed $$name"; \
+	done <build/integrations/list; \
+	printf "left out:$${left_out:- nothing}\n"; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+# .venv is added as a directory of sites, so that its editable install is found too; its pip installs for the environment.
+define ENVIRONMENT
+{ $(BIN)/python -m venv --clear --without-pip $$environment && \
+  echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+    >"$$($$environment/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth" && \
+  set -- $(BIN)/python -m pip --python $$environment/bin/python install --constraint build/integrations/constraints && \
+  { test -z "$$packages" || "$$@" $$packages; } && { test -z "$$alone" || "$$@" --no-deps $$alone; } && \
+  echo "$$packages|$$alone" >$$environment/ready; }
+endef
+
+define NEIGHBOURS
+lightning|lightning==2.6.6
+trl|trl==1.16.0
+torchtitan|torchtitan==0.3.0 triton
+axolotl|addict|axolotl==0.19.0
+endef
+export NEIGHBOURS
 
 bench: $(READY)
 	for script in $(filter-out benchmarks/timing.py,$(BENCHMARKS)); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
