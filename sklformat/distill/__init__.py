@@ -19,7 +19,7 @@ from sklformat.distill.losses.kl import DenseTargets, DenseTeacher, OutputHead, 
 from sklformat.distill.losses.metrics import acceptance_rate, calibration_error, lm_loss
 
 if TYPE_CHECKING:
-    from sklformat.distill.models.heads import output_head
+    from sklformat.distill.models.heads import output_head, run_to_head
 
 __all__ = [
     "Batch",
@@ -35,13 +35,14 @@ __all__ = [
     "linear_sparse_kl",
     "lm_loss",
     "output_head",
+    "run_to_head",
     "sparse_kl",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "output_head":
+    if name not in ("output_head", "run_to_head"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sklformat.distill.models.heads import output_head  # noqa: PLC0415  it loads transformers, the rest does not
+    from sklformat.distill.models import heads  # noqa: PLC0415  it loads transformers, the rest does not
 
-    return output_head
+    return getattr(heads, name)

@@ -27,6 +27,63 @@ _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 
 # The scale of models whose heads were tried: in a loop it is done once.
 _scales: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+# The models of whose own calls one was compared with hidden states and head.
+_compared: weakref.WeakSet[Any] = weakref.WeakSet()
+_COMPARED_WITHIN = 0.02  # of the greatest logit: bfloat16 has 8 bits
+
+
+def run_to_head(
+    model: Any, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None
+) -> tuple[Tensor, OutputHead, Tensor]:
+    """
+    Run a student up to its head: what ``linear_sparse_kl`` takes, under every wrapper of parallel training.
+
+    ``hidden, head, balance = run_to_head(student, batch.input_ids)``, then
+    ``(linear_sparse_kl(hidden, head, batch.targets) + balance).backward()``.
+
+    It calls the outermost module, once, and all that a loss needs is part of what that call gives or of the modules
+    inside: DistributedDataParallel then sums the gradients of all parameters, the head's among them, and fully_shard
+    keeps the head whole until the backward pass has reached it.  Calling what is inside a wrapper instead leaves the
+    processes with different gradients.  So call it once for each backward pass, and no other part of the model.
+
+    Both wrappers average gradients over their processes, and accelerate over the micro-batches of a step as well.  The
+    gradient is that of the whole step where each loss has as ``normaliser`` the mean number of positions that count
+    in one of them: those of the whole step, ``(batch.labels != -100).sum()`` summed over its micro-batches and
+    processes, divided by how many of these there are.
+
+    The first call of each model is compared with the model's own logits of the last position.
+
+    Args:
+        model: A causal language model of transformers or, around that, of peft; whole, under fully_shard, or in
+            DistributedDataParallel, torch.compile or what accelerate's ``prepare`` gives.  Before fully_shard
+            ``output_head(model)`` must have been called once.
+        input_ids_BT: [B, T] int64.
+        position_ids_BT: [B, T] int64, for models whose documents do not see each other (``dataset.isolated``); None:
+            all tokens of a sequence are one document.
+
+    Returns:
+        hidden_PD: P = B·T positions, in the model's type.
+        head: As ``output_head`` gives it; for the loss of this call alone.
+        balance: The weighted balancing loss of a mixture of experts whose config asks for it, with
+            ``output_router_logits``: a mean over this call, scalar; else 0.
+
+    Raises:
+        ValueError: As ``output_head``; or the last hidden states are not what the model's head sees.
+    """
+    plain = outputs.unwrapped(model)
+    hidden_BTD, logits_BV, balance = outputs.root_outputs(model, input_ids_BT, position_ids_BT)
+    head = output_head(plain)
+    if plain not in _compared:
+        found_BV = head.logits(hidden_BTD[:, -1].detach().to(head.weight.device)).float()
+        wanted_BV = logits_BV.detach().float().to(found_BV.device)
+        # False for NaN, which is another fault.
+        if (found_BV - wanted_BV).abs().max() > _COMPARED_WITHIN * wanted_BV.abs().max():
+            raise ValueError(
+                f"the last hidden states that {type(plain).__name__} gives are not what its head sees; use sparse_kl "
+                "of its logits"
+            )
+        _compared.add(plain)
+    return hidden_BTD.flatten(0, 1), head, torch.zeros(()).to(hidden_BTD.device) if balance is None else balance
 
 
 def output_head(model: Any) -> OutputHead:

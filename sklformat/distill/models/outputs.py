@@ -7,6 +7,7 @@ Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,13 +88,71 @@ def hidden_states_and_balance(
         output = model(input_ids=input_ids_BT, use_cache=False, output_router_logits=True, logits_to_keep=1)
     finally:
         setattr(model, name, own)
-    balance = getattr(output, "aux_loss", None)
+    return given.last_hidden_state, balance_weight(model) * _balance_of(model, output)
+
+
+def unwrapped(model: Any) -> Any:
+    """
+    The model of transformers or peft inside DistributedDataParallel, torch.compile and the like.
+
+    Raises:
+        ValueError: There is none.
+    """
+    plain = model
+    while not hasattr(plain, "get_output_embeddings"):
+        inner = getattr(plain, "module", None) or getattr(plain, "_orig_mod", None)
+        if inner is None:
+            raise ValueError(f"a {type(model).__name__} is no causal language model of transformers or peft")
+        plain = inner
+    return plain
+
+
+def root_outputs(
+    model: Any, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """
+    ``hidden_states_and_balance`` by the model's own call, as the wrappers of parallel training need it.
+
+    Of the logits only the last position's are made, but by the few types without ``logits_to_keep``, which make all.
+
+    Args:
+        model: A causal language model, or a wrapper around one.
+        input_ids_BT: [B, T] int64.
+        position_ids_BT: As for ``hidden_states``.
+
+    Returns:
+        hidden_BTD: The last of all hidden states.
+        logits_BV: What the model makes of the last position's.
+        balance: The weighted balancing loss, or None.
+
+    Raises:
+        ValueError: There is no such model, it gives no hidden states, or its config asks for a balancing loss that
+            it does not give.
+    """
+    plain = unwrapped(model)
+    own = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+    named = _documents(own, position_ids_BT)
+    if "logits_to_keep" in inspect.signature(type(own).forward).parameters:
+        named["logits_to_keep"] = 1
+    if asks_for_balance(own):
+        named["output_router_logits"] = True
+    output = model(input_ids=input_ids_BT, use_cache=False, output_hidden_states=True, **named)
+    states = getattr(output, "hidden_states", None)
+    if not states:
+        raise ValueError(f"{type(own).__name__} gives no hidden states of its own; use sparse_kl of its logits")
+    if not asks_for_balance(own):
+        return states[-1], output.logits[:, -1], None
+    return states[-1], output.logits[:, -1], balance_weight(own) * _balance_of(own, output)
+
+
+def _balance_of(model: PreTrainedModel, output: Any) -> Tensor:
+    balance: Tensor | None = getattr(output, "aux_loss", None)
     if balance is None:
         raise ValueError(
             f"the config of {type(model).__name__} asks for a balancing loss (router_aux_loss_coef, "
             "output_router_logits), and the model gives none; set output_router_logits to false"
         )
-    return given.last_hidden_state, balance_weight(model) * balance
+    return balance
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
 import sklformat.distill
-from sklformat.distill import OutputHead, linear_sparse_kl, output_head
+from sklformat.distill import OutputHead, linear_sparse_kl, output_head, run_to_head
 from sklformat.distill.models import heads, outputs
 from sklformat.distill.teacher.forward import Teacher
 
@@ -69,14 +69,20 @@ def chunked_loss(model, ids_BT, targets):
     return linear_sparse_kl(hidden_PD, output_head(model), targets, chunk_positions=5)
 
 
+def root_loss(model, ids_BT, targets):
+    hidden_PD, head, balance = run_to_head(model, ids_BT)
+    return linear_sparse_kl(hidden_PD, head, targets, chunk_positions=5) + balance
+
+
 def assert_equal_steps(model):
     """The chunked loss over the head gives the model's own loss and gradients, of all its parameters."""
     ids_BT, targets = ids_and_targets()
-    value, grads = gradients(model, chunked_loss(model, ids_BT, targets))
     wanted_value, wanted = gradients(model, dense_loss(model, ids_BT, targets))
-    assert wanted.keys() == grads.keys()
-    torch.testing.assert_close(value.double(), wanted_value.double(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(grads, wanted, rtol=1e-3, atol=1e-5)
+    for chunked in (chunked_loss, root_loss):
+        value, grads = gradients(model, chunked(model, ids_BT, targets))
+        assert wanted.keys() == grads.keys()
+        torch.testing.assert_close(value.double(), wanted_value.double(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grads, wanted, rtol=1e-3, atol=1e-5)
     return wanted
 
 
@@ -217,18 +223,75 @@ def test_a_sharded_student(one_process):
         output_head(model)
     with pytest.raises(ValueError, match=message):
         linear_sparse_kl(torch.ones(B * T, 16), model.lm_head.weight, targets)
-    output = untried(input_ids=ids_BT, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+    untried(input_ids=ids_BT, use_cache=False, output_hidden_states=True, logits_to_keep=1)
     with pytest.raises(
         ValueError, match=r"the head of \w+ cannot be tried while the model is sharded; call output_head"
     ):
         output_head(untried)
-    output = model(input_ids=ids_BT, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-    loss = linear_sparse_kl(output.hidden_states[-1].flatten(0, 1), output_head(model), targets)
-    found_value, found = gradients(model, loss)
-    torch.testing.assert_close(found_value, value)
-    assert wanted.keys() == found.keys()
-    for name, grad in found.items():
-        torch.testing.assert_close(grad.full_tensor(), wanted[name])
+    for _ in range(2):  # its head is sharded again after each backward pass
+        model.zero_grad()
+        found_value, found = gradients(model, root_loss(model, ids_BT, targets))
+        torch.testing.assert_close(found_value, value)
+        assert wanted.keys() == found.keys()
+        for name, grad in found.items():
+            torch.testing.assert_close(grad.full_tensor(), wanted[name])
+
+
+def test_wrappers_are_called_themselves():
+    """Each wrapper's own call runs the model, once for each loss, with one position's logits."""
+    model = make("Phi")
+    ids_BT, targets = ids_and_targets()
+    calls = []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, name, inner):
+            super().__init__()
+            setattr(self, name, inner)
+            self.inner = [inner]
+
+        def forward(self, **named):
+            output = self.inner[0](**named)
+            calls.append(output.logits.shape)
+            return output
+
+    wrapped = Wrapper("module", Wrapper("_orig_mod", lora(model)))
+    assert_equal = torch.testing.assert_close
+    value, grads = gradients(model, root_loss(wrapped, ids_BT, targets))
+    wanted_value, wanted = gradients(model, dense_loss(model, ids_BT, targets))
+    assert [(B, 1, V)] * 2 == calls
+    assert_equal(value.double(), wanted_value)
+    assert_equal(grads, wanted, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="a Linear is no causal language model of transformers or peft"):
+        run_to_head(torch.nn.Linear(1, 1), ids_BT)
+
+
+def test_documents_stay_apart_up_to_the_head():
+    """With positions that begin at 0 again, the second document's states are what they are alone."""
+    model = make("Llama").eval()
+    ids_BT, _ = ids_and_targets()
+    positions_BT = torch.tensor([[0, 1, 2, 0, 1, 2]] * B)
+    together = run_to_head(model, ids_BT, positions_BT)[0].view(B, T, -1)[:, 3:]
+    torch.testing.assert_close(together, run_to_head(model, ids_BT[:, 3:])[0].view(B, 3, -1))
+
+
+def test_hidden_states_that_are_not_the_heads():
+    """A model whose last hidden states are others than its head sees is refused, and one that gives none."""
+    model = make("Llama")
+    output_head(model)
+    ids_BT, _ = ids_and_targets()
+    output = model(input_ids=ids_BT, output_hidden_states=True)
+    model.forward = lambda **_: output
+    run_to_head(model, ids_BT)
+    output.hidden_states = ()
+    with pytest.raises(ValueError, match=r"Llama\w+ gives no hidden states of its own; use sparse_kl of its logits"):
+        run_to_head(model, ids_BT)
+    other = make("Llama")
+    output_head(other)
+    output = other(input_ids=ids_BT, output_hidden_states=True)
+    output.hidden_states = output.hidden_states[:1]
+    other.forward = lambda **_: output
+    with pytest.raises(ValueError, match=r"the last hidden states that Llama\w+ gives are not what its head sees; use"):
+        run_to_head(other, ids_BT)
 
 
 def experts(**changes):
@@ -245,6 +308,7 @@ def test_the_balancing_loss_is_the_models_own():
     hidden_BTD, balance = outputs.hidden_states_and_balance(model, ids_BT)
     assert body is model.model
     torch.testing.assert_close(hidden_BTD, outputs.hidden_states(model, ids_BT), rtol=0, atol=0)
+    torch.testing.assert_close(run_to_head(model, ids_BT)[2], balance)
     wanted = 0.25 * model(input_ids=ids_BT, use_cache=False).aux_loss
     (gate,) = [p for name, p in model.named_parameters() if name.endswith("gate.weight")]
     torch.testing.assert_close(balance, wanted)
@@ -266,6 +330,12 @@ def test_no_balancing_loss_where_none_is_asked_for():
         ValueError, match=r"the config of Mixtral\w+ asks for a balancing loss \(router_aux_loss_coef, outp"
     ):
         outputs.hidden_states_and_balance(model, ids_BT)
+    model = experts(router_aux_loss_coef=0.25, output_router_logits=True)
+    model.forward = lambda **named: types.SimpleNamespace(
+        hidden_states=(torch.ones(B, T, 16),), logits=torch.ones(B, 1, V)
+    )
+    with pytest.raises(ValueError, match="asks for a balancing loss"):
+        run_to_head(model, ids_BT)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("can't allocate memory")])
