@@ -16,6 +16,7 @@ from sklformat.errors import CorruptError
 from sklformat.format import layout
 
 STARTS, RECORD_LOGPROB = "document_start", "record_logprob"
+LABEL_LOGPROB, ENTROPY = "label_logprob", "entropy"
 Columns = Mapping[str, NDArray[Any]]
 """By name: bool [T + 1] for document_start, float16 [nnz] for record_logprob, float16 [T] for the others."""
 _Count = TypeVar("_Count", int, NDArray[Any])

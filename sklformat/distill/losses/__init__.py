@@ -6,5 +6,6 @@ kl       sparse_kl and linear_sparse_kl, with the gradient computed in the forwa
 methods  each distillation method as one row form
 metrics  LM loss, calibration, agreement with the teacher
 rows     one dense pass over blocks of logits: the loss and, in place, its gradient
+sums     what the metrics are made of, over many batches and processes
 targets  the forms of target distributions: ragged, padded, dense
 """

@@ -9,4 +9,5 @@ runs        the directory of a training run: lock, settings, checkpoint, log
 schedule    the learning rate of each step
 streams     endless batches, from a cache or from packed text
 training    sklformat train: the training loop
+validation  a student on held-out sequences of a cache: LM loss, KL to the records and to the teacher
 """

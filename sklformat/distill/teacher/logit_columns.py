@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sklformat.format.columns import RECORD_LOGPROB
+from sklformat.format.columns import ENTROPY, LABEL_LOGPROB, RECORD_LOGPROB
 
-LABEL_LOGPROB, ENTROPY = "label_logprob", "entropy"
 _LEAST = -65504.0  # of float16: of labels whose probability is 0
 
 

@@ -102,7 +102,7 @@ def test_batches_add_up_to_the_whole(dtype, monkeypatch):
     student, teacher = student.to(dtype), teacher.to(dtype)
     whole, parts = EvaluationSums(), EvaluationSums()
     whole.update(student, labels, teacher)
-    monkeypatch.setattr("sklformat.distill.losses.metrics.BLOCK_ELEMENTS", 30)
+    monkeypatch.setattr("sklformat.distill.losses.sums.BLOCK_ELEMENTS_CPU", 30)
     for start in (0, 13, 26):
         stop = 40 if start == 26 else start + 13
         parts.update(student[start:stop], labels[start:stop], teacher[start:stop])
