@@ -23,6 +23,7 @@ from sklformat.distill.models import attention, loading, outputs, tokenization
 from sklformat.distill.models.devices import find_device
 from sklformat.distill.models.templates import Encoders
 from sklformat.distill.student import streams
+from sklformat.distill.student.validation import check_finite
 from sklformat.distill.text.chats import read_texts, write_texts
 from sklformat.distill.text.corpus import IdError, StoreFacts, TokenStore
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint, vocabulary_fingerprint
@@ -236,8 +237,7 @@ def _on(device: torch.device, tensor: torch.Tensor | None) -> torch.Tensor | Non
 def _logits(model: Any, given: tuple[torch.Tensor, torch.Tensor | None], vocab_size: int, name: str) -> torch.Tensor:
     # A head may be padded beyond the ids that mean something.
     logits_PV = outputs.logits(model, *given).flatten(0, 1)[:, :vocab_size]
-    if not torch.isfinite(logits_PV.amax(-1)).all():  # the greatest of a row is NaN if any is
-        raise ValueError(f"{name}: gives logits that are no finite numbers; its weights are broken, use another model")
+    check_finite(logits_PV, name)
     return logits_PV
 
 

@@ -246,11 +246,7 @@ def open_cache(
         sequences=range(len(cache) - hold_out),
     )
     header = cache.header
-    if dataset.isolated and STARTS not in header.columns:
-        raise SettingsError(
-            f"{path}: made with isolated documents, but without the column {STARTS}, which says where they begin; "
-            "capture it with --isolate-documents, which stores the column"
-        )
+    check_borders(path, header, isolated=dataset.isolated)
     loaded = _tokenizer(path, tokenizer, named, made_by(header))
     return Stream(
         source=path,
@@ -263,6 +259,20 @@ def open_cache(
         identity={"cache": cache.fingerprint},
         note=_author_note(path, header),
     )
+
+
+def check_borders(path: Path | str, header: Header, *, isolated: bool) -> None:
+    """
+    Make sure that documents which did not see each other can be kept apart.
+
+    Raises:
+        SettingsError: The cache does not say where they begin.
+    """
+    if isolated and STARTS not in header.columns:
+        raise SettingsError(
+            f"{path}: made with isolated documents, but without the column {STARTS}, which says where they begin; "
+            "capture it with --isolate-documents, which stores the column"
+        )
 
 
 def _author_note(path: Path | str, header: Header) -> str:

@@ -26,8 +26,9 @@ from sklformat.distill.loader.launchers import find_rank
 from sklformat.distill.losses.heads import OutputHead
 from sklformat.distill.losses.sums import EvaluationSums
 from sklformat.distill.models import heads, outputs
+from sklformat.distill.student.streams import check_borders
 from sklformat.errors import SettingsError
-from sklformat.format.columns import ENTROPY, LABEL_LOGPROB, STARTS
+from sklformat.format.columns import ENTROPY, LABEL_LOGPROB
 from sklformat.format.header import Header
 from sklformat.format.layout import UNBIASED_SAMPLERS
 from sklformat.format.order import Schedule
@@ -160,11 +161,7 @@ class HeldOut:
         self._contents = Contents(path, tokens, sequences)
         self.cache, self.sequences = self._contents.cache, self._contents.sequences
         self.isolated = self._contents.isolated
-        if self.isolated and STARTS not in self.cache.header.columns:
-            raise SettingsError(
-                f"{self.cache.path}: made with isolated documents, but without the column {STARTS}, which says where "
-                "they begin; capture it with --isolate-documents, which stores the column"
-            )
+        check_borders(self.cache.path, self.cache.header, isolated=self.isolated)
         self.schedule = Schedule(
             num_sequences=len(self.sequences),
             batch_size=batch_size,
@@ -209,10 +206,9 @@ def validate(
     Without gradient, and without dropout for the time of the call.  Whoever trains under autocast calls it there.
 
     Args:
-        model: A causal language model of transformers or peft, or a wrapper of one.
+        model: A causal language model of transformers or peft, sharded or not, or a wrapper of one.
         held_out: The sequences; logits beyond the cache's ids, of a padded head, are left out.
-        forward: How the model is run; None: hidden states and head by themselves where the head is one matrix with
-            bias, scale and cap, else the model's logits.  Wrappers that must be called themselves need one.
+        forward: How the model is run; None: as ``forward_of`` says.
         device: Where batches go; None: where the model's first parameter is.
         reach: Told of the sequences done on all processes, after each batch.
 
@@ -245,27 +241,28 @@ def validate(
 
 def forward_of(model: Any, *, isolated: bool) -> Forward:
     """
-    How a model of transformers or peft is run: hidden states and head by themselves where that gives its logits.
+    How a student is run: up to its head where that is one matrix with bias, scale and cap, else whole.
 
     Args:
-        model: The model, or DistributedDataParallel around it.
+        model: A model of transformers or peft, or a wrapper of one as ``heads.run_to_head`` takes it.
         isolated: Whether documents must not see each other.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-    body = model.get_base_model() if hasattr(model, "get_base_model") and not prompts else model
 
     def places(batch: Batch) -> Tensor | None:
         return batch.position_ids if isolated else None
 
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    if sharded or not hasattr(model, "get_output_embeddings"):
+        return lambda batch: heads.run_to_head(model, batch.input_ids, places(batch))[:2]
+    prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    body = model.get_base_model() if hasattr(model, "get_base_model") and not prompts else model
     try:
-        if not prompts:
-            head = heads.output_head(body)
-            return lambda batch: (outputs.hidden_states(body, batch.input_ids, places(batch)), head)
-    except ValueError:  # the head is more than that, or lies in parts on several processes: the model knows its logits
-        pass
-    return lambda batch: outputs.logits(model, batch.input_ids, places(batch))
+        head = None if prompts else heads.output_head(body)
+    except ValueError:  # the model itself knows what its logits are
+        head = None
+    if head is None:
+        return lambda batch: outputs.logits(model, batch.input_ids, places(batch))
+    return lambda batch: (outputs.hidden_states(body, batch.input_ids, places(batch)), head)
 
 
 def check_finite(logits_PV: Tensor, name: str) -> None:

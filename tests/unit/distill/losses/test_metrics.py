@@ -18,6 +18,7 @@ from sklformat.distill.losses.metrics import (
     reliability,
     top1_agreement,
 )
+from sklformat.distill.losses.targets import Ragged
 
 
 def random_batch(num_positions=40, vocab_size=11, seed=0):
@@ -91,7 +92,7 @@ def test_percent_ce_to_full_is_the_papers():
 
 
 def metrics_of(evaluation):
-    names = ("lm_loss", "accuracy", "calibration_error", "acceptance_rate", "top1_agreement", "num_positions")
+    names = ("lm_loss", "accuracy", "calibration_error", "acceptance_rate", "top1_agreement", "num_positions", "kl")
     return [getattr(evaluation, name) for name in names]
 
 
@@ -113,6 +114,39 @@ def test_batches_add_up_to_the_whole(dtype, monkeypatch):
     assert pytest.approx(whole.top1_agreement, rel=1e-6) == top1_agreement(student[kept], teacher[kept])
     confidences, best = torch.softmax(student[kept].double(), 1).max(1)
     assert calibration_error(confidences, best == labels[kept]) == pytest.approx(whole.calibration_error, abs=1e-5)
+
+
+def test_divergence_and_loss_of_the_teacher_are_exact():
+    """KL(teacher || student) and the teacher's own loss are torch's in float64; ids that both mask add nothing."""
+    student, labels, teacher = random_batch()
+    student[:, 3] = teacher[:, 3] = -math.inf
+    labels[labels == 3] = 4
+    sums, kept = EvaluationSums(), labels != -100
+    sums.update(student, labels, teacher)
+    log_p, log_q = (logits[kept].double().log_softmax(1) for logits in (student, teacher))
+    log_p[:, 3] = log_q[:, 3] = -1e9  # 0 times infinity
+    kl = functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    assert kl.item() == pytest.approx(sums.kl, rel=1e-6)
+    assert functional.nll_loss(log_q, labels[kept]).item() == pytest.approx(sums.teacher_loss, rel=1e-6)
+    student[:, 5] = -math.inf
+    missing = EvaluationSums()
+    missing.update(student, torch.full_like(labels, 4), teacher)
+    assert missing.kl == math.inf
+
+
+def test_records_are_read_at_the_positions_that_count():
+    """Positions without label or records are in no figure; a record of probability 0 on a masked id adds nothing."""
+    student, _, _ = random_batch(3)
+    student[1, 2] = -math.inf
+    probs = torch.tensor([0.25, 0.75, 1.0, 0.5, 0.5, 0.0])
+    targets = Ragged(torch.tensor([1, 4, 0, 7, 8, 2]), probs, torch.tensor([0, 3, 6, 6]))
+    sums = EvaluationSums()
+    sums.update(student, torch.tensor([-100, 5, 6]), targets=targets)
+    assert sums.num_positions == 1
+    log_p = student[1].double().log_softmax(0)
+    cross = -(log_p[7] + log_p[8]).item() / 2
+    assert cross == pytest.approx(sums.cross_entropy, rel=1e-6)
+    assert cross - math.log(2) == pytest.approx(sums.kl_to_records, rel=1e-6)
 
 
 def test_wrong_arguments_raise():
@@ -138,5 +172,15 @@ def test_wrong_arguments_raise():
     without_teacher.update(student, labels)
     with pytest.raises(ValueError, match="the teacher's logits"):
         _ = without_teacher.acceptance_rate
+    without_teacher.update(student, labels, teacher)
+    with pytest.raises(ValueError, match="34 of 68 positions came with the teacher's logits; give it to all"):
+        _ = without_teacher.kl
+    ids, probs = torch.tensor([1, 11]), torch.tensor([0.5, 0.5])
+    with pytest.raises(ValueError, match="token_ids go up to 11; the logits have 11 ids"):
+        EvaluationSums().update(student[:1], labels[1:2], targets=Ragged(ids, probs, torch.tensor([0, 2])))
+    with pytest.raises(
+        ValueError, match="targets are 1 positions with 3 records, of which 2 are there; labels_P has 1"
+    ):
+        EvaluationSums().update(student[:1], labels[1:2], targets=Ragged(ids, probs, torch.tensor([0, 3])))
     with pytest.raises(ValueError, match=r"CE and FullKD have the same loss, 2\.0: there is no gap to close"):
         percent_ce_to_full(2.0, 2.0, 1.0)

@@ -118,6 +118,17 @@ def cache(tmp_path_factory, teacher, tokens):
     return write_cache(tmp_path_factory.mktemp("validation") / "records.skl", teacher, tokens)
 
 
+class Wrapper(torch.nn.Module):
+    """Calls a model as DistributedDataParallel does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **named):
+        return self.module(*args, **named)
+
+
 def close(expected, found, **tolerance):
     """Two results are one up to rounding."""
     for name in validation.Validation.__dataclass_fields__:
@@ -229,7 +240,7 @@ def test_what_is_no_divergence_is_not_given(tmp_path, student, teacher, tokens):
 
 
 def test_the_head_gives_what_the_model_gives(cache, student, monkeypatch):
-    """Hidden states and head in blocks give the figures of the whole logits, under LoRA and behind DDP's name too."""
+    """Hidden states and head in blocks give the figures of the whole logits, under LoRA and in a wrapper too."""
     whole = validate(student, HeldOut(cache), forward=lambda batch: outputs.logits(student, batch.input_ids))
     monkeypatch.setattr(validation, "_BLOCK_ELEMENTS", 5 * VOCAB)
     close(whole, validate(student, HeldOut(cache)))
@@ -238,6 +249,7 @@ def test_the_head_gives_what_the_model_gives(cache, student, monkeypatch):
     by_model = validate(adapted, HeldOut(cache), forward=lambda batch: adapted(input_ids=batch.input_ids).logits)
     assert abs(by_model.lm_loss - whole.lm_loss) > 1e-3
     close(by_model, validate(adapted, HeldOut(cache)))
+    close(by_model, validate(Wrapper(adapted), HeldOut(cache)))
 
 
 def test_a_head_that_is_no_matrix_is_asked_for_logits(cache, student):
