@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from sklformat.cache.reader import Cache
 from sklformat.cache.tokens import TokenSource
 from sklformat.distill.loader.batches import Batch, Targets
-from sklformat.distill.loader.contents import Contents
-from sklformat.distill.loader.launchers import find_rank
+from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.losses.heads import OutputHead
 from sklformat.distill.losses.sums import EvaluationSums
 from sklformat.distill.models import heads, outputs
@@ -31,7 +30,6 @@ from sklformat.errors import SettingsError
 from sklformat.format.columns import ENTROPY, LABEL_LOGPROB
 from sklformat.format.header import Header
 from sklformat.format.layout import UNBIASED_SAMPLERS
-from sklformat.format.order import Schedule
 
 # Logits that exist at once where they are made of hidden states: 256 MiB in float32.
 _BLOCK_ELEMENTS = 1 << 26
@@ -142,7 +140,7 @@ class HeldOut:
 
     Raises:
         SettingsError: The cache was made with isolated documents, and does not say where they begin.
-        ValueError, TypeError, AlignmentError, FormatError, FileNotFoundError: As ``SparseLogitSequences``; by the
+        ValueError, TypeError, AlignmentError, FormatError, FileNotFoundError: As ``SparseLogitDataset``; by the
             iteration: damage, and tokens that the records are not about.
     """
 
@@ -156,20 +154,14 @@ class HeldOut:
         world_size: int | None = None,
         tokens: TokenSource | None = None,
     ) -> None:
-        if rank is None or world_size is None:
-            rank, world_size = find_rank()
-        self._contents = Contents(path, tokens, sequences)
-        self.cache, self.sequences = self._contents.cache, self._contents.sequences
-        self.isolated = self._contents.isolated
+        self._dataset = SparseLogitDataset(
+            path, batch_size, shuffle=False, rank=rank, world_size=world_size, tokens=tokens, tail="pad",
+            sequences=sequences,
+        )  # fmt: skip
+        self.cache = self._dataset.cache
+        self.sequences = range(len(self.cache)) if sequences is None else sequences
+        self.isolated, self.schedule = self._dataset.isolated, self._dataset.schedule
         check_borders(self.cache.path, self.cache.header, isolated=self.isolated)
-        self.schedule = Schedule(
-            num_sequences=len(self.sequences),
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            shuffle=False,
-            tail="pad",
-        )
 
     def __len__(self) -> int:
         """Batches of this process; the same on all."""
@@ -177,8 +169,7 @@ class HeldOut:
 
     def __iter__(self) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """Each batch, and of the columns ``entropy`` and ``label_logprob`` those that there are, [P] float32."""
-        for places, _ in self.schedule.batches(0, 0):
-            batch = self._contents.batch(places, {})
+        for batch, (places, _) in zip(self._dataset, self.schedule.batches(0, 0), strict=True):
             yield batch, self._columns(places, batch.input_ids.shape[1])
 
     def _columns(self, places: NDArray[np.int64], width: int) -> dict[str, Tensor]:
