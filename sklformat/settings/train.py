@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ from sklformat.settings.text import Packing, Truncate
 Method = Literal[
     "ce", "random_sampling", "topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix", "full"
 ]
+ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,13 +86,34 @@ class TrainConfig:
     """Optimizer steps."""
 
     learning_rate: float = 1e-3
-    """Peak learning rate; it falls along a cosine to a tenth of it."""
+    """Peak learning rate, from which --schedule lets it fall."""
+
+    schedule: ScheduleName = "cosine"
+    """How it falls after the warm-up: along a cosine or a line, not at all, or at the end alone (wsd)."""
 
     warmup: float = 0.04
     """Share of the steps, 0..1, over which the learning rate rises."""
 
+    warmup_steps: int = 0
+    """Steps over which it rises, instead of a share; so that more --steps do not change it."""
+
+    min_learning_rate: float = 0.1
+    """Share of the peak, 0..1, to which the learning rate falls."""
+
+    decay: float = 0.2
+    """With wsd: share of the steps, 0..1, at the end over which it falls, along a line."""
+
     weight_decay: float = 0.0
     """AdamW's weight decay, on matrices."""
+
+    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"once": True})
+    """AdamW's decay rates of the two moments."""
+
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+
+    max_grad_norm: float = 1.0
+    """Norm above which gradients are scaled down to it; 0: never."""
 
     ce_weight: float = 0.0
     """Weight of cross-entropy on the text's own next token, 0..1; the rest is the method's."""
@@ -131,9 +153,11 @@ class TrainConfig:
         check_least(self, 1, "save_every", "log_every")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
-        for name in ("warmup", "ce_weight"):
+        for name in ("warmup", "min_learning_rate", "decay", "ce_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not (self.learning_rate > 0 and self.weight_decay >= 0):
             raise ValueError("learning_rate must be > 0, weight_decay >= 0")
-        check_least(self, 0, "num_workers", "seed", "window", "hold_out")
+        if not (all(0 <= beta < 1 for beta in self.betas) and self.adam_eps > 0):
+            raise ValueError(f"betas must be in [0, 1) and adam_eps > 0, got {self.betas} and {self.adam_eps}")
+        check_least(self, 0, "num_workers", "seed", "window", "hold_out", "max_grad_norm", "warmup_steps")

@@ -21,6 +21,9 @@ _TOPK_METHODS = ("topk", "topk_normalised", "label_smoothing", "ghost_token", "n
 # What the finished model does not depend on; a run may be resumed with other values of these.
 _FREE_FIELDS = ("out", "device", "num_workers", "save_every", "log_every", "batch_size", "accumulation",
                 "trust_remote_code")  # fmt: skip
+# Kept only where they differ from their defaults, so that runs resume that began before these settings.
+_LATER_FIELDS = ("packing", "truncate", "schedule", "warmup_steps", "min_learning_rate", "decay", "betas", "adam_eps",
+                 "max_grad_norm")  # fmt: skip
 # Paths and names, which say nothing of what is there; its fingerprints stand for them.
 _FINGERPRINTED_FIELDS = ("cache", "tokens", "student", "teacher", "tokenizer", "adapter_base")
 
@@ -166,11 +169,9 @@ def settings_of(
     """
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_FIELDS}
     values = {name: value for name, value in values.items() if name not in _FINGERPRINTED_FIELDS} | stream.identity
-    # Only where they say something, so that runs resume that began before these settings; a cache says it itself.
-    for name, default in (("packing", "auto"), ("truncate", "end")):
-        if values[name] == default:
-            del values[name]
-    del values["isolate_documents"]
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    values = {name: value for name, value in values.items() if name not in _LATER_FIELDS or value != defaults[name]}
+    del values["isolate_documents"]  # a cache says it itself
     values |= {"isolate_documents": True} if stream.isolated else {}
     given = {
         "student_fingerprint": None if config.student is None else model_fingerprint(student),

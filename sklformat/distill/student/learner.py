@@ -9,8 +9,9 @@ Shape letters: B sequences, T positions, P = B·T positions, D hidden size, V vo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,22 @@ from sklformat.distill.student import streams
 from sklformat.distill.student.processes import Process
 from sklformat.settings.train import TrainConfig
 
-CLIP_NORM = 1.0
-BETAS = (0.9, 0.95)
+
+class Taken(NamedTuple):
+    """
+    One step of all processes.
+
+    Attributes:
+        loss: Nats per position, a scalar on the device.
+        norm: Of the gradient before it was clipped, a scalar on the device.
+        positions: How many went through the student, counted or not.
+        stop: Whether a process was asked to stop.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    positions: int
+    stop: bool
 
 
 class Learner:
@@ -52,7 +67,8 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             lr=config.learning_rate,
-            betas=BETAS,
+            betas=config.betas,
+            eps=config.adam_eps,
         )
 
     @property
@@ -69,7 +85,7 @@ class Learner:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def update(self, micro_batches: Sequence[Batch], rate: float, step: int) -> tuple[Tensor, Tensor]:
+    def update(self, micro_batches: Sequence[Batch], rate: float, step: int, *, stop: bool = False) -> Taken:
         """
         Take one optimizer step; the loss is the mean over all counted positions of all micro-batches and processes.
 
@@ -79,9 +95,10 @@ class Learner:
             micro_batches: Of this process.
             rate: The learning rate.
             step: Number of the step, on which the run's randomness depends.
+            stop: Whether this process was asked to stop; all of them learn of it, and in the same step.
 
         Returns:
-            The loss, nats per position, and the norm of the gradient before it was clipped; scalars on the device.
+            What it came to, the same in all processes.
 
         Raises:
             ValueError: No position counts.
@@ -89,7 +106,9 @@ class Learner:
         # Dropout, where a model has it, depends on (seed, step, process) alone: nothing to store, nothing to restore.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * self.process.world_size + self.process.rank)
         counts = [_num_counted(batch, self.config.method) for batch in micro_batches]
-        total = self.process.sum(sum(counts))
+        total, positions, stops = self.process.sum(
+            sum(counts), sum(batch.labels.numel() for batch in micro_batches), int(stop)
+        )
         if total == 0:
             raise ValueError(f"step {step} has no position with a target; the cache holds none there")
         loss = torch.zeros((), device=self.process.device)
@@ -101,12 +120,12 @@ class Learner:
                 loss += part.detach()
         if self.process.world_size > 1:
             self._sum_over_processes(loss)
-        norm = nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm
+        return Taken(loss, norm, positions, stops > 0)
 
     def _loss(self, batch: Batch, total: int) -> tuple[Tensor, Tensor | None]:
         """The batch's share of the step's mean over ``total`` positions, and the batch's own balancing loss."""

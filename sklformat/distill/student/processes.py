@@ -37,13 +37,14 @@ class Process:
         """Whether it is the one that writes and speaks for all."""
         return self.rank == 0
 
-    def sum(self, number: int) -> int:
-        """The sum of all processes' numbers; each must ask for it."""
+    def sum(self, *numbers: int) -> list[int]:
+        """The sums of all processes' numbers; each must ask for them."""
         if self.world_size == 1:
-            return number
-        shared = torch.tensor(number, device=self.device)
+            return [*numbers]
+        shared = torch.tensor(numbers, device=self.device)
         dist.all_reduce(shared)
-        return int(shared)
+        sums: list[int] = shared.tolist()
+        return sums
 
     def wait_for_others(self) -> None:
         """Return once every process has come here."""

@@ -6,14 +6,29 @@ import math
 
 from sklformat.settings.train import TrainConfig
 
-FINAL_LEARNING_RATE = 0.1
-
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Learning rate of step ``step`` (0 is the first): a linear rise, then a cosine to a tenth of the peak."""
-    warmup_steps = math.ceil(config.warmup * config.steps)
+    """Learning rate of step ``step`` (0 is the first): a linear rise, then a fall as the schedule has it."""
+    warmup_steps = _warmup_steps(config)
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, config.steps - warmup_steps)
-    share = FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+    first = decay_start(config) if config.schedule == "wsd" else warmup_steps
+    progress = max(0.0, (step - first) / max(1, config.steps - first))
+    least = config.min_learning_rate
+    match config.schedule:
+        case "cosine":
+            share = least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear" | "wsd":
+            share = least + (1 - least) * (1 - progress)
+        case "constant":
+            share = 1.0
     return config.learning_rate * share
+
+
+def decay_start(config: TrainConfig) -> int:
+    """With schedule wsd: the first step of the fall at the end."""
+    return max(_warmup_steps(config), config.steps - math.ceil(config.decay * config.steps))
+
+
+def _warmup_steps(config: TrainConfig) -> int:
+    return config.warmup_steps or math.ceil(config.warmup * config.steps)

@@ -138,8 +138,8 @@ class _Training:
                     self._save()
                 micro_batches = [next(batches) for _ in range(config.accumulation)]
                 rate = learning_rate_at(step, config)
-                step_loss, norm = self.learner.update(micro_batches, rate, step)
-                unlogged += step_loss
+                taken = self.learner.update(micro_batches, rate, step)
+                unlogged += taken.loss
                 self.step, self.loader_state = step + 1, micro_batches[-1].state
                 self.loss_steps += 1
                 self.seconds = time.monotonic() - started
@@ -147,7 +147,7 @@ class _Training:
                     self._settle(unlogged)
                     loss = self.loss_sum / self.loss_steps
                     self.loss_sum, self.loss_steps = 0.0, 0
-                    reporter.line(self.step, self._row(loss, rate, float(norm)))
+                    reporter.line(self.step, self._row(loss, rate, float(taken.norm)))
                 reporter.reach(self.step)
         summary = {
             "method": config.method,
