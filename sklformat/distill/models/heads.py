@@ -68,7 +68,8 @@ def run_to_head(
             ``output_router_logits``: a mean over this call, scalar; else 0.
 
     Raises:
-        ValueError: As ``output_head``; or the last hidden states are not what the model's head sees.
+        ValueError: As ``output_head``; or the model does not call its head once and with all positions, or makes
+            something else of what it gives.
     """
     plain = outputs.unwrapped(model)
     hidden_BTD, logits_BV, balance = outputs.root_outputs(model, input_ids_BT, position_ids_BT)
@@ -79,8 +80,8 @@ def run_to_head(
         # False for NaN, which is another fault.
         if (found_BV - wanted_BV).abs().max() > _COMPARED_WITHIN * wanted_BV.abs().max():
             raise ValueError(
-                f"the last hidden states that {type(plain).__name__} gives are not what its head sees; use sparse_kl "
-                "of its logits"
+                f"the logits of {type(plain).__name__} are not what its head makes of the hidden states that it is "
+                "given; use sparse_kl of its logits"
             )
         _compared.add(plain)
     return hidden_BTD.flatten(0, 1), head, torch.zeros(()).to(hidden_BTD.device) if balance is None else balance

@@ -7,7 +7,6 @@ Shape letters: B sequences, T positions, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,7 +112,7 @@ def root_outputs(
     """
     ``hidden_states_and_balance`` by the model's own call, as the wrappers of parallel training need it.
 
-    Of the logits only the last position's are made, but by the few types without ``logits_to_keep``, which make all.
+    Of the logits only the last position's are made.
 
     Args:
         model: A causal language model, or a wrapper around one.
@@ -121,28 +120,63 @@ def root_outputs(
         position_ids_BT: As for ``hidden_states``.
 
     Returns:
-        hidden_BTD: The last of all hidden states.
-        logits_BV: What the model makes of the last position's.
+        hidden_BTD: What the model gives its head.
+        logits_BV: What it makes of the last position's.
         balance: The weighted balancing loss, or None.
 
     Raises:
-        ValueError: There is no such model, it gives no hidden states, or its config asks for a balancing loss that
-            it does not give.
+        ValueError: There is no such model, it does not call its head once and with all positions, or its config asks
+            for a balancing loss that it does not give.
     """
     plain = unwrapped(model)
     own = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
     named = _documents(own, position_ids_BT)
-    if "logits_to_keep" in inspect.signature(type(own).forward).parameters:
-        named["logits_to_keep"] = 1
     if asks_for_balance(own):
         named["output_router_logits"] = True
-    output = model(input_ids=input_ids_BT, use_cache=False, output_hidden_states=True, **named)
-    states = getattr(output, "hidden_states", None)
-    if not states:
-        raise ValueError(f"{type(own).__name__} gives no hidden states of its own; use sparse_kl of its logits")
+    with _heard(plain, own):
+        output = model(input_ids=input_ids_BT, use_cache=False, **named)
+    states = output.hidden_states
+    if states is None or states[0].shape[:2] != input_ids_BT.shape:
+        given = "nothing" if states is None else f"hidden states {list(states[0].shape)}"
+        raise ValueError(
+            f"{type(own).__name__} gives its head {given} for inputs {list(input_ids_BT.shape)}; use sparse_kl of its "
+            "logits"
+        )
     if not asks_for_balance(own):
-        return states[-1], output.logits[:, -1], None
-    return states[-1], output.logits[:, -1], balance_weight(own) * _balance_of(own, output)
+        return states[0], output.logits[:, -1], None
+    return states[0], output.logits[:, -1], balance_weight(own) * _balance_of(own, output)
+
+
+@contextlib.contextmanager
+def _heard(plain: Any, own: PreTrainedModel) -> Iterator[None]:
+    """
+    Make the call of a model give its head's input as ``hidden_states``, and make the head's output of one position.
+
+    The states are part of what the outermost of its own modules gives, so that wrappers around it see them; asked for
+    as transformers has it, those of all layers would come, and a copy of each where a wrapper copies.
+    """
+    given: list[Tensor] = []
+
+    # Not traced by torch.compile, which may take these hooks of one call for those of the next.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def hear(_head: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        given.append(inputs[0])
+        return (inputs[0][:, -1:], *inputs[1:])
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def tell(_model: object, _inputs: object, output: Any) -> Any:
+        output.hidden_states = (given[0],) if len(given) == 1 else None
+        return output
+
+    hooks = [
+        own.get_output_embeddings().register_forward_pre_hook(hear),
+        plain.register_forward_hook(tell, prepend=True),  # before what fully_shard does with an output
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _balance_of(model: PreTrainedModel, output: Any) -> Tensor:

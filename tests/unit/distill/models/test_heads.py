@@ -274,24 +274,42 @@ def test_documents_stay_apart_up_to_the_head():
     torch.testing.assert_close(together, run_to_head(model, ids_BT[:, 3:])[0].view(B, 3, -1))
 
 
-def test_hidden_states_that_are_not_the_heads():
-    """A model whose last hidden states are others than its head sees is refused, and one that gives none."""
-    model = make("Llama")
-    output_head(model)
+def test_heads_that_are_not_called_once():
+    """A model that calls its head twice or with other positions is refused, and one whose logits are not the head's."""
     ids_BT, _ = ids_and_targets()
-    output = model(input_ids=ids_BT, output_hidden_states=True)
-    model.forward = lambda **_: output
-    run_to_head(model, ids_BT)
-    output.hidden_states = ()
-    with pytest.raises(ValueError, match=r"Llama\w+ gives no hidden states of its own; use sparse_kl of its logits"):
+    model = make("Llama")
+    hidden_PD = run_to_head(model, ids_BT)[0]
+    forward = type(model).forward
+    model.forward = lambda **named: forward(model, **named) and forward(model, **named)
+    with pytest.raises(ValueError, match=r"Llama\w+ gives its head nothing for inputs \[2, 6\]; use sparse_kl"):
         run_to_head(model, ids_BT)
+    model.forward = lambda **named: forward(model, **named, logits_to_keep=2)
+    with pytest.raises(ValueError, match=r"gives its head hidden states \[2, 2, 16\] for inputs \[2, 6\]"):
+        run_to_head(model, ids_BT)
+    del model.forward
+    torch.testing.assert_close(run_to_head(model, ids_BT)[0], hidden_PD, rtol=0, atol=0)
+    assert {} == {**model._forward_hooks, **model.lm_head._forward_pre_hooks}
     other = make("Llama")
     output_head(other)
-    output = other(input_ids=ids_BT, output_hidden_states=True)
-    output.hidden_states = output.hidden_states[:1]
-    other.forward = lambda **_: output
-    with pytest.raises(ValueError, match=r"the last hidden states that Llama\w+ gives are not what its head sees; use"):
+
+    def doubled(**named):
+        output = forward(other, **named)
+        output.logits = 2 * output.logits
+        return output
+
+    other.forward = doubled
+    with pytest.raises(ValueError, match=r"the logits of Llama\w+ are not what its head makes of the hidden states"):
         run_to_head(other, ids_BT)
+
+
+def test_no_other_layers_states_are_kept():
+    """Beyond what the backward pass needs, nothing of the layers is held: the call gives one tensor of states."""
+    model = make("Llama")
+    output_head(model)
+    calls = []
+    model.register_forward_hook(lambda _model, _inputs, output: calls.append(output.hidden_states))
+    hidden_PD, _, _ = run_to_head(model, ids_and_targets()[0])
+    assert [[hidden_PD.data_ptr()]] == [[states.data_ptr() for states in given] for given in calls]
 
 
 def experts(**changes):
@@ -331,9 +349,8 @@ def test_no_balancing_loss_where_none_is_asked_for():
     ):
         outputs.hidden_states_and_balance(model, ids_BT)
     model = experts(router_aux_loss_coef=0.25, output_router_logits=True)
-    model.forward = lambda **named: types.SimpleNamespace(
-        hidden_states=(torch.ones(B, T, 16),), logits=torch.ones(B, 1, V)
-    )
+    own = type(model).forward
+    model.forward = lambda **named: own(model, **named | {"output_router_logits": False})
     with pytest.raises(ValueError, match="asks for a balancing loss"):
         run_to_head(model, ids_BT)
 
