@@ -136,6 +136,27 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
 
+    shard: bool = False
+    """Divide the student and its optimizer between the processes (FSDP2), for students that fit no single GPU."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations a second time in the backward pass instead of keeping them: less memory, a third slower."""
+
+    compile: bool = False
+    """Let torch.compile make the kernels of the student's layers: faster on GPUs after a slow first step."""
+
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights, gradients and AdamW's moments. bfloat16: half the memory, and updates below 1/256 are lost."""
+
+    lora_rank: int = 0
+    """Rank of a LoRA adapter (peft) that learns in place of the student's weights; 0: none. Only with --student."""
+
+    lora_alpha: float = 0.0
+    """LoRA's alpha, which is divided by the rank; 0: twice the rank."""
+
+    lora_targets: tuple[str, ...] = ()
+    """Layers with LoRA, by the ends of their names; all-linear, the default: each linear one below the head."""
+
     def __post_init__(self) -> None:
         if (self.cache is None) == (self.tokens is None):
             raise ValueError("give exactly one of cache and tokens")
@@ -161,3 +182,16 @@ class TrainConfig:
         if not (all(0 <= beta < 1 for beta in self.betas) and self.adam_eps > 0):
             raise ValueError(f"betas must be in [0, 1) and adam_eps > 0, got {self.betas} and {self.adam_eps}")
         check_least(self, 0, "num_workers", "seed", "window", "hold_out", "max_grad_norm", "warmup_steps")
+        self._check_ways()
+
+    def _check_ways(self) -> None:
+        """What says how the student learns, on how many processes, and in what memory."""
+        check_least(self, 0, "lora_rank", "lora_alpha")
+        if self.lora_rank and self.student is None:
+            raise ValueError("lora_rank needs a student; a new Llama has nothing that an adapter could build on")
+        if not self.lora_rank and (self.lora_alpha or self.lora_targets):
+            raise ValueError(
+                f"lora_alpha and lora_targets belong to lora_rank, got {self.lora_alpha} and {self.lora_targets}"
+            )
+        if self.param_dtype == "bfloat16" and self.dtype != "bfloat16":
+            raise ValueError(f"param_dtype bfloat16 needs dtype bfloat16, got {self.dtype}; products are no better")

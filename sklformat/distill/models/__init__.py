@@ -8,6 +8,7 @@ guards        transformers kept quiet, and its errors said in one line
 heads         what kind of output head a model has
 hub           names that are no path here, and whether the hub can be asked for them
 identities    fingerprints of a model's weights and config
+layers        the repeated layers of a model: found, compiled, recomputed
 loading       models and tokenizers, loaded, created and saved
 outputs       hidden states, logits, and the head by itself
 templates     chats rendered to ids, their answers marked

@@ -152,6 +152,50 @@ def load_model(
     return model
 
 
+def load_adapted(
+    path: str,
+    lora: adapters.Lora,
+    *,
+    dtype: Dtype = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    adapter_base: str | None = None,
+) -> Any:
+    """
+    Load a model with an adapter that alone learns: a new one beside a whole model, or the one at ``path``.
+
+    Args:
+        path: A model, or an adapter that is to be trained further.
+        lora: The adapter.
+        dtype: Type of the model's weights; the adapter's are float32.
+        revision: As for ``load_model``.
+        trust_remote_code: As for ``load_model``.
+        adapter_base: As for ``load_model``.
+
+    Returns:
+        A model of peft, on the CPU.
+
+    Raises:
+        OSError, ValueError, ModuleNotFoundError: As ``load_model``, ``adapters.with_lora`` and
+            ``adapters.with_adapter``.
+    """
+    adapters.require_peft()
+    how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    with quiet(), named(path, "model") as local:
+        adapter = adapters.find_adapter(path, revision=revision, local=local)
+    if adapter is None:
+        model = load_model(path, revision=revision, **how)
+        check_trainable(model)
+        return adapters.with_lora(model, lora, base=path)
+    base = adapters.base_of(path, adapter, adapter_base)
+    with adapters.of_another(path):
+        model = load_model(base, revision=adapter.get("revision"), **how)
+    check_trainable(model)
+    values = adapter | {"base_model_name_or_path": str(Path(base).absolute()) if Path(base).is_dir() else base}
+    with quiet(), named(path, "adapter") as local:
+        return adapters.with_adapter(model, path, values, lora, revision=revision, local=local)
+
+
 def _load_whole(
     path: str,
     dtype: Dtype,
@@ -310,8 +354,21 @@ def save(
         write(model, tokenizer, partial)
 
 
-def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the files of model and tokenizer into a directory that someone else publishes."""
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """
+    Write the files of model and tokenizer into a directory that someone else publishes.
+
+    Args:
+        model: The model, or one of peft, of which the adapter is written.
+        tokenizer: The tokenizer of its ids.
+        directory: Where to.
+        weights: Its weights, whole, where the model's own are divided between processes; None: the model's own.
+    """
     with quiet():
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=weights)
         tokenizer.save_pretrained(directory)

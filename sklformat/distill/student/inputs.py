@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sklformat.distill.models import attention, heads, loading, outputs, tokenization
+import torch
+
+from sklformat.distill.models import adapters, attention, heads, loading, outputs, tokenization
 from sklformat.distill.models.identities import model_fingerprint
 from sklformat.distill.student import streams
 from sklformat.distill.text.fingerprints import MadeBy, tokenizer_fingerprint
@@ -20,10 +22,10 @@ _RAGGED_POSITIONS = 4096  # of a new Llama that learns from sequences of any len
 _TOPK_METHODS = ("topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix")
 # What the finished model does not depend on; a run may be resumed with other values of these.
 _FREE_FIELDS = ("out", "device", "num_workers", "save_every", "log_every", "batch_size", "accumulation",
-                "trust_remote_code")  # fmt: skip
+                "trust_remote_code", "shard", "compile", "gradient_checkpointing")  # fmt: skip
 # Kept only where they differ from their defaults, so that runs resume that began before these settings.
 _LATER_FIELDS = ("packing", "truncate", "schedule", "warmup_steps", "min_learning_rate", "decay", "betas", "adam_eps",
-                 "max_grad_norm")  # fmt: skip
+                 "max_grad_norm", "param_dtype", "lora_rank", "lora_alpha", "lora_targets")  # fmt: skip
 # Paths and names, which say nothing of what is there; its fingerprints stand for them.
 _FINGERPRINTED_FIELDS = ("cache", "tokens", "student", "teacher", "tokenizer", "adapter_base")
 
@@ -87,7 +89,7 @@ def load_student(config: TrainConfig, stream: streams.Stream) -> Any:
         SettingsError: Its vocabulary, head or length does not fit the stream.
     """
     if config.student is None:
-        return loading.new_llama(
+        new = loading.new_llama(
             vocab_size=stream.vocab_size,
             hidden_size=config.hidden_size,
             num_layers=config.num_layers,
@@ -96,19 +98,34 @@ def load_student(config: TrainConfig, stream: streams.Stream) -> Any:
             seed=config.seed,
             separator_id=tokenization.separator_id(stream.tokenizer),
         )
-    student = loading.load_model(config.student, **loading.named_of(config))
-    loading.check_trainable(student)
-    width = outputs.head_width(student)
+        return new.to(getattr(torch, config.param_dtype))
+    student = _load_given(config)
+    plain = adapters.unwrapped(student)
+    width = outputs.head_width(plain)
     if width < stream.vocab_size and not stream.holds_only(width):
         raise SettingsError(
             f"the student {config.student} has a vocabulary of {width}, {stream.source} one of {stream.vocab_size}; "
             "widen the student's embedding, or take a cache of its own tokenizer"
         )
-    loading.check_fit(stream.tokenizer, student, seq_len=stream.seq_len or None)
-    heads.output_head(student)
+    loading.check_fit(stream.tokenizer, plain, seq_len=stream.seq_len or None)
+    heads.output_head(plain)
     if stream.isolated:
-        attention.check_isolates(student)
+        attention.check_isolates(plain)
     return student.train()
+
+
+def _load_given(config: TrainConfig) -> Any:
+    """The student that the config names, with an adapter beside it where one is to learn."""
+    assert config.student is not None
+    named = loading.named_of(config)
+    if config.lora_rank:
+        lora = adapters.Lora(
+            rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets, seed=config.seed
+        )
+        return loading.load_adapted(config.student, lora, dtype=config.param_dtype, **named)
+    student = loading.load_model(config.student, dtype=config.param_dtype, **named)
+    loading.check_trainable(student)
+    return student
 
 
 def load_teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> Any:

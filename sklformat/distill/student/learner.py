@@ -2,15 +2,14 @@
 The student as it learns: its model and optimizer, and what one step does to them.
 
 Knows neither the run's length nor its directory.
-
-Shape letters: B sequences, T positions, P = B·T positions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sklformat.distill.loader.batches import Batch
-from sklformat.distill.losses.kl import IGNORED_LABEL, DenseTeacher, linear_sparse_kl
-from sklformat.distill.models import heads, outputs
-from sklformat.distill.student import streams
+from sklformat.distill.models import adapters, layers, loading
+from sklformat.distill.student import parallelism, streams
+from sklformat.distill.student.objective import Objective, num_counted, targets_of
 from sklformat.distill.student.processes import Process
 from sklformat.settings.train import TrainConfig
 
@@ -49,9 +48,13 @@ class Learner:
     Args:
         config: The run.
         stream: Where its batches come from.
-        student: The model, in training mode; it is moved to the process's device.
-        teacher: That of method full; else None.
+        student: The model, in training mode; it is moved to the process's device, and divided between the processes
+            where the config asks for it.
+        teacher: That of method full; else None.  Each process has it whole.
         process: Which this is.
+
+    Raises:
+        ValueError: The student cannot be divided, compiled or recomputed as the config asks.
     """
 
     def __init__(
@@ -59,8 +62,18 @@ class Learner:
     ) -> None:
         self.config, self.stream, self.process = config, stream, process
         self.model = student.to(process.device)
-        self.head = heads.output_head(self.model)
-        self.teacher = None if teacher is None else teacher.to(process.device)
+        objective = Objective(config, stream, self.model, None if teacher is None else teacher.to(process.device))
+        plain = adapters.unwrapped(self.model)
+        if config.gradient_checkpointing:
+            layers.recompute_activations(plain)
+        if config.compile:
+            layers.compile_layers(plain)
+        self.root: nn.Module = objective
+        self._is_warm = False
+        if config.shard:
+            parallelism.divide(self.model, layers.repeated_layers(plain), process, half=config.dtype == "bfloat16")
+        elif process.world_size > 1:
+            self.root = parallelism.replicated(objective)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         decay = [p for p in self.parameters if p.dim() >= 2]
         rest = [p for p in self.parameters if p.dim() < 2]
@@ -76,14 +89,46 @@ class Learner:
         """Of the whole student."""
         return sum(p.numel() for p in self.model.parameters())
 
+    def weights(self) -> dict[str, Tensor]:
+        """
+        What the student has learnt: its weights, or those of its adapter, whole and on the CPU.
+
+        Every process must ask for them; all but the first get empty ones.
+        """
+        found: dict[str, Tensor] = parallelism.whole(self._learning(), keep=self.process.is_first)
+        return found
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of student and optimizer."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """What a checkpoint keeps of student and optimizer, for any number of processes; asked for as ``weights``."""
+        optimizer = parallelism.whole(self.optimizer.state_dict(), keep=self.process.is_first)
+        return {"model": self.weights(), "optimizer": optimizer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state_dict`` gave."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """
+        Take up what ``state_dict`` gave, on any number of processes.
+
+        Raises:
+            ValueError: It holds other weights than the student has.
+        """
+        own = self._learning()
+        if own.keys() != state["model"].keys():
+            name = min(own.keys() ^ state["model"].keys())
+            raise ValueError(
+                f"the checkpoint is of another student: the weight {name} is in one of the two alone; train with the "
+                "transformers and peft that began this run, or start again in another directory"
+            )
+        weights = {name: parallelism.like(value, own[name]) for name, value in state["model"].items()}
+        self.model.load_state_dict(weights, strict=False)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            number: {name: _as_moment(value, parameters[number]) for name, value in values.items()}
+            for number, values in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+
+    def write(self, weights: dict[str, Tensor], directory: Path) -> None:
+        """Write what ``weights`` gave, in transformers' layout or peft's, with the tokenizer."""
+        loading.write(self.model, self.stream.tokenizer, directory, weights)
 
     def update(self, micro_batches: Sequence[Batch], rate: float, step: int, *, stop: bool = False) -> Taken:
         """
@@ -101,74 +146,56 @@ class Learner:
             What it came to, the same in all processes.
 
         Raises:
-            ValueError: No position counts.
+            ValueError: No position counts, or the student cannot be compiled.
         """
         # Dropout, where a model has it, depends on (seed, step, process) alone: nothing to store, nothing to restore.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * self.process.world_size + self.process.rank)
-        counts = [_num_counted(batch, self.config.method) for batch in micro_batches]
+        counts = [num_counted(batch, self.config.method) for batch in micro_batches]
         total, positions, stops = self.process.sum(
             sum(counts), sum(batch.labels.numel() for batch in micro_batches), int(stop)
         )
         if total == 0:
             raise ValueError(f"step {step} has no position with a target; the cache holds none there")
         loss = torch.zeros((), device=self.process.device)
-        for batch, count in zip(micro_batches, counts, strict=True):
-            if count:
-                part, balance = self._loss(batch, total)
-                whole = part if balance is None else part + balance * (count / total)
-                whole.backward()  # type: ignore[no-untyped-call]
-                loss += part.detach()
+        last = len(micro_batches) - 1
+        naming = layers.naming_compile_failures() if self.config.compile else contextlib.nullcontext()
+        with naming:
+            for number, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
+                # Several processes call and reduce together, also where one of them has nothing that counts.
+                if count or self.process.world_size > 1:
+                    # The first step here always averages: in it DDP finds out which parameters take part.
+                    more = number < last and self._is_warm
+                    with parallelism.without_sync(self.root) if more else contextlib.nullcontext():
+                        loss += self._backward(batch, total, count / total)
+        self._is_warm = True
         if self.process.world_size > 1:
-            self._sum_over_processes(loss)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
+            dist.all_reduce(loss)
+        norm = parallelism.full(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Taken(loss, norm, positions, stops > 0)
 
-    def _loss(self, batch: Batch, total: int) -> tuple[Tensor, Tensor | None]:
-        """The batch's share of the step's mean over ``total`` positions, and the batch's own balancing loss."""
-        config = self.config
-        if config.method == "ce":
-            batch = dataclasses.replace(batch, targets=streams.one_hot(batch.labels))
-        device = self.process.device
-        batch = batch.to(device)
-        labels_P = batch.labels.flatten()
-        targets: Any = batch.targets
-        positions_BT = batch.position_ids if self.stream.isolated else None
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            if self.teacher is not None:
-                with torch.no_grad():
-                    hidden_PD = outputs.hidden_states(self.teacher, batch.input_ids, positions_BT).flatten(0, 1)
-                # A head may be padded beyond the ids that mean something.
-                targets = DenseTeacher(hidden_PD, heads.output_head(self.teacher).narrowed(self.stream.vocab_size))
-            hidden_BTD, balance = outputs.hidden_states_and_balance(self.model, batch.input_ids, positions_BT)
-            loss = linear_sparse_kl(
-                hidden_BTD.flatten(0, 1),
-                self.head,
-                targets,
-                # The divergence from all of the probability on the label is cross-entropy.
-                method="random_sampling" if config.method == "ce" else config.method,
-                labels_P=labels_P,
-                ce_weight=config.ce_weight,
-                position_weights_P=(labels_P != IGNORED_LABEL).float(),
-                normaliser=total,
-            )
-        return loss, balance
+    def _backward(self, batch: Batch, total: int, share: float) -> Tensor:
+        """Add the gradient of a micro-batch; its part of the step's loss."""
+        batch = targets_of(batch, self.config.method).to(self.process.device)
+        part: Tensor
+        loss, part = self.root(batch, total, share)
+        if self.process.world_size > 1:
+            loss = loss * self.process.world_size  # both ways average the gradients of the processes
+        loss.backward()
+        return part
 
-    def _sum_over_processes(self, loss: Tensor) -> None:
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        tensors = [loss, *(p.grad for p in self.parameters if p.grad is not None)]
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
+    def _learning(self) -> dict[str, Tensor]:
+        """The student's weights by their names; of an adapter those that learn."""
+        parallelism.part_again(self.model)
+        if adapters.is_adapted(self.model):
+            return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return dict(self.model.state_dict(keep_vars=True))
 
 
-def _num_counted(batch: Batch, method: str) -> int:
-    """Positions of a batch that the loss counts: those with a label and, where records are used, with records."""
-    counted_P = batch.labels.flatten() != IGNORED_LABEL
-    if method not in ("ce", "full"):
-        counted_P = counted_P & (batch.targets.offsets.diff() > 0)
-    return int(counted_P.sum())
+def _as_moment(value: Any, parameter: Tensor) -> Any:
+    """An optimizer's tensor as its parameter is kept; numbers and counts of steps as they are."""
+    matches = isinstance(value, Tensor) and value.shape == parameter.shape
+    return parallelism.like(value, parameter) if matches else value

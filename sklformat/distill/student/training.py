@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sklformat.distill.models import loading, outputs
+from sklformat.distill.models import outputs
 from sklformat.distill.student import processes, runs, streams
 from sklformat.distill.student.inputs import load_student, load_teacher, open_stream, settings_of
 from sklformat.distill.student.learner import Learner
@@ -157,8 +157,9 @@ class _Training:
             "loss": loss,
             "seconds": round(self.seconds, 3),
         }
+        weights = self.learner.weights()  # every process gives its part
         if self.process.is_first:
-            self.run.finish(lambda path: loading.write(self.learner.model, self.stream.tokenizer, path), summary)
+            self.run.finish(lambda path: self.learner.write(weights, path), summary)
         return summary
 
     def _reporter(self, report: runs.Report | None) -> runs.Reporter:
@@ -194,12 +195,13 @@ class _Training:
             )
 
     def _save(self) -> None:
+        state = self.learner.state_dict()  # every process gives its part
         if self.process.is_first:
             self.run.save_checkpoint(
                 {
                     "version": 1,
                     "step": self.step,
-                    **self.learner.state_dict(),
+                    **state,
                     "loader": self.loader_state,
                     "seconds": self.seconds,
                     "loss_sum": self.loss_sum,

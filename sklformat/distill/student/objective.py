@@ -1,0 +1,91 @@
+"""
+A student together with its loss, as one module whose call is the whole forward pass of a micro-batch.
+
+Knows neither optimizer nor processes.  What wraps a module (DDP, FSDP2) acts where it is called: the student's own call
+is part of this one's, and nothing of the student is run past it.
+
+Shape letters: P = B·T positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sklformat.distill.loader.batches import Batch
+from sklformat.distill.losses.kl import IGNORED_LABEL, DenseTeacher, linear_sparse_kl
+from sklformat.distill.models import heads, outputs
+from sklformat.distill.student import streams
+from sklformat.settings.train import TrainConfig
+
+
+class Objective(nn.Module):
+    """
+    What a run minimises.
+
+    Args:
+        config: The run.
+        stream: Where its batches come from.
+        student: A causal language model, or one of peft, whole on its device; ``output_head`` is tried here.
+        teacher: That of method full; else None.  It is no part of this module, so that nothing wraps or trains it.
+    """
+
+    def __init__(self, config: TrainConfig, stream: streams.Stream, student: Any, teacher: Any) -> None:
+        super().__init__()
+        self.config, self.isolated, self.vocab_size = config, stream.isolated, stream.vocab_size
+        self.student = student
+        self.__dict__["teacher"] = teacher
+        heads.output_head(student)
+
+    def forward(self, batch: Batch, total: int, share: float) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            batch: Its targets are used as the method says; on the student's device.
+            total: Positions that count in the whole step.
+            share: The part of them in this batch, by which its own balancing loss is weighted.
+
+        Returns:
+            What to take the gradient of, and the batch's part of the step's loss, nats per position, without gradient.
+        """
+        config = self.config
+        labels_P = batch.labels.flatten()
+        positions_BT = batch.position_ids if self.isolated else None
+        with torch.autocast(labels_P.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            targets: Any = batch.targets
+            if self.teacher is not None:
+                targets = self._taught(batch, positions_BT)
+            hidden_PD, head, balance = heads.run_to_head(self.student, batch.input_ids, positions_BT)
+            loss = linear_sparse_kl(
+                hidden_PD,
+                head,
+                targets,
+                # The divergence from all of the probability on the label is cross-entropy.
+                method="random_sampling" if config.method == "ce" else config.method,
+                labels_P=labels_P,
+                ce_weight=config.ce_weight,
+                position_weights_P=(labels_P != IGNORED_LABEL).float(),
+                normaliser=total,
+            )
+        return loss + balance * share, loss.detach()
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch, positions_BT: Tensor | None) -> DenseTeacher:
+        hidden_PD = outputs.hidden_states(self.teacher, batch.input_ids, positions_BT).flatten(0, 1)
+        # A head may be padded beyond the ids that mean something.
+        return DenseTeacher(hidden_PD, heads.output_head(self.teacher).narrowed(self.vocab_size))
+
+
+def targets_of(batch: Batch, method: str) -> Batch:
+    """A batch, on the CPU, with the targets that a method learns from."""
+    return dataclasses.replace(batch, targets=streams.one_hot(batch.labels)) if method == "ce" else batch
+
+
+def num_counted(batch: Batch, method: str) -> int:
+    """Positions of a batch that the loss counts: those with a label and, where records are used, with records."""
+    counted_P = batch.labels.flatten() != IGNORED_LABEL
+    if method not in ("ce", "full"):
+        counted_P = counted_P & (batch.targets.offsets.diff() > 0)
+    return int(counted_P.sum())
