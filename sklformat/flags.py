@@ -55,7 +55,12 @@ def parse(
             flags.append((f.name, as_argument[hints[f.name]], dataclasses.field()))
     json_flag = Annotated[bool, tyro.conf.arg(help="Print the result as JSON."), tyro.conf.FlagCreatePairsOff]
     flags.append(("json", json_flag, dataclasses.field(default=False)))
-    extended = dataclasses.make_dataclass(config_type.__name__, flags, bases=(config_type,), frozen=True, kw_only=True)
+    extended: Any = dataclasses.make_dataclass(
+        config_type.__name__, flags, bases=(config_type,), frozen=True, kw_only=True
+    )
+    # A verb's own flags come first in its help, then those that it shares with others; in a dataclass they come last.
+    order = (*inspect.get_annotations(config_type), *extended.__dataclass_fields__)
+    extended.__dataclass_fields__ = {name: extended.__dataclass_fields__[name] for name in order}
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

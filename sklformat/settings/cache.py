@@ -11,7 +11,7 @@ from sklformat.files.places import is_url
 from sklformat.format.columns import STARTS, check_names
 from sklformat.format.layout import COLUMNS
 from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, MAX_ROUNDS, check_temperature
-from sklformat.settings.files import MAX_UNPACK_RATIO, OnBadFile, TextFiles
+from sklformat.settings.files import TextFiles
 from sklformat.settings.limits import check_least
 from sklformat.settings.text import Bos, Packing, SpecialTokens, Truncate
 
@@ -19,7 +19,7 @@ ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig:
+class CacheConfig(TextFiles):
     """
     Run a teacher over text and keep sparse records of its predictions. If stopped, the same command resumes it.
 
@@ -37,24 +37,6 @@ class CacheConfig:
 
     text: tuple[Path, ...] = ()
     """Text to run over: plain text, .jsonl, .json, .parquet, .arrow, also packed (.gz, .zst), and directories of them."""  # noqa: E501
-
-    field: str = dataclasses.field(default="text", metadata={"was": "dataset-field"})
-    """Field, or column, of the rows that holds the text."""
-
-    encoding: str = "utf-8"
-    """Encoding of plain text, .jsonl and .json, such as latin-1, cp1252, utf-16."""
-
-    include: tuple[str, ...] = ()
-    """Of these files only those that match one of these globs: of the name, or with a slash of the path. None: all."""
-
-    exclude: tuple[str, ...] = ()
-    """None of the files that match one of these globs."""
-
-    on_bad_file: OnBadFile = "refuse"
-    """skip: leave files out that cannot be read, and name them at the end; each is read twice then."""
-
-    max_unpack_ratio: int = MAX_UNPACK_RATIO
-    """A compressed file may unpack to this many times its size (or to 64 MiB); beyond, it is taken for a bomb."""
 
     dataset: tuple[str, ...] = dataclasses.field(default=(), metadata={"once": True})
     """Hugging Face dataset to run over instead: name and, where it has several, configuration; or a directory: one that save_to_disk wrote, or of data files."""  # noqa: E501
@@ -154,8 +136,8 @@ class CacheConfig:
             raise ValueError("give either text or tokens (a token store), or a dataset")
         if self.tokens is not None and self.special_tokens != "text":
             raise ValueError("special_tokens belongs to text or a dataset; tokens are made already")
-        TextFiles.of(self)  # raises for what cannot be
-        if self.tokens is not None and self.field != "text":
+        TextFiles.__post_init__(self)
+        if self.tokens is not None and self.field is not None:
             raise ValueError("field belongs to text or a dataset; tokens have none")
         if wrong := [word for word in self.author[1:] if not all(word.partition("="))]:
             raise ValueError(f"author: after the name come settings as NAME=VALUE, got {', '.join(wrong)}")

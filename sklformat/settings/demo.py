@@ -19,8 +19,8 @@ class DemoConfig:
     text: Path | None = None
     """Text to learn from, a file or a directory, as for cache; none: the source of this Python's standard library."""
 
-    field: str = "text"
-    """Field, or column, of the rows that holds the text."""
+    field: str | None = None
+    """Field, or column, of the rows that holds the text; none: text."""
 
     seed: int = 0
     """Seed of everything random: packing, weights, order, draws."""
@@ -33,5 +33,5 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_least(self, 0, "seed", "processes")
-        if self.text is None and self.field != "text":
+        if self.text is None and self.field is not None:
             raise ValueError("field belongs to text, which is not given")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from sklformat.sampler import MAX_ROUNDS
 from sklformat.settings.cache import ModelDtype
-from sklformat.settings.files import MAX_UNPACK_RATIO, OnBadFile, TextFiles
+from sklformat.settings.files import TextFiles
 from sklformat.settings.limits import check_least, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class EstimateConfig:
+class EstimateConfig(TextFiles):
     """
     Predict what a capture will cost: size, shards, disks, GPU hours, money.
 
@@ -64,24 +64,6 @@ class EstimateConfig:
     text: tuple[Path, ...] = ()
     """Text of the calibration run: plain text, .jsonl, .json, .parquet, .arrow, also packed (.gz, .zst), and directories of them."""  # noqa: E501
 
-    field: str = "text"
-    """Field, or column, of the rows that holds the text."""
-
-    encoding: str = "utf-8"
-    """Encoding of plain text, .jsonl and .json, such as latin-1, cp1252, utf-16."""
-
-    include: tuple[str, ...] = ()
-    """Of these files only those that match one of these globs: of the name, or with a slash of the path. None: all."""
-
-    exclude: tuple[str, ...] = ()
-    """None of the files that match one of these globs."""
-
-    on_bad_file: OnBadFile = "refuse"
-    """skip: leave files out that cannot be read, and name them at the end; each is read twice then."""
-
-    max_unpack_ratio: int = MAX_UNPACK_RATIO
-    """A compressed file may unpack to this many times its size (or to 64 MiB); beyond, it is taken for a bomb."""
-
     calibration_sequences: int = 16
     """Sequences of the calibration run."""
 
@@ -117,6 +99,6 @@ class EstimateConfig:
             raise ValueError("a calibration run draws: rounds must be >= 1 with a teacher, got 0")
         if (self.teacher is None) != (not self.text):
             raise ValueError("a calibration run needs both teacher and text")
-        TextFiles.of(self)  # raises for what cannot be
-        if self.teacher is None and self.field != "text":
+        TextFiles.__post_init__(self)
+        if self.teacher is None and self.field is not None:
             raise ValueError("field belongs to the text of a calibration run, which is not given")

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sklformat.settings.files import MAX_UNPACK_RATIO, OnBadFile, TextFiles
+from sklformat.settings.files import TextFiles
 from sklformat.settings.limits import check_least
 from sklformat.settings.text import Bos, Packing, SpecialTokens, Truncate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(TextFiles):
     """Measure a student on held-out text: LM loss, calibration and, with a teacher, how far the two agree."""
 
     student: str
@@ -26,24 +26,6 @@ class EvalConfig:
 
     text: tuple[Path, ...] = ()
     """Held-out text: plain text, .jsonl, .json, .parquet, .arrow, also packed (.gz, .zst), and directories of them."""
-
-    field: str = "text"
-    """Field, or column, of the rows that holds the text."""
-
-    encoding: str = "utf-8"
-    """Encoding of plain text, .jsonl and .json, such as latin-1, cp1252, utf-16."""
-
-    include: tuple[str, ...] = ()
-    """Of these files only those that match one of these globs: of the name, or with a slash of the path. None: all."""
-
-    exclude: tuple[str, ...] = ()
-    """None of the files that match one of these globs."""
-
-    on_bad_file: OnBadFile = "refuse"
-    """skip: leave files out that cannot be read, and name them at the end; each is read twice then."""
-
-    max_unpack_ratio: int = MAX_UNPACK_RATIO
-    """A compressed file may unpack to this many times its size (or to 64 MiB); beyond, it is taken for a bomb."""
 
     tokens: Path | None = None
     """Token store of the held-out text, instead of the text."""
@@ -106,8 +88,8 @@ class EvalConfig:
             raise ValueError("give either text or tokens (a token store)")
         if self.tokens is not None and (self.bos, self.special_tokens) != ("auto", "text"):
             raise ValueError("bos and special_tokens belong to text; the token store says how it was made")
-        TextFiles.of(self)  # raises for what cannot be
-        if self.tokens is not None and self.field != "text":
+        TextFiles.__post_init__(self)
+        if self.tokens is not None and self.field is not None:
             raise ValueError("field belongs to text; tokens have none")
         if (self.ce_loss is None) != (self.full_loss is None):
             raise ValueError("ce_loss and full_loss belong together: give both or none")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 OnBadFile = Literal["refuse", "skip"]
+
+TEXT_FIELD = "text"
+"""Field of a row that holds its text, unless its user names another."""
 
 MAX_UNPACK_RATIO = 100
 """A compressed file may unpack to this many times its size, unless its user allows more."""
@@ -15,26 +19,28 @@ MAX_UNPACK_RATIO = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextFiles:
-    """
-    Files of text, or of rows that hold text, and how to read them.
+    """Files of text, or of rows that hold text, and how to read them; the settings of a verb are these and more."""
 
-    Attributes:
-        text: Files and directories.
-        field: Name of the field, or column, of a row that holds the text; of the text itself in a plain text file.
-        encoding: Of plain text, .jsonl and .json; Parquet and Arrow hold UTF-8.
-        include: Globs: only files that match one of them; empty: all.
-        exclude: Globs: no file that matches one of them.
-        on_bad_file: What to do about a file that cannot be read as what it should be.
-        max_unpack_ratio: Bound of unpacked by packed bytes of a compressed file.
-    """
+    text: tuple[Path, ...] = ()
+    """Files and directories."""
 
-    text: tuple[Path, ...]
-    field: str = "text"
+    field: str | None = dataclasses.field(default=None, metadata={"was": "dataset-field"})
+    """Field, or column, of the rows that holds the text; none: text."""
+
     encoding: str = "utf-8"
+    """Encoding of plain text, .jsonl and .json, such as latin-1, cp1252, utf-16."""
+
     include: tuple[str, ...] = ()
+    """Of these files only those that match one of these globs: of the name, or with a slash of the path. None: all."""
+
     exclude: tuple[str, ...] = ()
+    """None of the files that match one of these globs."""
+
     on_bad_file: OnBadFile = "refuse"
+    """skip: leave files out that cannot be read, and name them at the end; each is read twice then."""
+
     max_unpack_ratio: int = MAX_UNPACK_RATIO
+    """A compressed file may unpack to this many times its size (or to 64 MiB); beyond, it is taken for a bomb."""
 
     def __post_init__(self) -> None:
         try:
@@ -46,23 +52,18 @@ class TextFiles:
                 f"encoding {self.encoding!r} is not one of text; such are utf-8, utf-16, latin-1, cp1252, gb18030"
             )
         of_rows = ("text", "field")  # a dataset has the field too
-        unused = [f.name for f in fields(self) if f.name not in of_rows and getattr(self, f.name) != f.default]
+        unused = [f.name for f in fields(TextFiles) if f.name not in of_rows and getattr(self, f.name) != f.default]
         if unused and not self.text:
             raise ValueError(f"{unused[0]} belongs to text, which is not given")
         if self.max_unpack_ratio < 1:
             raise ValueError(f"max_unpack_ratio must be >= 1, got {self.max_unpack_ratio}")
-        if not self.field:
+        if self.field == "":
             raise ValueError("field is empty; give the name of the field that holds the text")
 
-    @classmethod
-    def of(cls, config: Any) -> TextFiles:
-        """
-        What the flags of a verb say, which has all of them.
-
-        Raises:
-            ValueError: A value that cannot be.
-        """
-        return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
+    @property
+    def text_field(self) -> str:
+        """Name of the field that holds the text; of a plain text file, of the text itself."""
+        return TEXT_FIELD if self.field is None else self.field
 
 
 def _is_of_text(codec: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,8 @@ Method = Literal[
     "ce", "random_sampling", "topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix", "full"
 ]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
+
+_OF_TOKENS = ("packing", "packing_seed", "truncate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +168,9 @@ class TrainConfig:
             raise ValueError(f"seq_len belongs to tokens and must be >= 1 there, got {self.seq_len}")
         if (self.method == "full") != (self.teacher is not None):
             raise ValueError(f"teacher belongs to method full, got method {self.method} and teacher {self.teacher}")
+        of_tokens = [f for f in fields(self) if f.name in _OF_TOKENS and getattr(self, f.name) != f.default]
+        if self.cache is not None and of_tokens:
+            raise ValueError(f"{of_tokens[0].name} belongs to tokens; a cache says itself how it was packed")
         if self.cache is None and (self.window or self.hold_out):
             raise ValueError(f"window and hold_out belong to a cache, got {self.window} and {self.hold_out}")
         if self.method == "ce" and self.ce_weight != 0:

@@ -92,6 +92,14 @@ def assert_help(capfd, monkeypatch, verb):
     return out
 
 
+def test_a_verbs_own_flags_come_first(capfd):
+    """What a verb is about stands above the flags that it shares with others."""
+    _, out, _ = run(capfd, "estimate", "--help")
+    flags = re.findall(r"│ --([a-z-]+)", out)
+    assert ["positions", "rounds"] == flags[:2]
+    assert ["on-bad-file", "max-unpack-ratio", "json"] == flags[-3:]
+
+
 def test_inspect(capfd, cache):
     """Inspect says what is there, for people and, the same, for machines."""
     status, out, _ = run(capfd, "inspect", cache)
@@ -205,7 +213,7 @@ def test_convert(capfd, cache, tmp_path):
         (["cache", "--dataset", "one", "--dataset", "two"], "--dataset is given more than once"),
         (["cache", "--teacher", "t", "--out", "o", "--tokens", "x", "--field", "y"], "field belongs to text or"),
         (["cache", "--teacher", "t", "--out", "o", "--dataset", "x", "--exclude", "y"], "exclude belongs to text"),
-        (["eval", "--student", "s", "--seq-len", "8", "--tokens", "x", "--field", "y"], "field belongs to text"),
+        (["eval", "--student", "s", "--seq-len", "8", "--tokens", "x", "--field", "text"], "field belongs to text"),
         (["estimate", "--positions", "9", "--field", "y"], "field belongs to the text of a calibration run"),
         (["demo", "--field", "y"], "field belongs to text"),
         (["verify"], "PATH"),

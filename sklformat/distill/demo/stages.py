@@ -57,7 +57,7 @@ from sklformat.progress import say
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.demo import DemoConfig
 from sklformat.settings.eval import EvalConfig
-from sklformat.settings.files import TextFiles
+from sklformat.settings.files import TEXT_FIELD, TextFiles
 from sklformat.settings.train import TrainConfig
 
 _UNIQUE_TOKENS = 12.0
@@ -114,7 +114,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
         **dataclasses.asdict(size),
     }
     workers = config.processes or min(4, available_cores())
-    if config.field != "text":  # as it was before there was a choice
+    if config.field not in (None, TEXT_FIELD):  # as it was before there was a choice
         settings["field"] = config.field
     with runs.opened(config.out, settings):
         with _stage("1/6 text: documents, tokenizer, token stores"):

@@ -33,7 +33,6 @@ from sklformat.files.disk import write_atomically
 from sklformat.format import order
 from sklformat.progress import say, show
 from sklformat.settings.eval import EvalConfig
-from sklformat.settings.files import TextFiles
 
 
 class ReliabilityBin(TypedDict):
@@ -134,7 +133,7 @@ def _token_store(config: EvalConfig) -> Iterator[Path]:
         store = Path(directory) / "tokens"
         write_texts(
             store,
-            read_texts(TextFiles.of(config)),
+            read_texts(config),
             encoders,
             vocab_size=vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),

@@ -36,7 +36,7 @@ def calibrate(config: EstimateConfig) -> EstimateConfig:
                 CacheConfig(
                     teacher=config.teacher,
                     out=out,
-                    **dataclasses.asdict(TextFiles.of(config)),
+                    **{f.name: getattr(config, f.name) for f in dataclasses.fields(TextFiles)},
                     seq_len=config.seq_len,
                     num_sequences=config.calibration_sequences,
                     rounds=config.rounds,

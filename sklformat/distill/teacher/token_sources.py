@@ -29,7 +29,6 @@ from sklformat.distill.text.packing import Sequences
 from sklformat.distill.text.singles import SingleSequences, open_sequences
 from sklformat.errors import SettingsError
 from sklformat.settings.cache import CacheConfig
-from sklformat.settings.files import TextFiles
 from sklformat.settings.text import Bos, BosPlace
 
 TOKENS_NAME = "tokens"
@@ -58,9 +57,9 @@ class TokenSource:
         self._fingerprint = tokenizer_fingerprint(tokenizer)
         self._texts: Iterator[Text] | None = None
         if config.text:
-            self._texts = read_texts(TextFiles.of(config))
+            self._texts = read_texts(config)
         elif config.dataset:
-            self._texts = read_dataset_texts(config.dataset, split=config.dataset_split, field=config.field)
+            self._texts = read_dataset_texts(config.dataset, split=config.dataset_split, field=config.text_field)
         elif self._is_ragged():
             open_ragged(self._given())
         else:

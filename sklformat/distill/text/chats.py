@@ -77,8 +77,8 @@ def read_texts(files: TextFiles) -> Iterator[Text]:
     """
     The rows of files as documents or as chats, whichever the first row is; all others must be the same.
 
-    A row's field (``files.field``) is a document where it holds text, and a chat where it holds messages. A row that
-    has no field "text" is a chat if it has "messages", "conversations", or "prompt" and "completion".
+    A row's field (``files.text_field``) is a document where it holds text, and a chat where it holds messages. A row
+    that has no field "text" is a chat if it has "messages", "conversations", or "prompt" and "completion".
 
     Args:
         files: The choice.
@@ -87,8 +87,8 @@ def read_texts(files: TextFiles) -> Iterator[Text]:
         ValueError: As ``read_documents``, and for rows that are no such thing, or another than the first; names them.
     """
     source = ", ".join(map(str, files.text))
-    wanted = {files.field, *_MESSAGES, _PROMPT, _COMPLETION, _TOOLS}
-    texts: Iterator[Text] = read_made(files, _Reader(files.field), wanted=wanted)
+    wanted = {files.text_field, *_MESSAGES, _PROMPT, _COMPLETION, _TOOLS}
+    texts: Iterator[Text] = read_made(files, _Reader(files.text_field), wanted=wanted)
     return some(texts, f"every file in {source} is empty, or cannot be read and is skipped")
 
 

@@ -71,7 +71,7 @@ def read_documents(files: TextFiles | Iterable[Path | str] | Path | str) -> Iter
         files = TextFiles(text=(Path(files),))
     elif not isinstance(files, TextFiles):
         files = TextFiles(text=tuple(Path(path) for path in files))
-    field, source = files.field, ", ".join(map(str, files.text))
+    field, source = files.text_field, ", ".join(map(str, files.text))
     documents = read_made(files, lambda row: document_of(row, field), wanted={field})
     return some(documents, f"every file in {source} is empty, or cannot be read and is skipped")
 

@@ -130,7 +130,7 @@ def _numbered(
     if kind == ".json":
         return json_rows.read_array(_without_mark(pieces))
     return (
-        (number, "" if number is None else f"part {number}", {files.field: text})
+        (number, "" if number is None else f"part {number}", {files.text_field: text})
         for number, text in prose.read_prose(pieces)
     )
 
