@@ -2,6 +2,7 @@
 One dense pass over blocks of logits that turns them into the loss and, in place, into its gradient.
 
 Checks the arguments once, then serves block after block.  Which rows exist, and where they come from, is its caller's.
+On a GPU a kernel does the pass, a program for each row (``kernels.loss_rows``); what is here is its oracle.
 Entries of a position's records are formed in float32 (float64 for float64) and overwrite what the dense pass left:
 near the optimum they are small differences of large numbers, and rounding first would lose them.
 
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sklformat.distill import kernels
 from sklformat.distill.losses.heads import OutputHead, Shape, joined, refuse_sharded
 from sklformat.distill.losses.methods import METHODS, SPARSE_METHODS, Block, mix_ce, segment_sum
 from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, Ragged, RaggedTargets
@@ -83,6 +86,10 @@ class LossRows:
         self.total = torch.where(own_total > 0, total, torch.ones_like(total))
         limit = BLOCK_ELEMENTS_CPU if self.device.type == "cpu" else BLOCK_ELEMENTS_DEVICE
         self.block_positions = max(1, limit // vocab_size)
+        # A kernel accumulates in float32, and has no need of a teacher's distributions that are whole in memory.
+        self.in_kernel = (
+            kernels.run_on(self.device) and self.dtype == torch.float32 and not isinstance(self.dense, DenseTargets)
+        )
 
     @property
     def _checks_values(self) -> bool:
@@ -172,6 +179,11 @@ class LossRows:
     def chunks(self, chunk_positions: int) -> Iterator[tuple[slice, list[tuple[int, int, int, int]]]]:
         """Chunks of positions, each with its blocks (start, stop, first record, end record)."""
         starts = range(0, self.num_positions, chunk_positions)
+        if self.in_kernel:  # which knows by itself where records are
+            for start in starts:
+                stop = min(start + chunk_positions, self.num_positions)
+                yield slice(start, stop), [(start, stop, 0, 0)]
+            return
         edges = []
         for start in starts:
             stop = min(start + chunk_positions, self.num_positions)
@@ -194,9 +206,37 @@ class LossRows:
         Neither is divided by the total weight yet: half-precision gradients stay clear of underflow that way.
         """
         chunk_start = blocks[0][0]
+        if self.in_kernel:
+            loss += self._run_kernel(slice(chunk_start, blocks[-1][1]), x_CV, grad_CV)
+            return
         for block in blocks:
             span = slice(block[0] - chunk_start, block[1] - chunk_start)
             loss += self._run_block(block, x_CV[span], None if grad_CV is None else grad_CV[span])
+
+    def _run_kernel(self, span: slice, x_CV: Tensor, grad_CV: Tensor | None) -> Tensor:
+        from sklformat.distill.kernels import loss_rows  # noqa: PLC0415  it loads Triton
+
+        rows_CV = x_CV
+        if grad_CV is not None and grad_CV is not x_CV:
+            rows_CV = grad_CV.copy_(x_CV)
+        elif grad_CV is None and (self.method == "ghost_token" or x_CV.stride(1) != 1):
+            rows_CV = x_CV.clone(memory_format=torch.contiguous_format)  # the kernel writes into it
+        settings: dict[str, Any] = {
+            "labels_C": None if self.labels_P is None else self.labels_P[span],
+            "ce_weight": self.ce_weight,
+            "want_grad": grad_CV is not None,
+        }
+        if self.shape is not None:
+            settings |= {"bias_V": self.shape.bias_V, "scale": self.shape.scale, "softcap": self.shape.softcap}
+        weights_C = self.weights_P[span]
+        if self.ragged is not None:
+            offsets = self.ragged.offsets[span.start : span.stop + 1].to(self.device, non_blocking=True)
+            records = self.ragged.token_ids, self.ragged.probs, offsets
+            return loss_rows.run_sparse(rows_CV, *records, weights_C, method=self.method, **settings).sum()
+        if self.teacher_shape is not None:
+            bent = self.teacher_shape
+            settings |= {"teacher_bias_V": bent.bias_V, "teacher_scale": bent.scale, "teacher_softcap": bent.softcap}
+        return loss_rows.run_dense(rows_CV, self._teacher_product(span), weights_C, **settings).sum()
 
     def _run_block(self, block: tuple[int, int, int, int], x_RV: Tensor, grad_RV: Tensor | None) -> Tensor:
         start, stop, _, _ = block
@@ -316,9 +356,7 @@ class LossRows:
         if isinstance(self.dense, DenseTargets):
             t_RV = self.dense.probs_PV[start:stop].detach().to(self.dtype, copy=True)
             return t_RV, torch.xlogy(t_RV, t_RV).sum(1)
-        assert isinstance(self.dense, DenseTeacher)
-        assert isinstance(self.dense.head, Tensor)
-        logits_RV = torch.mm(self.dense.hidden_PD[start:stop], self.dense.head.t())
+        logits_RV = self._teacher_product(slice(start, stop))
         if self.teacher_shape is not None:
             logits_RV = logits_RV.to(self.dtype)
             self.teacher_shape.bend(logits_RV)
@@ -326,6 +364,11 @@ class LossRows:
         log_RV = logits_RV.log_softmax(1, dtype=self.dtype).clamp_(min=torch.finfo(self.dtype).min)
         t_RV = log_RV.exp()
         return t_RV, torch.linalg.vecdot(t_RV, log_RV)
+
+    def _teacher_product(self, span: slice) -> Tensor:
+        assert isinstance(self.dense, DenseTeacher)
+        assert isinstance(self.dense.head, Tensor)
+        return torch.mm(self.dense.hidden_PD[span], self.dense.head.t())
 
 
 def matmul_dtype(name: str, hidden_PD: Tensor, weight_VD: Tensor) -> torch.dtype:

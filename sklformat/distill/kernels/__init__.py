@@ -1,0 +1,22 @@
+"""
+What runs on a GPU in Triton; nothing of ours is known here, and torch operations elsewhere are its oracle.
+
+loss_rows  a row of logits becomes its loss and, in place, its gradient
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def run_on(device: torch.device) -> bool:
+    """Whether kernels run on this device: a CUDA one, where Triton is installed."""
+    return device.type == "cuda" and _has_triton()
