@@ -1,11 +1,12 @@
 """
 Losses and metrics on plain tensors; knows nothing else of sklformat.
 
-heads    a student's head: weight, bias, scale, cap
-kl       sparse_kl and linear_sparse_kl, with the gradient computed in the forward pass
-methods  each distillation method as one row form
-metrics  LM loss, calibration, agreement with the teacher
-rows     one dense pass over blocks of logits: the loss and, in place, its gradient
-sums     what the metrics are made of, over many batches and processes
-targets  the forms of target distributions: ragged, padded, dense
+heads      a model's head: weight, bias, scale, cap
+kl         sparse_kl and linear_sparse_kl
+methods    each distillation method as one row form
+metrics    LM loss, calibration, agreement with the teacher
+operators  the losses as operators of torch, with the gradient computed in the forward pass
+rows       one dense pass over blocks of logits: the loss and, in place, its gradient
+sums       what the metrics are made of, over many batches and processes
+targets    the forms of target distributions: ragged, padded, dense
 """

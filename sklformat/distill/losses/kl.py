@@ -10,14 +10,16 @@ Shape letters: P positions (sequences times positions each), V vocabulary, D hid
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from sklformat.distill.losses.heads import OutputHead, Shape, joined
+from sklformat.distill.kernels import run_on
+from sklformat.distill.losses.heads import OutputHead, joined, refuse_sharded
 from sklformat.distill.losses.methods import METHODS
-from sklformat.distill.losses.rows import IGNORED_LABEL, LossRows, matmul_dtype
+from sklformat.distill.losses.operators import Parts, linear_sparse_kl_operator, parts_of, sparse_kl_operator
+from sklformat.distill.losses.rows import IGNORED_LABEL, matmul_dtype
 from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, PaddedTargets, RaggedTargets
 
 __all__ = [
@@ -42,116 +44,6 @@ MAX_CHUNK_BYTES = 1 << 30
 # an H100 showed, 2048 of 8192 (1.12 x the products) and 4096 to 8192 of 32 768 (1.08 x).
 MAX_CHUNK_POSITIONS_KERNEL = 8192
 MAX_CHUNK_BYTES_KERNEL = (1 << 31) + (1 << 28)
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(_ctx: Any, grad: Tensor, _anchor: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(_ctx: Any, _upstream: Tensor) -> Any:
-        raise RuntimeError(
-            "sparse_kl and linear_sparse_kl cannot be differentiated twice: they compute their gradient "
-            "together with the value; use dense logits and torch.nn.functional.kl_div for second derivatives"
-        )
-
-
-def _without_second_derivative(grad: Tensor | None) -> Tensor | None:
-    """The gradient as it is, but under create_graph one that raises when differentiated, not one that is constant."""
-    if grad is None or not torch.is_grad_enabled():
-        return grad
-    anchor = torch.ones((), device=grad.device, requires_grad=True)
-    sealed: Tensor = _NoSecondDerivative.apply(grad, anchor)  # type: ignore[no-untyped-call]
-    return sealed
-
-
-class _SparseKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits_PV: Tensor, rows: LossRows, want_grad: bool) -> Tensor:
-        grad_PV = torch.empty_like(logits_PV, memory_format=torch.contiguous_format) if want_grad else None
-        loss = torch.zeros((), dtype=rows.dtype, device=rows.device)
-        with torch.autocast(rows.device.type, enabled=False):
-            for _, blocks in rows.chunks(rows.num_positions):
-                rows.run_chunk(blocks, logits_PV, grad_PV, loss)
-        ctx.save_for_backward(grad_PV, rows.total)
-        return loss / rows.total
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        grad_PV, total = ctx.saved_tensors
-        with torch.no_grad():
-            grad_PV = grad_PV * (upstream / total)
-        return _without_second_derivative(grad_PV), None, None
-
-
-class _LinearSparseKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_PD: Tensor,
-        weight_VD: Tensor,
-        up_VK: Tensor | None,
-        bias_V: Tensor | None,
-        rows: LossRows,
-        chunk_positions: int,
-        compute: torch.dtype,
-        want_grads: tuple[bool, bool, bool, bool],
-    ) -> Tensor:
-        ctx.dtypes = [None if part is None else part.dtype for part in (weight_VD, up_VK, bias_V)]
-        grad_hidden_PD = torch.empty_like(hidden_PD) if want_grads[0] else None
-        # The columns of what learns alone: a frozen weight under an adapter takes no room.
-        width = weight_VD.shape[1]
-        learning = slice(0 if want_grads[1] else width, hidden_PD.shape[1] if want_grads[2] else width)
-        ctx.widths = [width if want_grads[1] else 0, hidden_PD.shape[1] - width if want_grads[2] else 0]
-        # The accumulation type, whatever the weight's: a sum over many chunks in half precision would stall.
-        grad_columns_VX = weight_VD.new_zeros(len(weight_VD), sum(ctx.widths), dtype=rows.dtype)
-        grad_bias_V = torch.zeros_like(bias_V, dtype=rows.dtype) if want_grads[3] and bias_V is not None else None
-        loss = torch.zeros((), dtype=rows.dtype, device=rows.device)
-        weight_VX = joined(weight_VD, up_VK).to(compute)
-        buffer_CV = torch.empty(chunk_positions, rows.vocab_size, dtype=compute, device=rows.device)
-        with torch.autocast(rows.device.type, enabled=False):
-            for span, blocks in rows.chunks(chunk_positions):
-                hidden_CD = hidden_PD[span].to(compute)
-                x_CV = buffer_CV[: len(hidden_CD)]
-                torch.mm(hidden_CD, weight_VX.t(), out=x_CV)
-                rows.run_chunk(blocks, x_CV, x_CV if any(want_grads) else None, loss)
-                if grad_hidden_PD is not None:
-                    grad_hidden_PD[span] = torch.mm(x_CV, weight_VX)
-                if any(ctx.widths):
-                    _add_product(grad_columns_VX, x_CV, hidden_CD[:, learning])
-                if grad_bias_V is not None:
-                    grad_bias_V += x_CV.sum(0, dtype=rows.dtype)
-        ctx.save_for_backward(grad_hidden_PD, grad_columns_VX, grad_bias_V, rows.total)
-        return loss / rows.total
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        grad_hidden_PD, grad_columns_VX, grad_bias_V, total = ctx.saved_tensors
-        with torch.no_grad():
-            scale = upstream / total
-            if grad_hidden_PD is not None:
-                grad_hidden_PD = grad_hidden_PD * scale
-            parts = [part if part.shape[1] else None for part in grad_columns_VX.split(ctx.widths, 1)]
-            grads = [grad_hidden_PD]
-            for part, dtype in zip([*parts, grad_bias_V], ctx.dtypes, strict=True):
-                # Straight into the parameter's type: there is no second gradient in float32.
-                out = None if part is None else torch.empty(part.shape, dtype=dtype, device=part.device)
-                grads.append(None if part is None else torch.mul(part, scale, out=out))
-        return *(_without_second_derivative(grad) for grad in grads), None, None, None, None
-
-
-def _add_product(sum_VD: Tensor, x_CV: Tensor, hidden_CD: Tensor) -> None:
-    """sum_VD += x_CV^T hidden_CD, accumulated in the type of sum_VD."""
-    if x_CV.dtype == sum_VD.dtype:
-        sum_VD.addmm_(x_CV.t(), hidden_CD)
-    elif x_CV.device.type == "cuda":
-        torch.addmm(sum_VD, x_CV.t(), hidden_CD, out_dtype=sum_VD.dtype, out=sum_VD)
-    else:
-        # No mixed product here: a chunk's product is rounded once to half precision, the sum over chunks is not.
-        for start in range(0, len(sum_VD), MAX_CHUNK_POSITIONS):
-            span = slice(start, start + MAX_CHUNK_POSITIONS)
-            sum_VD[span] += torch.mm(x_CV[:, span].t(), hidden_CD)
 
 
 def _chunk_of(num_positions: int, row_bytes: int, *, in_kernel: bool) -> int:
@@ -225,19 +117,20 @@ def sparse_kl(
     """
     if logits_PV.dim() != 2:
         raise ValueError(f"logits_PV has shape {list(logits_PV.shape)}; need [positions, V]: flatten the sequences")
-    rows = LossRows(
-        targets,
+    refuse_sharded("what the loss is taken of", logits_PV)
+    parts = parts_of(_prepared(targets))
+    _check_devices(logits_PV.device, parts, labels_P, position_weights_P)
+    loss: Tensor
+    loss, _, _ = sparse_kl_operator(
+        logits_PV,
+        *parts,
         method,
         labels_P,
         ce_weight,
         position_weights_P,
-        num_positions=logits_PV.shape[0],
-        vocab_size=logits_PV.shape[1],
-        like=logits_PV,
-        normaliser=normaliser,
+        None if normaliser is None else torch.as_tensor(normaliser),
+        torch.is_grad_enabled() and logits_PV.requires_grad,
     )
-    want_grad = torch.is_grad_enabled() and logits_PV.requires_grad
-    loss: Tensor = _SparseKL.apply(logits_PV, rows, want_grad)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -290,28 +183,55 @@ def linear_sparse_kl(
         raise ValueError(f"the head's weight is on {head.weight.device}, hidden_PD on {hidden_PD.device}")
     compute = matmul_dtype("hidden_PD", hidden_PD, head.weight)
     num_positions, vocab_size = hidden_PD.shape[0], head.weight.shape[0]
-    rows = LossRows(
-        targets,
-        method,
-        labels_P,
-        ce_weight,
-        position_weights_P,
-        num_positions=num_positions,
-        vocab_size=vocab_size,
-        like=hidden_PD,
-        normaliser=normaliser,
-        shape=Shape.of(head),
-    )
     if chunk_positions is None:
-        chunk_positions = _chunk_of(num_positions, vocab_size * compute.itemsize, in_kernel=rows.in_kernel)
+        chunk_positions = _chunk_of(num_positions, vocab_size * compute.itemsize, in_kernel=run_on(hidden_PD.device))
     elif chunk_positions < 1:
         raise ValueError(f"chunk_positions is {chunk_positions}; need at least 1")
     chunk_positions = max(1, min(chunk_positions, num_positions))
     hidden_PD, up_VK = head.widened(hidden_PD)
     enabled = torch.is_grad_enabled()
     inputs = (hidden_PD, head.weight, up_VK, head.bias)
-    want_grads = tuple(enabled and tensor is not None and tensor.requires_grad for tensor in inputs)
-    loss: Tensor = _LinearSparseKL.apply(  # type: ignore[no-untyped-call]
-        *inputs, rows, chunk_positions, compute, want_grads
+    parts = parts_of(_prepared(targets))
+    _check_devices(hidden_PD.device, parts, labels_P, position_weights_P)
+    loss: Tensor
+    loss, *_ = linear_sparse_kl_operator(
+        *inputs,
+        head.scale,
+        head.softcap,
+        *parts,
+        method,
+        labels_P,
+        ce_weight,
+        position_weights_P,
+        None if normaliser is None else torch.as_tensor(normaliser),
+        chunk_positions,
+        compute,
+        [enabled and tensor is not None and tensor.requires_grad for tensor in inputs],
     )
     return loss
+
+
+def _prepared(targets: AnyTargets) -> AnyTargets:
+    """A teacher in the type of its products, which autocast decides here, its head one weight with what bends it."""
+    if not isinstance(targets, DenseTeacher):
+        return targets
+    head = targets.head if isinstance(targets.head, OutputHead) else OutputHead(targets.head)
+    with torch.no_grad():
+        hidden_PD = targets.hidden_PD.detach()
+        compute = matmul_dtype("the teacher's hidden_PD", hidden_PD, head.weight)
+        hidden_PD, up_VK = head.widened(hidden_PD)
+        weight = joined(head.weight, up_VK).detach().to(compute)
+    return DenseTeacher(hidden_PD.to(compute), replace(head, weight=weight, low_rank=()))
+
+
+def _check_devices(
+    device: torch.device, parts: Parts, labels_P: Tensor | None, position_weights_P: Tensor | None
+) -> None:
+    """All of it must be where the student is, but for offsets, which may stay on the CPU."""
+    kind, first, second, third, *_ = parts
+    names = {"probabilities": ("probs_PV", "", ""), "teacher": ("the teacher's hidden_PD", "its head", "its bias")}
+    named = dict(zip(names.get(kind, ("token_ids", "probs", "")), (first, second, third), strict=True))
+    named |= {"labels_P": labels_P, "position_weights_P": position_weights_P}
+    for name, tensor in named.items():
+        if name and tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the student on {device}; move it there first")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sklformat.distill import kernels
-from sklformat.distill.losses.heads import OutputHead, Shape, joined, refuse_sharded
+from sklformat.distill.losses.heads import OutputHead, Shape, refuse_sharded
 from sklformat.distill.losses.methods import METHODS, SPARSE_METHODS, Block, mix_ce, segment_sum
 from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, Ragged, RaggedTargets
 
@@ -99,8 +99,6 @@ class LossRows:
     def _check_shape(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; need {list(shape)}")
-        if tensor.device != self.device:
-            raise ValueError(f"{name} is on {tensor.device}, the student on {self.device}; move it there first")
 
     def _check_normaliser(self, normaliser: Tensor | float, own_total: Tensor) -> Tensor:
         total = torch.as_tensor(normaliser).detach().to(own_total, non_blocking=True)
@@ -119,15 +117,12 @@ class LossRows:
         if isinstance(targets, DenseTargets):
             self._check_shape("probs_PV", targets.probs_PV, (self.num_positions, self.vocab_size))
         else:
-            hidden_PD = targets.hidden_PD.detach()
-            head = targets.head if isinstance(targets.head, OutputHead) else OutputHead(targets.head)
+            hidden_PD, head = targets.hidden_PD, targets.head
+            assert isinstance(head, OutputHead)
             self._check_shape("the teacher's hidden_PD", hidden_PD, (self.num_positions, *hidden_PD.shape[1:]))
             self._check_shape("the teacher's head", head.weight, (self.vocab_size, *hidden_PD.shape[1:]))
-            compute = matmul_dtype("the teacher's hidden_PD", hidden_PD, head.weight)
-            with torch.no_grad():
-                hidden_PD, up_VK = head.widened(hidden_PD)
-                targets = DenseTeacher(hidden_PD.to(compute), joined(head.weight, up_VK).detach().to(compute))
             self.teacher_shape = Shape.of(head)
+            targets = DenseTeacher(hidden_PD, head.weight)
         self.dense = targets
         return torch.ones(self.num_positions, dtype=torch.bool, device=self.device)
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sklformat.distill.losses.kl import METHODS, DenseTargets, DenseTeacher, OutputHead, linear_sparse_kl, sparse_kl
+from sklformat.distill.losses.operators import linear_sparse_kl_operator, parts_of, sparse_kl_operator
 
 SPARSE_METHODS = [method for method in METHODS if method != "full"]
 
@@ -428,8 +429,11 @@ def test_an_accelerator_gives_the_same(method, dtype):
         assert float((ours.cpu().double() - wanted.double()).norm() / wanted.double().norm()) < bound
 
 
+OPERATORS = {each._opoverload: each for each in (sparse_kl_operator, linear_sparse_kl_operator)}
+
+
 class LargestAllocation(TorchDispatchMode):
-    """Elements of each new storage that any operation returns, and of the largest."""
+    """Elements of each new storage that any operation returns, inside of the losses too, and of the largest."""
 
     def __init__(self):
         super().__init__()
@@ -440,6 +444,9 @@ class LargestAllocation(TorchDispatchMode):
         return max(self.sizes)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (ours := OPERATORS.get(func)) is not None:
+            with self:
+                return ours._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         known = {t.untyped_storage().data_ptr() for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)}
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
@@ -661,3 +668,50 @@ def test_linear_refuses_parts_that_do_not_fit():
         linear_sparse_kl(hidden_PD, weight_VD, targets, chunk_positions=0)
     with pytest.raises(ValueError, match="the teacher's hidden_PD has shape"):
         linear_sparse_kl(hidden_PD, weight_VD, DenseTeacher(hidden_PD[:5], weight_VD), method="full")
+
+
+# --- as operators ----------------------------------------------------------------------------------------------------
+
+
+def operator_cases(dtype=torch.float32):
+    """Arguments of the two operators, as the public losses make them, for sparse and dense targets."""
+    P, V, D = 6, 30, 8
+    hidden_PD, weight_VD, targets, labels_P = linear_case(dtype, P, V, D)
+    teacher = DenseTeacher(torch.randn(P, 5, generator=generator(1)), torch.randn(V, 5, generator=generator(2)))
+    bias_V = torch.randn(V, generator=generator(3)).requires_grad_()
+    rest = (labels_P, 0.3, torch.ones(P), None)
+    for given, method in ((targets, "ghost_token"), (teacher, "full")):
+        parts = parts_of(given)
+        logits_PV = (hidden_PD @ weight_VD.T).detach().requires_grad_()
+        yield sparse_kl_operator, (logits_PV, *parts, method, *rest, True)
+        head = (hidden_PD, weight_VD, None, bias_V, 0.5, 3.0)
+        yield linear_sparse_kl_operator, (*head, *parts, method, *rest, 4, dtype, [True, True, False, True])
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_operators_say_the_truth_of_themselves(number):
+    """Schema, shapes without data, and gradients under tracing, as torch checks them."""
+    operator, args = list(operator_cases())[number]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(operator, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("method", ["random_sampling", "full"])
+def test_compiled_losses_are_the_losses(method):
+    """Whole in one graph: value and gradients are bit for bit those of the plain call."""
+    P, V, D = 6, 40, 8
+    hidden_PD, weight_VD, targets, _ = linear_case(torch.float32, P, V, D)
+    teacher = DenseTeacher(torch.randn(P, 5, generator=generator(1)), torch.randn(V, 5, generator=generator(2)))
+    given = teacher if method == "full" else targets
+
+    def loss_of(hidden_PD, weight_VD):
+        return linear_sparse_kl(hidden_PD.tanh(), weight_VD, given, method=method) * 2
+
+    found = []
+    for run in (loss_of, torch.compile(loss_of, backend="aot_eager", fullgraph=True)):
+        leaves = [t.detach().clone().requires_grad_() for t in (hidden_PD, weight_VD)]
+        loss = run(*leaves)
+        loss.backward()
+        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for plain, compiled in zip(*found, strict=True):
+        assert torch.equal(plain, compiled)
