@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from pathlib import Path
 
 from hypothesis import settings
 
@@ -12,6 +13,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Models this small only lose by a second thread; and sums have one order.  Torch and numpy read it when they are
 # imported, here and in the processes that tests start.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+# Without a GPU kernels are interpreted.  Triton reads it when it is imported, which other libraries do too.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_finish():

@@ -4,16 +4,10 @@ The kernel of the losses against its oracle in torch operations, through the pub
 Shape letters: P positions, V vocabulary, D hidden size.
 """
 
-import os
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is loaded
-pytest.importorskip("triton")
-
-from dataclasses import dataclass, replace
 
 from sklformat.distill import kernels
 from sklformat.distill.kernels import loss_rows
