@@ -30,17 +30,34 @@ def starts_of(i, length):
     return (np.arange(length + 1) + i) % 7 == i % 3
 
 
-def write_cache(directory, *, seq_len=POSITIONS, lengths=None, store_tokens=True, seed=7, columns=(), capture=None):
-    """Two shards of SEQUENCES sequences; returns what went in."""
+def write_cache(
+    directory,
+    *,
+    seq_len=POSITIONS,
+    lengths=None,
+    store_tokens=True,
+    seed=7,
+    columns=(),
+    capture=None,
+    sequences=SEQUENCES,
+    records=make_targets,
+    **settings,
+):
+    """
+    Two shards of 23 sequences; returns what went in.
+
+    Args:
+        seed: Of tokens and records.
+        records: Makes those of a sequence.
+        settings: Of the header.
+    """
     rng = np.random.default_rng(seed)
     data, shard_size = [], 15
     directory.mkdir()
-    for number, first in enumerate(range(0, SEQUENCES, shard_size)):
+    for number, first in enumerate(range(0, sequences, shard_size)):
         header = skl.Header(
-            vocab_size=VOCAB,
+            **{"vocab_size": VOCAB, "kind": "counts", "rounds": ROUNDS} | settings,
             seq_len=seq_len,
-            kind="counts",
-            rounds=ROUNDS,
             shard_number=number,
             first_sequence=first,
             store_tokens=store_tokens,
@@ -48,9 +65,9 @@ def write_cache(directory, *, seq_len=POSITIONS, lengths=None, store_tokens=True
             capture=capture or {},
         )
         with skl.ShardWriter(directory / f"shard-{number:05d}.skl", header=header) as writer:
-            for i in range(first, min(first + shard_size, SEQUENCES)):
-                length = POSITIONS if lengths is None else lengths[i]
-                tokens, targets = rng.integers(0, VOCAB, length + 1), make_targets(rng, length)
+            for i in range(first, min(first + shard_size, sequences)):
+                length = (seq_len or POSITIONS) if lengths is None else lengths[i]
+                tokens, targets = rng.integers(0, VOCAB, length + 1), records(rng, length)
                 values = {"entropy": np.zeros(length), "document_start": starts_of(i, length)}
                 writer.append(tokens, targets, {name: values[name] for name in columns})
                 data.append((tokens, targets))

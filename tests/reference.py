@@ -764,22 +764,23 @@ def expected_manifest(named: list[tuple[Shard, str]]) -> dict[str, Any]:
 # Section 12
 
 
+def mix(x: int) -> int:
+    """The mix of section 12, of x modulo 2^64."""
+    x %= 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
 def permute(n: int, seed: int, epoch: int, i: int) -> int:
     """Where place i of an epoch finds its sequence; order_algorithm 1, version 1."""
-    word = 2**64 - 1
     half = (max(2, (n - 1).bit_length()) + 1) // 2
     keys = [xxh64(struct.pack("<QQQ", seed, epoch, r), 0) for r in range(8)]
-
-    def mix(x: int) -> int:
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & word
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & word
-        return x ^ (x >> 31)
-
     x = i
     while True:
         left, right = x >> half, x % 2**half
         for key in keys:
-            left, right = right, left ^ mix((right + key) & word) % 2**half
+            left, right = right, left ^ mix(right + key) % 2**half
         x = left * 2**half + right
         if x < n:
             return x
@@ -797,3 +798,45 @@ def permute_windows(n: int, window: int, seed: int, epoch: int, i: int) -> int:
     else:
         size, first = n % window, whole * window
     return (first + permute(size, word(9 + b), epoch, j) + word(8)) % n
+
+
+def shares(sizes: list[int], weights: list[float]) -> list[int]:
+    """What each cache of a mixture gives to an epoch."""
+    places, total = sum(sizes), sum(map(Fraction, weights))
+    quotas = [places * Fraction(weight) / total for weight in weights]
+    out = [int(quota) for quota in quotas]
+    while sum(out) < places:
+        lost = [quota - share for quota, share in zip(quotas, out, strict=True)]
+        out[lost.index(max(lost))] += 1
+    return out
+
+
+def mixed(shares: list[int], seed: int, epoch: int, i: int, *, shuffle: bool = True) -> tuple[int, int]:
+    """The cache of place i of a mixture's epoch, and the number of its sequence from epoch 0 on; mixture version 1."""
+    first, end, k = 0, len(shares), i
+    while end - first > 1:
+        middle = (first + end) // 2
+        left, total = sum(shares[first:middle]), sum(shares[first:end])
+        b, j = divmod(k, 16)
+        size = min(16, total - 16 * b)
+        before = 16 * b * left // total
+        here = (16 * b + size) * left // total - before
+        turn = mix(xxh64(struct.pack("<QQQQ", seed, epoch, first, end), 0) + b) % size if shuffle else 0
+        taken, after = (before + (t + turn) * here // size - turn * here // size for t in (j, j + 1))
+        if after > taken:
+            end, k = middle, taken
+        else:
+            first, k = middle, k - taken
+    return first, epoch * shares[first] + k
+
+
+def mixed_sequence(
+    sizes: list[int], shares: list[int], seed: int, epoch: int, i: int, window: int | None = None
+) -> tuple[int, int]:
+    """The cache and the sequence at place i of a mixture's shuffled epoch."""
+    cache, number = mixed(shares, seed, epoch, i)
+    own = xxh64(struct.pack("<QQ", seed, cache), 0)
+    walk, place = divmod(number, sizes[cache])
+    if window is None:
+        return cache, permute(sizes[cache], own, walk, place)
+    return cache, permute_windows(sizes[cache], window, own, walk, place)

@@ -1,11 +1,11 @@
 """SPEC.md and the code agree: tables, limits, worked shards, the ratio table, test vectors, which row decides."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
 import struct
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +22,8 @@ from sklformat.cache.recovery import recover
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.format import columns, layout, order
 from sklformat.format.captures import canonical_json
+from sklformat.format.mixture import VERSION as MIXTURE_VERSION
+from sklformat.format.mixture import Mixture
 
 TEXT = (Path(__file__).parents[1] / "SPEC.md").read_text()
 GOLDEN = Path(__file__).parent / "golden"
@@ -218,7 +220,7 @@ def test_version_strings():
 
 def test_pages_of_the_document():
     """SPEC.md stays short, its sections are numbered in order, and every section that it refers to exists."""
-    assert len(TEXT.splitlines()) <= 700
+    assert len(TEXT.splitlines()) <= 720
     titles = re.findall(r"^##+ (?:Appendix )?([\dA-Z.]+?)\.? ", TEXT, re.MULTILINE)
     assert len(set(titles)) == len(titles)
     assert [str(i) for i in range(1, 19)] == [title for title in titles if title.isdigit()]
@@ -562,7 +564,7 @@ def test_faults_stand_in_the_order_of_the_table():
         next(i for i, (text, error) in enumerate(rows) if words.get(name, name) in text and error == expected)
         for name, expected in Broken.FAULTS
     ]
-    assert all(a < b for a, b in pairwise(places))
+    assert all(a < b for a, b in itertools.pairwise(places))
 
 
 PARTS = ("header", "trailer", "index", "block", "payload")
@@ -672,6 +674,28 @@ def test_windowed_order_vectors():
         indices = list(range(first, last + 1))
         assert expected == order.permute_windows(indices, n, window, seed=seed, epoch=epoch).tolist()
         assert expected == [reference.permute_windows(n, window, seed, epoch, i) for i in indices]
+
+
+def test_mixture_vectors():
+    """Section 12's test vectors of mixtures, in the package and in the reference, and the version that states carry."""
+    text = section("12. Order")
+    pattern = r"n = \(([\d, ]+)\), w = \(([\d., ]+)\), seed (\d+), epoch (\d+): places 0\.\.(\d+) are ([\d:, ]+\d)"
+    found = re.findall(pattern, text)
+    assert len(found) == 2
+    for n, w, *numbers, pairs in found:
+        sizes, weights = [int(size) for size in n.split(",")], [float(weight) for weight in w.split(",")]
+        seed, epoch, last = map(int, numbers)
+        expected = [tuple(map(int, pair.split(":"))) for pair in pairs.split(", ")]
+        assert len(expected) == last + 1
+        mixed = Mixture.of(sizes, weights)
+        schedule = order.Schedule(num_sequences=sum(sizes), batch_size=1, seed=seed, mixture=mixed)
+        places = [int(place[0]) for place, _ in itertools.islice(schedule.batches(epoch, 0), last + 1)]
+        firsts = np.cumsum([0, *sizes])
+        assert places == [firsts[cache] + sequence for cache, sequence in expected]
+        shares = reference.shares(sizes, weights)
+        assert list(mixed.shares) == shares
+        assert expected == [reference.mixed_sequence(sizes, shares, seed, epoch, i) for i in range(last + 1)]
+    assert [str(MIXTURE_VERSION)] == re.findall(r"mixture version (\d+)", text)
 
 
 def test_order_identifiers():

@@ -177,11 +177,15 @@ class Cache:
                     return int(self._starts[other] + same[0])
         return None
 
-    def payloads(self, numbers: NDArray[np.int64]) -> Payloads:
+    def payloads(self, numbers: NDArray[np.int64], into: Payloads | None = None) -> Payloads:
         """
-        The payloads of sequences, proven by their checksums; -1 stands for an empty row.
+        The payloads of sequences, proven by their checksums.
 
         What lies in them, records and tokens, is the decoder's to check: ``Payloads.decode`` does.
+
+        Args:
+            numbers: [B]; -1 stands for an empty row, or one that is not of this cache.
+            into: Where they go, payloads of B rows that may hold those of other caches; None: payloads of their own.
 
         Raises:
             IndexError, FormatError: As ``cache[i]``.
@@ -189,7 +193,7 @@ class Cache:
         listed = numbers.tolist()  # of few numbers Python's own min and max are quicker
         if listed and not -1 <= min(listed) <= max(listed) < len(self):
             raise IndexError(f"{self.path}: sequences {min(listed)}..{max(listed)} of {len(self)}")
-        found = Payloads(numbers.size)
+        found = Payloads(numbers.size) if into is None else into
         places = np.searchsorted(self._starts, numbers, side="right") - 1  # of empty rows: -1
         distinct = dict.fromkeys(place for place in places.tolist() if place >= 0)
         copied = len(self._entries) > MAX_OPEN_SHARDS and len(distinct) > MAX_OPEN_SHARDS // 8

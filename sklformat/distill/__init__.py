@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sklformat.distill.loader.batches import Batch, Targets, collate
 from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.loader.sequences import SparseLogitSequences
+from sklformat.distill.loader.teachers import Teachers
 from sklformat.distill.losses.kl import DenseTargets, DenseTeacher, OutputHead, linear_sparse_kl, sparse_kl
 from sklformat.distill.losses.metrics import acceptance_rate, calibration_error, lm_loss
 
@@ -30,6 +31,7 @@ __all__ = [
     "SparseLogitDataset",
     "SparseLogitSequences",
     "Targets",
+    "Teachers",
     "acceptance_rate",
     "calibration_error",
     "collate",

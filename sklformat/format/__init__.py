@@ -8,6 +8,8 @@ header    every setting that the records of a shard were made with
 index     the end of a sealed shard: where its blocks lie, and a trailer that proves it
 layout    where each byte lies: SPEC.md's tables as data
 listing   what a manifest says: the shards of a cache in order
+mixture   which cache each place of a mixed stream takes its sequence from
 order     orders of sequences and documents, pure functions of (seed, epoch, index)
 records   records in memory: the sparse teacher distributions of one sequence
+words     random words that orders are made of
 """

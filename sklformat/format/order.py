@@ -9,14 +9,14 @@ SPEC.md section 12 specifies both with test vectors; a change of one bit here is
 from __future__ import annotations
 
 import operator
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sklformat.checksums import checksum
+from sklformat.format.mixture import Mixture
+from sklformat.format.words import mix, word
 
 ALGORITHM, VERSION = 1, 1
 """Identifiers of ``permute`` in headers and loader states."""
@@ -87,7 +87,7 @@ def permute_windows(indices: ArrayLike, n: int, window: int, *, seed: int, epoch
         rest = ~full
         inner = _walk(inside[rest], n - whole * window, _block_keys(blocks[rest], seed, epoch))
         out[rest] = inner + np.uint64(whole * window)
-    shift = _word(seed, epoch, _ROUNDS) % n
+    shift = word(seed, epoch, _ROUNDS) % n
     out = (out + np.uint64(shift)) % np.uint64(n)
     return out.astype(np.int64).reshape(start.shape)
 
@@ -103,20 +103,15 @@ def _checked(indices: ArrayLike, n: int, seed: int, epoch: int) -> NDArray[np.in
     return array
 
 
-def _word(seed: int, epoch: int, number: int) -> int:
-    """A random u64 of its own for each (seed, epoch, number)."""
-    return checksum(struct.pack("<QQQ", seed, epoch, number))
-
-
 def _keys(seed: int, epoch: int) -> NDArray[np.uint64]:
     """[8, 1]: the keys of the network for all indices."""
-    return np.array([[_word(seed, epoch, number)] for number in range(_ROUNDS)], np.uint64)
+    return np.array([[word(seed, epoch, number)] for number in range(_ROUNDS)], np.uint64)
 
 
 def _block_keys(blocks: NDArray[np.uint64], seed: int, epoch: int) -> NDArray[np.uint64]:
     """[8, k]: the keys of the network inside of each of k blocks: those of a seed that the block has for itself."""
     distinct, place = np.unique(blocks, return_inverse=True)
-    seeds = [_word(seed, epoch, _ROUNDS + 1 + block) for block in distinct.tolist()]
+    seeds = [word(seed, epoch, _ROUNDS + 1 + block) for block in distinct.tolist()]
     keys: NDArray[np.uint64] = np.hstack([_keys(own, epoch) for own in seeds])[:, place]
     return keys
 
@@ -137,15 +132,8 @@ def _network(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) ->
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = values >> bits, values & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right + key) & mask)
+        left, right = right, left ^ (mix(right + key) & mask)
     return (left << bits) | right
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64: every input bit reaches every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +154,8 @@ class Schedule:
         window: None: the random order is ``permute``'s; else ``permute_windows``' with this window.
         tail: What becomes of the sequences at the end that fill no global batch: "drop" them, "pad" with empty places
             (index -1), or "wrap" around to the epoch's beginning.
+        mixture: None: one cache.  Else several, whose sequences are numbered one cache after the other; num_sequences
+            is then all of them, which is the epoch's size too, and each has its own order.
 
     Raises:
         ValueError: A value out of range, or an epoch that has no batch at all.
@@ -182,6 +172,7 @@ class Schedule:
     shuffle: bool = True
     window: int | None = None
     tail: str = "drop"
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_sequences", "batch_size", "rank", "world_size", "seed", "window"):
@@ -252,11 +243,26 @@ class Schedule:
             yield from zip(places, some, strict=True)
 
     def _ordered(self, places: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        if self.mixture is None:
+            return self._walked(places, self.num_sequences, self.seed, epoch)
+        sources, numbers = self.mixture.find(places.ravel(), epoch, self.seed if self.shuffle else None)
+        out, first = np.empty_like(numbers), 0
+        for source, size in enumerate(self.mixture.sizes):
+            mine = np.flatnonzero(sources == source)
+            walks, inside = np.divmod(numbers[mine], size)
+            for walk in np.unique(walks).tolist():
+                now = walks == walk
+                out[mine[now]] = first + self._walked(inside[now], size, word(self.seed, source), walk)
+            first += size
+        return out.reshape(places.shape)
+
+    def _walked(self, places: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+        """What one cache has at places of its walk number ``epoch``."""
         if not self.shuffle:
             return places
         if self.window is None:
-            return permute(places, self.num_sequences, seed=self.seed, epoch=epoch)
-        return permute_windows(places, self.num_sequences, self.window, seed=self.seed, epoch=epoch)
+            return permute(places, size, seed=seed, epoch=epoch)
+        return permute_windows(places, size, self.window, seed=seed, epoch=epoch)
 
     def after(self, epoch: int, consumed: int) -> tuple[int, int]:
         """(epoch, consumed) after the step that begins there; the end of an epoch is the beginning of the next."""

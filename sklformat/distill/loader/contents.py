@@ -1,5 +1,5 @@
 """
-The sequences of a cache by number: decoded, checked and proven to belong to the tokens trained on.
+The sequences of caches by number: decoded, checked and proven to belong to the tokens trained on.
 
 Knows no order and no rank.  SPEC.md section 13.
 
@@ -8,9 +8,10 @@ Shape letters: B sequences, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +24,14 @@ from sklformat.checksums import checksum
 from sklformat.distill.loader.batches import Batch, Targets
 from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.errors import AlignmentError
+from sklformat.format.block import block_shape
 from sklformat.format.columns import STARTS
+from sklformat.native import BatchArrays
 
 
-class Contents:
+class Part:
     """
     A part of a cache, with the tokens that are handed out.
-
-    Each block's checksum is verified when it is first touched, each sequence's alignment checksum every time.
 
     Args:
         path: A cache, or where one is.
@@ -68,35 +69,53 @@ class Contents:
             )
 
     @property
-    def isolated(self) -> bool:
-        """Whether documents did not see each other when the teacher ran."""
-        packing = self.cache.header.capture.get("packing")
-        return isinstance(packing, Mapping) and packing.get("isolated") is True
+    def identity(self) -> str:
+        """What loader states say of it."""
+        return self.cache.fingerprint
 
-    def batch(self, places: NDArray[np.int64], state: dict[str, Any]) -> Batch:
-        """
-        The sequences at these places of the part, -1 for an empty row, as one batch.
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What parts must have in common to be decoded by one call."""
+        header = self.cache.header
+        return block_shape(header, 0, 0), header.scale_log2, self.tokens is None
 
-        Raises:
-            FormatError: A block is damaged.
-            AlignmentError: The records are not about these tokens.
-        """
-        return self._decoded(self.cache.payloads(self._numbers(places)), places, state)
-
-    def singles(self, places: NDArray[np.int64]) -> list[Batch]:
-        """The same one by one, each with a T of its own and an empty state; they share the memory of one batch."""
-        payloads = self.cache.payloads(self._numbers(places))
-        batch = self._decoded(payloads, places, {})
-        return [batch.row(row, max(length, 1)) for row, length in enumerate(payloads.num_positions.tolist())]
-
-    def _numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Places of the part as numbers of the cache; -1 stays."""
         first = self.sequences.start
         return np.where(places < 0, places, places + first) if first else places
 
-    def _decoded(self, payloads: Payloads, places: NDArray[np.int64], state: dict[str, Any]) -> Batch:
-        given = None if self.tokens is None else self._given(self._numbers(places), payloads)
-        header = self.cache.header
-        arrays = payloads.decode(header, given, IGNORED_LABEL, starts=STARTS in header.columns)
+    def give(self, out: NDArray[np.uint32], numbers: NDArray[np.int64], payloads: Payloads) -> None:
+        """Put the training program's own tokens into the rows [B, T + 1] of ``out``, proven to be the records'."""
+        assert self.tokens is not None
+        first = self.cache.first_sequence
+        lengths, alignments = payloads.num_positions.tolist(), payloads.alignment.tolist()
+        data, row_bytes = out.data.cast("B"), out.strides[0]
+        for row, number in enumerate(numbers.tolist()):
+            if number < 0:
+                continue
+            tokens, length = self.tokens[first + number], lengths[row] + 1
+            if tokens.size == length:
+                # Values that do not fit are cut here, but what is handed out is what was proven.
+                out[row, :length] = tokens
+                if checksum(data[row * row_bytes : row * row_bytes + 4 * length]) == alignments[row]:
+                    continue
+            self.cache.check_alignment(number, tokens, lambda i: self._neighbour(first + i))
+
+    def _neighbour(self, number: int) -> NDArray[np.integer[Any]]:
+        """Other tokens of the source, to look for the cause of a misalignment."""
+        assert self.tokens is not None
+        return self.tokens[number]
+
+
+class Decoded(NamedTuple):
+    """The arrays of B rows, and what the payloads said of each."""
+
+    payloads: Payloads
+    arrays: BatchArrays
+
+    def batch(self, state: dict[str, Any]) -> Batch:
+        """The rows as one batch; shares their memory."""
+        arrays = self.arrays
         return Batch(
             input_ids=torch.from_numpy(arrays.input_ids),
             labels=torch.from_numpy(arrays.labels),
@@ -110,29 +129,68 @@ class Contents:
             document_starts=None if arrays.document_starts is None else torch.from_numpy(arrays.document_starts),
         )
 
-    def _given(self, numbers: NDArray[np.int64], payloads: Payloads) -> NDArray[np.uint32]:
-        """The training program's own tokens of a batch, proven to be those of the records."""
-        assert self.tokens is not None
-        first = self.cache.first_sequence
-        lengths, alignments = payloads.num_positions.tolist(), payloads.alignment.tolist()
-        out = np.zeros((numbers.size, payloads.row_positions(self.cache.header) + 1), "<u4")
-        data, row_bytes = out.data.cast("B"), out.strides[0]
-        for row, number in enumerate(numbers.tolist()):
-            if number < 0:
-                continue
-            tokens, length = self.tokens[first + number], lengths[row] + 1
-            if tokens.size == length:
-                # Values that do not fit are cut here, but what is handed out is what was proven.
-                out[row, :length] = tokens
-                if checksum(data[row * row_bytes : row * row_bytes + 4 * length]) == alignments[row]:
-                    continue
-            self.cache.check_alignment(number, tokens, lambda i: self._neighbour(first + i))
-        return out
+    def singles(self) -> list[Batch]:
+        """The rows one by one; see ``Contents.singles``."""
+        batch = self.batch({})
+        return [batch.row(row, max(length, 1)) for row, length in enumerate(self.payloads.num_positions.tolist())]
 
-    def _neighbour(self, number: int) -> NDArray[np.integer[Any]]:
-        """Other tokens of the source, to look for the cause of a misalignment."""
-        assert self.tokens is not None
-        return self.tokens[number]
+
+class Contents:
+    """
+    Parts that one call decodes, one or several of the same layout, as one list of sequences in their order.
+
+    Each block's checksum is verified when it is first touched, each sequence's alignment checksum every time.  Batches
+    of several parts have the T of the one with the longest sequences.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        lengths = [part.cache.header.seq_len for part in parts]
+        self._header = dataclasses.replace(parts[0].cache.header, seq_len=max(lengths) if all(lengths) else 0)
+        self._starts = np.cumsum([0, *(len(part.sequences) for part in parts[:-1])])
+
+    def decoded(self, places: NDArray[np.int64], tokens: NDArray[np.uint32] | None = None) -> Decoded:
+        """
+        The sequences at these places, -1 for an empty row.
+
+        Args:
+            places: [B], over all parts.
+            tokens: [B, T + 1], proven already; None: those of the parts.
+
+        Raises:
+            FormatError: A block is damaged.
+            AlignmentError: The records are not about these tokens.
+        """
+        found, header = Payloads(places.size), self._header
+        chosen = [part.numbers(inside) for part, inside in zip(self.parts, self._inside(places), strict=True)]
+        for part, numbers in zip(self.parts, chosen, strict=True):
+            part.cache.payloads(numbers, found)
+        if tokens is None and self.parts[0].tokens is not None:
+            tokens = np.zeros((places.size, found.row_positions(header) + 1), "<u4")
+            for part, numbers in zip(self.parts, chosen, strict=True):
+                part.give(tokens, numbers, found)
+        return Decoded(found, found.decode(header, tokens, IGNORED_LABEL, starts=STARTS in header.columns))
+
+    def batch(self, places: NDArray[np.int64], state: dict[str, Any]) -> Batch:
+        """The sequences at these places as one batch, -1 for an empty row; raises as ``decoded``."""
+        return self.decoded(places).batch(state)
+
+    def singles(self, places: NDArray[np.int64]) -> list[Batch]:
+        """The same one by one, each with a T of its own and an empty state; they share the memory of one batch."""
+        return self.decoded(places).singles()
+
+    def _inside(self, places: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """For each part its places, -1 in the rows of others."""
+        if len(self.parts) == 1:
+            return [places]
+        which = np.searchsorted(self._starts, places, side="right") - 1  # of empty rows: -1
+        return [np.where(which == part, places - start, -1) for part, start in enumerate(self._starts.tolist())]
+
+
+def is_isolated(cache: Cache) -> bool:
+    """Whether documents did not see each other when the teacher ran."""
+    packing = cache.header.capture.get("packing")
+    return isinstance(packing, Mapping) and packing.get("isolated") is True
 
 
 def _checked_range(sequences: range | None, available: int) -> range:

@@ -1,13 +1,12 @@
 """
-The batches of a cache for training, as one stream over all ranks and workers that resumes anywhere.
+The batches of caches for training, as one stream over all ranks and workers that resumes anywhere.
 
-Knows no model and no loss; the order is ``format.order``'s, each batch ``contents``'.  SPEC.md section 12.
+Knows no model and no loss; the order is ``format.order``'s, each batch ``sources``'.  SPEC.md section 12.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from sklformat.cache.reader import Cache
 from sklformat.cache.tokens import TokenSource
 from sklformat.distill.loader.batches import Batch
-from sklformat.distill.loader.contents import Contents
 from sklformat.distill.loader.launchers import check_division, check_epoch, check_ranks, find_prepared, find_rank
 from sklformat.distill.loader.prefetch import made_ahead
+from sklformat.distill.loader.sources import Source, Sources
 from sklformat.errors import ResumeError
+from sklformat.format.mixture import VERSION as MIXTURE_VERSION
+from sklformat.format.mixture import Mixture
 from sklformat.format.order import Schedule
 
 STATE_VERSION = 2
@@ -31,12 +31,12 @@ _MAX_WORKERS = 128
 
 class SparseLogitDataset(IterableDataset[Batch]):
     """
-    The batches of one epoch of a cache; use as ``DataLoader(ds, batch_size=None, num_workers=k)`` or iterate it.
+    The batches of one epoch; use as ``DataLoader(ds, batch_size=None, num_workers=k)`` or iterate it.
 
-    The stream is a pure function of (cache, seed, epoch): the same for any number of workers, and for any world size
-    that makes the same global batch.  Each block's checksum is verified when it is first touched, each sequence's
-    alignment checksum against the tokens that are handed out, so that records of other tokens stop training before the
-    first step.
+    The stream is a pure function of (caches, weights, seed, epoch): the same for any number of workers, and for any
+    world size that makes the same global batch.  Each block's checksum is verified when it is first touched, each
+    sequence's alignment checksum against the tokens that are handed out, so that records of other tokens stop training
+    before the first step.
 
     Protocol of use: ``ds.set_epoch(e)`` before each epoch (as for torch's DistributedSampler; without it every
     iteration repeats the same epoch).  To resume, ``ds.load_state_dict(batch.state)`` of the last batch trained on: the
@@ -44,9 +44,15 @@ class SparseLogitDataset(IterableDataset[Batch]):
     batches that were handed out, so that none that were made ahead are lost; a ``DataLoader`` must hand them out in
     order for that, as it does unless told otherwise (``in_order``).
 
+    Several caches make one stream: ``SparseLogitDataset([a, b], weights=[0.7, 0.3])``.  Its places are shared out by
+    the weights, evenly along the stream, so that the rows of a batch come from all of them.  An epoch is as long as all
+    caches together; each has an order of its own, which the next epoch continues where this one stopped, and begins
+    again, reshuffled, when all of its sequences were had.  So a cache of little weight is seen to its end before
+    anything of it comes again, and one of much weight comes again within an epoch.
+
     Args:
         path: A cache directory, one shard, or the URL of either; or a cache that ``skl.open`` opened with settings of
-            its own, such as how its files are read.
+            its own, such as how its files are read; or ``Teachers`` of the same sequences.  A list of these: several.
         batch_size: Sequences per batch, on each rank; None: single sequences, for trainers that make the batches
             themselves, with ``collate``.
         seed: Seed of the order.
@@ -54,37 +60,42 @@ class SparseLogitDataset(IterableDataset[Batch]):
         rank, world_size: None: torch.distributed's, where it is initialised, else 0 of 1.
         tokens: The training program's own tokens, each seq_len + 1 ids by the global sequence number, from anything
             that ``cache.tokens.Tokens`` takes; they are compared with the cache and handed out.  None: the tokens
-            stored in the cache.
+            stored in the cache.  Of several caches a list, with None for those whose stored ones are meant.
         tail: What becomes of the last sequences that fill no global batch: "drop", "pad" (label -100, no records) or
             "wrap".
         window: None: shuffle all sequences; else shuffle the order of blocks of this many consecutive sequences, and
             the sequences inside each block: reads then stay together, which disks and networks need.  A window of
-            several global batches mixes well enough.
+            several global batches mixes well enough.  Of several caches each has windows of its own.
+        weights: Of several caches: how much of the stream is of each, > 0; only their ratios count, rounded to whole
+            sequences of an epoch.  None: their numbers of sequences, so that an epoch has each sequence once.
         sequences: The part of the cache that this dataset sees, as in ``cache[i]``; None: all.  It reaches nothing
             else, so that a held-out part is safe: ``range(0, n - 500)`` to train on, ``range(n - 500, n)`` to measure.
+            Of several caches a list.
         prefetch: Batches made ahead by as many threads (four at most) where it is iterated without worker processes;
             0: none.
 
     Raises:
         ValueError: The cache stores no tokens and none are given, or the arguments contradict each other; by the
             iteration: something else divides the stream again, or nothing does among several processes.
+        SettingsError: Caches that do not go together: tokenizers, isolation of documents or kinds of samplers differ.
         FormatError, FileNotFoundError: As ``skl.open``; damage met later is raised by the iteration.
         AlignmentError: By the iteration: the records are not about these tokens.
     """
 
     def __init__(
         self,
-        path: Path | str | Cache,
+        path: Source | Sequence[Source],
         batch_size: int | None = 8,
         seed: int = 0,
         shuffle: bool = True,
         rank: int | None = None,
         world_size: int | None = None,
-        tokens: TokenSource | None = None,
+        tokens: TokenSource | Sequence[TokenSource | None] | None = None,
         tail: Literal["drop", "pad", "wrap"] = "drop",
         *,
+        weights: Sequence[float] | None = None,
         window: int | None = None,
-        sequences: range | None = None,
+        sequences: range | Sequence[range | None] | None = None,
         prefetch: int = 2,
     ) -> None:
         if (rank is None) != (world_size is None):
@@ -94,10 +105,12 @@ class SparseLogitDataset(IterableDataset[Batch]):
             rank, world_size = find_rank()
         if prefetch < 0:
             raise ValueError(f"prefetch must be >= 0, got {prefetch}")
-        self._contents = Contents(path, tokens, sequences)
-        self.cache, self.sequences = self._contents.cache, self._contents.sequences
+        self._sources = Sources.of(path, tokens, sequences)
+        self.caches, sizes, spans = self._sources.caches, self._sources.sizes, self._sources.spans
+        self.cache, self.sequences = self.caches[0], spans[0] if len(spans) == 1 else spans
+        mixture = Mixture.of(sizes, weights) if len(sizes) > 1 or weights is not None else None
         self.schedule = Schedule(
-            num_sequences=len(self.sequences),
+            num_sequences=sum(sizes),
             batch_size=1 if batch_size is None else batch_size,
             rank=rank,
             world_size=world_size,
@@ -105,6 +118,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
             shuffle=shuffle,
             window=window,
             tail=tail,
+            mixture=mixture if len(sizes) > 1 else None,
         )
         self.prefetch = prefetch
         self._single = batch_size is None
@@ -123,7 +137,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
         Give the model ``batch.position_ids`` then, and no attention mask: transformers keeps attention within each
         document where its positions begin at 0 again.
         """
-        return self._contents.isolated
+        return self._sources.isolated
 
     def __len__(self) -> int:
         """Batches of one epoch on this rank; the same on all ranks."""
@@ -139,7 +153,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
             raise ValueError(f"epoch must be >= 0, got {epoch}")
         loader = self._check_launcher()
         if loader is not None and self._waits():
-            check_epoch(self.cache.path, loader, epoch, int(self._shared[0]))
+            check_epoch(self._sources.where, loader, epoch, int(self._shared[0]))
         if epoch != int(self._shared[0]):
             self._go_to(epoch, 0)
 
@@ -170,7 +184,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
         ]
         if differing:
             raise ResumeError(
-                f"{self.cache.path}: the state belongs to another stream ({'; '.join(differing)}); "
+                f"{self._sources.where}: the state belongs to another stream ({'; '.join(differing)}); "
                 "open the cache and settings it was made with, or start over"
             )
         epoch, consumed = state["epoch"], state["consumed"]
@@ -188,9 +202,9 @@ class SparseLogitDataset(IterableDataset[Batch]):
         rank, world_size = self.schedule.rank, self.schedule.world_size
         loader = find_prepared(self)
         if loader is not None:
-            check_division(self.cache.path, loader, rank, world_size)
+            check_division(self._sources.where, loader, rank, world_size)
         elif self._found_rank:
-            check_ranks(self.cache.path, rank, world_size)
+            check_ranks(self._sources.where, rank, world_size)
         return loader
 
     def _waits(self) -> bool:
@@ -205,10 +219,13 @@ class SparseLogitDataset(IterableDataset[Batch]):
         self._position = (epoch, consumed)
 
     def _state(self, epoch: int, consumed: int) -> dict[str, Any]:
-        return {
+        identities, spans = self._sources.identities, [[span.start, span.stop] for span in self._sources.spans]
+        mixture = self.schedule.mixture
+        several = {} if mixture is None else {"mixture": MIXTURE_VERSION, "shares": list(mixture.shares)}
+        return several | {
             "version": STATE_VERSION,
-            "fingerprint": self.cache.fingerprint,
-            "sequences": [self.sequences.start, self.sequences.stop],
+            "fingerprint": identities if several else identities[0],
+            "sequences": spans if several else spans[0],
             "order": self.schedule.algorithm,
             "window": self.schedule.window,
             "seed": self.schedule.seed,
@@ -250,5 +267,5 @@ class SparseLogitDataset(IterableDataset[Batch]):
             yield batch
 
     def _batch(self, epoch: int, places: NDArray[np.int64], consumed: int) -> Batch:
-        batch = self._contents.batch(places, self._state(*self.schedule.after(epoch, consumed)))
+        batch = self._sources.batch(places, self._state(*self.schedule.after(epoch, consumed)))
         return batch.row(0) if self._single else batch
