@@ -330,7 +330,7 @@ _VERBS = {
     "cache": _Verb("run a teacher over text and keep its distributions", CacheConfig, _CACHE),
     "estimate": _Verb("predict what a capture will cost", EstimateConfig, _run_estimate, _AGAIN),
     "train": _Verb("train a student from a cache, from text or from a teacher", TrainConfig, _TRAIN),
-    "eval": _Verb("measure a student on held-out text", EvalConfig, _EVAL, _AGAIN),
+    "eval": _Verb("measure a student on held-out text or records", EvalConfig, _EVAL, _AGAIN),
     "demo": _Verb("run the whole pipeline once, from text to the paper's table", DemoConfig, _DEMO),
     "inspect": _Verb("show what a cache holds", InspectConfig, _run_inspect, _AGAIN),
     "verify": _Verb("check every byte of a cache", VerifyConfig, _run_verify, _AGAIN),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -10,10 +11,14 @@ from sklformat.settings.files import TextFiles
 from sklformat.settings.limits import check_least
 from sklformat.settings.text import Bos, Packing, SpecialTokens, Truncate
 
+_OF_TEXT = (
+    "field", "bos", "special_tokens", "isolate_documents", "packing", "truncate", "packing_seed", "num_sequences"
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig(TextFiles):
-    """Measure a student on held-out text: LM loss, calibration and, with a teacher, how far the two agree."""
+    """Measure a student on held-out text or a held-out part of a cache: LM loss, calibration, distance to a teacher."""
 
     student: str
     """Model to measure, path or name of a transformers model with its tokenizer."""
@@ -21,14 +26,23 @@ class EvalConfig(TextFiles):
     tokenizer: str | None = None
     """Tokenizer of the student, path or name; none: the student's own. A teacher without one is taken to share it."""
 
-    seq_len: int
-    """Positions per sequence; take what the student was trained with."""
+    seq_len: int = 0
+    """With text or tokens: positions per sequence; take what the student was trained with. A cache knows its own."""
 
     text: tuple[Path, ...] = ()
     """Held-out text: plain text, .jsonl, .json, .parquet, .arrow, also packed (.gz, .zst), and directories of them."""
 
     tokens: Path | None = None
     """Token store of the held-out text, instead of the text."""
+
+    cache: str | Path | None = None
+    """Cache to measure on instead, its text and its records, a directory or a URL; see --hold-out."""
+
+    hold_out: int = 0
+    """With --cache: as many sequences at its end; 0: those that the student's run held out, all of another cache."""
+
+    sequences: str = ""
+    """With --cache: the sequences A:B, from A to before B, instead of those at its end."""
 
     bos: Bos = "auto"
     """With text: where the token goes that begins a text, as sklformat cache has it; a token store says it itself."""
@@ -82,10 +96,11 @@ class EvalConfig(TextFiles):
     """JSON file for the result; none: not written."""
 
     def __post_init__(self) -> None:
-        check_least(self, 1, "seq_len", "bins", "batch_size")
-        check_least(self, 0, "num_sequences", "packing_seed")
-        if bool(self.text) == (self.tokens is not None):
-            raise ValueError("give either text or tokens (a token store)")
+        if [bool(self.text), self.tokens is not None, self.cache is not None].count(True) != 1:
+            raise ValueError("give one of text, tokens (a token store) and cache")
+        check_least(self, 1, "bins", "batch_size", *(("seq_len",) if self.cache is None else ()))
+        check_least(self, 0, "num_sequences", "packing_seed", "hold_out", "seq_len")
+        self._check_part()
         if self.tokens is not None and (self.bos, self.special_tokens) != ("auto", "text"):
             raise ValueError("bos and special_tokens belong to text; the token store says how it was made")
         TextFiles.__post_init__(self)
@@ -93,3 +108,16 @@ class EvalConfig(TextFiles):
             raise ValueError("field belongs to text; tokens have none")
         if (self.ce_loss is None) != (self.full_loss is None):
             raise ValueError("ce_loss and full_loss belong together: give both or none")
+
+    def _check_part(self) -> None:
+        if self.cache is None:
+            if self.hold_out or self.sequences:
+                raise ValueError("hold_out and sequences choose a part of a cache, which is not given")
+            return
+        said = [f.name for f in fields(self) if f.name in _OF_TEXT and getattr(self, f.name) != f.default]
+        if said:
+            raise ValueError(f"{said[0]} belongs to text or tokens; a cache says it itself")
+        if self.hold_out and self.sequences:
+            raise ValueError(f"give hold_out or sequences, got {self.hold_out} and {self.sequences}")
+        if self.sequences and not re.fullmatch(r"\d*:\d*", self.sequences):
+            raise ValueError(f"sequences must be A:B, such as 900:1000, got {self.sequences!r}")

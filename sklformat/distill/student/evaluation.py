@@ -1,7 +1,7 @@
 """
-evaluate(): how good a student is on held-out text, and how close to its teacher.
+evaluate(): how good a student is on text or on part of a cache that it did not learn from, and how close to a teacher.
 
-Trains nothing and draws nothing; the metrics themselves are in ``losses.metrics``.
+Trains nothing and draws nothing; the metrics themselves are in ``losses.sums``.
 """
 
 from __future__ import annotations
@@ -9,28 +9,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
 
 from sklformat.distill.losses import metrics
 from sklformat.distill.models import attention, loading, outputs, tokenization
 from sklformat.distill.models.devices import find_device
+from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
 from sklformat.distill.models.templates import Encoders
-from sklformat.distill.student import streams
-from sklformat.distill.student.validation import check_finite
+from sklformat.distill.student import origins
+from sklformat.distill.student.passages import Passages, RecordPassages, TextPassages
+from sklformat.distill.student.validation import Validation, check_finite, is_unbiased
 from sklformat.distill.text.chats import read_texts, write_texts
-from sklformat.distill.text.corpus import IdError, StoreFacts, TokenStore
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint, vocabulary_fingerprint
-from sklformat.distill.text.singles import open_sequences
 from sklformat.errors import SettingsError
 from sklformat.files.disk import write_atomically
-from sklformat.format import order
 from sklformat.progress import say, show
 from sklformat.settings.eval import EvalConfig
 
@@ -60,6 +58,13 @@ class Evaluation:
         top1_agreement: Share of positions where student and teacher prefer the same token; None without a teacher.
         acceptance_rate: Mean of sum_v min(student, teacher), a fraction; None without a teacher.
         percent_ce_to_full: Share of the gap between CE and FullKD that is closed, percent; None without the two losses.
+        teacher_loss: The teacher's own LM loss, nats per token: by its logits, else by the cache's column
+            ``label_logprob``; None where there is neither.
+        kl: KL(teacher || student) over the whole vocabulary, nats per position; None without a teacher.
+        cache: That it was measured on; None: on text.
+        sequences: Of the cache, as first:behind the last.
+        cross_entropy, kl_to_records: As in ``Validation``; None without a cache.
+        kl_by_records: The ``kl`` of ``Validation``: KL(teacher || student) estimated from records and entropies.
     """
 
     num_sequences: int
@@ -74,18 +79,40 @@ class Evaluation:
     top1_agreement: float | None
     acceptance_rate: float | None
     percent_ce_to_full: float | None
+    teacher_loss: float | None = None
+    kl: float | None = None
+    cache: str | None = None
+    sequences: str | None = None
+    cross_entropy: float | None = None
+    kl_to_records: float | None = None
+    kl_by_records: float | None = None
 
     def __str__(self) -> str:
-        lines = [
-            (
-                f"LM loss: {self.lm_loss:.4f} nats per token, {self.num_sequences} sequences ({self.num_tokens:,} "
-                f"tokens, --bos {self.bos}{', --isolate-documents' if self.isolated else ''})"
-            ),
-            (
-                f"calibration error (ECE): {self.calibration_error:.2%}; mean confidence less accuracy "
-                f"({self.accuracy:.2%}): {100 * self.confidence_gap:+.2f} points"
-            ),
-        ]
+        measured_on = (
+            f"{self.num_sequences} sequences ({self.num_tokens:,} tokens, --bos {self.bos}"
+            f"{', --isolate-documents' if self.isolated else ''})"
+            if self.cache is None
+            else f"sequences {self.sequences} of {self.cache} ({self.num_tokens:,} positions with records)"
+        )
+        lines = [f"LM loss: {self.lm_loss:.4f} nats per token, {measured_on}"]
+        if self.teacher_loss is not None:
+            lines.append(f"LM loss of the teacher itself: {self.teacher_loss:.4f} nats per token")
+        lines.append(
+            f"calibration error (ECE): {self.calibration_error:.2%}; mean confidence less accuracy "
+            f"({self.accuracy:.2%}): {100 * self.confidence_gap:+.2f} points"
+        )
+        if self.kl is not None:
+            lines.append(f"KL to the teacher: {self.kl:.4f} nats per position, over its whole distribution")
+        if self.kl_by_records is not None:
+            lines.append(
+                f"KL to the teacher of the cache: {self.kl_by_records:.4f} nats per position, estimated from records "
+                "and entropies"
+            )
+        if self.kl_to_records is not None:
+            lines.append(
+                f"KL to the records: {self.kl_to_records:.4f} nats per position, as training prints it; to compare "
+                "within this cache only"
+            )
         if self.top1_agreement is not None:
             lines.append(f"top-1 agreement with the teacher: {self.top1_agreement:.2%}")
         if self.acceptance_rate is not None:
@@ -107,24 +134,35 @@ def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
         The figures; also written to ``config.out`` as JSON.
 
     Raises:
-        SettingsError: The student's or the teacher's tokenizer, or vocabulary, is not that of the text.
-        ValueError: A wrong argument, no such device, or a text too short for the sequences asked.
-        OSError: A model or the text cannot be read.
+        SettingsError: The student's or the teacher's tokenizer, or vocabulary, is not that of the text or the cache;
+            or the student learnt from the part of the cache, as far as the directory of its run says.
+        ValueError: A wrong argument, no such device, or too few sequences.
+        FormatError: The cache is damaged.
+        OSError: A model, the text or the cache cannot be read.
 
     Source: Anshumann et al. 2025 (arXiv 2503.16870), section 4 and Table 5.
     """
     device = find_device(config.device)
+    config = dataclasses.replace(config, student=origins.find_model(config.student))
     if progress:
-        say(f"eval: loading {config.student} and reading the text")
-    with _token_store(config) as store:
-        return _evaluate(config, store, device, progress=progress)
+        say(f"eval: loading {config.student} and reading {'the text' if config.cache is None else config.cache}")
+    with _opened(config) as passages:
+        evaluation = _evaluate(config, passages, device, progress=progress)
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(evaluation), indent=1)
+        write_atomically(config.out, (text + "\n").encode())
+    return evaluation
 
 
 @contextmanager
-def _token_store(config: EvalConfig) -> Iterator[Path]:
-    """The held-out tokens: those that are there, or the student's own of the text, for as long as they are needed."""
+def _opened(config: EvalConfig) -> Iterator[Passages]:
+    """What to measure on; of a text the student's own tokens, for as long as they are needed."""
+    if config.cache is not None:
+        yield RecordPassages(config)
+        return
     if config.tokens is not None:
-        yield config.tokens
+        yield TextPassages(config, config.tokens)
         return
     tokenizer = loading.load_tokenizer(config.tokenizer or config.student, **loading.named_of(config))
     vocab_size = tokenization.num_ids(tokenizer)
@@ -139,56 +177,49 @@ def _token_store(config: EvalConfig) -> Iterator[Path]:
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             vocabulary_fingerprint=vocabulary_fingerprint(tokenizer, vocab_size),
         )
-        yield store
+        yield TextPassages(config, store)
 
 
-def _evaluate(config: EvalConfig, store: Path, device: torch.device, *, progress: bool) -> Evaluation:
-    tokens = TokenStore(store)
-    facts = tokens.facts
-    tokenizer = _checked_tokenizer(config, facts, config.student)
-    student, vocab_size = _load(config, config.student, tokenizer, tokens, device)
+def _evaluate(config: EvalConfig, passages: Passages, device: torch.device, *, progress: bool) -> Evaluation:
+    tokenizer = _checked_tokenizer(config, passages, config.student)
+    student, vocab_size = _load(config, config.student, tokenizer, passages, device)
     teacher = None
     if config.teacher is not None:
-        teachers = _checked_tokenizer(config, facts, config.teacher)
-        teacher, known = _load(config, config.teacher, teachers, tokens, device)
+        teachers = _checked_tokenizer(config, passages, config.teacher)
+        teacher, known = _load(config, config.teacher, teachers, passages, device)
         vocab_size = min(vocab_size, known)
-    sequences = open_sequences(
-        store,
-        packing=config.packing,
-        truncate=config.truncate,
-        bos_id=tokenizer.bos_token_id,
-        seq_len=config.seq_len,
-        separator_id=tokenization.separator_id(tokenizer),
-        seed=config.packing_seed,
-        isolated=config.isolate_documents,
-    )
-    count = config.num_sequences or len(sequences)
-    if count > len(sequences):
-        raise ValueError(
-            f"the held-out text gives {len(sequences)} sequences of {config.seq_len} positions, asked for are {count}; "
-            "give fewer, or more text"
-        )
-    # Neighbouring sequences are often of one document: take them from all over the text.
-    chosen = np.sort(order.permute(np.arange(count), len(sequences), seed=config.packing_seed))
-    sums = metrics.EvaluationSums(config.bins)
+        _note_other_teacher(config, passages, teacher)
+    sums, done = metrics.EvaluationSums(config.bins), 0
+    count = passages.begin(tokenizer)
     with torch.inference_mode(), show("eval", count, unit="sequence", shown=progress) as reach:
-        for start in range(0, count, config.batch_size):
-            indices = chosen[start : start + config.batch_size]
-            ids_BL = streams.tokens_of(sequences, indices).to(device)
-            given = ids_BL[:, :-1], _on(device, streams.position_ids_of(sequences, indices))
+        for passage in passages:
+            given = passage.input_ids_BT.to(device), _on(device, passage.position_ids_BT)
             logits = _logits(student, given, vocab_size, config.student)
             reference = None if teacher is None else _logits(teacher, given, vocab_size, str(config.teacher))
-            sums.update(logits, streams.labels_of(sequences, indices, ids_BL).flatten(), reference)
-            reach(start + len(indices))
-    evaluation = _result(config, sums, count, facts.bos)
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(evaluation), indent=1)
-        write_atomically(config.out, (text + "\n").encode())
-    return evaluation
+            known_P = {name: value.to(device) for name, value in passage.known.items()}
+            sums.update(logits, passage.labels_P.to(device), reference, **known_P)
+            done += passage.num_sequences
+            reach(done)
+    return _result(config, sums, passages, count)
 
 
-def _checked_tokenizer(config: EvalConfig, facts: StoreFacts, model: str) -> Any:
+def _note_other_teacher(config: EvalConfig, passages: Passages, teacher: Any) -> None:
+    """The divergence from records and the one from this teacher are of two models then."""
+    header = passages.header if isinstance(passages, RecordPassages) else None
+    said = None if header is None else header.capture.get("teacher")
+    if header is None or not isinstance(said, Mapping):
+        return
+    # The fingerprint is that of the weights in one type; in another, only the config tells.
+    same_type = said.get("dtype") == config.dtype
+    known = header.teacher_fingerprint if same_type else said.get("config")
+    if known != (model_fingerprint(teacher) if same_type else config_fingerprint(teacher)):
+        say(
+            f"note: the records of {config.cache} were made by a model that is not {config.teacher}; what is said of "
+            "records is of that one"
+        )
+
+
+def _checked_tokenizer(config: EvalConfig, passages: Passages, model: str) -> Any:
     """The tokenizer of the student or of the teacher: the one given, or the model's own, if ids mean the same to it."""
     is_student = model == config.student
     name = config.tokenizer if config.tokenizer is not None and is_student else model
@@ -196,8 +227,8 @@ def _checked_tokenizer(config: EvalConfig, facts: StoreFacts, model: str) -> Any
     if tokenizer is None:
         name = name if config.tokenizer is None else config.tokenizer  # which the teacher is taken to share
         tokenizer = loading.load_tokenizer(name, **loading.named_of(config))
-    conflict = facts.made_by.conflict(tokenizer)
-    if conflict and config.tokens is None:  # the student's own tokens, so this is the teacher
+    conflict = passages.made_by.conflict(tokenizer)
+    if conflict and config.text:  # the student's own tokens, so this is the teacher
         raise SettingsError(
             f"the teacher {model} has a different tokenizer from the student {config.student}: {conflict}; they can be "
             "compared only over the same ids: give a teacher of the student's tokenizer, or train the student with the "
@@ -205,28 +236,21 @@ def _checked_tokenizer(config: EvalConfig, facts: StoreFacts, model: str) -> Any
         )
     if conflict:
         raise SettingsError(
-            f"{config.tokens} was made by a different tokenizer from {name}: {conflict}; make the token store with "
-            "the model's tokenizer, or give that of the store as tokenizer if the model was trained with it"
+            f"{passages.name} was made by a different tokenizer from {name}: {conflict}; {passages.advice}"
         )
     return tokenizer
 
 
-def _load(config: EvalConfig, path: str, tokenizer: Any, tokens: TokenStore, device: torch.device) -> tuple[Any, int]:
-    """A model, and how many of the ids of the text it knows."""
+def _load(config: EvalConfig, path: str, tokenizer: Any, passages: Passages, device: torch.device) -> tuple[Any, int]:
+    """A model, and how many ids it is asked for."""
     model = loading.load_model(path, dtype=config.dtype, device=device, **loading.named_of(config))
     try:
-        vocab_size = min(tokens.facts.vocab_size, loading.check_fit(tokenizer, model, seq_len=config.seq_len))
-        if config.isolate_documents:
+        known = loading.check_fit(tokenizer, model, seq_len=passages.seq_len or None)
+        if passages.isolated:
             attention.check_isolates(model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    try:
-        tokens.check_ids(vocab_size)
-    except IdError as error:
-        raise SettingsError(
-            f"{path}: {error.document} {tokenization.why_beyond(tokenizer, error.token_id, vocab_size)}"
-        ) from None
-    return model, vocab_size
+    return model, passages.count_ids(path, tokenizer, model, known)
 
 
 def _on(device: torch.device, tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -240,7 +264,7 @@ def _logits(model: Any, given: tuple[torch.Tensor, torch.Tensor | None], vocab_s
     return logits_PV
 
 
-def _result(config: EvalConfig, sums: metrics.EvaluationSums, count: int, bos: str) -> Evaluation:
+def _result(config: EvalConfig, sums: metrics.EvaluationSums, passages: Passages, count: int) -> Evaluation:
     table = sums.reliability
     bins: list[ReliabilityBin] = [
         {"confidence": confidence, "accuracy": accuracy, "share": share}
@@ -251,11 +275,21 @@ def _result(config: EvalConfig, sums: metrics.EvaluationSums, count: int, bos: s
     if config.ce_loss is not None and config.full_loss is not None:
         percent = metrics.percent_ce_to_full(config.ce_loss, config.full_loss, sums.lm_loss)
     with_teacher = config.teacher is not None
+    of_cache: dict[str, Any] = {}
+    if isinstance(passages, RecordPassages):
+        found = Validation.of(sums, num_sequences=count, unbiased=is_unbiased(passages.header))
+        of_cache = {
+            "cache": passages.name,
+            "sequences": f"{passages.part.start}:{passages.part.stop}",
+            "cross_entropy": found.cross_entropy,
+            "kl_to_records": found.kl_to_records,
+            "kl_by_records": found.kl,
+        }
     return Evaluation(
         num_sequences=count,
         num_tokens=sums.num_positions,
-        bos=bos,
-        isolated=config.isolate_documents,
+        bos=passages.bos,
+        isolated=passages.isolated,
         lm_loss=sums.lm_loss,
         accuracy=sums.accuracy,
         calibration_error=table.calibration_error,
@@ -264,4 +298,7 @@ def _result(config: EvalConfig, sums: metrics.EvaluationSums, count: int, bos: s
         top1_agreement=sums.top1_agreement if with_teacher else None,
         acceptance_rate=sums.acceptance_rate if with_teacher else None,
         percent_ce_to_full=percent,
+        teacher_loss=sums.teacher_loss if sums.has("teacher_loss") else None,
+        kl=sums.kl if with_teacher else None,
+        **of_cache,
     )

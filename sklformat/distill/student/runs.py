@@ -144,6 +144,17 @@ def opened(directory: Path | str, settings: Mapping[str, Any], *, writes: bool =
         yield Run(directory)
 
 
+def read_settings(directory: Path) -> dict[str, Any] | None:
+    """
+    What the run of a directory depends on; None: the directory is none of a run.
+
+    Raises:
+        CorruptError: It cannot be read.
+    """
+    path = directory / _SETTINGS
+    return _read_json(path) if path.is_file() else None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that appears whole or not at all."""
     write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

@@ -256,6 +256,21 @@ def forward_of(model: Any, *, isolated: bool) -> Forward:
     return lambda batch: (outputs.hidden_states(body, batch.input_ids, places(batch)), head)
 
 
+def check_width(width: int, vocab_size: int, name: str) -> int:
+    """
+    Make sure that a model has a logit for every id of a cache; the number of these.
+
+    Raises:
+        SettingsError: It has not.
+    """
+    if width < vocab_size:
+        raise SettingsError(
+            f"{name} has {width} logits, the cache {vocab_size} ids; widen its embedding, or take a cache of its own "
+            "tokenizer"
+        )
+    return vocab_size
+
+
 def check_finite(logits_PV: Tensor, name: str) -> None:
     """
     Refuse the logits of a broken model.
@@ -275,11 +290,7 @@ def _add(sums: EvaluationSums, forward: Forward, batch: Batch, columns: Mapping[
     if len(rows_PX) != len(labels_P):
         raise ValueError(f"the student gives {len(rows_PX)} rows of logits or hidden states for {len(labels_P)} inputs")
     width = rows_PX.shape[1] if head is None else len(head.weight)
-    if width < vocab_size:
-        raise SettingsError(
-            f"the student has {width} logits, the cache {vocab_size} ids; widen its embedding, or take a cache of its "
-            "own tokenizer"
-        )
+    check_width(width, vocab_size, "the student")
     step = len(labels_P) if head is None else max(1, _BLOCK_ELEMENTS // width)
     for start in range(0, len(labels_P), step):
         span = slice(start, start + step)

@@ -17,6 +17,7 @@ TRAIN = TrainConfig(cache="cache", out=Path("out"))
 EVAL = EvalConfig(student="s", text=(Path("x"),), seq_len=8)
 ESTIMATE = EstimateConfig(positions=1e9)
 CONVERT = ConvertConfig(source=Path("a"), destination=Path("b"))
+RECORDS = {"cache": "c", "text": (), "seq_len": 0}
 TOKENS = {"cache": None, "tokens": Path("store"), "seq_len": 8}
 
 
@@ -75,7 +76,13 @@ TOKENS = {"cache": None, "tokens": Path("store"), "seq_len": 8}
         ),
         (ESTIMATE, {"teacher": "t"}, "a calibration run needs both teacher and text"),
         (EVAL, {"bins": 0}, "^bins must be >= 1, got 0"),
-        (EVAL, {"tokens": Path("s")}, r"give either text or tokens \(a token store\)$"),
+        (EVAL, {"tokens": Path("s")}, r"give one of text, tokens \(a token store\) and cache"),
+        (EVAL, {"cache": "c"}, r"give one of text, tokens \(a token store\) and cache"),
+        (EVAL, {"hold_out": 3}, "hold_out and sequences choose a part of a cache, which is not given"),
+        (EVAL, RECORDS | {"packing": "single"}, "packing belongs to text or tokens; a cache says it itself"),
+        (EVAL, RECORDS | {"hold_out": -1}, "^hold_out must be >= 0, got -1"),
+        (EVAL, RECORDS | {"hold_out": 3, "sequences": "1:2"}, "give hold_out or sequences, got 3 and 1:2"),
+        (EVAL, RECORDS | {"sequences": "1-2"}, "sequences must be A:B, such as 900:1000, got '1-2'"),
         (
             EVAL,
             {"text": (), "tokens": Path("s"), "bos": "never"},

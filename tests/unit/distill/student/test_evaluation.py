@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from record_data import distribution, write_cache
 
+import sklformat as skl
 from sklformat.distill.models import loading, tokenization
-from sklformat.distill.student.evaluation import evaluate
+from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
+from sklformat.distill.student.evaluation import Evaluation, evaluate
+from sklformat.distill.student.training import train
+from sklformat.distill.student.validation import HeldOut, validate
 from sklformat.distill.text.documents import Document
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.distill.text.packing import PackedSequences
 from sklformat.errors import SettingsError
 from sklformat.settings.eval import EvalConfig
+from sklformat.settings.train import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +36,32 @@ def place(tmp_path_factory):
 def run(place, **changes):
     values = {"student": str(place / "student"), "tokens": place / "tokens", "seq_len": 16} | changes
     return evaluate(EvalConfig(**values), progress=False)
+
+
+@pytest.fixture(scope="module")
+def records(place):
+    """A cache of the teacher over the text, and a training run on all but five of its sequences."""
+    teacher, tokenizer = loading.load_model(place / "teacher"), loading.load_tokenizer(place / "student")
+    packed = PackedSequences(place / "tokens", seq_len=16, separator_id=tokenization.separator_id(tokenizer), seed=0)
+    settings = {
+        "tokenizer_fingerprint": packed.facts.tokenizer_fingerprint,
+        "corpus_fingerprint": packed.facts.corpus_fingerprint,
+        "teacher_fingerprint": model_fingerprint(teacher),
+        "capture": {"teacher": {"dtype": "float32", "config": config_fingerprint(teacher)}},
+    }
+    path = write_cache(place / "records.skl", teacher, [packed[i] for i in range(17)], settings=settings)
+    train(
+        TrainConfig(
+            out=place / "run", cache=path, hold_out=5, tokenizer=str(place / "student"), steps=2, batch_size=2,
+            hidden_size=16, num_layers=1, num_heads=2, device="cpu",
+        ),
+        report=lambda *_: None,
+    )  # fmt: skip
+    return path
+
+
+def of_cache(place, records, **changes):
+    return run(place, tokens=None, seq_len=0, cache=records, **changes)
 
 
 def test_figures_are_those_of_the_logits(place):
@@ -205,3 +237,112 @@ def test_a_damaged_tokenizer_is_no_missing_one(place, tmp_path):
     (tmp_path / "teacher" / "tokenizer.json").write_text("{")
     with pytest.raises(OSError, match="teacher: cannot load a tokenizer"):
         run(place, teacher=str(tmp_path / "teacher"), tokenizer=str(place / "student"))
+
+
+def test_a_part_of_a_cache_is_measured_by_records_and_teacher(place, records, tmp_path, capfd):
+    """What is said of records is what validate says; of the teacher it is exact, and both are in text and JSON."""
+    found = of_cache(
+        place, records, sequences="3:10", teacher=str(place / "teacher"), batch_size=3, out=tmp_path / "found.json"
+    )
+    student, teacher = (loading.load_model(place / name) for name in ("student", "teacher"))
+    of_records = validate(student, HeldOut(records, range(3, 10)))
+    for name in ("lm_loss", "accuracy", "calibration_error", "cross_entropy", "kl_to_records"):
+        assert getattr(of_records, name) == pytest.approx(getattr(found, name), rel=1e-6)
+    assert of_records.kl == pytest.approx(found.kl_by_records, rel=1e-6)
+    assert of_records.num_positions == found.num_tokens == 7 * 14
+    losses, divergences = [], []
+    for i in range(3, 10):
+        tokens = skl.open(records)[i].tokens
+        log_p, log_q = (
+            distribution(model, tokens)[kept := np.delete(np.arange(16), (4, 5))] for model in (student, teacher)
+        )
+        divergences += (np.exp(log_q) * (log_q - log_p)).sum(-1).tolist()
+        losses += (-log_q[np.arange(14), tokens[1:][kept]]).tolist()
+    assert np.mean(divergences) == pytest.approx(found.kl, rel=1e-5)
+    assert np.mean(losses) == pytest.approx(found.teacher_loss, rel=1e-6)
+    assert found == Evaluation(**json.loads((tmp_path / "found.json").read_text()))
+    for line in (
+        f"LM loss: {found.lm_loss:.4f} nats per token, sequences 3:10 of {records} (98 positions with records)",
+        f"LM loss of the teacher itself: {found.teacher_loss:.4f} nats per token",
+        f"KL to the teacher: {found.kl:.4f} nats per position, over its whole distribution",
+        f"KL to the teacher of the cache: {found.kl_by_records:.4f} nats per position, estimated from records",
+        f"KL to the records: {found.kl_to_records:.4f} nats per position, as training prints it",
+    ):
+        assert line in str(found)
+    assert "note" not in capfd.readouterr().err
+    alone = of_cache(place, records, sequences="3:10")
+    assert alone.kl is None
+    assert alone.teacher_loss == pytest.approx(found.teacher_loss, rel=1e-3)  # of the column, in float16
+    of_cache(place, records, sequences="3:4", teacher=str(place / "student"))
+    assert f"note: the records of {records} were made by a model that is not {place}/student" in capfd.readouterr().err
+
+
+def test_text_is_measured_by_the_teacher_too(place):
+    """With a teacher, text has its exact divergence and its own LM loss; of records nothing is said."""
+    found = run(place, teacher=str(place / "teacher"), num_sequences=3)
+    assert run(place, student=str(place / "teacher"), num_sequences=3).lm_loss == pytest.approx(found.teacher_loss)
+    assert found.kl > 0
+    assert run(place, teacher=str(place / "student"), num_sequences=3).kl == pytest.approx(0, abs=1e-6)
+    assert (found.cache, found.cross_entropy, found.kl_to_records, found.kl_by_records) == (None,) * 4
+    assert "records" not in str(found)
+
+
+def test_what_a_run_held_out_is_measured_and_nothing_else(place, records, tmp_path):
+    """A student in a run is measured on what the run held out; what it learnt from is refused, with both ranges."""
+    found = of_cache(place, records, student=str(place / "run"))
+    assert found.sequences == "12:17"
+    expected = of_cache(place, records, student=str(place / "run" / "model"), hold_out=5)
+    assert expected == found
+    (tmp_path / "link").symlink_to(place / "run" / "model")
+    for student in (place / "run", tmp_path / "link"):
+        for part, asked in (({"hold_out": 6}, "11:17"), ({"sequences": "0:12"}, "0:12"), ({"sequences": ":"}, "0:17")):
+            with pytest.raises(
+                SettingsError,
+                match=rf"learnt from sequences 0:12 of .*records.skl \(.*run.json\), and {asked} are to be measured; "
+                "give hold_out 5, or sequences 12:17",
+            ):
+                of_cache(place, records, student=str(student), **part)
+    settings = json.loads((place / "run" / "run.json").read_text())
+    shutil.copytree(place / "run", tmp_path / "all")
+    (tmp_path / "all" / "run.json").write_text(json.dumps(settings | {"hold_out": 0}))
+    with pytest.raises(SettingsError, match="that is all of it: give another cache, or train with hold_out"):
+        of_cache(place, records, student=str(tmp_path / "all"))
+    (tmp_path / "all" / "run.json").write_text(json.dumps(settings | {"cache": "0" * 32}))
+    assert of_cache(place, records, student=str(tmp_path / "all")).sequences == "0:17"
+    corpus = skl.open(records).header.corpus_fingerprint
+    (tmp_path / "all" / "run.json").write_text(json.dumps({"corpus": corpus}))
+    with pytest.raises(
+        SettingsError, match=rf"learnt from the text that .* was made of \(corpus {corpus} in .*other text"
+    ):
+        of_cache(place, records, student=str(tmp_path / "all"))
+    shutil.rmtree(tmp_path / "all" / "model")
+    with pytest.raises(SettingsError, match="is a training run without a model yet; run its command again to finish"):
+        of_cache(place, records, student=str(tmp_path / "all"))
+
+
+def test_a_cache_that_does_not_fit_is_refused(place, records, tmp_path):
+    """Sequences that are not there, another length, a narrow model and another tokenizer are named with both values."""
+    for part, asked in (
+        ({"hold_out": 18}, "hold_out 18"),
+        ({"sequences": "4:4"}, "sequences 4:4"),
+        ({"sequences": "9:18"}, ""),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"records.skl has sequences 0:17; {asked}.* asks for others, or for none"
+        ):
+            of_cache(place, records, **part)
+    with pytest.raises(
+        ValueError, match=r"seq_len 8 is given, and the sequences of .*records.skl have 16 positions each"
+    ):
+        run(place, tokens=None, seq_len=8, cache=records)
+    tokenizer = loading.load_tokenizer(place / "student")
+    tiny.write_model(tmp_path / "narrow", tokenizer, vocab_size=100)
+    with pytest.raises(ValueError, match=r"narrow: the tokenizer has .* ids, the model only 100"):
+        of_cache(place, records, student=str(tmp_path / "narrow"))
+    other = tokenization.train_tokenizer(["completely different words " * 20], 290)
+    tiny.write_model(tmp_path / "other", other)
+    with pytest.raises(
+        SettingsError,
+        match=r"records.skl was made by a different tokenizer from .*other: .*; take a cache of the model's",
+    ):
+        of_cache(place, records, student=str(tmp_path / "other"))

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import math
 
 import numpy as np
@@ -7,6 +6,7 @@ import peft
 import pytest
 import tiny
 import torch
+from record_data import COLUMNS, distribution, write_cache
 
 import sklformat as skl
 from sklformat.distill.losses.metrics import EvaluationSums
@@ -16,7 +16,6 @@ from sklformat.distill.student.validation import HeldOut, is_unbiased, validate
 from sklformat.errors import SettingsError
 
 VOCAB, POSITIONS, SEQUENCES = 60, 16, 7
-COLUMNS = ("label_logprob", "entropy")
 
 
 def new_model(seed, vocab_size=VOCAB, **sizes):
@@ -25,52 +24,6 @@ def new_model(seed, vocab_size=VOCAB, **sizes):
     with torch.no_grad():
         model.lm_head.weight.mul_(40)
     return model
-
-
-def distribution(model, tokens):
-    """Log-probabilities of a model in float64, [T, V], of one sequence by itself."""
-    return _distribution(model, tuple(tokens.tolist()))
-
-
-@functools.cache
-def _distribution(model, tokens):
-    with torch.no_grad():
-        return model(torch.tensor([tokens[:-1]])).logits[0].double().log_softmax(-1).numpy()
-
-
-def write_cache(path, teacher, tokens, *, columns=COLUMNS, bare=(4, 5), starts=None, capture=None, ragged=False, **how):
-    """The teacher's records of some sequences; positions ``bare`` have none."""
-    how = {"sampler": "multinomial", "rounds": 20} | how
-    drawn = how["sampler"] in ("multinomial", "systematic")
-    counted = drawn and how.get("proposal_temperature", 1.0) == 1.0
-    header = skl.Header(
-        vocab_size=VOCAB, seq_len=0 if ragged else POSITIONS, kind="counts" if counted else "ratios",
-        rounds=how["rounds"] if drawn else 0, sampler=how["sampler"], columns=columns, capture=capture or {},
-        proposal_temperature=how.get("proposal_temperature", 1.0),
-    )  # fmt: skip
-    with skl.ShardWriter(path, header=header) as writer:
-        for number, ids in enumerate(tokens):
-            log_q = distribution(teacher, ids)
-            targets = skl.draw(log_q.astype(np.float32), sequence=number, **how)
-            targets = without(targets, bare)
-            kept = np.diff(targets.offsets) > 0
-            values = {
-                "label_logprob": np.where(kept, log_q[np.arange(len(log_q)), ids[1:]], 0),
-                "entropy": np.where(kept, -(np.exp(log_q) * log_q).sum(-1), 0),
-                "document_start": starts,
-            }
-            writer.append(ids, targets, {name: values[name] for name in columns})
-    return path
-
-
-def without(targets, bare):
-    positions = np.repeat(np.arange(targets.num_positions), np.diff(targets.offsets))
-    kept = ~np.isin(positions, bare)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(positions[kept], minlength=targets.num_positions))])
-    given = {name: getattr(targets, name) for name in ("counts", "weights") if getattr(targets, name) is not None}
-    return skl.SparseTargets(
-        token_ids=targets.token_ids[kept], offsets=offsets, **{name: value[kept] for name, value in given.items()}
-    )
 
 
 def reference(path, student, sequences):
@@ -284,11 +237,11 @@ def test_ids_beyond_the_cache_do_not_count(cache, student):
 
 def test_documents_apart_are_measured_apart(tmp_path, student, teacher, tokens):
     """Where documents did not see each other, the student reads each by itself; without their borders it is refused."""
-    border, isolated = 9, {"packing": {"isolated": True}}
+    border, isolated = 9, {"capture": {"packing": {"isolated": True}}}
     starts = np.arange(POSITIONS + 1) == border
     path = write_cache(
         tmp_path / "apart.skl", teacher, tokens[:2], columns=(*COLUMNS, "document_start"), starts=starts,
-        capture=isolated, bare=(border - 1,),
+        settings=isolated, bare=(border - 1,),
     )  # fmt: skip
     losses = []
     for row in tokens[:2]:
@@ -297,7 +250,7 @@ def test_documents_apart_are_measured_apart(tmp_path, student, teacher, tokens):
     found = validate(student, HeldOut(path))
     assert found.num_positions == len(losses)
     assert found.lm_loss == pytest.approx(np.mean(losses), rel=1e-5)
-    write_cache(tmp_path / "lost.skl", teacher, tokens[:2], capture=isolated)
+    write_cache(tmp_path / "lost.skl", teacher, tokens[:2], settings=isolated)
     with pytest.raises(SettingsError, match=r"lost.skl: .* without the column document_start, .*--isolate-documents"):
         HeldOut(tmp_path / "lost.skl")
 
