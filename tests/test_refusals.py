@@ -41,7 +41,7 @@ HANDED_ON = {
     "distill/demo/processes.py": ["text"],
     "distill/models/loading.py": ["f'{path}: {error}'"],
     "distill/models/outputs.py": ["name"],
-    "distill/student/evaluation.py": ["f'{path}: {error}'"],
+    "distill/student/measures/evaluation.py": ["f'{path}: {error}'"],
     "distill/text/chats.py": ["f'{chat.place}: {error}'"],
     "distill/text/ragged.py": ["str(error)"],
     "distill/text/sources/json_rows.py": ["_CUT_SHORT"],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sklformat.distill.student.evaluation import Evaluation
+from sklformat.distill.student.measures.evaluation import Evaluation
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.eval import EvalConfig
 from sklformat.settings.train import TrainConfig

@@ -36,7 +36,7 @@ from sklformat.distill.losses.metrics import percent_ce_to_full
 from sklformat.distill.models import loading, outputs, tokenization
 from sklformat.distill.models.devices import available_cores
 from sklformat.distill.student import runs
-from sklformat.distill.student.evaluation import Evaluation, evaluate
+from sklformat.distill.student.measures.evaluation import Evaluation, evaluate
 from sklformat.distill.student.training import train
 from sklformat.distill.teacher.caching import cache_teacher
 from sklformat.distill.text.corpus import Encoding, write_token_store

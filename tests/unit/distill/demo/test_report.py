@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from sklformat.distill.demo.report import Row, check_order, command, commands, report, table
-from sklformat.distill.student.evaluation import Evaluation
+from sklformat.distill.student.measures.evaluation import Evaluation
 from sklformat.settings.eval import EvalConfig
 from sklformat.settings.train import TrainConfig
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import sklformat as skl
 from sklformat.distill import SparseLogitDataset
 from sklformat.distill.models import loading, tokenization
-from sklformat.distill.student.evaluation import evaluate
+from sklformat.distill.student.measures.evaluation import evaluate
 from sklformat.distill.student.streams import TextBatches
 from sklformat.distill.student.training import train
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint

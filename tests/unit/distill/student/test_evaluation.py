@@ -11,7 +11,7 @@ from record_data import distribution, write_cache
 import sklformat as skl
 from sklformat.distill.models import loading, tokenization
 from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
-from sklformat.distill.student.evaluation import Evaluation, evaluate
+from sklformat.distill.student.measures.evaluation import Evaluation, evaluate
 from sklformat.distill.student.training import train
 from sklformat.distill.student.validation import HeldOut, validate
 from sklformat.distill.text.documents import Document

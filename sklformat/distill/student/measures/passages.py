@@ -20,7 +20,7 @@ from torch import Tensor
 from sklformat.cache.reader import Cache, open_cache
 from sklformat.distill.models import outputs, tokenization
 from sklformat.distill.student import streams
-from sklformat.distill.student.origins import Origin
+from sklformat.distill.student.measures.origins import Origin
 from sklformat.distill.student.validation import HeldOut, check_width
 from sklformat.distill.text.corpus import IdError, TokenStore
 from sklformat.distill.text.singles import open_sequences
@@ -153,7 +153,9 @@ class RecordPassages:
         self.header = header = cache.header
         if config.seq_len not in (0, header.seq_len):
             theirs = f"{header.seq_len} positions each" if header.seq_len else "each a length of its own"
-            raise ValueError(f"seq_len {config.seq_len} is given, and the sequences of {config.cache} have {theirs}; leave it out")
+            raise ValueError(
+                f"seq_len {config.seq_len} is given, and the sequences of {config.cache} have {theirs}; leave it out"
+            )
         self.part = _choose_part(config, cache)
         self._held_out = HeldOut(cache, self.part, batch_size=config.batch_size, rank=0, world_size=1)
         packing = header.capture.get("packing")

@@ -22,8 +22,8 @@ from sklformat.distill.models import attention, loading, outputs, tokenization
 from sklformat.distill.models.devices import find_device
 from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
 from sklformat.distill.models.templates import Encoders
-from sklformat.distill.student import origins
-from sklformat.distill.student.passages import Passages, RecordPassages, TextPassages
+from sklformat.distill.student.measures import origins
+from sklformat.distill.student.measures.passages import Passages, RecordPassages, TextPassages
 from sklformat.distill.student.validation import Validation, check_finite, is_unbiased
 from sklformat.distill.text.chats import read_texts, write_texts
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint, vocabulary_fingerprint

@@ -1,0 +1,7 @@
+"""
+What eval measures: a finished student on text or records that it did not learn from.
+
+evaluation  sklformat eval: how good a student is, and how close to its teacher
+origins     what a student learnt from, as its run says
+passages    what it is measured on: text, or part of a cache
+"""
