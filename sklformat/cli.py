@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sklformat import SklError, UnfinishedError, __version__, progress, recover, verify
-from sklformat.cache.contents import UNFINISHED_NAME
+from sklformat.cache.contents import UNFINISHED_NAME, partial_files
 from sklformat.cache.report import inspect
 from sklformat.errors import WriteError, is_memory_short
 from sklformat.files.disk import refuse_held
@@ -249,7 +249,7 @@ def _run_verify(name: str, arguments: list[str]) -> int:
 def _run_recover(name: str, arguments: list[str]) -> int:
     config, as_json = parse(RecoverConfig, name, arguments, positional=True)
     path = config.path
-    partials = sorted(path.glob(f"*.skl{PARTIAL_SUFFIX}")) if path.is_dir() else [path]
+    partials = partial_files(path) if path.is_dir() else [path]
     partials = [partial for partial in partials if partial.name != UNFINISHED_NAME]  # a mark, and no shard
     if not partials:
         raise FileNotFoundError(f"{path}: no unfinished shard here (.skl{PARTIAL_SUFFIX}); nothing to recover")

@@ -24,7 +24,8 @@ from sklformat.format.listing import Entry, check_contiguous, place_in_cache
 
 UNFINISHED_NAME = f"capture.skl{layout.PARTIAL_SUFFIX}"
 """Of the mark of a cache that is still being written."""
-_PLAIN_COLUMNS = (".jsonl", ".npz", ".parquet")
+PLAIN_SUFFIXES = {".npz": "npz", ".parquet": "parquet", ".jsonl": "jsonl"}
+"""Endings of files of plain columns, which are no caches, and their kinds."""
 
 
 def shard_path(directory: Path, number: int) -> Path:
@@ -79,7 +80,7 @@ def list_shards(path: Place, io: Io = "auto", copies: LocalCopies | None = None)
                 path=path,
             ) from None
     if not is_directory(path):
-        if path.suffix in _PLAIN_COLUMNS:
+        if path.suffix in PLAIN_SUFFIXES:
             raise UnsupportedError("plain columns, not a cache; sklformat convert makes a cache of them", path=path)
         return [_entry(path, io, copies)]
     if not has_manifest(path):
@@ -98,6 +99,11 @@ def shard_files(path: Path) -> list[Path]:
     """
     suffix = layout.SHARD_SUFFIX
     return [file for file in list_directory(path) if file.name.endswith(suffix) and file.name != suffix]
+
+
+def partial_files(path: Path) -> list[Path]:
+    """What a directory holds by the name of an unfinished shard, in order; the mark of an unfinished cache too."""
+    return sorted(path.glob(f"*{layout.SHARD_SUFFIX}{layout.PARTIAL_SUFFIX}"))
 
 
 def _check_listed(entries: list[Entry], path: Path) -> None:
@@ -167,7 +173,7 @@ def find_unfinished(path: Path) -> list[UnfinishedError]:
             "(sklformat recover says what it keeps), or move it away to read the sealed shards alone",
             path=partial,
         )
-        for partial in sorted(path.glob(f"*.skl{layout.PARTIAL_SUFFIX}"))
+        for partial in partial_files(path)
     ]
 
 

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from sklformat.cache.contents import (
     UNFINISHED_NAME,
     mark_unfinished,
+    partial_files,
     shard_files,
     shard_header,
     shard_path,
@@ -102,7 +103,7 @@ class CacheWriter:
 
     def _check_partials(self) -> None:
         """One shard at most is unfinished: the one after those that are sealed."""
-        for path in sorted(self.directory.glob(f"*{layout.SHARD_SUFFIX}{layout.PARTIAL_SUFFIX}")):
+        for path in partial_files(self.directory):
             if path not in (self._partial(), self.directory / UNFINISHED_NAME):
                 raise SettingsError(
                     f"{path}: is not the next shard, {self._partial().name}; another program began it: finish it with "

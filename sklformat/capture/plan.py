@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sklformat.cache.contents import shard_header, shard_path
+from sklformat.cache.contents import partial_files, shard_header, shard_path
 from sklformat.cache.recovery import recover
 from sklformat.cache.sharding import other_settings
 from sklformat.capture.destinations import Target
@@ -135,7 +135,7 @@ def find_header(directory: Path, url: str | None = None) -> Header | None:
             is_sealed = _SHARD_NAME.fullmatch(name) and not name.endswith(layout.PARTIAL_SUFFIX)
             if is_sealed and (found := target.find(name)) is not None:
                 return found[0]
-    for partial in sorted(directory.glob(f"shard-*.skl{layout.PARTIAL_SUFFIX}")):
+    for partial in filter(lambda path: _SHARD_NAME.fullmatch(path.name), partial_files(directory)):
         with contextlib.suppress(CorruptError, TruncatedError):  # never synced: it holds nothing
             return parse_header(read_start(partial, layout.HEADER_SIZE))
     return None

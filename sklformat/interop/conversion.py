@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat.cache.contents import scan_directory, shard_header, shard_path
+from sklformat.cache.contents import PLAIN_SUFFIXES, partial_files, scan_directory, shard_header, shard_path
 from sklformat.cache.manifest import MANIFEST_NAME, write_manifest
 from sklformat.cache.report import inspect
 from sklformat.cache.writer import ShardWriter
@@ -27,10 +27,10 @@ from sklformat.files.disk import LOCK_NAME, Disk, lock, locked_directory, refuse
 from sklformat.files.regular import check_exists
 from sklformat.format.columns import follow_records
 from sklformat.format.header import Header
-from sklformat.format.layout import PARTIAL_SUFFIX
+from sklformat.format.layout import PARTIAL_SUFFIX, SHARD_SUFFIX
 from sklformat.format.records import SparseTargets
 from sklformat.interop.columns import Row
-from sklformat.interop.files import SUFFIXES, ColumnsWriter, check_absent
+from sklformat.interop.files import ColumnsWriter, check_absent
 from sklformat.interop.sources import CacheSource, ColumnsSource, Progress, Source, check_agrees, make_note
 from sklformat.interop.transforms import RatioLoss, quantised, target_header, to_counts, to_ratios
 from sklformat.settings.convert import ConvertConfig
@@ -123,10 +123,10 @@ def _source_kind(config: ConvertConfig) -> str:
     check_exists(path)
     if config.from_ != "auto":
         kind: str = config.from_
-    elif path.is_dir() or path.suffix in (".skl", ".partial"):
+    elif path.is_dir() or path.suffix in (SHARD_SUFFIX, PARTIAL_SUFFIX):
         kind = "skl"
-    elif path.suffix in SUFFIXES:
-        kind = SUFFIXES[path.suffix]
+    elif path.suffix in PLAIN_SUFFIXES:
+        kind = PLAIN_SUFFIXES[path.suffix]
     else:
         raise ValueError(f"{path}: the name does not say what it is; give --from skl, npz, parquet or jsonl")
     if kind != "skl" and path.is_dir():
@@ -138,8 +138,8 @@ def _destination_kind(config: ConvertConfig) -> str:
     path = config.destination
     if config.to != "auto":
         kind: str = config.to
-    elif path.suffix in SUFFIXES:
-        kind = SUFFIXES[path.suffix]
+    elif path.suffix in PLAIN_SUFFIXES:
+        kind = PLAIN_SUFFIXES[path.suffix]
     elif not path.suffix:
         kind = "skl"
     elif path.suffix == ".skl":
@@ -233,7 +233,7 @@ def _check_directory(directory: Path) -> None:
 def _check_idle(directory: Path) -> None:
     """What another process is writing must not be called a leftover that one may remove."""
     refuse_held(directory)
-    for partial in directory.glob(f"*.skl{PARTIAL_SUFFIX}"):
+    for partial in partial_files(directory):
         with contextlib.suppress(FileNotFoundError), partial.open("rb") as file:  # sealed since it was listed
             lock(file.fileno(), partial)
 

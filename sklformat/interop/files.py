@@ -20,8 +20,6 @@ from sklformat.files.disk import Disk, naming, write_atomically
 from sklformat.interop import jsonl
 from sklformat.interop.columns import Row
 
-SUFFIXES = {".npz": "npz", ".parquet": "parquet", ".jsonl": "jsonl"}
-
 
 @dataclass(frozen=True, slots=True)
 class Contents:

@@ -1,8 +1,11 @@
-"""What settings of several verbs say of text."""
+"""What settings of several verbs say of text, and what chats are to those who read and those who encode them."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 Bos = Literal["auto", "document", "window", "none"]
 """Where the token goes that begins a text; auto: where the tokenizer itself puts it."""
@@ -21,3 +24,9 @@ Packing = Literal["auto", "packed", "single"]
 
 Truncate = Literal["end", "start"]
 """What a document loses that is longer than a sequence."""
+
+ANSWERS = "assistant"
+"""Role of the messages of a chat that are learnt from."""
+
+Marked: TypeAlias = tuple[NDArray[np.int64], NDArray[np.bool_]]
+"""Token ids of a chat, and which of them are answers."""

@@ -16,7 +16,7 @@ from capture_data import shard_bytes
 from teacher_data import SEQ_LEN, make_teacher
 
 import sklformat as skl
-from sklformat.distill.models import loading, outputs, tokenization
+from sklformat.distill.models import heads, loading, outputs, tokenization
 from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
 from sklformat.distill.teacher import caching, drawing, forward
 from sklformat.distill.teacher.caching import cache_teacher
@@ -79,7 +79,7 @@ def test_cache_holds_what_the_teacher_says(config, teacher, tokenizer):
         ids = torch.from_numpy(np.stack([packed[j][:-1].astype(np.int64) for j in range(first, last)]))
         with torch.inference_mode():
             hidden = outputs.hidden_states(model, ids)[i - first]
-            logits = hidden @ outputs.lm_head_weight(model).T
+            logits = hidden @ heads.plain_weight(model).T
         assert draw(logits, rounds=20, seed=5, sequence=i) == cache[i].targets
         unique += cache[i].targets.num_records
     assert unique / (22 * SEQ_LEN) == summary.unique_tokens

@@ -196,13 +196,14 @@ def _adapters(model: Any, layer: Any) -> tuple[tuple[Tensor, Tensor, float], ...
     return tuple((layer.lora_A[a].weight, layer.lora_B[a].weight, float(layer.scaling[a])) for a in active)
 
 
-def has_linear_head(model: Any) -> bool:
-    """Say whether ``hidden_states @ lm_head_weight.T`` are a model's logits; some add a bias, scale or cap them."""
+def plain_weight(model: Any) -> Tensor | None:
+    """The weight of a head that is nothing more, [V, D]: hidden states times it are the logits. Else None."""
     try:
-        head = _described(_without_peft(model))
+        plain = _without_peft(model)
+        head = _described(plain)
     except ValueError:
-        return False
-    return head.is_plain and _tried_well(_without_peft(model), head)
+        return None
+    return head.weight if head.is_plain and _tried_well(plain, head) else None
 
 
 @torch.no_grad()

@@ -201,21 +201,6 @@ def evaluated(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-def lm_head_weight(model: PreTrainedModel) -> Tensor:
-    """
-    Weight of the head, [V, D]: the parameter itself, so that gradients reach it.
-
-    Raises:
-        ValueError: The model has no head that is one matrix without bias; ``has_linear_head`` looks closer.
-    """
-    head = model.get_output_embeddings()
-    # A quantised layer calls itself linear and holds packed numbers.
-    packed = isinstance(head, torch.nn.Linear) and head.weight.shape != (head.out_features, head.in_features)
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None or packed:
-        raise ValueError(f"the head of {type(model).__name__} is not one matrix without bias; use its logits instead")
-    return head.weight
-
-
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model, perhaps spread over several devices, takes its token ids."""
     try:

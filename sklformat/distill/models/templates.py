@@ -12,18 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sklformat.checksums import fingerprint
 from sklformat.distill.models.tokenization import TextEncoder, separator_id, special_names, template_ids
-from sklformat.settings.text import Bos, BosPlace, SpecialTokens
-
-Marked = tuple[NDArray[np.int64], NDArray[np.bool_]]
-"""Token ids of a chat, and which of them are answers."""
+from sklformat.settings.text import ANSWERS, Bos, BosPlace, Marked, SpecialTokens
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that marks answers itself
-_ANSWERS = "assistant"
 
 
 class Encoders:
@@ -128,7 +123,7 @@ class ChatEncoder:
                 f"a message holds {name}, the name of a special token; give --special-tokens keep to take it as the "
                 "token, or leave the chat out"
             )
-        if not any(message["role"] == _ANSWERS for message in messages):
+        if not any(message["role"] == ANSWERS for message in messages):
             raise ValueError("no message is the assistant's; there is no answer to learn from")
         template = self._tokenizer.get_chat_template(tools=list(tools) or None)
         if _GENERATION.search(template):
@@ -169,7 +164,7 @@ class ChatEncoder:
         answers = np.zeros(ids.size, np.bool_)
         closing: str | None = None
         for number, message in enumerate(messages):
-            if message["role"] != _ANSWERS:
+            if message["role"] != ANSWERS:
                 continue
             if number == 0:
                 raise ValueError("the chat begins with an answer; nothing was asked")

@@ -49,7 +49,8 @@ class Teacher:
         self._vocab_size = vocab_size
         self.device = outputs.input_device(model)
         self._positions = max(1, LOGITS_AT_ONCE[self.device.type] // vocab_size // _ROWS) * _ROWS
-        self._weight_VD = outputs.lm_head_weight(model)[:vocab_size] if heads.has_linear_head(model) else None
+        weight_VD = heads.plain_weight(model)
+        self._weight_VD = None if weight_VD is None else weight_VD[:vocab_size]
         self._head_alone = self._weight_VD is not None or self._can_call_head()
         self.way = "linear" if self._weight_VD is not None else "head" if self._head_alone else "whole"
 

@@ -7,10 +7,12 @@ Knows no model; a tokenizer comes in with its fingerprint.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sklformat.distill.models import tokenization
 from sklformat.distill.models.templates import Encoders
@@ -20,6 +22,7 @@ from sklformat.distill.text.corpus import (
     IdError,
     TokenStore,
     copy_ragged,
+    first_of_ragged,
     is_token_store,
     open_ragged,
     tokenizer_fingerprint,
@@ -28,6 +31,7 @@ from sklformat.distill.text.fingerprints import vocabulary_fingerprint
 from sklformat.distill.text.packing import Sequences
 from sklformat.distill.text.singles import SingleSequences, open_sequences
 from sklformat.errors import SettingsError
+from sklformat.progress import say
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.text import Bos, BosPlace
 
@@ -152,8 +156,7 @@ class TokenSource:
     def _has_bos(self, source: Path) -> bool:
         """Whether documents that come as ids begin with what the tokenizer puts before a text."""
         before, _ = tokenization.template_ids(self._tokenizer)
-        firsts = [ids[0] for ids in open_ragged(source) if ids.size]
-        return bool(before) and firsts.count(before[0]) * 2 > len(firsts)
+        return bool(before) and _are_most(first_of_ragged(source) == before[0])
 
     def _follow(self, store: TokenStore) -> TokenStore:
         """A token store says where its BOS goes; a flag may repeat that."""
@@ -167,13 +170,14 @@ class TokenSource:
     def _look_at(self, store: TokenStore, source: Path) -> TokenStore:
         """Warn of tokens without the BOS that the teacher is used to, and refuse to put a second one."""
         bos_id = store.facts.bos_id
-        if store.facts.bos == "document" and store.count_beginning(cast("int", bos_id)) * 2 > len(store):
+        if store.facts.bos == "document" and _are_most(store.first_tokens() == bos_id):
             raise SettingsError(f"{source}: its documents begin with BOS (id {bos_id}) already; give --bos none")
         before, _ = tokenization.template_ids(self._tokenizer)
         if store.facts.bos != "none" or self._config.bos == "none" or not before:
             return store
-        without = len(store) - store.count_beginning(before[0])
-        if without * 2 > len(store):
+        others = store.first_tokens() != before[0]
+        if _are_most(others):
+            without = np.count_nonzero(others)
             _warn(
                 f"{source}: {without} of {len(store)} documents do not begin with {self._name(before[0])}, which the "
                 "tokenizer puts before a text: the teacher reads what it was not trained to read; make the tokens "
@@ -228,5 +232,9 @@ class TokenSource:
             )
 
 
+def _are_most(of_documents: NDArray[np.bool_]) -> bool:
+    return 2 * int(np.count_nonzero(of_documents)) > of_documents.size
+
+
 def _warn(what: str) -> None:
-    sys.stderr.write(f"warning: {what}\n")
+    say(f"warning: {what}")

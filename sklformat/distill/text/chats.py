@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sklformat.distill.text.corpus import Encoding, TokenStore, write_encoded, write_token_store
 from sklformat.distill.text.documents import Document, check_characters, document_of, some
 from sklformat.distill.text.facts import Encoder
@@ -25,13 +22,13 @@ from sklformat.distill.text.sources.json_rows import kind_of
 from sklformat.distill.text.sources.rows import Row, read_made
 from sklformat.errors import describe_bad_json
 from sklformat.settings.files import TextFiles
+from sklformat.settings.text import ANSWERS, Marked
 
 _MESSAGES = ("messages", "conversations")
 _PROMPT, _COMPLETION, _TOOLS = "prompt", "completion", "tools"
-_ANSWERS = "assistant"
 # What ShareGPT's rows call roles.
 _ROLES = {
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call", _ANSWERS), _ANSWERS),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call", ANSWERS), ANSWERS),
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("tool", "observation"), "tool"),
     "system": "system",
@@ -65,9 +62,6 @@ class Chat:
         parts = [self.messages, self.tools, self.prompt, self.completion]
         return json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)  # tables hold dates and the like
 
-
-Marked = tuple[NDArray[np.int64], NDArray[np.bool_]]
-"""Token ids of a chat, and which of them are answers."""
 
 Text = Document | Chat
 """What a row becomes."""

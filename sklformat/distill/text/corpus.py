@@ -31,7 +31,8 @@ from sklformat.distill.text.fingerprints import (
     text_fingerprint,
     tokenizer_fingerprint,
 )
-from sklformat.distill.text.ragged import open_ninja, open_ragged, parts_of_ragged, write_ragged
+from sklformat.distill.text.ragged import first_of_ragged, open_ninja, open_ragged, parts_of_ragged, write_ragged
+from sklformat.distill.text.sources.prose import MAX_CHARS
 from sklformat.errors import CorruptError, SettingsError
 from sklformat.files.directories import published
 
@@ -45,6 +46,7 @@ __all__ = [
     "copy_ragged",
     "corpus_fingerprint",
     "cut_documents",
+    "first_of_ragged",
     "is_held_out",
     "is_token_store",
     "open_ninja",
@@ -57,8 +59,7 @@ __all__ = [
 ]
 
 _TOKENS_NAME = "tokens"
-_DOCUMENTS_PER_BATCH = 256  # tokenised together, and written to the store in one go, unless they are large:
-_CHARS_PER_BATCH = 1 << 19  # to tokenise takes some hundred bytes of memory per character
+_DOCUMENTS_PER_BATCH = 256  # tokenised together, and written to the store in one go, unless they are large
 _TOKENS_PER_BATCH = 1 << 20
 
 
@@ -135,22 +136,23 @@ class TokenStore:
 
     def __getitem__(self, document: int) -> NDArray[np.unsignedinteger[Any]]:
         """Tokens of one document, read-only or a copy, of type ``facts.dtype``."""
-        stored = self._stored(document)
-        return stored & np.uint32(_ANSWER - 1) if self.facts.marks_answers else stored
+        return self._without_marks(self._stored(document))
 
     def answers(self, document: int) -> NDArray[np.bool_]:
         """Which tokens of a document are answers; all where none are marked."""
         stored = self._stored(document)
         return stored >= _ANSWER if self.facts.marks_answers else np.ones(stored.size, np.bool_)
 
+    def _without_marks(self, stored: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.unsignedinteger[Any]]:
+        return stored & np.uint32(_ANSWER - 1) if self.facts.marks_answers else stored
+
     def _stored(self, document: int) -> NDArray[np.unsignedinteger[Any]]:
         end = self._ends[document]
         return self._tokens[end - self.lengths[document] : end]
 
-    def count_beginning(self, token_id: int) -> int:
-        """How many documents begin with this token."""
-        firsts = self._tokens[self._ends - self.lengths]
-        return int(np.count_nonzero((firsts & np.uint32(_ANSWER - 1)) == token_id))
+    def first_tokens(self) -> NDArray[np.unsignedinteger[Any]]:
+        """What each document begins with, [num_documents]."""
+        return self._without_marks(self._tokens[self._ends - self.lengths])
 
     def check_ids(self, vocab_size: int) -> None:
         """
@@ -314,7 +316,7 @@ def _found_again(
 
 def _encoded(documents: Iterable[Document], encode: Encode) -> Iterator[Encoded]:
     """Name, digest and token ids of each document."""
-    for batch in _batched(documents, lambda document: len(document.text), _CHARS_PER_BATCH):
+    for batch in _batched(documents, lambda document: len(document.text), MAX_CHARS):
         for document, ids in zip(batch, encode([document.text for document in batch]), strict=True):
             yield document.name, text_fingerprint(document), ids, None
 

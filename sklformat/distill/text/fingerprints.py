@@ -6,7 +6,6 @@ Reads no files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sklformat.checksums import fingerprint, fingerprint_of
+from sklformat.format.captures import canonical_json
 
 _UNKNOWN = "0" * 32
 
@@ -23,7 +23,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """
     XXH3-128 of what a tokenizer's ids mean: the id → token map in the order of ids, and the special ids.
 
-    The bytes are JSON in ASCII without spaces: ``{"special":[id, …],"tokens":[[id,"token"], …]}``, both lists rising.
+    The bytes are canonical JSON, ``{"special":[id, …],"tokens":[[id,"token"], …]}``, both lists rising.
 
     Args:
         tokenizer: Anything with ``get_vocab()`` (token → id) and ``all_special_ids``, as transformers' tokenizers.
@@ -33,8 +33,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """
     tokens = sorted((int(token_id), token) for token, token_id in tokenizer.get_vocab().items())
     special = sorted({int(token_id) for token_id in tokenizer.all_special_ids})
-    canonical = json.dumps({"special": special, "tokens": tokens}, ensure_ascii=True, separators=(",", ":"))
-    return fingerprint(canonical.encode("ascii"))
+    return fingerprint(canonical_json({"special": special, "tokens": tokens}))
 
 
 def vocabulary_fingerprint(tokenizer: Any, num_ids: int) -> str:
@@ -52,8 +51,7 @@ def vocabulary_fingerprint(tokenizer: Any, num_ids: int) -> str:
         32 hexadecimal digits.
     """
     below = ((int(token_id), token) for token, token_id in tokenizer.get_vocab().items())
-    canonical = json.dumps({"tokens": sorted(pair for pair in below if pair[0] < num_ids)}, separators=(",", ":"))
-    return fingerprint(canonical.encode("ascii"))
+    return fingerprint(canonical_json({"tokens": sorted(pair for pair in below if pair[0] < num_ids)}))
 
 
 @dataclass(frozen=True, slots=True)

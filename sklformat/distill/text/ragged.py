@@ -64,6 +64,22 @@ def open_ragged(source: Path) -> Iterator[NDArray[np.integer[Any]]]:
         FileNotFoundError: No RaggedMmap there.
         CorruptError: Its files contradict each other, or hold no integers.
     """
+    starts, ends, tokens = _checked_parts(source)
+    return (tokens[start:end] for start, end in zip(starts, ends, strict=True))
+
+
+def first_of_ragged(source: Path) -> NDArray[np.integer[Any]]:
+    """
+    What each array of a RaggedMmap begins with; those that are empty begin with nothing.
+
+    Raises:
+        FileNotFoundError, CorruptError: As ``open_ragged``.
+    """
+    starts, ends, tokens = _checked_parts(source)
+    return tokens[starts[starts < ends]]
+
+
+def _checked_parts(source: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.integer[Any]]]:
     kind = source / "type.ninja"
     if not kind.is_file() or kind.read_text() != "ragged":
         raise FileNotFoundError(
@@ -81,7 +97,7 @@ def open_ragged(source: Path) -> Iterator[NDArray[np.integer[Any]]]:
     inside = starts.shape == ends.shape and (starts >= 0).all() and (starts <= ends).all()
     if not inside or (ends.size and ends.max() > tokens.size):
         raise CorruptError("its index points outside of its tokens; make it again", path=source)
-    return (tokens[start:end] for start, end in zip(starts, ends, strict=True))
+    return starts, ends, tokens
 
 
 def open_ninja(path: Path) -> Any:

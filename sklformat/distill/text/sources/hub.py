@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sklformat.distill.text.sources.rows import Row
-
-# What save_to_disk leaves in a directory: of one dataset, and of several splits.
-_SAVED = ("state.json", "dataset_dict.json")
+from sklformat.distill.text.sources.selection import is_saved_dataset
 
 
 def read_dataset_rows(words: Sequence[str], *, split: str = "train") -> Iterator[Row]:
@@ -32,7 +30,7 @@ def read_dataset_rows(words: Sequence[str], *, split: str = "train") -> Iterator
 
     source = " ".join(words)
     try:
-        if any((Path(words[0]) / name).is_file() for name in _SAVED):
+        if is_saved_dataset(Path(words[0])):
             rows = _part(datasets.load_from_disk(words[0]), split)
         else:
             rows = datasets.load_dataset(*words, split=split, streaming=True)

@@ -7,7 +7,6 @@ Knows no documents and no chats; a function makes these of rows.
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from sklformat.distill.text.sources import json_rows, prose, streams
 from sklformat.distill.text.sources.selection import File, find_files
 from sklformat.errors import FormatError
+from sklformat.progress import say
 from sklformat.settings.files import TextFiles
 
 _PACKED = (".gz", ".zst")
@@ -96,7 +96,7 @@ def _skipping(found: list[File], made: Callable[[File], Iterator[Made]]) -> Iter
         yield from made(file)
     if faults:
         shown = [*faults[:_NAMED_FILES], *([f"and {len(faults) - _NAMED_FILES} more"] * (len(faults) > _NAMED_FILES))]
-        sys.stderr.write(f"skipped {len(faults)} of {len(found)} files, which cannot be read: {'; '.join(shown)}\n")
+        say(f"skipped {len(faults)} of {len(found)} files, which cannot be read: {'; '.join(shown)}")
 
 
 def _rows_of(file: File, files: TextFiles, wanted: Collection[str] | None) -> Iterator[Row]:

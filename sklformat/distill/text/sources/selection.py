@@ -41,7 +41,7 @@ def find_files(files: TextFiles) -> list[File]:
             path.stat()  # raises, with the path, when there is none
             found.append(File(path.name, path))
             continue
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if is_saved_dataset(path):
             raise ValueError(f"{path} is a dataset that save_to_disk wrote; give it as --dataset, not as --text")
         below, hidden = _walk(path)
         found += sorted(below)
@@ -54,6 +54,11 @@ def find_files(files: TextFiles) -> list[File]:
             "directories of them"
         )
     return chosen
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a directory is what ``save_to_disk`` of datasets leaves: of one dataset, or of several splits."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def _walk(directory: Path) -> tuple[list[File], int]:

@@ -98,7 +98,7 @@ def test_students_with_a_cap_a_scale_or_a_bias(kind):
 def test_the_bundled_parts_name_what_is_plain():
     """Where nothing but the matrix makes the logits, the head says so."""
     assert output_head(make("Llama")).is_plain
-    assert heads.has_linear_head(make("Granite", logits_scaling=1.0))
+    assert heads.plain_weight(make("Granite", logits_scaling=1.0)) is not None
     assert OutputHead(torch.ones(2, 2), scale=1.0).is_plain
     assert not output_head(make("Phi")).is_plain
 
@@ -366,6 +366,6 @@ def test_short_memory_is_no_other_kind_of_head(monkeypatch, error):
     with monkeypatch.context() as patch:
         patch.setattr(heads.outputs, "hidden_states", full)
         with pytest.raises(RuntimeError, match=str(error)):
-            heads.has_linear_head(model)
+            heads.plain_weight(model)
         with pytest.raises(RuntimeError, match=str(error)):
             Teacher(model, 290)

@@ -171,7 +171,7 @@ def test_new_model_is_a_function_of_its_seed():
     assert 631104 == sum(parameter.numel() for parameter in model.parameters())
     assert 192 == model.config.intermediate_size
     tied = tiny(tie=True)
-    assert tied.get_input_embeddings().weight is outputs.lm_head_weight(tied)
+    assert tied.get_input_embeddings().weight is heads.plain_weight(tied)
     with pytest.raises(ValueError, match="multiple of twice num_heads"):
         tiny(hidden_size=34)
 
@@ -180,10 +180,10 @@ def test_hidden_states_times_head_are_the_logits():
     """hidden @ weight.T equals the model's logits, and gradients through both reach every parameter."""
     model = tiny()
     ids = torch.arange(12).reshape(2, 6)
-    hidden, weight = outputs.hidden_states(model, ids), outputs.lm_head_weight(model)
+    hidden, weight = outputs.hidden_states(model, ids), heads.plain_weight(model)
     assert (2, 6, 32) == tuple(hidden.shape)
     np.testing.assert_allclose(outputs.logits(model, ids).detach(), (hidden @ weight.T).detach(), atol=1e-6)
-    assert heads.has_linear_head(tiny().bfloat16())
+    assert heads.plain_weight(tiny().bfloat16()) is not None
     (hidden @ weight.T).square().sum().backward()
     assert [] == [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert model.training
@@ -193,9 +193,7 @@ def test_heads_that_are_not_one_matrix_are_known():
     """A head with bias, or logits that are scaled, would make the chunked loss wrong: both are told apart."""
     config = transformers.GPTJConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
     biased = transformers.GPTJForCausalLM(config)
-    assert not heads.has_linear_head(biased)
-    with pytest.raises(ValueError, match=r"the head of .* is not one matrix without bias; use its logits instead"):
-        outputs.lm_head_weight(biased)
+    assert heads.plain_weight(biased) is None
     config = transformers.CohereConfig(
         vocab_size=64,
         hidden_size=16,
@@ -204,7 +202,7 @@ def test_heads_that_are_not_one_matrix_are_known():
         intermediate_size=16,
         logit_scale=0.25,
     )
-    assert not heads.has_linear_head(transformers.CohereForCausalLM(config))
+    assert heads.plain_weight(transformers.CohereForCausalLM(config)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -216,7 +214,7 @@ def test_caps_and_scales_are_known_where_they_hardly_show(dtype):
     def is_linear(kind, **changes):
         config = getattr(transformers, kind + "Config")(**sizes, **changes)
         torch.manual_seed(0)
-        return heads.has_linear_head(getattr(transformers, kind + "ForCausalLM")(config).to(dtype))
+        return heads.plain_weight(getattr(transformers, kind + "ForCausalLM")(config).to(dtype)) is not None
 
     capped = {"head_dim": 8, "pad_token_id": 0}
     assert not is_linear("Gemma2", final_logit_softcapping=30.0, **capped)
@@ -229,9 +227,9 @@ def test_a_scale_that_no_config_tells_is_found_in_float32(monkeypatch):
     """In float32 a tenth of a percent between head and logits is no rounding."""
     model = tiny()
     logits = outputs.logits
-    assert heads.has_linear_head(model)
+    assert heads.plain_weight(model) is not None
     monkeypatch.setattr(outputs, "logits", lambda model, ids: 1.001 * logits(model, ids))
-    assert not heads.has_linear_head(model)
+    assert heads.plain_weight(model) is None
 
 
 def test_fit_of_tokenizer_and_model(tokenizer):

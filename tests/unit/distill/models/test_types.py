@@ -71,8 +71,8 @@ def test_a_cap_that_no_config_tells_is_found(dtype):
     torch.manual_seed(0)
     plain = transformers.LlamaForCausalLM(config).to(dtype)
     capped = Capped(config).to(dtype)
-    assert heads.has_linear_head(plain)
-    assert not heads.has_linear_head(capped)
+    assert heads.plain_weight(plain) is not None
+    assert heads.plain_weight(capped) is None
     assert capped.training
 
 

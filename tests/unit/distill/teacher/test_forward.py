@@ -41,7 +41,7 @@ def test_slices_are_the_models_logits(name, monkeypatch):
     with torch.inference_mode():
         expected = outputs.logits(model, ids)[..., : VOCAB - 3]
     teacher = Teacher(model, VOCAB - 3)
-    assert (name == "one matrix") == heads.has_linear_head(model)
+    assert (name == "one matrix") == (heads.plain_weight(model) is not None)
     monkeypatch.setitem(forward.LOGITS_AT_ONCE, "cpu", 17 * (VOCAB - 3))
     teacher = Teacher(model, VOCAB - 3)
     hidden = teacher.run(ids.numpy().astype("uint32"))
