@@ -36,7 +36,7 @@ def write_store(directory, tokenizer, documents):
     return write_token_store(
         directory,
         documents,
-        lambda texts: tokenization.encode(tokenizer, texts),
+        tokenization.TextEncoder(tokenizer, bos="none"),
         vocab_size=tokenization.num_ids(tokenizer),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         vocabulary_fingerprint=vocabulary_fingerprint(tokenizer, tokenization.num_ids(tokenizer)),

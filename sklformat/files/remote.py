@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from sklformat.checksums import fingerprint_of
 from sklformat.errors import RemoteError
@@ -98,26 +98,6 @@ def read(url: str) -> bytes:
         FileNotFoundError, RemoteError: As ``read_range``.
     """
     return read_range(url, 0, size(url))
-
-
-def download(url: str, file: BinaryIO) -> int:
-    """
-    Write a file's bytes into one that is open here; whoever calls checks, syncs and renames it.
-
-    Returns:
-        Number of bytes, as many as the store reports.
-
-    Raises:
-        FileNotFoundError, RemoteError: As ``read_range``.
-        OSError: ``file`` cannot be written.
-    """
-    expected, done = size(url), 0
-    for chunk in _chunks(url):
-        file.write(chunk)
-        done += len(chunk)
-    if done != expected:
-        raise RemoteError(f"{url}: the store reported {expected} bytes and gave {done}; try again")
-    return done
 
 
 def upload(local: Path, url: str) -> None:

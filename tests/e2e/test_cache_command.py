@@ -115,7 +115,10 @@ def test_every_input_gives_the_same_cache(cache, place, tmp_path, monkeypatch):
     cache(out="text")
     expected = shard_bytes(tmp_path / "text")
     (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
-    ids = [np.array(part, np.int32) for part in tokenization.encode(tokenizer, [d.text for d in documents])]
+    ids = [
+        np.array(part, np.int32)
+        for part in tokenization.TextEncoder(tokenizer, bos="none")([d.text for d in documents])
+    ]
     RaggedMmap.from_lists(tmp_path / "ragged", ids)
     rows = [{"content": d.text, "id": i} for i, d in enumerate(documents)] + [{"content": "", "id": -1}]
     asked = []

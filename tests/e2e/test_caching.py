@@ -285,7 +285,7 @@ def test_other_text_and_other_tokenizer_are_refused(config, tokenizer, tmp_path)
     write_token_store(
         tmp_path / "foreign",
         [Document("d", "x y z " * 999)],
-        lambda texts: tokenization.encode(foreign, texts),
+        tokenization.TextEncoder(foreign, bos="none"),
         vocab_size=260,
         tokenizer_fingerprint=tokenizer_fingerprint(foreign),
     )

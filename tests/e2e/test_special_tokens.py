@@ -100,7 +100,10 @@ def test_a_cache_of_before_is_resumed_as_it_was_begun(cache, tmp_path):
 def test_tokens_without_bos_are_noticed(cache, place, tmp_path, bos_id):
     """Token sources are looked at: without BOS a warning, with it none, and it is not put twice."""
     tokenizer = loading.load_tokenizer(place / "teacher")
-    ids = [np.array(part) for part in tokenization.encode(tokenizer, [d.text for d in tiny.make_documents(6, 40)])]
+    ids = [
+        np.array(part)
+        for part in tokenization.TextEncoder(tokenizer, bos="none")([d.text for d in tiny.make_documents(6, 40)])
+    ]
     RaggedMmap.from_lists(tmp_path / "without", ids)
     RaggedMmap.from_lists(tmp_path / "with", [np.concatenate([[bos_id], part]) for part in ids])
     tiny.write_store(tmp_path / "store", tokenizer, [Document(f"{i}", "alpha beta " * 20) for i in range(3)])

@@ -106,20 +106,6 @@ class TextEncoder:
         return max(self._met, key=self._met.__getitem__, default="")
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """
-    Token ids of texts, no special tokens added; the name of a special token inside a text is text like any other.
-
-    Args:
-        tokenizer: Any tokenizer.
-        texts: Texts.
-
-    Returns:
-        Ids of each text.
-    """
-    return _ids(tokenizer, texts, split_special_tokens=True)
-
-
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: bool) -> list[list[int]]:
     encoding = tokenizer(
         texts,

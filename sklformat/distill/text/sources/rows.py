@@ -38,17 +38,6 @@ class Row(NamedTuple):
     values: Mapping[str, Any]
 
 
-def read_rows(files: TextFiles, *, wanted: Collection[str] | None = None) -> Iterator[Row]:
-    """
-    The rows of all files, in order; as ``read_made`` with nothing made of them.
-
-    Args:
-        files: The choice.
-        wanted: Fields that will be looked at; others may be left out where that saves reading. None: all.
-    """
-    return read_made(files, lambda row: row, wanted=wanted)
-
-
 def read_made(
     files: TextFiles, make: Callable[[Row], Made | None], *, wanted: Collection[str] | None = None
 ) -> Iterator[Made]:
@@ -61,7 +50,7 @@ def read_made(
     Args:
         files: The choice; looked at in the call, the content of the files later.
         make: From a row to what is wanted; None leaves the row out.
-        wanted: As ``read_rows``.
+        wanted: Fields that will be looked at; others may be left out where that saves reading. None: all.
 
     Yields:
         What was made.

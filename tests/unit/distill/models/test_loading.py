@@ -29,7 +29,7 @@ def tiny(**changes):
 def test_tokenizer_gives_every_text_back(tokenizer):
     """Byte-level BPE loses nothing: texts with bytes never seen in training come back unchanged."""
     texts = [*TEXTS, "🜁 \r\n  x", "".join(map(chr, range(0x250)))]
-    assert texts == [tokenizer.decode(ids) for ids in tokenization.encode(tokenizer, texts)]
+    assert texts == [tokenizer.decode(ids) for ids in tokenization.TextEncoder(tokenizer, bos="none")(texts)]
     assert 300 == tokenization.num_ids(tokenizer) == len(tokenizer)
     assert 0 == tokenization.separator_id(tokenizer)
 
@@ -45,7 +45,7 @@ def test_tokenizer_training_repeats():
 
 def test_special_tokens_in_a_text_are_text(tokenizer):
     """A text that spells the separator cannot put a document boundary into the corpus."""
-    ids = tokenization.encode(tokenizer, ["a<|endoftext|>b"])[0]
+    ids = tokenization.TextEncoder(tokenizer, bos="none")(["a<|endoftext|>b"])[0]
     assert tokenization.separator_id(tokenizer) not in ids
     assert "a<|endoftext|>b" == tokenizer.decode(ids)
 
@@ -77,7 +77,7 @@ def test_loading_prints_nothing(tokenizer, tmp_path, capfd):
         loading.save(tiny(), tokenizer, tmp_path / "m")
         loading.load_model(tmp_path / "m")
         loading.load_tokenizer(tmp_path / "m")
-        tokenization.encode(tokenizer, ["x " * 5000])
+        tokenization.TextEncoder(tokenizer, bos="none")(["x " * 5000])
         assert transformers.logging.INFO == transformers.utils.logging.get_verbosity()
     finally:
         transformers.utils.logging.set_verbosity_warning()

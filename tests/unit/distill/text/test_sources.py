@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 
 from sklformat.distill.text.documents import read_documents
 from sklformat.distill.text.sources import json_rows, prose, streams
-from sklformat.distill.text.sources.rows import read_rows
+from sklformat.distill.text.sources.rows import read_made
 from sklformat.errors import CorruptError
 from sklformat.settings.files import TextFiles
 
@@ -93,13 +93,14 @@ def test_rows_keep_their_other_fields(tmp_path):
     rows = [{"text": "a", "messages": [{"role": "user", "content": "hi"}]}, {"text": "b", "messages": []}]
     for kind, place in (("a.jsonl", "line 2"), ("a.json", "row 1"), ("a.parquet", "row 1"), ("stream.arrow", "row 1")):
         path = write_rows(tmp_path / kind, rows)
-        found = list(read_rows(TextFiles(text=(path,))))
+        found = list(read_made(TextFiles(text=(path,)), lambda row: row))
         assert (f"{kind}#1", f"{path}: {place}") == found[1][:2]
         assert rows == [dict(row.values) for row in found]
     path = tmp_path / "a.txt"
     path.write_text("prose")
-    assert [("a.txt", str(path), {"text": "prose"})] == list(read_rows(TextFiles(text=(path,))))
-    [row] = read_rows(TextFiles(text=(write_rows(tmp_path / "b.parquet", rows[:1]),)), wanted={"text", "chat"})
+    assert [("a.txt", str(path), {"text": "prose"})] == list(read_made(TextFiles(text=(path,)), lambda row: row))
+    files = TextFiles(text=(write_rows(tmp_path / "b.parquet", rows[:1]),))
+    [row] = read_made(files, lambda row: row, wanted={"text", "chat"})
     assert {"text": "a"} == row.values
 
 
