@@ -1,6 +1,7 @@
 """
 What runs on a GPU in Triton; nothing of ours is known here, and torch operations elsewhere are its oracle.
 
+draw_rows  draws from rows of logits by the law of csrc
 loss_rows  a row of logits becomes its loss and, in place, its gradient
 """
 
