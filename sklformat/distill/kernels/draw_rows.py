@@ -4,7 +4,7 @@ Draws from rows of logits by the law of csrc: sums over blocks of 256 ids, float
 Two kernels.  The first reads each logit once: a program for each row and tile of ids writes the sums of exponentials
 over blocks, against the tile's own maximum.  The second has a program for each row: it brings the sums to the row's
 maximum, adds them up in float64, makes the uniforms (C's, bit for bit) and sorts them, finds each point's block, and
-reads the logits of that block once more to find the id.  Sums of exponentials round in another order than C's, so that
+reads the logits of that block once more to find the id.  Sums of exponentials round otherwise than in C, so that
 a point within rounding of the edge between two ids may fall to the neighbour.
 
 Shape letters: P positions (rows), V vocabulary, N rounds, C blocks of a row, S tiles of a row.
