@@ -230,7 +230,10 @@ class Schedule:
         """
         size = self.global_batch
         steps = range(consumed + worker * size, consumed + self.num_batches(consumed) * size, num_workers * size)
-        at_once = max(1, _PLACES_AT_ONCE // self.batch_size)
+        several = (
+            1 if self.mixture is None else min(len(self.mixture.sizes), 8)
+        )  # each of them has a network of its own
+        at_once = max(1, several * _PLACES_AT_ONCE // self.batch_size)
         within = self.rank * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
         for first in range(0, len(steps), at_once):
             some = steps[first : first + at_once]

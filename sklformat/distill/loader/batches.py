@@ -198,9 +198,7 @@ def collate(
     """
     if form not in ("batch", "dict") or (form == "batch" and k is not None):
         raise ValueError(f"collate makes form 'batch', or 'dict' with a k or without, got form {form!r} and k {k}")
-    info = get_worker_info()
-    state = sequences[-1].state if sequences and (info is None or info.num_workers == 1) else {}
-    batch = together(sequences, state)
+    batch = _together(sequences)
     return batch if form == "batch" else _as_dict(batch, k)
 
 
@@ -218,33 +216,27 @@ def _as_dict(batch: Batch, k: int | None) -> dict[str, Tensor]:
     return out
 
 
-def together(sequences: Sequence[Batch], state: dict[str, Any], positions: int = 1) -> Batch:
-    """
-    Single sequences as one batch with this state, as ``collate`` makes it, of at least so many positions T.
-
-    Raises:
-        ValueError: As ``collate``.
-    """
+def _together(sequences: Sequence[Batch]) -> Batch:
     if not sequences or any(sequence.input_ids.ndim != 1 for sequence in sequences):
         shapes = [tuple(sequence.input_ids.shape) for sequence in sequences]
         raise ValueError(f"collate takes single sequences, at least one, of input_ids [T]; got the shapes {shapes}")
     with_starts = {sequence.document_starts is not None for sequence in sequences}
     if len(with_starts) > 1:
         raise ValueError("some of these sequences have document_starts and others not; collate those of one cache")
-    rows, width = len(sequences), max(positions, *(sequence.input_ids.numel() for sequence in sequences))
+    rows, width = len(sequences), max(sequence.input_ids.numel() for sequence in sequences)
     input_ids = torch.zeros((rows, width), dtype=torch.int64)
     labels = torch.full((rows, width), IGNORED_LABEL, dtype=torch.int64)
     counts = torch.zeros((rows, width), dtype=torch.int64)
     starts = torch.zeros((rows, width), dtype=torch.bool)
-    places = torch.arange(width).repeat(rows, 1)
+    positions = torch.arange(width).repeat(rows, 1)
     for row, sequence in enumerate(sequences):
         length = sequence.input_ids.numel()
         input_ids[row, :length], labels[row, :length] = sequence.input_ids, sequence.labels
         counts[row, :length] = torch.diff(sequence.targets.offsets)
         if sequence.position_ids is not None and sequence.document_starts is not None:
             starts[row, :length] = sequence.document_starts
-            places[row] += int(sequence.position_ids[-1]) + 1 - length  # of the padding
-            places[row, :length] = sequence.position_ids
+            positions[row] += int(sequence.position_ids[-1]) + 1 - length  # of the padding
+            positions[row, :length] = sequence.position_ids
     offsets = torch.zeros(rows * width + 1, dtype=torch.int64)
     torch.cumsum(counts.flatten(), 0, out=offsets[1:])
     targets = Targets(
@@ -252,4 +244,6 @@ def together(sequences: Sequence[Batch], state: dict[str, Any], positions: int =
         probs=torch.cat([sequence.targets.probs for sequence in sequences]),
         offsets=offsets,
     )
-    return Batch(input_ids, labels, targets, state, *((places, starts) if True in with_starts else ()))
+    info = get_worker_info()
+    state = sequences[-1].state if info is None or info.num_workers == 1 else {}
+    return Batch(input_ids, labels, targets, state, *((positions, starts) if True in with_starts else ()))

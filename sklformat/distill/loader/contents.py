@@ -108,13 +108,13 @@ class Part:
 
 
 class Decoded(NamedTuple):
-    """The arrays of B rows, and what the payloads said of each."""
+    """The arrays of B rows, and the payloads they came from."""
 
     payloads: Payloads
     arrays: BatchArrays
 
     def batch(self, state: dict[str, Any]) -> Batch:
-        """The rows as one batch; shares their memory."""
+        """The rows as one batch; it shares their memory."""
         arrays = self.arrays
         return Batch(
             input_ids=torch.from_numpy(arrays.input_ids),
@@ -130,7 +130,7 @@ class Decoded(NamedTuple):
         )
 
     def singles(self) -> list[Batch]:
-        """The rows one by one; see ``Contents.singles``."""
+        """The rows one by one, each with a T of its own and an empty state; they share the memory of one batch."""
         batch = self.batch({})
         return [batch.row(row, max(length, 1)) for row, length in enumerate(self.payloads.num_positions.tolist())]
 
@@ -148,6 +148,7 @@ class Contents:
         lengths = [part.cache.header.seq_len for part in parts]
         self._header = dataclasses.replace(parts[0].cache.header, seq_len=max(lengths) if all(lengths) else 0)
         self._starts = np.cumsum([0, *(len(part.sequences) for part in parts[:-1])])
+        self._shift = np.array([part.sequences.start for part in parts]) - self._starts
 
     def decoded(self, places: NDArray[np.int64], tokens: NDArray[np.uint32] | None = None) -> Decoded:
         """
@@ -161,30 +162,26 @@ class Contents:
             FormatError: A block is damaged.
             AlignmentError: The records are not about these tokens.
         """
-        found, header = Payloads(places.size), self._header
-        chosen = [part.numbers(inside) for part, inside in zip(self.parts, self._inside(places), strict=True)]
-        for part, numbers in zip(self.parts, chosen, strict=True):
+        found, header, chosen = Payloads(places.size), self._header, self._chosen(places)
+        for part, numbers in chosen:
             part.cache.payloads(numbers, found)
         if tokens is None and self.parts[0].tokens is not None:
             tokens = np.zeros((places.size, found.row_positions(header) + 1), "<u4")
-            for part, numbers in zip(self.parts, chosen, strict=True):
+            for part, numbers in chosen:
                 part.give(tokens, numbers, found)
         return Decoded(found, found.decode(header, tokens, IGNORED_LABEL, starts=STARTS in header.columns))
 
-    def batch(self, places: NDArray[np.int64], state: dict[str, Any]) -> Batch:
-        """The sequences at these places as one batch, -1 for an empty row; raises as ``decoded``."""
-        return self.decoded(places).batch(state)
-
-    def singles(self, places: NDArray[np.int64]) -> list[Batch]:
-        """The same one by one, each with a T of its own and an empty state; they share the memory of one batch."""
-        return self.decoded(places).singles()
-
-    def _inside(self, places: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """For each part its places, -1 in the rows of others."""
+    def _chosen(self, places: NDArray[np.int64]) -> list[tuple[Part, NDArray[np.int64]]]:
+        """The parts that rows are of, each with its numbers, -1 in the rows of others."""
         if len(self.parts) == 1:
-            return [places]
-        which = np.searchsorted(self._starts, places, side="right") - 1  # of empty rows: -1
-        return [np.where(which == part, places - start, -1) for part, start in enumerate(self._starts.tolist())]
+            return [(self.parts[0], self.parts[0].numbers(places))]
+        which = self._starts.searchsorted(places, "right") - 1  # of empty rows: -1
+        numbers = places + self._shift[which]
+        return [
+            (self.parts[some], np.where(which == some, numbers, -1))
+            for some in dict.fromkeys(which.tolist())
+            if some >= 0
+        ]
 
 
 def is_isolated(cache: Cache) -> bool:

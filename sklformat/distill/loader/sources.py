@@ -6,20 +6,23 @@ Knows no order and no rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sklformat.cache.reader import Cache
 from sklformat.cache.tokens import TokenSource
-from sklformat.distill.loader.batches import Batch, together
+from sklformat.distill.loader.batches import Batch, Targets
 from sklformat.distill.loader.conflicts import check_together
-from sklformat.distill.loader.contents import Contents, Part, is_isolated
+from sklformat.distill.loader.contents import Contents, Decoded, Part, is_isolated
 from sklformat.distill.loader.teachers import Taught, Teachers
+from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.format.columns import STARTS
+from sklformat.native import BatchArrays
 
 Source: TypeAlias = Path | str | Cache | Teachers
 
@@ -103,23 +106,23 @@ class Sources:
             AlignmentError: The records are not about these tokens.
         """
         if len(self._units) == 1:
-            return self._units[0].batch(places, state)
-        return together(self.singles(places), state, self._positions)
+            return self._units[0].decoded(places).batch(state)
+        pieces = [(rows, decoded.arrays) for rows, decoded in self._pieces(places)]
+        return _interleaved(pieces, places.size, self._positions, self._all_have_starts, state)
 
     def singles(self, places: NDArray[np.int64]) -> list[Batch]:
-        """The same one by one, each with a T of its own and an empty state."""
-        if len(self._units) == 1:
-            return self._units[0].singles(places)
-        empty = places < 0
+        """The same of one source, one by one, each with a T of its own and an empty state."""
+        assert len(self._parts) == 1
+        return self._units[0].decoded(places).singles()
+
+    def _pieces(self, places: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Decoded]]:
+        """What each call decodes, and in which rows it stands; empty rows are of the first."""
         source = np.searchsorted(self._starts, places, side="right") - 1
-        unit = np.where(empty, 0, self._unit_of[source])
-        inside = np.where(empty, -1, places + self._shift[source])
-        rows: dict[int, Batch] = {}
+        unit = np.where(places < 0, 0, self._unit_of[source])
+        inside = np.where(places < 0, -1, places + self._shift[source])
         for number in np.unique(unit).tolist():
-            mine = np.flatnonzero(unit == number)
-            rows |= zip(mine.tolist(), self._units[number].singles(inside[mine]), strict=True)
-        singles = [rows[row] for row in range(places.size)]
-        return singles if self._all_have_starts else [_without_borders(single) for single in singles]
+            rows = np.flatnonzero(unit == number)
+            yield rows, self._units[number].decoded(inside[rows])
 
 
 def _one_each(name: str, values: Any, num_caches: int) -> Sequence[Any]:
@@ -151,6 +154,37 @@ def _units(
     return units, unit_of, shift
 
 
-def _without_borders(single: Batch) -> Batch:
-    """Where not all caches say where documents begin, no sequence does."""
-    return Batch(single.input_ids, single.labels, single.targets, single.state)
+def _interleaved(
+    pieces: list[tuple[NDArray[np.int64], BatchArrays]],
+    num_rows: int,
+    positions: int,
+    borders: bool,
+    state: dict[str, Any],
+) -> Batch:
+    """Rows of several calls as one batch, of at least so many positions, padded as ``collate`` pads."""
+    width = max(positions, *(arrays.input_ids.shape[1] for _, arrays in pieces))
+    input_ids = np.zeros((num_rows, width), np.int64)
+    labels, counts = np.full_like(input_ids, IGNORED_LABEL), np.zeros_like(input_ids)
+    starts, places = np.zeros((num_rows, width), np.bool_), np.zeros_like(input_ids)
+    records: dict[int, tuple[NDArray[np.uint32], NDArray[np.float32]]] = {}
+    for rows, arrays in pieces:
+        own = arrays.input_ids.shape[1]
+        input_ids[rows, :own], labels[rows, :own] = arrays.input_ids, arrays.labels
+        counts[rows, :own] = np.diff(arrays.offsets).reshape(-1, own)
+        ends = arrays.offsets[::own].tolist()
+        for row, first, last in zip(rows.tolist(), ends[:-1], ends[1:], strict=True):
+            records[row] = arrays.token_ids[first:last], arrays.probs[first:last]
+        if borders and arrays.document_starts is not None and arrays.position_ids is not None:
+            starts[rows, :own], places[rows, :own] = arrays.document_starts, arrays.position_ids
+            places[rows, own:] = arrays.position_ids[:, -1:] + np.arange(1, width - own + 1)
+    offsets = np.zeros(input_ids.size + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    token_ids, probs = (np.concatenate([records[row][field] for row in range(num_rows)]) for field in (0, 1))
+    return Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(labels),
+        Targets(torch.from_numpy(token_ids.view(np.int32)), torch.from_numpy(probs), torch.from_numpy(offsets)),
+        state,
+        torch.from_numpy(places) if borders else None,
+        torch.from_numpy(starts) if borders else None,
+    )

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from sklformat.cache.payloads import Payloads
 from sklformat.cache.reader import Cache
 from sklformat.cache.tokens import TokenSource
-from sklformat.distill.loader.batches import Batch
 from sklformat.distill.loader.conflicts import check_together
 from sklformat.distill.loader.contents import Contents, Decoded, Part
 from sklformat.distill.losses.kl import IGNORED_LABEL
@@ -101,15 +100,8 @@ class Taught:
         pairs = zip(self._teachers.caches, self._teachers.weights, strict=True)
         return [[cache.fingerprint, weight] for cache, weight in pairs]
 
-    def batch(self, places: NDArray[np.int64], state: dict[str, Any]) -> Batch:
-        """As ``Contents.batch``; raises AlignmentError too where the teachers' checksums differ."""
-        return self._decoded(places).batch(state)
-
-    def singles(self, places: NDArray[np.int64]) -> list[Batch]:
-        """As ``Contents.singles``."""
-        return self._decoded(places).singles()
-
-    def _decoded(self, places: NDArray[np.int64]) -> Decoded:
+    def decoded(self, places: NDArray[np.int64]) -> Decoded:
+        """As ``Contents.decoded``; raises AlignmentError too where the teachers' checksums differ."""
         found, numbers = self._contents.decoded(places), self._part.numbers(places)
         # Only whoever has the tokens says how long a batch is; the others have the same tokens.
         seq_len = self.cache.header.seq_len
@@ -164,9 +156,12 @@ def unite(
         ]
     )
     order = np.argsort(keys, kind="stable")  # which merges what is sorted already, as records of kind counts are
-    keys = keys[order]
+    keys, parts = keys[order], parts[order]
     begins = np.flatnonzero(np.diff(keys, prepend=-1))
-    probs = np.add.reduceat(parts[order], begins) if begins.size else parts
+    said_by, probs = np.diff(begins, append=keys.size), parts[begins]
+    for more in range(1, len(teachers)):
+        shared = np.flatnonzero(said_by > more)
+        probs[shared] += parts[begins[shared] + more]
     keys = keys[begins]
     token_ids = (keys & ((1 << _ID_BITS) - 1)).astype(np.uint32)
     labels = np.maximum.reduce([arrays.labels for arrays in teachers])  # of -100 and a token the token
