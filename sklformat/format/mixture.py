@@ -126,9 +126,9 @@ def _split(
     return taken(inside + np.uint64(1)) > count, count
 
 
-def check_weights(weights: Sequence[float], num_caches: int) -> None:
+def checked_weights(weights: Sequence[float], num_caches: int) -> list[float]:
     """
-    Refuse weights that say nothing.
+    Weights as floats, whatever numbers they are.
 
     Raises:
         ValueError: Not one for each cache, or one that is not positive and finite.
@@ -138,12 +138,12 @@ def check_weights(weights: Sequence[float], num_caches: int) -> None:
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"weights must be positive and finite, got {weight}; leave out what is not wanted")
+    return [float(weight) for weight in weights]
 
 
 def _shares(num_places: int, num_caches: int, weights: Sequence[float]) -> tuple[int, ...]:
     """Whole shares of ``num_places``: rounded down, and the rest to those that lost most by it."""
-    check_weights(weights, num_caches)
-    exact = [Fraction(weight) for weight in weights]
+    exact = [Fraction(weight) for weight in checked_weights(weights, num_caches)]
     quotas = [num_places * weight / sum(exact) for weight in exact]
     shares = [math.floor(quota) for quota in quotas]
     by_rest = sorted(range(num_caches), key=lambda s: shares[s] - quotas[s])

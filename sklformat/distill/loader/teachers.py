@@ -24,7 +24,7 @@ from sklformat.distill.loader.conflicts import check_together
 from sklformat.distill.loader.contents import Contents, Decoded, Part
 from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.errors import AlignmentError
-from sklformat.format.mixture import check_weights
+from sklformat.format.mixture import checked_weights
 from sklformat.native import BatchArrays
 
 _ID_BITS = 24  # of every profile, at most
@@ -58,10 +58,9 @@ class Teachers:
     def __init__(self, caches: Sequence[Path | str | Cache], weights: Sequence[float] | None = None) -> None:
         if isinstance(caches, str | Path | Cache) or not caches:
             raise ValueError(f"Teachers takes a list of caches, at least one, got {caches!r}")
-        weights = [1.0] * len(caches) if weights is None else list(weights)
-        check_weights(weights, len(caches))
+        given = checked_weights([1.0] * len(caches) if weights is None else weights, len(caches))
+        exact = [Fraction(weight) for weight in given]
         self.caches = [cache if isinstance(cache, Cache) else Cache(cache) for cache in caches]
-        exact = [Fraction(weight) for weight in weights]
         self.weights = [float(weight / sum(exact)) for weight in exact]
         first = self.caches[0]
         for cache in self.caches[1:]:

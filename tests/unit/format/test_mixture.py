@@ -144,3 +144,4 @@ def test_only_ratios_of_weights_count():
     assert Mixture.of([10, 10], [7, 3]) == Mixture.of([10, 10], [14.0, 6.0]) == Mixture((10, 10), (14, 6))
     assert (3, 2) == Mixture.of([2, 3], [1, 1]).shares
     assert (5, 5) == Mixture.of([5, 5], [1e308, 1e308]).shares
+    assert (7, 3) == Mixture.of([5, 5], np.array([0.7, 0.3], np.float32)).shares
