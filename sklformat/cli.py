@@ -25,6 +25,7 @@ from sklformat.cache.report import inspect
 from sklformat.errors import WriteError, is_memory_short
 from sklformat.files.disk import refuse_held
 from sklformat.flags import UsageError, in_flags, parse
+from sklformat.format.header import is_unbiased
 from sklformat.format.layout import PARTIAL_SUFFIX, UNBIASED_SAMPLERS
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.convert import ConvertConfig
@@ -189,9 +190,10 @@ def _cache_table(facts: dict[str, Any]) -> dict[str, str]:
     header = facts["header"]
     drawn = f", {header['rounds']} rounds" if header["rounds"] else ""
     drawn += f", proposal p**{header['proposal_temperature']:g}" if header["proposal_temperature"] != 1 else ""
-    verdict = "yes" if facts["biased"] else "no" if header["sampler"] in UNBIASED_SAMPLERS else "unknown"
-    if verdict == "no" and header["proposal_temperature"] != 1 and not _is_unbiased(header["capture"].get("sampler")):
-        verdict = "slightly (importance weights are normalised)"
+    verdict = "yes" if facts["biased"] else "unknown"
+    if header["sampler"] in UNBIASED_SAMPLERS:
+        unbiased = is_unbiased(header["sampler"], header["proposal_temperature"], header["capture"])
+        verdict = "no" if unbiased else "slightly (importance weights are normalised)"
     prints = {name: header[f"{name}_fingerprint"] for name in ("tokenizer", "corpus", "teacher")}
     table = {
         "path": facts["path"],
@@ -211,11 +213,6 @@ def _cache_table(facts: dict[str, Any]) -> dict[str, str]:
     }
     table |= {name: value if value.strip("0") else "unknown" for name, value in prints.items()}
     return table | {f"capture.{key}": json.dumps(value) for key, value in header["capture"].items()}
-
-
-def _is_unbiased(sampler: Any) -> bool:
-    """What ``sklformat cache`` says in a header of importance weights that are left as they are."""
-    return isinstance(sampler, dict) and sampler.get("unbiased") is True
 
 
 def _number(value: float | None) -> str:

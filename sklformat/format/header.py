@@ -28,6 +28,17 @@ _ENUMS: dict[str, dict[str, int]] = {
 }
 
 
+def is_unbiased(sampler: str | None, proposal_temperature: float, capture: Mapping[str, Any]) -> bool:
+    """
+    Whether the mean of records over their draws is known to be the teacher's distribution.
+
+    Importance weights divided by their sum are not; that they were left as they are, a capture says.
+    """
+    how = capture.get("sampler")
+    undivided = isinstance(how, Mapping) and how.get("unbiased") is True
+    return sampler in layout.UNBIASED_SAMPLERS and (proposal_temperature == 1 or undivided)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     """

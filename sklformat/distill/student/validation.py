@@ -28,8 +28,7 @@ from sklformat.distill.models import heads, outputs
 from sklformat.distill.student.streams import check_borders
 from sklformat.errors import SettingsError
 from sklformat.format.columns import ENTROPY, LABEL_LOGPROB
-from sklformat.format.header import Header
-from sklformat.format.layout import UNBIASED_SAMPLERS
+from sklformat.format.header import Header, is_unbiased
 
 # Logits that exist at once where they are made of hidden states: 256 MiB in float32.
 _BLOCK_ELEMENTS = 1 << 26
@@ -78,18 +77,19 @@ class Validation:
     teacher_loss: float | None
 
     @classmethod
-    def of(cls, sums: EvaluationSums, *, num_sequences: int, unbiased: bool) -> Validation:
+    def of(cls, sums: EvaluationSums, *, num_sequences: int, header: Header) -> Validation:
         """
         The figures of sums over all batches and processes.
 
         Args:
             sums: Of batches that came with records.
             num_sequences: That they are of.
-            unbiased: Whether the records were drawn without bias, as ``is_unbiased`` says.
+            header: Of their cache.
 
         Raises:
             ValueError: No position has a record.
         """
+        unbiased = is_unbiased(header.sampler, header.proposal_temperature, header.capture)
         return cls(
             num_sequences=num_sequences,
             num_positions=sums.num_positions,
@@ -115,13 +115,6 @@ class Validation:
         if self.kl is not None:
             lines.append(f"KL to the teacher: {self.kl:.4f} nats per position, estimated from records and entropy")
         return "\n".join(lines)
-
-
-def is_unbiased(header: Header) -> bool:
-    """Whether the mean of a cache's records over the draws is the teacher's distribution."""
-    how = header.capture.get("sampler")
-    undivided = isinstance(how, Mapping) and how.get("unbiased") is True
-    return header.sampler in UNBIASED_SAMPLERS and (header.proposal_temperature == 1 or undivided)
 
 
 class HeldOut:
@@ -227,7 +220,7 @@ def validate(
             f"{held_out.cache.path}: sequences {first}:{last} have no record, so that there is nothing to measure; "
             "take others"
         )
-    return Validation.of(sums, num_sequences=len(held_out.sequences), unbiased=is_unbiased(header))
+    return Validation.of(sums, num_sequences=len(held_out.sequences), header=header)
 
 
 def forward_of(model: Any, *, isolated: bool) -> Forward:

@@ -24,7 +24,7 @@ from sklformat.distill.models.identities import config_fingerprint, model_finger
 from sklformat.distill.models.templates import Encoders
 from sklformat.distill.student.measures import origins
 from sklformat.distill.student.measures.passages import Passages, RecordPassages, TextPassages
-from sklformat.distill.student.validation import Validation, check_finite, is_unbiased
+from sklformat.distill.student.validation import Validation, check_finite
 from sklformat.distill.text.chats import read_texts, write_texts
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint, vocabulary_fingerprint
 from sklformat.errors import SettingsError
@@ -277,7 +277,7 @@ def _result(config: EvalConfig, sums: metrics.EvaluationSums, passages: Passages
     with_teacher = config.teacher is not None
     of_cache: dict[str, Any] = {}
     if isinstance(passages, RecordPassages):
-        found = Validation.of(sums, num_sequences=count, unbiased=is_unbiased(passages.header))
+        found = Validation.of(sums, num_sequences=count, header=passages.header)
         of_cache = {
             "cache": passages.name,
             "sequences": f"{passages.part.start}:{passages.part.stop}",
