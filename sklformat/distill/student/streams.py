@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from sklformat.format.columns import STARTS
 from sklformat.format.header import Header
 from sklformat.format.order import Schedule
 from sklformat.settings.text import Packing, Truncate
+
+Starts: TypeAlias = list[NDArray[np.bool_]] | None
+"""Where documents begin among the tokens of each of some sequences, if that is known already."""
 
 
 class TextBatches(IterableDataset[Batch]):
@@ -88,11 +91,13 @@ class TextBatches(IterableDataset[Batch]):
         worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for chosen, consumed in self.schedule.batches(self._epoch, self._consumed, worker_id, num_workers):
             tokens = tokens_of(self.sequences, chosen)
-            labels = labels_of(self.sequences, chosen, tokens)
             borders: tuple[Tensor | None, ...] = ()
+            starts = None
             if self.sequences.isolated and not self.sequences.is_ragged:
-                starts = np.stack([self.sequences.document_starts(int(index))[:-1] for index in chosen])
-                borders = position_ids_of(self.sequences, chosen), torch.from_numpy(starts)
+                starts = [self.sequences.document_starts(int(index)) for index in chosen]
+                starts_BT = np.stack([starts_L[:-1] for starts_L in starts])
+                borders = position_ids_of(self.sequences, chosen, starts), torch.from_numpy(starts_BT)
+            labels = labels_of(self.sequences, chosen, tokens, starts)
             epoch, after = self.schedule.after(self._epoch, consumed)
             state = {"epoch": epoch, "consumed": after}
             yield Batch(tokens[:, :-1].contiguous(), labels, one_hot(labels), state, *borders)
@@ -107,20 +112,20 @@ def tokens_of(sequences: Sequences, chosen: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(tokens_BL)
 
 
-def labels_of(sequences: Sequences, chosen: NDArray[np.int64], tokens_BL: Tensor) -> Tensor:
+def labels_of(sequences: Sequences, chosen: NDArray[np.int64], tokens_BL: Tensor, starts: Starts = None) -> Tensor:
     """The tokens but the first of some sequences, [B, T] int64; -100 where a position is not learnt from, or filled."""
-    labels_BT = tokens_BL[:, 1:].contiguous()
+    ignored_BT = np.ones((len(chosen), tokens_BL.shape[1] - 1), np.bool_)
     for row, index in enumerate(chosen.tolist()):
-        length, counted = sequences.width(index, index + 1), sequences.counted(index)
-        labels_BT[row, length:] = IGNORED_LABEL
-        if counted is not None:
-            labels_BT[row, :length][torch.from_numpy(~counted).to(labels_BT.device)] = IGNORED_LABEL
-    return labels_BT
+        counted = sequences.counted(index, None if starts is None else starts[row])
+        ignored_BT[row, : sequences.width(index, index + 1)] = False if counted is None else ~counted
+    # Of one sequence the tokens but the first are a view, and the tokens themselves stay as they are.
+    return tokens_BL[:, 1:].masked_fill(torch.from_numpy(ignored_BT).to(tokens_BL.device), IGNORED_LABEL)
 
 
-def position_ids_of(sequences: Sequences, chosen: NDArray[np.int64]) -> Tensor | None:
+def position_ids_of(sequences: Sequences, chosen: NDArray[np.int64], starts: Starts = None) -> Tensor | None:
     """Places of the inputs of some sequences in their documents, [B, T] int64; None where each sequence is one."""
-    places = [sequences.position_ids(int(index)) for index in chosen]
+    known = [None] * len(chosen) if starts is None else starts
+    places = [sequences.position_ids(int(index), own) for index, own in zip(chosen, known, strict=True)]
     isolated = [place for place in places if place is not None]
     return torch.from_numpy(np.stack(isolated)) if isolated else None
 

@@ -12,7 +12,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,15 @@ class Sequences(ABC):
     """
 
     is_ragged = False
+    PICKLED: ClassVar[tuple[str, ...]] = (
+        "store_path",
+        "seq_len",
+        "separator_id",
+        "seed",
+        "first",
+        "isolated",
+        "_count",
+    )
 
     def __init__(
         self,
@@ -94,21 +103,30 @@ class Sequences(ABC):
         """
 
     @abstractmethod
-    def counted(self, index: int) -> NDArray[np.bool_] | None:
+    def counted(self, index: int, starts: NDArray[np.bool_] | None = None) -> NDArray[np.bool_] | None:
         """
         The positions of one sequence that are learnt from, [positions]; None: all.
 
         Those that predict answers, if these are marked, and of isolated documents none that predicts a first token.
+
+        Args:
+            index: Of the sequence.
+            starts: Its ``document_starts``, where they are at hand.
         """
 
-    def position_ids(self, index: int) -> NDArray[np.int64] | None:
+    def position_ids(self, index: int, starts: NDArray[np.bool_] | None = None) -> NDArray[np.int64] | None:
         """
         Each input's place in its document, or in what the sequence has of it, [positions]; None: all are one.
 
         They begin at 0 where the sequence and where each isolated document does.
+
+        Args:
+            index: Of the sequence.
+            starts: Its ``document_starts``, where they are at hand.
         """
-        one_each = not self.isolated or self.is_ragged
-        return None if one_each else places_of(self.document_starts(index)[:-1])
+        if not self.isolated or self.is_ragged:
+            return None
+        return places_of((self.document_starts(index) if starts is None else starts)[:-1])
 
     def width(self, begin: int, end: int) -> int:
         """Positions of the longest sequence of begin..end - 1, also of those behind the last that is shown."""
@@ -126,8 +144,7 @@ class Sequences(ABC):
         return len(self) * self.seq_len
 
     def __getstate__(self) -> dict[str, Any]:
-        given = ("store_path", "seq_len", "separator_id", "seed", "first", "isolated", "_count", "truncate", "bos_id")
-        return {name: self.__dict__[name] for name in given if name in self.__dict__} | {"_store": None}
+        return {name: self.__dict__[name] for name in self.PICKLED} | {"_store": None}
 
     @property
     def facts(self) -> StoreFacts:
@@ -207,8 +224,10 @@ class PackedSequences(Sequences):
             paste(stream, place - self._before - start, [True])
         return window
 
-    def counted(self, index: int) -> NDArray[np.bool_] | None:
-        borders = self.document_starts(index)[1:] if self.isolated else None
+    def counted(self, index: int, starts: NDArray[np.bool_] | None = None) -> NDArray[np.bool_] | None:
+        borders = None
+        if self.isolated:
+            borders = (self.document_starts(index) if starts is None else starts)[1:]
         if not self.facts.marks_answers:
             return None if borders is None else ~borders
         window = np.zeros(self.seq_len + 1, np.bool_)

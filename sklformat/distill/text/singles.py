@@ -7,7 +7,7 @@ Knows no model and no torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,7 @@ class SingleSequences(Sequences):
     """
 
     is_ragged = True
+    PICKLED: ClassVar = (*Sequences.PICKLED, "truncate", "bos_id")
 
     def __init__(
         self, store_path: Path | str, *, truncate: Truncate = "end", bos_id: int | None = None, **settings: Any
@@ -69,7 +70,8 @@ class SingleSequences(Sequences):
             starts[0] = True
         return starts
 
-    def counted(self, index: int) -> NDArray[np.bool_] | None:
+    def counted(self, index: int, starts: NDArray[np.bool_] | None = None) -> NDArray[np.bool_] | None:
+        del starts
         if not self.facts.marks_answers:
             return None
         return self._answers(self._opened(), self._place(index)[0])[1:]

@@ -124,6 +124,24 @@ def test_sequences_of_like_length_stay_together(place, tmp_path):
     assert real > 0.85 * sum(batch.labels.numel() for batch in batches)
 
 
+def test_a_batch_of_one_keeps_its_tokens(place):
+    """Labels that are left out leave the inputs beside them as they are, also where a batch is one sequence."""
+    one, two = (take(stream_of(place, batch_size=size, isolated=True), 32 // size) for size in (1, 2))
+    for part in ("input_ids", "labels", "position_ids", "document_starts"):
+        rows = [torch.cat([getattr(batch, part) for batch in batches]) for batches in (one, two)]
+        assert torch.equal(*rows)
+    assert any((batch.labels == -100).any() for batch in one)
+
+
+def test_documents_are_looked_for_once(place, monkeypatch):
+    """Borders, places and labels of isolated text come of one walk over the documents of each sequence."""
+    walked = []
+    walk = PackedSequences.document_starts
+    monkeypatch.setattr(PackedSequences, "document_starts", lambda *args: walked.append(args) or walk(*args))
+    take(stream_of(place, isolated=True), 3)
+    assert 3 * 4 == len(walked)
+
+
 def test_a_tokenizer_whose_ids_mean_the_same_is_taken(place, tmp_path):
     """Another end of text, and tokens added behind, leave the stream as it is; swapped tokens are refused."""
     tokenizer = loading.load_tokenizer(place / "tokenizer")
