@@ -87,13 +87,15 @@ class TokenSource:
         made_now = check and not path.exists()
         if check:
             try:
-                self._make(path, vocab_size).verify()
+                store = self._make(path, vocab_size)
             except IdError as error:
                 if not vocab_size <= error.token_id < tokenization.num_ids(self._tokenizer):
                     raise
                 raise ValueError(
                     f"{error.document}: {tokenization.why_beyond(self._tokenizer, error.token_id, vocab_size)}"
                 ) from None
+            if not made_now:  # else it was read when it was written
+                store.verify()
         try:
             sequences = open_sequences(
                 path,

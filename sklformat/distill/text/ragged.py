@@ -27,18 +27,27 @@ _FAULTS = (FileNotFoundError, ValueError, TypeError, AttributeError, struct.erro
 
 def write_ragged(directory: Path, batches: Iterable[list[NDArray[Any]]]) -> None:
     """
-    Write arrays into a new directory, one after the other; a batch, which is not empty, in one go.
+    Write arrays of one dimension into a new directory, one after the other; a batch, not empty, in one go.
 
     Raises:
         OSError: The disk is full; noticed before, since RaggedMmap writes through a mapping, which kills the process.
     """
-    ragged = None
+    per_batch: list[NDArray[np.int64]] = []
     for batch in batches:
         _check_room(directory.parent, sum(array.nbytes for array in batch) + _INDEX_ROOM)
-        if ragged is None:
-            ragged = RaggedMmap.from_lists(directory, batch)
+        if not per_batch:
+            RaggedMmap.from_lists(directory, batch)
         else:
-            ragged.extend(batch)
+            ninja_arrays.extend_dir(directory, np.concatenate(batch))
+        per_batch.append(np.array([len(array) for array in batch], np.int64))
+    if len(per_batch) < 2:
+        return
+    # RaggedMmap's own extend reads the whole index for each batch; here what is behind the first comes at once.
+    lengths, first = np.concatenate(per_batch), len(per_batch[0])
+    ends = np.cumsum(lengths)
+    index = {"starts": ends - lengths, "ends": ends, "flattened_shapes": lengths, "shapes": lengths[:, None]}
+    for name, values in index.items():
+        ninja_arrays.extend_dir(directory / name, values[first:])
 
 
 def parts_of_ragged(directory: Path) -> tuple[list[NDArray[Any]], NDArray[Any], NDArray[Any]]:

@@ -11,6 +11,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import xxhash
+from mmap_ninja import RaggedMmap
 
 from sklformat.distill.text import corpus, ragged
 from sklformat.distill.text.packing import PackedSequences
@@ -35,6 +36,31 @@ def make_store(path, texts, *, vocab_size=257, fingerprint="tok", **encoding):
 def texts():
     rng = np.random.default_rng(0)
     return ["".join(chr(c) for c in rng.integers(97, 123, size=n)) for n in rng.integers(1, 60, size=700)]
+
+
+@pytest.mark.parametrize("per_batch", [1, 3, 7])
+def test_arrays_of_several_batches_are_those_of_one(tmp_path, per_batch):
+    """However they come, the files are those that mmap_ninja itself writes of all of them, byte for byte."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 99, n).astype(np.uint16) for n in (3, 1, 4, 1, 5, 9, 2)]
+    RaggedMmap.from_lists(tmp_path / "wanted", arrays)
+    batches = (arrays[first : first + per_batch] for first in range(0, len(arrays), per_batch))
+    ragged.write_ragged(tmp_path / "found", batches)
+
+    def content(directory):
+        return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+    assert content(tmp_path / "wanted") == content(tmp_path / "found")
+
+
+def test_the_index_is_not_read_for_each_batch(tmp_path, monkeypatch):
+    """Many documents take as long each as few: no batch opens the index of those before it."""
+    opened = []
+    reload = RaggedMmap._reload_fields
+    monkeypatch.setattr(RaggedMmap, "_reload_fields", lambda self: opened.append(self) or reload(self))
+    ragged.write_ragged(tmp_path / "found", ([np.arange(3)] for _ in range(20)))
+    assert 20 == len(RaggedMmap(tmp_path / "found"))
+    assert 2 == len(opened)
 
 
 def test_documents_come_in_the_order_of_relative_paths(tmp_path):
