@@ -11,9 +11,15 @@ import re
 from pathlib import Path
 
 _MEMORY = Path("/proc/meminfo")
-_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
+# What a container may have and has, by the two versions of the interface; memory.stat lies beside them.
+_LIMITS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
 _MIN_CAPACITY = 4096
 _AVAILABLE = re.compile(r"MemAvailable: +(\d+) kB")
+# Copies of files, which the system drops where memory is short; the first version says "total_" where it adds all up.
+_COPIES = re.compile(r"^(total_|)(?:in|)active_file (\d+)$", re.MULTILINE)
 
 
 def capacity_of(size_bytes: int) -> int:
@@ -41,14 +47,20 @@ def check_room(size_bytes: int, given: str) -> None:
 
 
 def _free_bytes() -> int | None:
-    """What the system has left, or a container's limit where that is less; None: unknown."""
+    """What the system has left, or a container of its limit where that is less; None: unknown."""
     known = []
     with contextlib.suppress(OSError):
         known += [int(kibibytes) << 10 for kibibytes in _AVAILABLE.findall(_MEMORY.read_text())]
-    for path in _LIMITS:
+    for limit, used in _LIMITS:
         with contextlib.suppress(OSError, ValueError):  # not this kind of container, or no limit: "max"
-            known.append(int(path.read_text()))
+            known.append(max(0, int(limit.read_text()) - int(used.read_text()) + _copies_bytes(limit)))
     return min(known, default=None)
+
+
+def _copies_bytes(limit: Path) -> int:
+    copies = _COPIES.findall(limit.with_name("memory.stat").read_text())
+    prefix = max((prefix for prefix, _ in copies), default="")
+    return sum(int(size) for own, size in copies if own == prefix)
 
 
 def _size(count: int) -> str:

@@ -72,8 +72,9 @@ def _loaded(text: bytes) -> Any:
 def _integer(digits: str) -> int:
     # So few digits also where the interpreter limits how many it converts.
     if len(digits) > 20 or int(digits) not in _INTEGERS:
+        shown = digits if len(digits) <= 24 else f"{digits[:20]}… of {len(digits)} digits"
         raise ValueError(
-            f"capture holds the integer {digits}, which is not in -2**63..2**64 - 1; write it as a string or a float"
+            f"capture holds the integer {shown}, which is not in -2**63..2**64 - 1; write it as a string or a float"
         )
     return int(digits)
 

@@ -287,6 +287,10 @@ def test_captures_that_are_canonical(text):
     ("value", "message"),
     [
         (2**64, "capture holds the integer 18446744073709551616, which is not in -2**63..2**64 - 1; write it as a"),
+        (
+            10**3700,
+            "capture holds the integer 10000000000000000000… of 3701 digits, which is not in -2**63..2**64 - 1;",
+        ),
         (-(2**63) - 1, "capture holds the integer -9223372036854775809, which is not in"),
         ("\ud800", r"capture holds U\+D800, half of a surrogate pair, which is no character; replace it"),
         ({"\udfff": 1}, r"capture holds U\+DFFF, half of a surrogate pair"),
