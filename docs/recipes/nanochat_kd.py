@@ -41,6 +41,8 @@ def cached_batches(
     stored = dataset.cache.header.seq_len
     if stored != seq_len:
         raise ValueError(f"the cache has sequences of {stored} positions; give --max-seq-len {stored}")
+    if dataset.isolated:
+        raise ValueError("the cache's documents did not see each other, and nanochat's do; make it without isolation")
     if resume is not None:
         dataset.load_state_dict(resume)
     state = dataset.state_dict()

@@ -137,8 +137,12 @@ def test_epochs_follow_each_other(cache):
     assert expected == [x.tolist() for x, _, _ in itertools.islice(batches(cache), len(expected))]
 
 
-def test_what_does_not_fit_is_refused(cache, monkeypatch):
-    """Sequences of another length, and more records at a position than there is room for."""
+def test_what_does_not_fit_is_refused(cache, tmp_path, monkeypatch):
+    """Sequences of another length, documents that did not see each other, more records than there is room for."""
+    isolated = {"columns": ("document_start",), "capture": {"packing": {"isolated": True}}}
+    write_cache(tmp_path / "isolated", **isolated)
+    with pytest.raises(ValueError, match="did not see each other"):
+        next(batches(tmp_path / "isolated"))
     with pytest.raises(ValueError, match="sequences of 16 positions; give --max-seq-len 16"):
         next(RECIPE.cached_batches(str(cache), 4, 8, "cpu"))
     monkeypatch.setitem(RECIPE.cached_batches.__globals__, "RECORDS", 2)
