@@ -163,6 +163,10 @@ class Cache:
         shard, number = self.find(i)
         return int(shard.index.alignment[number])
 
+    def alignments(self) -> NDArray[np.uint64]:
+        """Alignment checksums of all sequences, in order."""
+        return np.concatenate([self._shard(place).index.alignment for place in range(len(self._entries))])
+
     def tokens_of(self, i: int) -> NDArray[np.uint32] | None:
         """Tokens of sequence i, [T + 1], or None where none are stored."""
         return self[i].tokens

@@ -12,6 +12,7 @@ from sklformat.settings.text import Packing, Truncate
 Method = Literal[
     "ce", "random_sampling", "topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix", "full"
 ]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 
 _OF_TOKENS = ("packing", "packing_seed", "truncate")
@@ -138,6 +139,24 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
 
+    report_to: tuple[Tracker, ...] = ()
+    """Where else they go; the default: tensorboard, if it is installed."""
+
+    keep_checkpoint: bool = True
+    """Keep the checkpoint when the run is finished, so that --steps may grow: three times the size of the weights."""
+
+    eval_every: int = 0
+    """Steps between evaluations on sequences that training never sees; 0: none. Needs --hold-out or --eval-cache."""
+
+    eval_cache: str | Path | None = None
+    """Another cache of the same tokenizer to evaluate on, instead of the sequences held out."""
+
+    eval_sequences: int = 0
+    """Sequences to evaluate on, the first of them; 0: all."""
+
+    best_by: Literal["lm_loss", "kl", "none"] = "lm_loss"
+    """What the model in best/ is the best by: LM loss, KL to the teacher (to the records without entropies); none."""
+
     shard: bool = False
     """Divide the student and its optimizer between the processes (FSDP2), for students that fit no single GPU."""
 
@@ -188,6 +207,7 @@ class TrainConfig:
             raise ValueError(f"betas must be in [0, 1) and adam_eps > 0, got {self.betas} and {self.adam_eps}")
         check_least(self, 0, "num_workers", "seed", "window", "hold_out", "max_grad_norm", "warmup_steps")
         self._check_ways()
+        self._check_evaluation()
 
     def _check_ways(self) -> None:
         """What says how the student learns, on how many processes, and in what memory."""
@@ -200,3 +220,22 @@ class TrainConfig:
             )
         if self.param_dtype == "bfloat16" and self.dtype != "bfloat16":
             raise ValueError(f"param_dtype bfloat16 needs dtype bfloat16, got {self.dtype}; products are no better")
+
+    def _check_evaluation(self) -> None:
+        check_least(self, 0, "eval_every", "eval_sequences")
+        if self.eval_every and not self.hold_out and self.eval_cache is None:
+            raise ValueError("eval_every needs sequences that training never sees: give hold_out, or an eval_cache")
+        if not self.eval_every and (self.eval_cache is not None or self.eval_sequences):
+            raise ValueError(
+                f"eval_cache and eval_sequences belong to eval_every, got {self.eval_cache} and {self.eval_sequences}"
+            )
+
+    @property
+    def loss_name(self) -> str:
+        """What the training loss is."""
+        if self.method == "ce":
+            return "cross-entropy"
+        name = "KL to the teacher" if self.method == "full" else "KL to the records"
+        if self.method not in ("full", "random_sampling"):
+            name = f"{name} ({self.method})"
+        return f"{1 - self.ce_weight:g} {name} + {self.ce_weight:g} cross-entropy" if self.ce_weight else name

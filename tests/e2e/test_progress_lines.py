@@ -13,7 +13,7 @@ from teacher_data import SEQ_LEN
 
 import sklformat as skl
 
-NUMBER = re.compile(r"\d+\.\d{4}|[\d,.]+(?= (positions/s|bytes per))|[\d.]+(?=%)")
+NUMBER = re.compile(r"\d+\.\d{4}|[\d,.]+(?= (positions/s|tokens/s|bytes per))|[\d.]+(?=%)")
 
 
 def lines_of(stderr):
@@ -74,10 +74,10 @@ def test_cache_train_and_eval(place, tmp_path):
     curves = f", and in {run}/tensorboard for TensorBoard" if importlib.util.find_spec("tensorboard") else ""
     assert [
         f"train ce: opening {out} and a new student",
-        f"train ce: the log is in {run}/metrics.jsonl{curves}",
+        f"train ce: the log is in {run}/metrics.jsonl{curves}; its loss is the cross-entropy, nats per position",
         "train ce: 0 of 6 steps",
         "train ce: 1 of 6 steps, about 2 min left",
-        "train ce: 4 of 6 steps, loss N, about 40 s left",
+        "train ce: 4 of 6 steps, cross-entropy N, N tokens/s, N% waiting for data, about 40 s left",
         "train ce: 6 of 6 steps, in 2 min",
     ] == in_a_file(
         "train", "--cache", out, "--tokenizer", place / "teacher", "--out", run, "--method", "ce", "--steps", 6,

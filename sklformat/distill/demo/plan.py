@@ -97,6 +97,7 @@ def teacher_configs(config: DemoConfig, size: Size, eval_count: int) -> tuple[Tr
         tokenizer=str(config.out / "tokenizer"),
         seed=config.seed,
         save_every=100,
+        keep_checkpoint=False,
         **size.teacher,
     )
     return training, _eval_config(config, size, eval_count, out, teacher=None)
@@ -145,11 +146,11 @@ def student_configs(config: DemoConfig, size: Size, eval_count: int, caches: lis
     ]
     for name, directory, changes in methods:
         out = config.out / "students" / directory
-        shared: dict[str, Any] = {"out": out, "seed": config.seed, "save_every": 60, **size.student}
+        shared: dict[str, Any] = {"out": out, "seed": config.seed, "save_every": 60, "keep_checkpoint": False}
         students.append(
             Student(
                 name=name,
-                train=TrainConfig(**shared, **changes),
+                train=TrainConfig(**shared, **size.student, **changes),
                 eval=_eval_config(config, size, eval_count, out, teacher),
             )
         )

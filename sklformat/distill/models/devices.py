@@ -7,6 +7,8 @@ Knows no model.
 from __future__ import annotations
 
 import os
+import resource
+import sys
 
 import torch
 
@@ -62,3 +64,44 @@ def own_devices(local_rank: int, local_world_size: int) -> list[int]:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Dense products in bfloat16 and in float32 without TF32, TFLOP/s, as NVIDIA's data sheets of these cards give them.
+_PEAKS = {
+    "A100": (312.0, 19.5),
+    "A10": (125.0, 31.2),
+    "A40": (149.7, 37.4),
+    "B200": (2250.0, 75.0),
+    "H100": (989.4, 66.9),
+    "H100 NVL": (835.5, 60.0),
+    "H100 PCIe": (756.0, 51.0),
+    "H200": (989.4, 66.9),
+    "H200 NVL": (835.5, 60.0),
+    "L4": (121.0, 30.3),
+    "L40S": (362.0, 91.6),
+}
+
+
+def peak_flops(name: str, dtype: str) -> float | None:
+    """
+    Floating point operations per second that a GPU can do at most.
+
+    Args:
+        name: As torch gives it, such as "NVIDIA H100 80GB HBM3".
+        dtype: Of the matrix products, "bfloat16" or "float32".
+
+    Returns:
+        None for a GPU that is not known here.
+    """
+    words = name.replace("-", " ").split()
+    known = [card for card in _PEAKS if all(word in words for word in card.split())]
+    if not known:
+        return None
+    return 1e12 * _PEAKS[max(known, key=len)][dtype == "float32"]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has used: on a GPU in torch's tensors, else in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -9,11 +9,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 
+from sklformat.cache.reader import Cache
+from sklformat.cache.reader import open_cache as open_shards
 from sklformat.distill.models import adapters, attention, heads, loading, outputs, tokenization
 from sklformat.distill.models.identities import model_fingerprint
 from sklformat.distill.student import streams
+from sklformat.distill.student.validation import HeldOut
 from sklformat.distill.text.fingerprints import MadeBy, tokenizer_fingerprint
 from sklformat.errors import SettingsError
 from sklformat.settings.train import TrainConfig
@@ -22,7 +26,8 @@ _RAGGED_POSITIONS = 4096  # of a new Llama that learns from sequences of any len
 _TOPK_METHODS = ("topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix")
 # What the finished model does not depend on; a run may be resumed with other values of these.
 _FREE_FIELDS = ("out", "device", "num_workers", "save_every", "log_every", "batch_size", "accumulation",
-                "trust_remote_code", "shard", "compile", "gradient_checkpointing")  # fmt: skip
+                "trust_remote_code", "shard", "compile", "gradient_checkpointing", "report_to", "keep_checkpoint",
+                "eval_every", "eval_cache", "eval_sequences", "best_by")  # fmt: skip
 # Kept only where they differ from their defaults, so that runs resume that began before these settings.
 _LATER_FIELDS = ("packing", "truncate", "schedule", "warmup_steps", "min_learning_rate", "decay", "betas", "adam_eps",
                  "max_grad_norm", "param_dtype", "lora_rank", "lora_alpha", "lora_targets")  # fmt: skip
@@ -79,6 +84,53 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
                 f"use method {', '.join((*fitting, 'ce'))} or full, or another cache"
             )
     return stream
+
+
+def open_held_out(config: TrainConfig, stream: streams.Stream, rank: int, world_size: int) -> HeldOut | None:
+    """
+    The sequences that a run evaluates on: those that it holds out of its cache, or another cache's.
+
+    Raises:
+        SettingsError: Training sees most of them, or another tokenizer made them.
+        ValueError, FormatError, FileNotFoundError: They cannot be read.
+    """
+    if not config.eval_every:
+        return None
+    if config.eval_cache is None:
+        assert config.cache is not None
+        cache = open_shards(config.cache)
+        part = range(len(cache) - config.hold_out, len(cache))
+    else:
+        cache = open_shards(config.eval_cache)
+        part = range(len(cache))
+        conflict = streams.made_by(cache.header).conflict(stream.tokenizer)
+        if conflict:
+            raise SettingsError(
+                f"{config.eval_cache} was made by a different tokenizer from that of {stream.source}: {conflict}; "
+                "evaluate on a cache of the same one"
+            )
+    part = part[: config.eval_sequences or len(part)]
+    if config.eval_cache is not None:
+        _check_unseen(config, stream, cache, part)
+    return HeldOut(cache, part, batch_size=config.batch_size, rank=rank, world_size=world_size)
+
+
+def _check_unseen(config: TrainConfig, stream: streams.Stream, cache: Cache, part: range) -> None:
+    """Refuse to evaluate on what training sees; sequences are known by their tokens."""
+    if config.cache is None:
+        if cache.header.corpus_fingerprint == stream.identity["corpus"]:
+            raise SettingsError(
+                f"{config.eval_cache} was captured from the text of {config.tokens}, all of which training reads; "
+                "evaluate on a cache of another text"
+            )
+        return
+    trained = open_shards(config.cache)
+    seen = np.isin(cache.alignments()[: len(part)], trained.alignments()[: len(trained) - config.hold_out])
+    if 2 * seen.sum() > len(part):  # fewer may be equal by chance, as short chats are
+        raise SettingsError(
+            f"{config.eval_cache}: training sees {seen.sum()} of its {len(part)} sequences, the first is number "
+            f"{int(seen.argmax())}; evaluate on others, or keep some of {config.cache} from training with hold_out"
+        )
 
 
 def load_student(config: TrainConfig, stream: streams.Stream) -> Any:

@@ -104,6 +104,11 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process keeps."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def like(value: Tensor, tensor: Tensor) -> Tensor:
     """A whole tensor as another one of its shape is kept: divided between the processes as that is."""
     if not isinstance(tensor, DTensor):

@@ -1,5 +1,5 @@
 """
-The processes of one training run: which of them this is, and on what device it computes.
+The processes of one training run: which of them this is, on what device it computes, and who wants it to stop.
 
 Knows no model.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -73,3 +76,53 @@ def joined(device_name: str) -> Iterator[Process]:
         yield Process(dist.get_rank(), world_size, device)
     finally:
         dist.destroy_process_group()
+
+
+class Stop:
+    """
+    What Ctrl-C and SIGTERM do to a run: the first is heeded at the end of a step, where something waits for that.
+
+    Attributes:
+        is_heeded: Whether something does; else each interrupts at once.
+        asked: Whether one has come since.
+    """
+
+    def __init__(self) -> None:
+        self.is_heeded = self.asked = False
+
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Wait with the first signal, for the time of the block."""
+        self.is_heeded = True
+        try:
+            yield
+        finally:
+            self.is_heeded = False
+
+    def hear(self, _number: int, _frame: FrameType | None) -> None:
+        """Take a signal."""
+        # Under torchrun one Ctrl-C comes twice, from the terminal and from torchrun, which kills who takes too long.
+        if self.asked and "TORCHELASTIC_RUN_ID" in os.environ:
+            return
+        if self.asked or not self.is_heeded:
+            raise KeyboardInterrupt
+        self.asked = True
+        # Not by way of sys.stderr, in the middle of a write to which this may be.
+        os.write(2, b"\nstopping at the end of this step, with a checkpoint; a second signal stops at once\n")
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Let SIGTERM stop the block as Ctrl-C does; only the main thread can be stopped so."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    # One that is ignored stays so, as in a shell's background.
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop.hear) for number in heard}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,5 +1,5 @@
 """
-The directory of a training run: its lock, its settings, its checkpoint, its log and what it leaves at the end.
+The directory of a training run: its lock, its settings, its checkpoints, its log and the models that it leaves.
 
 Knows nothing of models or losses. Every file appears whole or not at all, so a killed run can always be resumed.
 """
@@ -17,18 +17,16 @@ from typing import Any
 
 import torch
 
+from sklformat.checksums import fingerprint_of
 from sklformat.errors import CorruptError, SettingsError, describe_bad_json
 from sklformat.files.directories import published, refuse_foreign
 from sklformat.files.disk import LOCK_NAME, Disk, locked_directory, naming, write_atomically
-from sklformat.progress import Reach, say, show
 
-_SETTINGS, _SUMMARY, _CHECKPOINT, _LOG, _MODEL = "run.json", "summary.json", "checkpoint.pt", "metrics.jsonl", "model"
-_BOARD = "tensorboard"
+_SETTINGS, _SUMMARY, _LOG, _TRACKERS = "run.json", "summary.json", "metrics.jsonl", "trackers.json"
+_MODEL, _BEST, _FIGURES = "model", "best", "evaluation.json"
+_CHECKPOINT, _BEFORE_DECAY = "checkpoint.pt", "checkpoint-before-decay.pt"
 _LOCK = re.compile(re.escape(LOCK_NAME))
-
-
-Report = Callable[[int, int, float], None]
-"""Called with (steps done, steps in total, mean loss since the last call, nats per position)."""
+_PIECE_BYTES = 1 << 22
 
 
 class Run:
@@ -38,33 +36,92 @@ class Run:
     Attributes:
         directory: Where it is.
         model_directory: Where the finished model goes, in transformers' layout.
+        best_directory: Where the best model so far goes, likewise.
+        log_path: The log.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.model_directory = directory / _MODEL
+        self.model_directory, self.best_directory = directory / _MODEL, directory / _BEST
+        self.log_path = directory / _LOG
 
     def summary(self) -> dict[str, Any] | None:
-        """What a finished run said at its end; None while it is not finished."""
+        """What the run said when it was last finished; None if it never was."""
         path = self.directory / _SUMMARY
-        return _read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        return {name: value for name, value in _read_json(path).items() if name != "files"}
 
-    def finish(self, save_model: Callable[[Path], None], summary: Mapping[str, Any]) -> None:
+    def finish(self, save_model: Callable[[Path], None], summary: Mapping[str, Any], *, keep: bool) -> None:
         """
-        Publish the model, then the summary, then drop the checkpoint, in this order so that each crash can be resumed.
+        Publish the model, then the summary, in this order so that each crash can be resumed.
 
         Args:
             save_model: Writes the model's files into the directory it is given.
             summary: What ``summary`` returns from now on; JSON values.
+            keep: Whether the checkpoints stay.
         """
         with published(self.model_directory, replace=True) as partial:
             save_model(partial)
-        write_json(self.directory / _SUMMARY, summary)
-        (self.directory / _CHECKPOINT).unlink(missing_ok=True)
+        write_json(self.directory / _SUMMARY, {**summary, "files": self._files()})
+        if not keep:
+            for name in (_CHECKPOINT, _BEFORE_DECAY):
+                (self.directory / name).unlink(missing_ok=True)
 
-    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint, durably; ``state`` holds tensors, numbers, strings, lists and dicts."""
-        path = self.directory / _CHECKPOINT
+    def missing(self, *, best: bool) -> str | None:
+        """
+        Look whether what a finished run wrote is still there, every byte of it.
+
+        Args:
+            best: Whether the best model is looked at as well.
+
+        Returns:
+            The name of a file of the finished model that is missing; None: all are there.
+
+        Raises:
+            CorruptError: A file is not as it was written.
+        """
+        files = _read_json(self.directory / _SUMMARY).get("files", {f"{_MODEL}/config.json": None})
+        lost = None
+        for name, fingerprint in files.items():
+            path, is_best = self.directory / name, name.startswith(f"{_BEST}/")
+            if is_best and not best:
+                continue
+            if not path.is_file():
+                if is_best:
+                    raise CorruptError(
+                        "is missing, and no checkpoint holds it; take model/, and best_by none to do without best/",
+                        path=path,
+                    )
+                lost = lost or name
+            elif fingerprint is not None and fingerprint_of(_pieces(path)) != fingerprint:
+                raise CorruptError(
+                    "is not as training wrote it; put it back, or delete model/ for the same command to write it again",
+                    path=path,
+                )
+        return lost
+
+    def save_best(self, save_model: Callable[[Path], None], figures: Mapping[str, Any]) -> None:
+        """Replace the best model so far; ``figures``, JSON values, go with it."""
+        with published(self.best_directory, replace=True) as partial:
+            save_model(partial)
+            write_json(partial / _FIGURES, figures)
+
+    def _files(self) -> dict[str, str]:
+        """The files of the models, and the fingerprints of their content."""
+        folders = (self.model_directory, self.best_directory)
+        paths = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(self.directory).as_posix(): fingerprint_of(_pieces(path)) for path in paths}
+
+    def save_checkpoint(self, state: Mapping[str, Any], *, before_decay: bool = False) -> None:
+        """
+        Replace the checkpoint, durably.
+
+        Args:
+            state: Tensors, numbers, strings, lists and dicts.
+            before_decay: Replace the one from which a longer run resumes instead.
+        """
+        path = self.directory / (_BEFORE_DECAY if before_decay else _CHECKPOINT)
         partial = path.with_name(path.name + ".partial")
         try:
             with naming(path), partial.open("wb") as file:
@@ -76,14 +133,14 @@ class Run:
             partial.unlink(missing_ok=True)
             raise
 
-    def load_checkpoint(self) -> dict[str, Any] | None:
+    def load_checkpoint(self, *, before_decay: bool = False) -> dict[str, Any] | None:
         """
-        Return the last checkpoint, on the CPU; None if there is none.
+        Return the last checkpoint, or that from before the decay, on the CPU; None if there is none.
 
         Raises:
             CorruptError: It cannot be read.
         """
-        path = self.directory / _CHECKPOINT
+        path = self.directory / (_BEFORE_DECAY if before_decay else _CHECKPOINT)
         if not path.exists():
             return None
         try:
@@ -93,28 +150,52 @@ class Run:
             raise CorruptError(f"no readable checkpoint ({reason}); delete it to start again", path=path) from error
         return state
 
-    def start_log(self, step: int) -> None:
+    def start_log(self, step: int, *, evaluated: bool = True) -> set[tuple[int, bool]]:
         """
         Drop the log's lines after ``step``: the steps that a killed run did past its checkpoint come again.
+
+        Args:
+            step: Where the run resumes.
+            evaluated: Whether the evaluation after ``step`` was done; else its line comes again as well.
+
+        Returns:
+            Of each line dropped its step, and whether it is of an evaluation.
 
         Raises:
             CorruptError: A line is not one of the log's.
         """
-        path = self.directory / _LOG
+        path = self.log_path
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+        kept, dropped = [], set()
         # A line without its end was cut off by the crash.
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for number, line in enumerate(whole, 1) if _step_of(line, path, number) <= step]
+        for number, line in enumerate((line for line in lines if line.endswith("\n")), 1):
+            at = _step_of(line, path, number)
+            if at[0] < step or (at[0] == step and (evaluated or not at[1])):
+                kept.append(line)
+            else:
+                dropped.add(at)
         write_atomically(path, "".join(kept).encode())
+        return dropped
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add one line of JSON to the log; ``row`` has the key "step"."""
-        with (self.directory / _LOG).open("a", encoding="utf-8") as file:
+        with self.log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def tracker_ids(self) -> dict[str, str]:
+        """By which names trackers know this run."""
+        path = self.directory / _TRACKERS
+        return _read_json(path) if path.exists() else {}
+
+    def keep_tracker_ids(self, ids: Mapping[str, str]) -> None:
+        """Keep them for when the run is resumed."""
+        write_json(self.directory / _TRACKERS, ids)
 
 
 @contextlib.contextmanager
-def opened(directory: Path | str, settings: Mapping[str, Any], *, writes: bool = True) -> Iterator[Run]:
+def opened(
+    directory: Path | str, settings: Mapping[str, Any], *, writes: bool = True, grows: str | None = None
+) -> Iterator[Run]:
     """
     Make or open the directory of a run and hold it until the block ends.
 
@@ -122,6 +203,7 @@ def opened(directory: Path | str, settings: Mapping[str, Any], *, writes: bool =
         directory: Made with its parents when it is not there.
         settings: What the run's result depends on; JSON values. A directory made with others is refused.
         writes: False for the further processes of one run, which neither lock nor write.
+        grows: The setting, a number, that may be greater than it was, as long as there is a checkpoint to resume.
 
     Yields:
         The run.
@@ -137,7 +219,10 @@ def opened(directory: Path | str, settings: Mapping[str, Any], *, writes: bool =
     with locked_directory(directory):
         path = directory / _SETTINGS
         if path.exists():
-            _compare_settings(directory, _read_json(path), json.loads(json.dumps(settings)))
+            there, wanted = _read_json(path), json.loads(json.dumps(settings))
+            _compare_settings(directory, there, wanted, grows)
+            if there != wanted:
+                write_json(path, settings)
         else:
             refuse_foreign(directory, (file.name for file in directory.iterdir()), "run", _LOCK)
             write_json(path, settings)
@@ -170,9 +255,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _step_of(line: str, path: Path, number: int) -> int:
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
+
+
+def _step_of(line: str, path: Path, number: int) -> tuple[int, bool]:
+    """Step of a line of the log, and whether it is of an evaluation."""
     try:
-        return int(json.loads(line)["step"])
+        row = json.loads(line)
+        return int(row["step"]), "loss" not in row
     except (ValueError, TypeError, KeyError):
         raise CorruptError(
             f'line {number} is no JSON object with a "step": {line.strip()[:60]!r}; remove the line to resume',
@@ -180,73 +273,21 @@ def _step_of(line: str, path: Path, number: int) -> int:
         ) from None
 
 
-def _compare_settings(directory: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differing = "; ".join(
-        f"{name} was {there.get(name)!r}, asked for is {wanted.get(name)!r}"
-        for name in sorted(there.keys() | wanted.keys())
-        if there.get(name) != wanted.get(name)
-    )
-    if differing:
+def _compare_settings(directory: Path, there: Mapping[str, Any], wanted: Mapping[str, Any], grows: str | None) -> None:
+    differing = [name for name in sorted(there.keys() | wanted.keys()) if there.get(name) != wanted.get(name)]
+    values = "; ".join(f"{name} was {there.get(name)!r}, asked for is {wanted.get(name)!r}" for name in differing)
+    if grows is None or differing != [grows]:
+        if differing:
+            raise SettingsError(
+                f"{directory} was made with other settings: {values}; use another directory, or delete this one"
+            )
+        return
+    if wanted[grows] < there[grows]:
         raise SettingsError(
-            f"{directory} was made with other settings: {differing}; use another directory, or delete this one"
+            f"{directory}: {values}; a run may become longer, not shorter: use another directory, or ask for more"
         )
-
-
-class Reporter:
-    """
-    Tells of a run's progress: log, TensorBoard where it is installed, and stderr or a callback.
-
-    A context.
-
-    Args:
-        run: Where the log goes; None: say nothing (the further processes of one run).
-        first: Steps done before.
-        steps: Steps in total.
-        name: Stands before what is said.
-        report: Called instead of saying anything.
-    """
-
-    def __init__(self, run: Run | None, *, first: int, steps: int, name: str, report: Report | None) -> None:
-        self._run, self._first, self._steps, self._name, self._report = run, first, steps, name, report
-        self._board: Any = None
-        self._reach: Reach = lambda _done, _note="": None
-        self._note = ""
-        self._held = contextlib.ExitStack()
-
-    def __enter__(self) -> Reporter:
-        if self._run is not None:
-            self._board = _tensorboard(self._run.directory / _BOARD, self._first)
-            if self._board is not None:
-                self._held.callback(self._board.close)
-            if self._report is None:
-                curves = "" if self._board is None else f", and in {self._run.directory / _BOARD} for TensorBoard"
-                say(f"{self._name}: the log is in {self._run.directory / _LOG}{curves}")
-                self._reach = self._held.enter_context(show(self._name, self._steps, unit="step", first=self._first))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
-
-    def reach(self, step: int) -> None:
-        """Tell that ``step`` steps are done."""
-        self._reach(step, self._note)
-
-    def line(self, step: int, row: Mapping[str, float]) -> None:
-        """Log what ``step`` steps have come to; ``row`` has at least the key "loss"."""
-        if self._run is None:
-            return
-        self._run.log({"step": step, **row})
-        if self._board is not None:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, step)
-        self._note = f"loss {row['loss']:.4f}"
-        if self._report is not None:
-            self._report(step, self._steps, row["loss"])
-
-
-def _tensorboard(directory: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (optional, and slow to import)
-    except ImportError:
-        return None
-    return SummaryWriter(str(directory), purge_step=step + 1)
+    if (directory / _SUMMARY).exists() and not (directory / _CHECKPOINT).exists():
+        raise SettingsError(
+            f"{directory}: {values}; the run is finished, and {_CHECKPOINT}, from which it could resume, is not there: "
+            "use another directory, where --student begins from its model"
+        )

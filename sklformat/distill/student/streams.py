@@ -7,6 +7,7 @@ Shape letters: B sequences, T positions, P = B·T positions.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,9 +197,15 @@ class Stream:
             self.dataset.load_state_dict(state)
         epoch = int(self.dataset.state_dict()["epoch"])
         while True:
-            yield from DataLoader(self.dataset, batch_size=None, num_workers=num_workers)
+            yield from DataLoader(self.dataset, batch_size=None, num_workers=num_workers, worker_init_fn=_leave_signals)
             epoch += 1
             self.dataset.set_epoch(epoch)
+
+
+def _leave_signals(_worker_id: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: whether reading ends is for the one that trains to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def open_cache(

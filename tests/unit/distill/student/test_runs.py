@@ -66,15 +66,18 @@ def test_a_damaged_log_is_named(tmp_path, bad):
         assert before == path.read_text()
 
 
-def test_finishing_publishes_model_and_summary_and_drops_the_checkpoint(tmp_path):
+def test_finishing_publishes_model_and_summary(tmp_path):
     """After the end there are the model, the summary, the settings and the log, and nothing half done."""
     with runs.opened(tmp_path / "run", {}) as run:
         run.save_checkpoint({"step": 1})
         assert run.summary() is None
-        run.finish(lambda path: (path / "weights").write_text("w"), {"loss": 0.5})
-        assert run.summary() == {"loss": 0.5}
-        assert (run.model_directory / "weights").read_text() == "w"
-        assert {".lock", "run.json", "summary.json", "model"} == {path.name for path in run.directory.iterdir()}
+        for keep, names in ((True, {"checkpoint.pt"}), (False, set())):
+            run.finish(lambda path: (path / "weights").write_text("w"), {"loss": 0.5}, keep=keep)
+            assert run.summary() == {"loss": 0.5}
+            assert run.missing(best=True) is None
+            assert (run.model_directory / "weights").read_text() == "w"
+            there = {path.name for path in run.directory.iterdir()}
+            assert {".lock", "run.json", "summary.json", "model", *names} == there
 
 
 def test_settings_that_differ_are_all_named(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from student_data import SEQ_LEN, config_of, log_of, losses_of, silent, stop_at, write_place
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,90 +14,13 @@ import sklformat as skl
 from sklformat.distill.models import loading, outputs, tokenization
 from sklformat.distill.student.training import train
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
-from sklformat.distill.text.packing import PackedSequences
 from sklformat.files.disk import locked_directory
 from sklformat.format.order import permute
-from sklformat.settings.train import TrainConfig
-
-SEQ_LEN = 16
-
-
-def write_cache(directory, packed, vocab_size, fingerprint, sampler, count):
-    """A cache whose records put 3/4 on the label and 1/4 on the next id, drawn or as Top-K."""
-    counts = sampler == "multinomial"
-    header = skl.Header(
-        vocab_size=vocab_size,
-        seq_len=SEQ_LEN,
-        kind="counts" if counts else "ratios",
-        rounds=8 if counts else 0,
-        sampler=sampler,
-        tokenizer_fingerprint=fingerprint,
-    )
-    directory.mkdir()
-    with skl.ShardWriter(directory / "shard-00000.skl", header=header) as writer:
-        for i in range(count):
-            tokens = packed[i]
-            ids = np.sort(np.stack([tokens[1:], (tokens[1:] + 1) % vocab_size], 1), axis=1)
-            on_label = ids == tokens[1:, None]
-            offsets = np.arange(SEQ_LEN + 1) * 2
-            if counts:
-                values = {"counts": np.where(on_label, 6, 2).ravel(), "token_ids": ids.ravel()}
-            else:
-                ids = np.stack([tokens[1:], (tokens[1:] + 1) % vocab_size], 1)
-                values = {"weights": np.tile([0.6, 0.2], SEQ_LEN), "token_ids": ids.ravel()}
-            writer.append(tokens, skl.SparseTargets(offsets=offsets, **values))
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    root = tmp_path_factory.mktemp("training")
-    tokenizer = tiny.write_place(root)
-    vocab_size, fingerprint = tokenization.num_ids(tokenizer), tokenizer_fingerprint(tokenizer)
-    packed = PackedSequences(
-        root / "tokens", seq_len=SEQ_LEN, separator_id=tokenization.separator_id(tokenizer), seed=0, count=20
-    )
-    write_cache(root / "random", packed, vocab_size, fingerprint, "multinomial", 20)
-    write_cache(root / "topk", packed, vocab_size, fingerprint, "topk", 20)
-    tiny.write_model(root / "teacher", tokenizer, hidden_size=24, max_positions=SEQ_LEN, seed=9, separator_id=None)
-    return root
-
-
-def config_of(place, out, **changes):
-    values = {
-        "out": out,
-        "cache": place / "random",
-        "tokenizer": str(place / "tokenizer"),
-        "hidden_size": 16,
-        "num_layers": 1,
-        "num_heads": 2,
-        "batch_size": 4,
-        "steps": 12,
-        "learning_rate": 1e-2,
-        "log_every": 1,
-        "save_every": 5,
-        "device": "cpu",
-    }
-    return TrainConfig(**(values | changes))
-
-
-def silent(*_):
-    pass
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses_of(out):
-    return [(row["step"], row["loss"], row["gradient_norm"]) for row in log_of(out)]
-
-
-def stop_at(step):
-    def report(done, *_):
-        if done == step:
-            raise KeyboardInterrupt
-
-    return report
+    return write_place(tmp_path_factory.mktemp("training"))
 
 
 METHODS = {
@@ -125,7 +49,7 @@ def test_each_method_trains_a_model_that_transformers_loads(place, tmp_path, met
     model = AutoModelForCausalLM.from_pretrained(summary.model)
     assert sum(p.numel() for p in model.parameters()) == summary.parameters
     assert AutoTokenizer.from_pretrained(summary.model).eos_token == tokenization.END_OF_TEXT
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def first_batch(place):
