@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -228,7 +229,8 @@ def _opened(run: Run, config: TrainConfig, first: int) -> dict[str, Any]:
     PartialState(cpu=config.device == "cpu")  # without which accelerate's trackers say nothing
     ids = run.tracker_ids()
     opened = {name: _start(LOGGER_TYPE_TO_CLASS[name], name, ids, run, config, first) for name in names}
-    run.keep_tracker_ids(ids)
+    if ids:
+        run.keep_tracker_ids(ids)
     return opened
 
 
@@ -242,23 +244,25 @@ def _start(made: Any, name: str, ids: dict[str, str], run: Run, config: TrainCon
     project = _BOARD if name == _BOARD else os.environ.get("WANDB_PROJECT", "sklformat")
     folder = [str(run.directory)] if made.requires_logging_directory else []
     is_new = name not in ids
-    if is_new:
+    if is_new and name != _BOARD:  # which knows it by its directory
         ids[name] = f"{run.directory.name}-{uuid.uuid4().hex[:8]}"
+    own = ids.get(name)
     known: dict[str, dict[str, Any]] = {
-        "mlflow": {"run_name": ids[name]} if is_new else {"run_id": ids[name]},
+        "mlflow": {"run_name": own} if is_new else {"run_id": own},
         "tensorboard": {"purge_step": first + 1},
-        "trackio": {"name": ids[name], "resume": "allow"},
-        "wandb": {"id": ids[name], "name": run.directory.name, "resume": "allow", "dir": str(run.directory)},
+        "trackio": {"name": own, "resume": "allow"},
+        "wandb": {"id": own, "name": run.directory.name, "resume": "allow", "dir": str(run.directory)},
     }
     try:
-        tracker = made(project, *folder, **known[name])
-        tracker.main_process_only = False  # only the first process comes here
-        tracker.start()
-        if name == "mlflow":
-            ids[name] = tracker.tracker.info.run_id
-        if is_new and name != _BOARD:  # where settings would be a run of their own
-            values = dataclasses.asdict(config).items()
-            tracker.store_init_configuration({key: v if isinstance(v, int | float) else str(v) for key, v in values})
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
+            tracker = made(project, *folder, **known[name])
+            tracker.main_process_only = False  # only the first process comes here
+            tracker.start()
+            if name == "mlflow":
+                ids[name] = tracker.tracker.info.run_id
+            if is_new and name != _BOARD:  # where settings would be a run of their own
+                values = dataclasses.asdict(config).items()
+                tracker.store_init_configuration({k: v if isinstance(v, int | float) else str(v) for k, v in values})
     except Exception as error:
         said = str(error).strip().partition("\n")[0]
         raise SettingsError(
@@ -271,7 +275,8 @@ def _start(made: Any, name: str, ids: dict[str, str], run: Run, config: TrainCon
 def _survives(name: str, call: Callable[..., None], *arguments: Any, **named: Any) -> bool:
     """Whether a tracker takes what it is told; what it raises is said."""
     try:
-        call(*arguments, **named)
+        with contextlib.redirect_stdout(sys.stderr):
+            call(*arguments, **named)
     except Exception as error:  # noqa: BLE001  another's program; training is worth more than its curves
         said = str(error).strip().partition("\n")[0]
         say(f"note: the tracker {name} has failed ({type(error).__name__}: {said}); training continues without it")

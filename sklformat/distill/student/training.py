@@ -154,8 +154,6 @@ class _Training:
         self.evaluated = 0
         self.evaluation: dict[str, float] | None = None
         self.best: dict[str, Any] | None = None
-        flops = training_flops(learner.model, stream.seq_len)
-        self.pace = Pace(process.device, process.world_size, flops, config.dtype)
 
     def run_to_end(self, report: Report | None) -> dict[str, Any]:
         config = self.config
@@ -165,6 +163,8 @@ class _Training:
         run = self.run if self.process.is_first else None
         with Reporter(run, config, first=self.step, again=again, report=report) as reporter, self.stop.heeded():
             first, started = self.step, time.monotonic() - self.seconds
+            flops = training_flops(self.learner.model, self.stream.seq_len)
+            self.pace = Pace(self.process.device, self.process.world_size, flops, config.dtype)
             for step in range(first, config.steps):
                 with self.pace.apart():
                     self._evaluate_if_due(reporter)
