@@ -31,7 +31,12 @@ PAGES = [
     "docs/models.md",
 ]
 # What is printed at a size for use, and its size here.
-SMALLER = {"--seq-len 512": "--seq-len 32", "--steps 2000": "--steps 6", "--hidden-size 256": "--hidden-size 32"}
+SMALLER = {
+    "--seq-len 512": "--seq-len 32",
+    "--steps 2000": "--steps 6",
+    "--steps 3000": "--steps 8",
+    "--hidden-size 256": "--hidden-size 32",
+}
 NOT_RUN = re.compile(r"<!-- not run: \w.* -->")
 WORDS = ["def", "class", "return", "import", "value", "name", "list", "index", "error", "token", "teacher", "cache"]
 
