@@ -183,7 +183,7 @@ def test_elsewhere_than_on_linux(monkeypatch):
 
 def test_a_ring_without_room():
     """A size that means nothing is refused."""
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="size_bytes must be positive, got 0"):
         Ring.create(0)
 
 
