@@ -200,11 +200,34 @@ class Cache:
         found = Payloads(numbers.size) if into is None else into
         places = np.searchsorted(self._starts, numbers, side="right") - 1  # of empty rows: -1
         distinct = dict.fromkeys(place for place in places.tolist() if place >= 0)
-        copied = len(self._entries) > MAX_OPEN_SHARDS and len(distinct) > MAX_OPEN_SHARDS // 8
         for place in distinct:
             mine = np.flatnonzero(places == place)
-            found.fill(mine, self._shard(place), numbers[mine] - self._starts[place], copied=copied)
+            self.fill(found, mine, place, numbers[mine], len(distinct))
         return found
+
+    def fill(
+        self, found: Payloads, rows: NDArray[np.int64], place: int, numbers: NDArray[np.int64], num_shards: int
+    ) -> None:
+        """
+        Put sequences of one shard into rows of payloads, which may hold those of other caches too.
+
+        Args:
+            found: Where they go.
+            rows: [k].
+            place: Which shard, as in ``starts``.
+            numbers: [k] sequences of it, counted as in ``cache[i]``.
+            num_shards: How many shards the payloads are of.
+
+        Raises:
+            FormatError: As ``cache[i]``.
+        """
+        copied = len(self._entries) > MAX_OPEN_SHARDS and num_shards > MAX_OPEN_SHARDS // 8
+        found.fill(rows, self._shard(place), numbers - self._starts[place], copied=copied)
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """[shards]: the first sequence of each, counted as in ``cache[i]``."""
+        return self._starts
 
     @property
     def fingerprints(self) -> list[str]:

@@ -9,6 +9,7 @@ Shape letters: B sequences, T positions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +85,13 @@ class Part:
         first = self.sequences.start
         return np.where(places < 0, places, places + first) if first else places
 
+    def stretches(self, start: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The shards that the part reaches into, and the place where it does, if its first sequence is at ``start``."""
+        starts = self.cache.starts
+        first, last = starts.searchsorted([self.sequences.start, self.sequences.stop - 1], "right") - 1
+        shards = np.arange(first, last + 1)
+        return start + np.maximum(starts[shards] - self.sequences.start, 0), shards
+
     def give(self, out: NDArray[np.uint32], numbers: NDArray[np.int64], payloads: Payloads) -> None:
         """Put the training program's own tokens into the rows [B, T + 1] of ``out``, proven to be the records'."""
         assert self.tokens is not None
@@ -147,41 +155,48 @@ class Contents:
         self.parts = tuple(parts)
         lengths = [part.cache.header.seq_len for part in parts]
         self._header = dataclasses.replace(parts[0].cache.header, seq_len=max(lengths) if all(lengths) else 0)
-        self._starts = np.cumsum([0, *(len(part.sequences) for part in parts[:-1])])
-        self._shift = np.array([part.sequences.start for part in parts]) - self._starts
+        ends = np.cumsum([len(part.sequences) for part in parts]).tolist()
+        self._starts = [0, *ends[:-1]]
 
-    def decoded(self, places: NDArray[np.int64], tokens: NDArray[np.uint32] | None = None) -> Decoded:
+    def __reduce__(self) -> tuple[type[Contents], tuple[tuple[Part, ...]]]:
+        return Contents, (self.parts,)  # worker processes find the shards themselves
+
+    @functools.cached_property
+    def _stretches(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Of each shard of each part: its first place, its number in the cache, and the part."""
+        found = [part.stretches(start) for part, start in zip(self.parts, self._starts, strict=True)]
+        firsts, shards = (np.concatenate(some) for some in zip(*found, strict=True))
+        return firsts, shards, np.repeat(np.arange(len(self.parts)), [some.size for some, _ in found])
+
+    def decoded(self, places: NDArray[np.int64]) -> Decoded:
         """
-        The sequences at these places, -1 for an empty row.
-
-        Args:
-            places: [B], over all parts.
-            tokens: [B, T + 1], proven already; None: those of the parts.
+        The sequences at these places, [B], over all parts; -1 for an empty row.
 
         Raises:
             FormatError: A block is damaged.
             AlignmentError: The records are not about these tokens.
         """
-        found, header, chosen = Payloads(places.size), self._header, self._chosen(places)
-        for part, numbers in chosen:
-            part.cache.payloads(numbers, found)
-        if tokens is None and self.parts[0].tokens is not None:
+        header, first = self._header, self.parts[0]
+        found = first.cache.payloads(first.numbers(places)) if len(self.parts) == 1 else self._payloads(places)
+        tokens = None
+        if first.tokens is not None:
             tokens = np.zeros((places.size, found.row_positions(header) + 1), "<u4")
-            for part, numbers in chosen:
-                part.give(tokens, numbers, found)
+            for part, start in zip(self.parts, self._starts, strict=True):
+                own = (places >= start) & (places < start + len(part.sequences))
+                part.give(tokens, part.numbers(np.where(own, places - start, -1)), found)
         return Decoded(found, found.decode(header, tokens, IGNORED_LABEL, starts=STARTS in header.columns))
 
-    def _chosen(self, places: NDArray[np.int64]) -> list[tuple[Part, NDArray[np.int64]]]:
-        """The parts that rows are of, each with its numbers, -1 in the rows of others."""
-        if len(self.parts) == 1:
-            return [(self.parts[0], self.parts[0].numbers(places))]
-        which = self._starts.searchsorted(places, "right") - 1  # of empty rows: -1
-        numbers = places + self._shift[which]
-        return [
-            (self.parts[some], np.where(which == some, numbers, -1))
-            for some in dict.fromkeys(which.tolist())
-            if some >= 0
-        ]
+    def _payloads(self, places: NDArray[np.int64]) -> Payloads:
+        """The payloads of several parts, found shard by shard, as ``Cache.payloads`` finds those of one."""
+        found, (firsts, shards, owners) = Payloads(places.size), self._stretches
+        which = firsts.searchsorted(places, "right") - 1  # of empty rows: -1
+        distinct = [stretch for stretch in dict.fromkeys(which.tolist()) if stretch >= 0]
+        for stretch in distinct:
+            rows, owner = np.flatnonzero(which == stretch), int(owners[stretch])
+            part = self.parts[owner]
+            numbers = places[rows] + (part.sequences.start - self._starts[owner])
+            part.cache.fill(found, rows, int(shards[stretch]), numbers, len(distinct))
+        return found
 
 
 def is_isolated(cache: Cache) -> bool:
