@@ -1,5 +1,6 @@
 """
-Whether caches go together: what would make one student learn two things at once, or ids that mean other tokens.
+Whether caches go together: what would make one student learn two things at once, or ids that mean other tokens; and
+whether one of isolated documents says where these begin.
 
 Looks at headers only.
 """
@@ -29,6 +30,20 @@ def check_together(caches: Sequence[Cache]) -> None:
         fault = _vocabularies(one, other) or _samplers(one, other) or _documents(one, other)
         if fault:
             raise SettingsError(f"{one.path} and {other.path} do not go together: {fault}")
+
+
+def check_borders(cache: Cache) -> None:
+    """
+    Make sure that documents which did not see each other can be kept apart.
+
+    Raises:
+        SettingsError: The cache does not say where they begin.
+    """
+    if is_isolated(cache) and STARTS not in cache.header.columns:
+        raise SettingsError(
+            f"{cache.path}: made with isolated documents, but without the column {STARTS}, which says where they "
+            "begin; capture it with --isolate-documents, which stores the column"
+        )
 
 
 def _vocabularies(one: Cache, other: Cache) -> str:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sklformat.cache.reader import open_cache as open_shards
 from sklformat.distill.loader.batches import Batch, Targets
+from sklformat.distill.loader.conflicts import check_borders
 from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.distill.models import loading, tokenization
@@ -29,7 +30,6 @@ from sklformat.distill.text.fingerprints import MadeBy
 from sklformat.distill.text.packing import Sequences
 from sklformat.distill.text.singles import open_sequences
 from sklformat.errors import SettingsError
-from sklformat.format.columns import STARTS
 from sklformat.format.header import Header
 from sklformat.format.order import Schedule
 from sklformat.settings.text import Packing, Truncate
@@ -258,7 +258,7 @@ def open_cache(
         sequences=range(len(cache) - hold_out),
     )
     header = cache.header
-    check_borders(path, header, isolated=dataset.isolated)
+    check_borders(cache)
     loaded = _tokenizer(path, tokenizer, named, made_by(header))
     return Stream(
         source=path,
@@ -271,20 +271,6 @@ def open_cache(
         identity={"cache": cache.fingerprint},
         note=_author_note(path, header),
     )
-
-
-def check_borders(path: Path | str, header: Header, *, isolated: bool) -> None:
-    """
-    Make sure that documents which did not see each other can be kept apart.
-
-    Raises:
-        SettingsError: The cache does not say where they begin.
-    """
-    if isolated and STARTS not in header.columns:
-        raise SettingsError(
-            f"{path}: made with isolated documents, but without the column {STARTS}, which says where they begin; "
-            "capture it with --isolate-documents, which stores the column"
-        )
 
 
 def _author_note(path: Path | str, header: Header) -> str:

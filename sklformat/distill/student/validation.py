@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from sklformat.cache.reader import Cache
 from sklformat.cache.tokens import TokenSource
 from sklformat.distill.loader.batches import Batch, Targets
+from sklformat.distill.loader.conflicts import check_borders
 from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.losses.heads import OutputHead
 from sklformat.distill.losses.sums import EvaluationSums
 from sklformat.distill.models import heads, outputs
-from sklformat.distill.student.streams import check_borders
 from sklformat.errors import SettingsError
 from sklformat.format.columns import ENTROPY, LABEL_LOGPROB
 from sklformat.format.header import Header, is_unbiased
@@ -154,7 +154,7 @@ class HeldOut:
         self.cache = self._dataset.cache
         self.sequences = range(len(self.cache)) if sequences is None else sequences
         self.isolated, self.schedule = self._dataset.isolated, self._dataset.schedule
-        check_borders(self.cache.path, self.cache.header, isolated=self.isolated)
+        check_borders(self.cache)
 
     def __len__(self) -> int:
         """Batches of this process; the same on all."""
