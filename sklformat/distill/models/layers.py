@@ -91,5 +91,6 @@ def naming_compile_failures() -> Iterator[None]:
     try:
         yield
     except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
-        reason = str(error).strip().partition("\n")[0][:300]
+        # The first line may only say which backend it was.
+        reason = " ".join(" ".join(str(error).split("\n")[:2]).split())[:300]
         raise ValueError(f"torch could not compile the student's layers ({reason}); train without --compile") from error

@@ -369,6 +369,8 @@ def write(
         directory: Where to.
         weights: Its weights, whole, where the model's own are divided between processes; None: the model's own.
     """
+    # Beside an adapter on the head peft would write the head as well, which its model has.
+    alone = {"save_embedding_layers": False} if adapters.is_adapted(model) else {}
     with quiet():
-        model.save_pretrained(directory, state_dict=weights)
+        model.save_pretrained(directory, state_dict=weights, **alone)
         tokenizer.save_pretrained(directory)

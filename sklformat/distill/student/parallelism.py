@@ -51,8 +51,12 @@ def divide(model: Any, own_layers: Sequence[nn.Module], process: Process, *, hal
         half: Gather weights in bfloat16; gradients are averaged in float32 all the same.
 
     Raises:
-        ValueError: Its experts are modules of their own.
+        ValueError: There is one process, or its experts are modules of their own.
     """
+    if process.world_size == 1:
+        raise ValueError(
+            "shard divides a student between processes, and there is one; start several with torchrun, or leave it out"
+        )
     if layers.has_separate_experts(model):
         raise ValueError(
             f"the experts of {type(model).__name__} are modules of their own, of which processes use different ones; "

@@ -61,21 +61,42 @@ def joined(device_name: str) -> Iterator[Process]:
     This process; joins torchrun's others for the time of the block.
 
     Raises:
-        ValueError: There is no such device.
+        ValueError: There is no such device, or not one for each process; or they were not started by torchrun.
+        ConnectionError: Another process has ended before this one.
     """
     device = find_device(device_name)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         yield Process(0, 1, device)
         return
-    if device.type == "cuda" and device.index is None:
-        device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    unset = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if unset:
+        raise ValueError(f"WORLD_SIZE is {world_size} without {', '.join(unset)}; start all processes with torchrun")
+    if device.type == "cuda":
+        device = _own_device(device, world_size)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Process(dist.get_rank(), world_size, device)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise ConnectionError("another process of this run has ended; what it said tells why") from error
     finally:
         dist.destroy_process_group()
+
+
+def _own_device(device: torch.device, world_size: int) -> torch.device:
+    """The GPU of this process alone."""
+    if device.index is not None:
+        raise ValueError(f"device {device} is one GPU for {world_size} processes; use cuda: each then has its own")
+    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"process {number} of this machine, counted from 0, has no GPU of its own: there are {count}; start "
+            f"torchrun with --nproc-per-node {count}"
+        )
+    return torch.device("cuda", number)
 
 
 class Stop:
