@@ -25,14 +25,17 @@ class TrainConfig:
     out: Path
     """Directory of the run: checkpoint, metrics.jsonl, and at the end model/ in transformers' layout."""
 
-    cache: str | Path | None = None
-    """Cache of teacher records to learn from, a directory or a URL; methods ce and full take its tokens only."""
+    cache: tuple[str | Path, ...] = ()
+    """Caches of teacher records to learn from, directories or URLs; methods ce and full take their tokens only."""
+
+    cache_weights: tuple[float, ...] = field(default=(), metadata={"once": True})
+    """Of several caches: how much of the stream is of each, such as .7 .3; the default: their numbers of sequences."""
 
     window: int = 0
     """Shuffle within windows of this many sequences; 0: all, or a step's where lengths differ. Only with --cache."""
 
     hold_out: int = 0
-    """Sequences at the end of the cache that training never sees. Only with --cache."""
+    """Sequences at the end of each cache that training never sees. Only with --cache."""
 
     tokens: Path | None = None
     """Token store to learn from instead of a cache (methods ce and full)."""
@@ -152,7 +155,7 @@ class TrainConfig:
     """Another cache of the same tokenizer to evaluate on, instead of the sequences held out."""
 
     eval_sequences: int = 0
-    """Sequences to evaluate on, the first of them; 0: all."""
+    """Sequences to evaluate on, the first of them; 0: all that are held out, of several caches those of the first."""
 
     best_by: Literal["lm_loss", "kl", "none"] = "lm_loss"
     """What the model in best/ is the best by: LM loss, KL to the teacher (to the records without entropies); none."""
@@ -179,8 +182,14 @@ class TrainConfig:
     """Layers with LoRA, by the ends of their names; all-linear, the default: each linear one below the head."""
 
     def __post_init__(self) -> None:
-        if (self.cache is None) == (self.tokens is None):
+        if isinstance(self.cache, str | Path) or self.cache is None:  # in Python one need not be a tuple
+            object.__setattr__(self, "cache", () if self.cache is None else (self.cache,))
+        if bool(self.cache) == (self.tokens is not None):
             raise ValueError("give exactly one of cache and tokens")
+        if self.cache_weights and len(self.cache_weights) != len(self.cache):
+            raise ValueError(
+                f"cache_weights needs one for each cache, got {len(self.cache_weights)} for {len(self.cache)}"
+            )
         if self.tokens is not None and self.method not in ("ce", "full"):
             raise ValueError(f"method {self.method} needs a cache; a token store serves ce and full only")
         if (self.tokens is not None) != (self.seq_len > 0):
@@ -188,9 +197,9 @@ class TrainConfig:
         if (self.method == "full") != (self.teacher is not None):
             raise ValueError(f"teacher belongs to method full, got method {self.method} and teacher {self.teacher}")
         of_tokens = [f for f in fields(self) if f.name in _OF_TOKENS and getattr(self, f.name) != f.default]
-        if self.cache is not None and of_tokens:
+        if self.cache and of_tokens:
             raise ValueError(f"{of_tokens[0].name} belongs to tokens; a cache says itself how it was packed")
-        if self.cache is None and (self.window or self.hold_out):
+        if not self.cache and (self.window or self.hold_out):
             raise ValueError(f"window and hold_out belong to a cache, got {self.window} and {self.hold_out}")
         if self.method == "ce" and self.ce_weight != 0:
             raise ValueError("ce_weight mixes cross-entropy into another method; method ce is all of it")

@@ -273,7 +273,7 @@ def _rows(
     rows = []
     for student, evaluation in zip(students, found, strict=True):
         cached = student.train.method in ("topk", "random_sampling")
-        of_cache = facts[student.train.cache] if cached and student.train.cache is not None else {}
+        of_cache = facts[Path(student.train.cache[0])] if cached else {}
         gap = losses["ce"] != losses["full"]
         rows.append(
             Row(

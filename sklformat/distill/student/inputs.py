@@ -30,7 +30,8 @@ _FREE_FIELDS = ("out", "device", "num_workers", "save_every", "log_every", "batc
                 "eval_every", "eval_cache", "eval_sequences", "best_by")  # fmt: skip
 # Kept only where they differ from their defaults, so that runs resume that began before these settings.
 _LATER_FIELDS = ("packing", "truncate", "schedule", "warmup_steps", "min_learning_rate", "decay", "betas", "adam_eps",
-                 "max_grad_norm", "param_dtype", "lora_rank", "lora_alpha", "lora_targets")  # fmt: skip
+                 "max_grad_norm", "cache_weights", "param_dtype", "lora_rank", "lora_alpha",
+                 "lora_targets")  # fmt: skip
 # Paths and names, which say nothing of what is there; its fingerprints stand for them.
 _FINGERPRINTED_FIELDS = ("cache", "tokens", "student", "teacher", "tokenizer", "adapter_base")
 
@@ -40,7 +41,7 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
     The batches of a run, from its cache or its token store.
 
     Raises:
-        SettingsError: The records do not fit the method; or as ``streams.open_cache`` and ``streams.open_tokens``.
+        SettingsError: The records do not fit the method; or as ``streams.open_caches`` and ``streams.open_tokens``.
     """
     tokenizer = config.tokenizer or config.student or config.teacher
     share = {
@@ -62,9 +63,9 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
             truncate=config.truncate,
             **share,
         )
-    assert config.cache is not None
-    stream = streams.open_cache(
+    stream = streams.open_caches(
         config.cache,
+        weights=config.cache_weights or None,
         tokenizer=tokenizer,
         named=loading.named_of(config),
         window=config.window or None,
@@ -73,15 +74,15 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
     )
     if config.isolate_documents and not stream.isolated:
         raise SettingsError(
-            f"--isolate-documents is given, and {config.cache} was made without: its teacher saw one document before "
+            f"--isolate-documents is given, and {stream.source} was made without: its teacher saw one document before "
             "the next; leave the flag out, so that the student sees them too, or capture with --isolate-documents"
         )
     if config.method not in ("ce", "full") and stream.sampler != "unknown":
         fitting = _TOPK_METHODS if stream.sampler in ("topk", "topp") else ("random_sampling",)
         if config.method not in fitting:
             raise SettingsError(
-                f"{config.cache} holds records of sampler {stream.sampler}, which method {config.method} does not fit; "
-                f"use method {', '.join((*fitting, 'ce'))} or full, or another cache"
+                f"{stream.source} holds records of sampler {stream.sampler}, which method {config.method} does not "
+                f"fit; use method {', '.join((*fitting, 'ce'))} or full, or another cache"
             )
     return stream
 
@@ -97,8 +98,7 @@ def open_held_out(config: TrainConfig, stream: streams.Stream, rank: int, world_
     if not config.eval_every:
         return None
     if config.eval_cache is None:
-        assert config.cache is not None
-        cache = open_shards(config.cache)
+        cache = open_shards(config.cache[0])
         part = range(len(cache) - config.hold_out, len(cache))
     else:
         cache = open_shards(config.eval_cache)
@@ -117,19 +117,20 @@ def open_held_out(config: TrainConfig, stream: streams.Stream, rank: int, world_
 
 def _check_unseen(config: TrainConfig, stream: streams.Stream, cache: Cache, part: range) -> None:
     """Refuse to evaluate on what training sees; sequences are known by their tokens."""
-    if config.cache is None:
+    if not config.cache:
         if cache.header.corpus_fingerprint == stream.identity["corpus"]:
             raise SettingsError(
                 f"{config.eval_cache} was captured from the text of {config.tokens}, all of which training reads; "
                 "evaluate on a cache of another text"
             )
         return
-    trained = open_shards(config.cache)
-    seen = np.isin(cache.alignments()[: len(part)], trained.alignments()[: len(trained) - config.hold_out])
+    trained = map(open_shards, config.cache)
+    theirs = np.concatenate([one.alignments()[: len(one) - config.hold_out] for one in trained])
+    seen = np.isin(cache.alignments()[: len(part)], theirs)
     if 2 * seen.sum() > len(part):  # fewer may be equal by chance, as short chats are
         raise SettingsError(
             f"{config.eval_cache}: training sees {seen.sum()} of its {len(part)} sequences, the first is number "
-            f"{int(seen.argmax())}; evaluate on others, or keep some of {config.cache} from training with hold_out"
+            f"{int(seen.argmax())}; evaluate on others, or keep some of {stream.source} from training with hold_out"
         )
 
 

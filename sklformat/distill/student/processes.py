@@ -147,3 +147,9 @@ def stoppable() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave_signals(_worker_id: int) -> None:
+    """Of a process that reads ahead: Ctrl-C reaches all that a terminal runs, and who trains says when reading ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -7,8 +7,7 @@ Shape letters: B sequences, T positions, P = B·T positions.
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,6 +24,7 @@ from sklformat.distill.loader.conflicts import check_borders
 from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.distill.models import loading, tokenization
+from sklformat.distill.student.processes import leave_signals
 from sklformat.distill.text.corpus import IdError, TokenStore
 from sklformat.distill.text.fingerprints import MadeBy
 from sklformat.distill.text.packing import Sequences
@@ -46,7 +46,8 @@ class TextBatches(IterableDataset[Batch]):
         sequences: Of a token store.
         batch_size: Sequences per batch, on each process.
         seed: Seed of the order.
-        rank, world_size: Which process of how many this is.
+        rank: Number of this process.
+        world_size: Number of processes.
         window: As for SparseLogitDataset.
     """
 
@@ -197,20 +198,15 @@ class Stream:
             self.dataset.load_state_dict(state)
         epoch = int(self.dataset.state_dict()["epoch"])
         while True:
-            yield from DataLoader(self.dataset, batch_size=None, num_workers=num_workers, worker_init_fn=_leave_signals)
+            yield from DataLoader(self.dataset, batch_size=None, num_workers=num_workers, worker_init_fn=leave_signals)
             epoch += 1
             self.dataset.set_epoch(epoch)
 
 
-def _leave_signals(_worker_id: int) -> None:
-    """Ctrl-C reaches all processes of a terminal: whether reading ends is for the one that trains to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def open_cache(
-    path: Path | str,
+def open_caches(
+    paths: Sequence[Path | str],
     *,
+    weights: Sequence[float] | None = None,
     tokenizer: str | None,
     batch_size: int,
     seed: int,
@@ -222,10 +218,11 @@ def open_cache(
     named: loading.Named | None = None,
 ) -> Stream:
     """
-    Stream the sequences and records of a cache.
+    Stream the sequences and records of caches.
 
     Args:
-        path: The cache, a directory or a URL.
+        paths: The caches, directories or URLs; several are mixed.
+        weights: As for ``SparseLogitDataset``.
         tokenizer: The student's, path or name.
         batch_size: Sequences per batch, on each process.
         seed: Seed of the order of the sequences.
@@ -234,42 +231,47 @@ def open_cache(
         window: As for ``SparseLogitDataset``.
         ragged_window: The same where it is None and each sequence has a length of its own: those of like length stand
             beside each other in the cache, and stay together.
-        hold_out: Sequences at the end that the stream never reaches.
+        hold_out: Sequences at the end of each cache that the stream never reaches.
         named: How the tokenizer is loaded.
 
     Raises:
-        SettingsError: The cache was made by another tokenizer, or lacks the borders of its isolated documents.
-        ValueError: It has too few sequences for a batch, or none that are not held out, or no tokenizer was given.
-        FormatError: The cache is damaged.
+        SettingsError: A cache was made by another tokenizer, or lacks the borders of its isolated documents; or the
+            caches do not go together.
+        ValueError: They have too few sequences for a batch, or none that are not held out, or no tokenizer was given.
+        FormatError: A cache is damaged.
     """
-    cache = open_shards(path)
-    if hold_out >= len(cache):
-        raise ValueError(f"{path}: has {len(cache)} sequences, hold_out {hold_out} leaves none to train on")
-    _check_enough(path, len(cache) - hold_out, batch_size, world_size)
-    if window is None and cache.header.seq_len == 0:
-        window = ragged_window
+    caches = [open_shards(path) for path in paths]
+    named_caches = list(zip(paths, caches, strict=True))
+    for path, cache in named_caches:
+        if hold_out >= len(cache):
+            raise ValueError(f"{path}: has {len(cache)} sequences, hold_out {hold_out} leaves none to train on")
+    where = " + ".join(map(str, paths))
+    parts = [range(len(cache) - hold_out) for cache in caches]
+    _check_enough(where, sum(map(len, parts)), batch_size, world_size)
+    seq_lens = [cache.header.seq_len for cache in caches]
     dataset = SparseLogitDataset(
-        cache,
+        caches,
+        weights=weights,
         batch_size=batch_size,
         seed=seed,
         rank=rank,
         world_size=world_size,
-        window=window,
-        sequences=range(len(cache) - hold_out),
+        window=ragged_window if window is None and not all(seq_lens) else window,
+        sequences=parts,
     )
-    header = cache.header
-    check_borders(cache)
-    loaded = _tokenizer(path, tokenizer, named, made_by(header))
+    for cache in caches:
+        check_borders(cache)
+    fingerprints = [cache.fingerprint for cache in caches]
     return Stream(
-        source=path,
+        source=where,
         dataset=dataset,
-        tokenizer=loaded,
-        vocab_size=header.vocab_size,
-        seq_len=header.seq_len,
-        sampler=str(header.sampler),
+        tokenizer=_tokenizer([(path, made_by(cache.header)) for path, cache in named_caches], tokenizer, named),
+        vocab_size=caches[0].header.vocab_size,
+        seq_len=max(seq_lens) if all(seq_lens) else 0,
+        sampler=str(caches[0].header.sampler),
         isolated=dataset.isolated,
-        identity={"cache": cache.fingerprint},
-        note=_author_note(path, header),
+        identity={"cache": fingerprints if len(caches) > 1 else fingerprints[0]},
+        note="; ".join(filter(None, (_author_note(path, cache.header) for path, cache in named_caches))),
     )
 
 
@@ -325,7 +327,7 @@ def open_tokens(
     """
     store = TokenStore(path)
     facts = store.facts
-    loaded = _tokenizer(path, tokenizer, named, facts.made_by)
+    loaded = _tokenizer([(path, facts.made_by)], tokenizer, named)
     sequences = open_sequences(
         path,
         packing=packing,
@@ -374,14 +376,16 @@ def made_by(header: Header) -> MadeBy:
     return MadeBy(header.tokenizer_fingerprint, header.vocab_size, vocabulary if isinstance(vocabulary, str) else "")
 
 
-def _tokenizer(source: Path | str, name: str | None, named: loading.Named | None, maker: MadeBy) -> Any:
+def _tokenizer(made: Sequence[tuple[Path | str, MadeBy]], name: str | None, named: loading.Named | None) -> Any:
+    """The student's tokenizer, sure to be the one that made each of the sources."""
     if name is None:
         raise ValueError("a new student needs a tokenizer: give tokenizer, the path or name of one")
     loaded = loading.load_tokenizer(name, **(named or {}))
-    conflict = maker.conflict(loaded)
-    if conflict:
-        raise SettingsError(
-            f"{source} was made by a different tokenizer, not {name}: {conflict}; make it again with this tokenizer, "
-            "or give the student the one that made it"
-        )
+    for source, maker in made:
+        conflict = maker.conflict(loaded)
+        if conflict:
+            raise SettingsError(
+                f"{source} was made by a different tokenizer, not {name}: {conflict}; make it again with this "
+                "tokenizer, or give the student the one that made it"
+            )
     return loaded

@@ -95,7 +95,8 @@ def train(config: TrainConfig, *, report: Report | None = None) -> TrainSummary:
     check_installed(config)
     with processes.stoppable() as stop, processes.joined(config.device) as process:
         if process.is_first and report is None:
-            say(f"train {config.method}: opening {config.cache or config.tokens} and {_student_of(config)}")
+            source = " + ".join(map(str, config.cache)) or config.tokens
+            say(f"train {config.method}: opening {source} and {_student_of(config)}")
         stream = open_stream(config, process.rank, process.world_size)
         held_out = open_held_out(config, stream, process.rank, process.world_size)
         if process.is_first and stream.note:

@@ -61,9 +61,9 @@ class Origin:
 
     def num_learnt(self, cache_fingerprint: str, num_sequences: int) -> int:
         """How many sequences at the beginning of a cache it learnt from, 0 of another."""
-        theirs = self.settings.get("cache")
+        theirs = self.settings.get("cache")  # of one cache, or of several
         hold_out = self.settings.get("hold_out", 0)
-        return max(0, num_sequences - hold_out) if theirs == cache_fingerprint else 0
+        return max(0, num_sequences - hold_out) if theirs and cache_fingerprint in theirs else 0
 
     def check_part(self, where: object, cache_fingerprint: str, num_sequences: int, part: range) -> None:
         """

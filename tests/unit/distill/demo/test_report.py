@@ -83,8 +83,9 @@ def test_the_table_is_aligned_markdown():
 
 def test_commands_have_the_flags_that_are_not_defaults():
     """A command names each setting that differs from its default, quoted for a shell, and no other."""
-    config = TrainConfig(out=Path("my runs"), cache=Path("c"), steps=5)
-    assert "sklformat train --out 'my runs' --cache c --steps 5" == command("train", config)
+    config = TrainConfig(out=Path("my runs"), cache=(Path("c"), Path("d")), steps=5, shard=True, keep_checkpoint=False)
+    expected = "sklformat train --out 'my runs' --cache c d --steps 5 --no-keep-checkpoint --shard"
+    assert expected == command("train", config)
     measuring = EvalConfig(student="s", tokens=Path("t"), seq_len=8)
     lines = commands((config, measuring), [], [])
     assert ["sklformat eval --student s --seq-len 8 --tokens t"] == lines[1:]

@@ -95,7 +95,7 @@ def cache(tmp_path):
 
 def open_cache(place, source, **changes):
     values = {"batch_size": 2, "seed": 5, "rank": 0, "world_size": 1, "tokenizer": str(place / "tokenizer")}
-    return streams.open_cache(source, **(values | changes))
+    return streams.open_caches([source], **(values | changes))
 
 
 @pytest.mark.parametrize("window", [None, 2])

@@ -1,0 +1,99 @@
+"""Runs that learn from several caches at once."""
+
+import json
+
+import numpy as np
+import pytest
+import student_data
+import torch
+from student_data import config_of, losses_of, silent, stop_at, write_place
+
+import sklformat as skl
+from sklformat.distill import SparseLogitDataset
+from sklformat.distill.models import loading, tokenization
+from sklformat.distill.student.measures.origins import Origin
+from sklformat.distill.student.training import train
+from sklformat.distill.text.fingerprints import tokenizer_fingerprint
+from sklformat.flags import parse
+from sklformat.settings.train import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = write_place(tmp_path_factory.mktemp("mixed"))
+    tokenizer = loading.load_tokenizer(root / "tokenizer")
+    rng = np.random.default_rng(0)
+    others = rng.integers(0, tokenization.num_ids(tokenizer), (12, student_data.SEQ_LEN + 1))
+    student_data.write_cache(
+        root / "other", others, tokenization.num_ids(tokenizer), tokenizer_fingerprint(tokenizer), "multinomial", 12
+    )
+    return root
+
+
+def mixed(place, out, **changes):
+    caches = (place / "random", str(place / "other"))
+    return config_of(place, out, cache=caches, cache_weights=(0.25, 0.75), hold_out=4, **changes)
+
+
+def test_a_mixture_is_the_streams_own(place, tmp_path):
+    """The run learns from the stream of SparseLogitDataset over both, without what each holds out, and says so."""
+    train(mixed(place, tmp_path / "run", steps=1), report=silent)
+    stream = SparseLogitDataset(
+        [place / "random", place / "other"], weights=[0.25, 0.75], batch_size=4, sequences=[range(16), range(8)]
+    )
+    batch = next(iter(stream))
+    student = loading.new_llama(
+        vocab_size=stream.cache.header.vocab_size, hidden_size=16, num_layers=1, num_heads=2, max_positions=16, seed=0
+    )
+    with torch.no_grad():
+        log_p = student(batch.input_ids).logits.flatten(0, 1).log_softmax(-1)
+    ids, probs, _ = batch.padded()
+    ids, probs = ids.flatten(0, 1).long(), probs.flatten(0, 1)
+    log_t = torch.where(probs > 0, probs, 1.0).log()
+    expected = (probs * (log_t - log_p.gather(1, ids))).sum(-1).mean()
+    assert float(expected) == pytest.approx(losses_of(tmp_path / "run")[0][1], abs=1e-5)
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [skl.open(place / name).fingerprint for name in ("random", "other")] == settings["cache"]
+    assert [0.25, 0.75] == settings["cache_weights"]
+
+
+def test_a_mixed_run_resumes_bit_for_bit(place, tmp_path):
+    """Stopped and resumed, also across the ends of a cache, it ends with the same losses; other weights are refused."""
+    train(mixed(place, tmp_path / "whole"), report=silent)
+    with pytest.raises(KeyboardInterrupt):
+        train(mixed(place, tmp_path / "cut"), report=stop_at(7))
+    train(mixed(place, tmp_path / "cut"), report=silent)
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "cut")
+    with pytest.raises(skl.SettingsError, match=r"cache_weights was \[0.25, 0.75\], asked for is None"):
+        train(config_of(place, tmp_path / "cut", cache=(place / "random", place / "other"), hold_out=4), report=silent)
+
+
+def test_evaluation_is_on_what_the_first_holds_out(place, tmp_path):
+    """Without an eval_cache, the first cache's held-out part; a cache of which training sees the most is refused."""
+    summary = train(mixed(place, tmp_path / "run", steps=1, eval_every=1), report=silent)
+    alone = config_of(place, tmp_path / "alone", hold_out=4, eval_every=1, steps=1)
+    assert summary.evaluation.keys() == train(alone, report=silent).evaluation.keys()
+    with pytest.raises(skl.SettingsError, match="other: training sees 8 of its 12 sequences, the first is number 0"):
+        train(mixed(place, tmp_path / "no", eval_every=1, eval_cache=place / "other"), report=silent)
+
+
+def test_eval_knows_all_that_a_mixed_run_learnt_from(place, tmp_path):
+    """What eval --cache refuses of one cache it refuses of each of several."""
+    train(mixed(place, tmp_path / "run", steps=1), report=silent)
+    origin = Origin.of(str(tmp_path / "run" / "model"))
+    learnt = [origin.num_learnt(skl.open(place / name).fingerprint, 12) for name in ("random", "other", "topk")]
+    assert [8, 8, 0] == learnt
+
+
+def test_weights_are_one_for_each_cache(place, tmp_path):
+    """Others are refused before anything is read."""
+    with pytest.raises(ValueError, match="cache_weights needs one for each cache, got 3 for 2"):
+        config_of(place, tmp_path / "run", cache=("a", "b"), cache_weights=(1, 2, 3))
+
+
+def test_caches_add_up_on_the_command_line():
+    """--cache may be repeated, or take several; each with a weight."""
+    for words in (["--cache", "a", "--cache", "s3://b/c"], ["--cache", "a", "s3://b/c"]):
+        config, _ = parse(TrainConfig, "train", [*words, "--cache-weights", ".7", ".3", "--out", "o"])
+        assert ["a", "s3://b/c"] == [str(cache) for cache in config.cache]
+        assert (0.7, 0.3) == config.cache_weights
