@@ -4,7 +4,7 @@ Train a transformers student from a cache in a plain loop that resumes exactly w
     python own_loop.py CACHE STUDENT CHECKPOINT.pt
 
 The checkpoint holds the state of the batch that was trained on last; the loader resumes right after it.  One process;
-`sklformat train` under torchrun is the data-parallel loop.
+ddp.py and fsdp2.py are for several.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from sklformat.distill import SparseLogitDataset, linear_sparse_kl, output_head
+from sklformat.distill import SparseLogitDataset, linear_sparse_kl, run_to_head
 
 
 def save(checkpoint: Path, state: dict) -> None:
@@ -38,7 +38,6 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = AutoModelForCausalLM.from_pretrained(options.student).to(device).train()
-    head = output_head(student)  # with its bias, scale and cap
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate)
     dataset = SparseLogitDataset(options.cache, batch_size=options.batch_size, seed=0)
     step = 0
@@ -54,9 +53,9 @@ def main() -> None:
         dataset.set_epoch(epoch)  # after load_state_dict: the rest of its epoch
         for loaded in DataLoader(dataset, batch_size=None, num_workers=options.num_workers):
             batch = loaded.to(device)
-            hidden = student.base_model(batch.input_ids).last_hidden_state.flatten(0, 1)
+            hidden, head, balance = run_to_head(student, batch.input_ids)
             loss = linear_sparse_kl(hidden, head, batch.targets)
-            loss.backward()
+            (loss + balance).backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
