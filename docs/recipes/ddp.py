@@ -53,7 +53,7 @@ def main() -> None:
     if options.batch_size % world_size:
         parser.error(f"--batch-size {options.batch_size} cannot be divided among {world_size} processes")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    student = AutoModelForCausalLM.from_pretrained(options.student).to(device).train()
+    student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32).to(device).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate)
     # Made after init_process_group, it gives each process its share of every step.
     dataset = SparseLogitDataset(options.cache, batch_size=options.batch_size // world_size, seed=0)
