@@ -25,6 +25,13 @@ from system import HANGS
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 STEPS, STOP = 20, 7  # an epoch has five
 FLAGS = ("--batch-size", "4", "--learning-rate", "1e-2", "--log-every", "1", "--save-every", "3")
+FSDP2 = """\
+distributed_type: FSDP
+fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, fsdp_state_dict_type: SHARDED_STATE_DICT}
+num_machines: 1
+num_processes: 2
+use_cpu: true
+"""
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
@@ -152,6 +159,23 @@ def test_under_torchrun(place, alone, tmp_path, recipe):
     )  # fmt: skip
     assert 0 == done.returncode, done.stderr
     assert alone[0] == pytest.approx(losses_of(done.stdout), rel=1e-5)
+
+
+@pytest.mark.integration
+def test_accelerate_divides_the_student(place, alone, tmp_path):
+    """Under accelerate's own FSDP2 the recipe needs no other line, and resumes."""
+    settings = tmp_path / "fsdp.yaml"
+    settings.write_text(FSDP2)
+    for steps in (STOP, STEPS):
+        words = [RECIPES / "accelerate_loop.py", place / "cache", place / "student", tmp_path / "run", "--steps", steps]
+        words += ["--batch-size", 2, *FLAGS[2:]]
+        done = subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", "--config_file", settings, *map(str, words)],
+            env=os.environ, capture_output=True, text=True, check=False, timeout=HANGS,
+        )  # fmt: skip
+        assert 0 == done.returncode, done.stderr
+    last = {step: loss for step, loss in alone[0].items() if step > STOP}
+    assert last == pytest.approx(losses_of(done.stdout), rel=1e-5)
 
 
 @pytest.mark.integration

@@ -95,15 +95,20 @@ def unwrapped(model: Any) -> Any:
     The model of transformers or peft inside DistributedDataParallel, torch.compile and the like.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or torch's first FSDP is around it.
     """
     plain = model
-    while not hasattr(plain, "get_output_embeddings"):
-        inner = getattr(plain, "module", None) or getattr(plain, "_orig_mod", None)
-        if inner is None:
+    while True:
+        if type(plain).__name__ == "FullyShardedDataParallel":  # which answers for the model that it holds
+            raise ValueError(
+                "FullyShardedDataParallel keeps weights in flat pieces, of which no head can be had; use fully_shard, "
+                "which accelerate and Trainer take as fsdp_version 2"
+            )
+        if hasattr(plain, "get_output_embeddings"):
+            return plain
+        plain = getattr(plain, "module", None) or getattr(plain, "_orig_mod", None)
+        if plain is None:
             raise ValueError(f"a {type(model).__name__} is no causal language model of transformers or peft")
-        plain = inner
-    return plain
 
 
 def root_outputs(

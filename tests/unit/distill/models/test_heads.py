@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional
 
 import sklformat.distill
@@ -263,6 +263,14 @@ def test_wrappers_are_called_themselves():
     assert_equal(grads, wanted, rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="a Linear is no causal language model of transformers or peft"):
         run_to_head(torch.nn.Linear(1, 1), ids_BT)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning")
+def test_the_first_fsdp_is_refused(one_process):
+    """Its flat pieces hold no head; the message names what has one."""
+    flat = FullyShardedDataParallel(make("Phi"), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="keeps weights in flat pieces, of which no head can be had; use fully_shard"):
+        run_to_head(flat, ids_and_targets()[0])
 
 
 def test_documents_stay_apart_up_to_the_head():
