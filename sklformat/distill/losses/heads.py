@@ -143,7 +143,7 @@ def refuse_sharded(name: str, tensor: Tensor) -> None:
     """
     if hasattr(tensor, "full_tensor"):
         raise ValueError(
-            f"{name} is a DTensor, of which each process holds a part; call the sharded model itself first, with "
-            "output_hidden_states=True and logits_to_keep=1, and take the head after that, while it is whole "
+            f"{name} is a DTensor, of which each process holds a part; call the sharded model itself first: "
+            "run_to_head(model, input_ids) does, and gives the head while it is whole "
             '(docs/training.md, "A sharded student")'
         )
