@@ -19,7 +19,7 @@ from sklformat.distill.text.facts import Encoder
 from sklformat.distill.text.fingerprints import text_fingerprint
 from sklformat.distill.text.sources import hub
 from sklformat.distill.text.sources.json_rows import kind_of
-from sklformat.distill.text.sources.rows import Row, read_made
+from sklformat.distill.text.sources.rows import Row, UnlikeError, read_made
 from sklformat.errors import describe_bad_json
 from sklformat.settings.files import TextFiles
 from sklformat.settings.text import ANSWERS, Marked
@@ -78,7 +78,8 @@ def read_texts(files: TextFiles) -> Iterator[Text]:
         files: The choice.
 
     Raises:
-        ValueError: As ``read_documents``, and for rows that are no such thing, or another than the first; names them.
+        ValueError: As ``read_documents``, and for rows that are no such thing, or another than the first, which is no
+            file to be skipped; names them.
     """
     source = ", ".join(map(str, files.text))
     wanted = {files.text_field, *_MESSAGES, _PROMPT, _COMPLETION, _TOOLS}
@@ -183,7 +184,10 @@ class _Reader:
         chat_field = self._chat_field(row)
         if self._first is not None and chat_field != self._first[0]:
             there, here = (f"a chat in {field!r}" if field else "text" for field in (self._first[0], chat_field))
-            raise ValueError(f"{row.place} holds {here}, {self._first[1]} holds {there}; give files of one kind")
+            raise UnlikeError(
+                f"{row.place} holds {here}, {self._first[1]} holds {there}; give files of one kind, and leave the "
+                "others out (--include, --exclude)"
+            )
         made: Text | None
         if chat_field is None:
             made = document_of(row, self._field)

@@ -38,6 +38,10 @@ class Row(NamedTuple):
     values: Mapping[str, Any]
 
 
+class UnlikeError(ValueError):
+    """Rows are of unlike kinds. None of their files is bad: which to leave out is for their user to say."""
+
+
 def read_made(
     files: TextFiles, make: Callable[[Row], Made | None], *, wanted: Collection[str] | None = None
 ) -> Iterator[Made]:
@@ -45,7 +49,8 @@ def read_made(
     What a function makes of the rows of all files, in order; one row is in memory at a time.
 
     With ``on_bad_file`` "skip", a file that holds a row which cannot be read, or of which ``make`` makes nothing but a
-    ``ValueError``, is left out whole: every file is read twice. Those left out are named on stderr at the end.
+    ``ValueError`` (``UnlikeError`` apart), is left out whole: every file is read twice. Those left out are named on
+    stderr at the end.
 
     Args:
         files: The choice; looked at in the call, the content of the files later.
@@ -79,6 +84,8 @@ def _skipping(found: list[File], made: Callable[[File], Iterator[Made]]) -> Iter
         try:
             for _ in made(file):
                 pass
+        except UnlikeError:
+            raise
         except (ValueError, FormatError, PermissionError) as error:
             faults.append(" ".join(str(error).split()))
             continue

@@ -19,6 +19,7 @@ from sklformat.distill.text.sources import hub
 from sklformat.distill.text.sources.json_rows import read_array
 from sklformat.distill.text.sources.rows import Row
 from sklformat.distill.text.sources.tables import read_arrow
+from sklformat.settings.files import TextFiles
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,21 @@ def test_rows_of_two_kinds():
     message = "a.jsonl: line 2 holds a chat in 'messages', a.jsonl: line 1 holds text; give files of one kind"
     with pytest.raises(ValueError, match=message):
         reader(Row("y", "a.jsonl: line 2", {"messages": [SAY]}))
+
+
+@pytest.mark.parametrize("names", [("README.md", "a.jsonl"), ("a.jsonl", "z.txt")])
+def test_files_of_two_kinds_are_no_bad_files(tmp_path, names):
+    """A file of prose beside chats is not skipped, nor are the chats beside a file of prose: the user chooses."""
+    for name in names:
+        is_chat = name == "a.jsonl"
+        (tmp_path / name).write_text(json.dumps({"messages": [SAY]}) + "\n" if is_chat else "prose")
+    files = TextFiles(text=(tmp_path,), on_bad_file="skip")
+    with pytest.raises(
+        ValueError, match=f"{names[1]}.* holds .*{names[0]}.* holds .*; give files of one kind, and leave"
+    ):
+        list(chats.read_texts(files))
+    (tmp_path / names[1]).write_bytes(b"\0")
+    assert 1 == len(list(chats.read_texts(files)))
 
 
 @pytest.mark.parametrize(
