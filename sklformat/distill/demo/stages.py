@@ -235,7 +235,10 @@ def _evaluated(config: EvalConfig) -> Evaluation:
     """Evaluate once; the directory's settings guarantee that a result that is there is the same one."""
     assert config.out is not None
     if config.out.exists():
-        return Evaluation(**json.loads(config.out.read_text()))
+        try:
+            return Evaluation(**json.loads(config.out.read_text()))
+        except (TypeError, ValueError):
+            say(f"    {config.out}: is not what this version writes; measuring again")
     return evaluate(config)
 
 

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 # Where models keep what is below their head, if not where their class says.
 _BODIES = ("model", "transformer", "backbone")
+# What configs call the weight of the loss that balances experts: most of them, and JetMoe's.
+_BALANCES = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def body(model: PreTrainedModel) -> tuple[str, Any]:
@@ -58,7 +60,10 @@ def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT:
 
 def balance_weight(model: PreTrainedModel) -> float:
     """Weight of the balancing loss that a mixture of experts has in its config, 0 for none; added only where asked."""
-    return float(getattr(model.config.get_text_config(), "router_aux_loss_coef", None) or 0)
+    config = model.config.get_text_config()
+    known = [getattr(config, name, None) for name in _BALANCES]
+    known.append(getattr(getattr(config, "ffn_config", None), "moe_loss_weight", None))  # DBRX's
+    return float(next(filter(None, known), 0))
 
 
 def asks_for_balance(model: PreTrainedModel) -> bool:

@@ -133,12 +133,7 @@ def position_ids_of(sequences: Sequences, chosen: NDArray[np.int64], starts: Sta
 
 
 def one_hot(labels_BT: Tensor) -> Targets:
-    """
-    Cross-entropy as targets: all of the probability on the label, no record where the label is -100.
-
-    Args:
-        labels_BT: [B, T] int64, on the CPU.
-    """
+    """Cross-entropy as targets, of labels on the CPU: all probability on the label, no record where that is -100."""
     labels_P = labels_BT.flatten()
     has_label_P = labels_P != IGNORED_LABEL
     offsets = torch.zeros(labels_P.numel() + 1, dtype=torch.int64)

@@ -345,6 +345,27 @@ def test_the_balancing_loss_is_the_models_own():
     assert balance > 0
 
 
+def test_the_balancing_loss_by_other_names():
+    """DBRX and JetMoe have the weight elsewhere in their configs; the loss is their own training's."""
+    ids_BT, _ = ids_and_targets()
+    parts = {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_loss_weight": 0.5},
+    }
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 16, "vocab_size": V}
+    dbrx = transformers.DbrxConfig(**sizes, **parts, output_router_logits=True, tie_word_embeddings=False)
+    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "kv_channels": 8}
+    sizes |= {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    jetmoe = transformers.JetMoeConfig(**sizes, **SMALL, aux_loss_coef=0.5, output_router_logits=True)
+    for kind, config in (("Dbrx", dbrx), ("JetMoe", jetmoe)):
+        torch.manual_seed(0)
+        model = getattr(transformers, kind + "ForCausalLM")(config)
+        _, balance = outputs.hidden_states_and_balance(model, ids_BT)
+        whole, bare = (model(input_ids=ids_BT, labels=ids_BT, output_router_logits=on).loss for on in (True, False))
+        torch.testing.assert_close(balance, whole - bare, rtol=1e-4, atol=1e-5)
+        assert balance > 0
+
+
 def test_no_balancing_loss_where_none_is_asked_for():
     """A config that does not ask gets none; one that asks a model without such a loss is refused."""
     ids_BT, _ = ids_and_targets()

@@ -91,9 +91,8 @@ def test_files_of_two_kinds_are_no_bad_files(tmp_path, names):
         is_chat = name == "a.jsonl"
         (tmp_path / name).write_text(json.dumps({"messages": [SAY]}) + "\n" if is_chat else "prose")
     files = TextFiles(text=(tmp_path,), on_bad_file="skip")
-    with pytest.raises(
-        ValueError, match=f"{names[1]}.* holds .*{names[0]}.* holds .*; give files of one kind, and leave"
-    ):
+    message = f"{names[1]}.* holds .*{names[0]}.* holds .*; give files of one kind, and leave the others out"
+    with pytest.raises(ValueError, match=message):
         list(chats.read_texts(files))
     (tmp_path / names[1]).write_bytes(b"\0")
     assert 1 == len(list(chats.read_texts(files)))
