@@ -1,6 +1,7 @@
 """
 Losses and metrics on plain tensors; knows nothing else of sklformat.
 
+arguments  what a loss is asked for, checked once
 heads      a model's head: weight, bias, scale, cap
 kl         sparse_kl and linear_sparse_kl
 methods    each distillation method as one row form

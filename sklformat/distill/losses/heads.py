@@ -11,9 +11,49 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """
+    The part of a vocabulary that one process of a group has, of a head or of logits that are divided among them.
+
+    Attributes:
+        first: Its first id; it has as many as there are rows of the weight, or columns of the logits.
+        vocab_size: V of all processes together.
+        group: Those that have the parts, in which every process takes each loss, of the same positions and targets;
+            None: all processes.
+    """
+
+    first: int
+    vocab_size: int
+    group: dist.ProcessGroup | None = None
+
+    def check(self, width: int) -> None:
+        """Refuse a part that is not one of the vocabulary."""
+        if not 0 <= self.first <= self.first + width <= self.vocab_size:
+            raise ValueError(
+                f"a shard of ids {self.first} to {self.first + width - 1} is no part of a vocabulary of "
+                f"{self.vocab_size}"
+            )
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of all processes, entry by entry, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+        return values
+
+    def sums(self, *tensors: Tensor | None) -> list[Any]:
+        """Their sums over all processes, by one collective; None stays None."""
+        there = [tensor for tensor in tensors if tensor is not None]
+        packed = torch.cat([tensor.flatten() for tensor in there])
+        dist.all_reduce(packed, group=self.group)
+        parts = iter(torch.split(packed, [tensor.numel() for tensor in there]))
+        return [None if tensor is None else next(parts).view(tensor.shape) for tensor in tensors]
 
 
 @dataclass(frozen=True)
@@ -30,6 +70,7 @@ class OutputHead:
         scale: Factor of the logits, not 0; of a head that divides them the inverse.
         low_rank: Triples of down [K, D], up [V, K] and a factor: each adds factor · up down to the weight.  The sum is
             never formed, so that a small adapter is not lost in the rounding of a half-precision weight.
+        shard: Which ids the rows of the weight are of, where processes have a part of the head each; None: all.
 
     Raises:
         ValueError: A part does not fit the weight, or scale or cap is no such number.
@@ -40,6 +81,7 @@ class OutputHead:
     softcap: float | None = None
     scale: float = 1.0
     low_rank: tuple[tuple[Tensor, Tensor, float], ...] = ()
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in self._tensors():
@@ -56,6 +98,8 @@ class OutputHead:
                 )
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"the head's softcap is {self.softcap}; need a number above 0, or None for no cap")
+        if self.shard is not None:
+            self.shard.check(len(self.weight))
         if self.scale == 0 or not math.isfinite(self.scale):
             raise ValueError(f"the head's scale is {self.scale}; need a finite number that is not 0")
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from sklformat.distill.kernels import run_on
-from sklformat.distill.losses.heads import OutputHead, joined, refuse_sharded
+from sklformat.distill.losses.arguments import IGNORED_LABEL, matmul_dtype
+from sklformat.distill.losses.heads import OutputHead, Shard, joined, refuse_sharded
 from sklformat.distill.losses.methods import METHODS
-from sklformat.distill.losses.operators import Parts, linear_sparse_kl_operator, parts_of, sparse_kl_operator
-from sklformat.distill.losses.rows import IGNORED_LABEL, matmul_dtype
+from sklformat.distill.losses.operators import Parts, linear_sparse_kl_operator, named, parts_of, sparse_kl_operator
 from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, PaddedTargets, RaggedTargets
 
 __all__ = [
@@ -66,6 +66,7 @@ def sparse_kl(
     ce_weight: float = 0.0,
     position_weights_P: Tensor | None = None,
     normaliser: Tensor | float | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     """
     KL(target || student) in nats, the mean over the positions that count.
@@ -102,6 +103,8 @@ def sparse_kl(
             positions that count.  None: 1 everywhere.
         normaliser: What to divide sum(w L) by instead of sum(w), one number: the positions that count in all
             micro-batches and processes of a step, whose losses then add up to that of the whole step.  None: sum(w).
+        shard: Which ids the columns are of, where processes have a part of each row; None: all.  Each process has the
+            value then, and the gradient of its part.  Not for "full".
 
     Returns:
         Scalar, float32 (float64 for float64), nats per position.  The gradient is computed here, together with the
@@ -118,6 +121,8 @@ def sparse_kl(
     if logits_PV.dim() != 2:
         raise ValueError(f"logits_PV has shape {list(logits_PV.shape)}; need [positions, V]: flatten the sequences")
     refuse_sharded("what the loss is taken of", logits_PV)
+    if shard is not None:
+        shard.check(logits_PV.shape[1])
     parts = parts_of(_prepared(targets))
     _check_devices(logits_PV.device, parts, labels_P, position_weights_P)
     loss: Tensor
@@ -129,6 +134,7 @@ def sparse_kl(
         ce_weight,
         position_weights_P,
         None if normaliser is None else torch.as_tensor(normaliser),
+        named(shard),
         torch.is_grad_enabled() and logits_PV.requires_grad,
     )
     return loss
@@ -204,6 +210,7 @@ def linear_sparse_kl(
         ce_weight,
         position_weights_P,
         None if normaliser is None else torch.as_tensor(normaliser),
+        named(head.shard),
         chunk_positions,
         compute,
         [enabled and tensor is not None and tensor.requires_grad for tensor in inputs],

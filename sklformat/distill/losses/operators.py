@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sklformat.distill.losses.heads import OutputHead, Shape, joined
+from sklformat.distill.losses.heads import OutputHead, Shape, Shard, joined
 from sklformat.distill.losses.rows import LossRows
 from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, Ragged
 
@@ -52,6 +52,18 @@ def _targets_of(
     return (first, second) if third is None else Ragged(first, second, third)
 
 
+_SHARDS: dict[str, Shard] = {}
+
+
+def named(shard: Shard | None) -> str:
+    """The name by which an operator knows a shard, which is no tensor; "" for None."""
+    if shard is None:
+        return ""
+    name = f"{shard.first} of {shard.vocab_size} in {'all' if shard.group is None else shard.group.group_name}"
+    _SHARDS[name] = shard
+    return name
+
+
 @torch.library.custom_op("sklformat::sparse_kl", mutates_args=())
 def sparse_kl_operator(
     logits_PV: Tensor,
@@ -66,6 +78,7 @@ def sparse_kl_operator(
     ce_weight: float,
     weights_P: Tensor | None,
     normaliser: Tensor | None,
+    shard: str,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, what it was divided by, and the gradient before that division, empty where it is not wanted."""
@@ -77,9 +90,10 @@ def sparse_kl_operator(
             ce_weight,
             weights_P,
             num_positions=logits_PV.shape[0],
-            vocab_size=logits_PV.shape[1],
+            vocab_size=_SHARDS[shard].vocab_size if shard else logits_PV.shape[1],
             like=logits_PV,
             normaliser=normaliser,
+            shard=_SHARDS.get(shard),
         )
         grad_PV = logits_PV.new_empty(logits_PV.shape if want_grad else (0,))
         loss = torch.zeros((), dtype=rows.dtype, device=rows.device)
@@ -135,6 +149,7 @@ def linear_sparse_kl_operator(
     ce_weight: float,
     weights_P: Tensor | None,
     normaliser: Tensor | None,
+    shard: str,
     chunk_positions: int,
     compute: torch.dtype,
     want_grads: Sequence[bool],
@@ -153,9 +168,10 @@ def linear_sparse_kl_operator(
             ce_weight,
             weights_P,
             num_positions=hidden_PD.shape[0],
-            vocab_size=weight_VD.shape[0],
+            vocab_size=_SHARDS[shard].vocab_size if shard else weight_VD.shape[0],
             like=hidden_PD,
             normaliser=normaliser,
+            shard=_SHARDS.get(shard),
             shape=Shape.of(OutputHead(weight_VD, bias_V, softcap, scale)),
         )
         grad_hidden_PD, grad_columns_VX, grad_bias_V = _empty_grads(hidden_PD, weight_VD, bias_V, want_grads)
@@ -166,7 +182,7 @@ def linear_sparse_kl_operator(
         grad_bias_V.zero_()
         loss = torch.zeros((), dtype=rows.dtype, device=rows.device)
         weight_VX = joined(weight_VD, up_VK).to(compute)
-        buffer_CV = torch.empty(chunk_positions, rows.vocab_size, dtype=compute, device=rows.device)
+        buffer_CV = torch.empty(chunk_positions, len(weight_VD), dtype=compute, device=rows.device)
         for span, blocks in rows.chunks(chunk_positions):
             hidden_CX = hidden_PD[span].to(compute)
             x_CV = buffer_CV[: len(hidden_CX)]
@@ -178,6 +194,8 @@ def linear_sparse_kl_operator(
                 _add_product(grad_columns_VX, x_CV, hidden_CX[:, learning])
             if want_grads[3]:
                 grad_bias_V += x_CV.sum(0, dtype=rows.dtype)
+        if rows.shard is not None and want_grads[0]:  # each part of the head has its share of it
+            grad_hidden_PD = rows.shard.sums(grad_hidden_PD)[0]
     return loss / rows.total, rows.total, grad_hidden_PD, grad_columns_VX, grad_bias_V
 
 

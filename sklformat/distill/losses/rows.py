@@ -1,7 +1,7 @@
 """
 One dense pass over blocks of logits that turns them into the loss and, in place, into its gradient.
 
-Checks the arguments once, then serves block after block.  Which rows exist, and where they come from, is its caller's.
+Serves block after block.  Which rows exist, and where they come from, is its caller's.
 On a GPU a kernel does the pass, a program for each row (``kernels.loss_rows``); what is here is its oracle.
 Entries of a position's records are formed in float32 (float64 for float64) and overwrite what the dense pass left:
 near the optimum they are small differences of large numbers, and rounding first would lose them.
@@ -11,165 +11,58 @@ Shape letters: P positions, V vocabulary, D hidden size, C positions of a chunk,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sklformat.distill import kernels
-from sklformat.distill.losses.heads import OutputHead, Shape, refuse_sharded
-from sklformat.distill.losses.methods import METHODS, SPARSE_METHODS, Block, mix_ce, segment_sum
-from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, Ragged, RaggedTargets
+from sklformat.distill.losses.arguments import Arguments
+from sklformat.distill.losses.methods import SPARSE_METHODS, Block, mix_ce, segment_sum
+from sklformat.distill.losses.targets import DenseTargets, DenseTeacher
 
-IGNORED_LABEL = -100
 # Elements of the block that the passes of the row form go over: small enough for a CPU's cache, large enough to hide
 # the cost of the ragged operations (CPU) or of the launches (accelerators).
 BLOCK_ELEMENTS_CPU = 1 << 20
 BLOCK_ELEMENTS_DEVICE = 1 << 26
 
 
-class LossRows:
-    """The loss as a function of the rows of the logits: checks the arguments once, then serves block after block."""
+@dataclass
+class Entries:
+    """Single entries of a block: where they lie in it, flattened, and which of them lie here; None: all."""
 
-    def __init__(
-        self,
-        targets: AnyTargets,
-        method: str,
-        labels_P: Tensor | None,
-        ce_weight: float,
-        position_weights_P: Tensor | None,
-        *,
-        num_positions: int,
-        vocab_size: int,
-        like: Tensor,
-        normaliser: Tensor | float | None = None,
-        shape: Shape | None = None,
-    ) -> None:
-        refuse_sharded("what the loss is taken of", like)
-        self.method, self.ce_weight, self.shape = method, ce_weight, shape
-        self.num_positions, self.vocab_size = num_positions, vocab_size
-        self.device = like.device
-        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        if method not in METHODS:
-            raise ValueError(f"method {method!r} is unknown; one of {', '.join(METHODS)}")
-        if not 0 <= ce_weight <= 1:
-            raise ValueError(f"ce_weight {ce_weight} is outside [0, 1]")
-        if not like.is_floating_point():
-            raise ValueError(f"logits or hidden states have type {like.dtype}; need a float type")
-        self.dense: DenseTargets | DenseTeacher | None = None
-        self.teacher_shape: Shape | None = None
-        self.ragged: RaggedTargets | None = None
-        if (method == "full") != isinstance(targets, DenseTargets | DenseTeacher):
-            raise ValueError(
-                f"method {method!r} with {type(targets).__name__}: DenseTargets, DenseTeacher go with 'full'"
-            )
-        if isinstance(targets, DenseTargets | DenseTeacher):
-            counted_P = self._check_dense(targets)
+    index: Tensor
+    own: Tensor | None
+
+    def take(self, flat: Tensor) -> Tensor:
+        """Their values; 0 of those that another process has."""
+        return flat[self.index] if self.own is None else torch.where(self.own, flat[self.index], 0)
+
+    def put(self, flat: Tensor, values: Tensor) -> None:
+        """Overwrite those that are here."""
+        if self.own is None:
+            flat.index_copy_(0, self.index, values)
         else:
-            counted_P = self._check_ragged(Ragged.of(targets) if isinstance(targets, tuple) else targets)
-        self.labels_P: Tensor | None = None
-        if ce_weight > 0 or method == "naive_fix":
-            self.labels_P = self._check_labels(labels_P)
-            counted_P = counted_P & (self.labels_P != IGNORED_LABEL)
-        weights_P = counted_P.to(self.dtype)
-        if position_weights_P is not None:
-            self._check_shape("position_weights_P", position_weights_P, (num_positions,))
-            if self._checks_values and not bool(((position_weights_P >= 0) & position_weights_P.isfinite()).all()):
-                raise ValueError("position_weights_P holds a weight that is negative or not finite")
-            weights_P = torch.where(counted_P, position_weights_P.detach().to(self.dtype), weights_P)
-        self.weights_P = weights_P
-        own_total = weights_P.sum()
-        total = own_total if normaliser is None else self._check_normaliser(normaliser, own_total)
-        # Where nothing counts, value and gradients are 0, on every device without asking.
-        self.total = torch.where(own_total > 0, total, torch.ones_like(total))
+            flat.index_copy_(0, self.index[self.own], values[self.own])
+
+
+class LossRows(Arguments):
+    """The loss as a function of the rows of the logits; serves block after block."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         limit = BLOCK_ELEMENTS_CPU if self.device.type == "cpu" else BLOCK_ELEMENTS_DEVICE
-        self.block_positions = max(1, limit // vocab_size)
+        # The same on all processes of a group, which meet at each block.
+        self.block_positions = max(1, limit // self.vocab_size)
         # A kernel accumulates in float32, and has no need of a teacher's distributions that are whole in memory.
         self.in_kernel = (
-            kernels.run_on(self.device) and self.dtype == torch.float32 and not isinstance(self.dense, DenseTargets)
+            kernels.run_on(self.device)
+            and self.dtype == torch.float32
+            and self.shard is None
+            and not isinstance(self.dense, DenseTargets)
         )
-
-    @property
-    def _checks_values(self) -> bool:
-        # Reading a value of an accelerator's tensor would hold up the host at every step.
-        return self.device.type == "cpu"
-
-    def _check_shape(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; need {list(shape)}")
-
-    def _check_normaliser(self, normaliser: Tensor | float, own_total: Tensor) -> Tensor:
-        total = torch.as_tensor(normaliser).detach().to(own_total, non_blocking=True)
-        if total.numel() != 1:
-            raise ValueError(f"normaliser has shape {list(total.shape)}; need one number, the positions to divide by")
-        if self._checks_values and not 0 <= float(total) < math.inf:
-            raise ValueError(f"normaliser is {float(total)}; need a finite number of positions")
-        if self._checks_values and float(total) == 0 < float(own_total):
-            raise ValueError(
-                f"normaliser is 0, and positions of weight {float(own_total):g} count here; "
-                "sum what counts over all micro-batches and processes"
-            )
-        return total.reshape(())
-
-    def _check_dense(self, targets: DenseTargets | DenseTeacher) -> Tensor:
-        if isinstance(targets, DenseTargets):
-            self._check_shape("probs_PV", targets.probs_PV, (self.num_positions, self.vocab_size))
-        else:
-            hidden_PD, head = targets.hidden_PD, targets.head
-            assert isinstance(head, OutputHead)
-            self._check_shape("the teacher's hidden_PD", hidden_PD, (self.num_positions, *hidden_PD.shape[1:]))
-            self._check_shape("the teacher's head", head.weight, (self.vocab_size, *hidden_PD.shape[1:]))
-            self.teacher_shape = Shape.of(head)
-            targets = DenseTeacher(hidden_PD, head.weight)
-        self.dense = targets
-        return torch.ones(self.num_positions, dtype=torch.bool, device=self.device)
-
-    def _check_ragged(self, targets: RaggedTargets) -> Tensor:
-        ids, probs, offsets = targets.token_ids, targets.probs, targets.offsets
-        if ids.is_floating_point() or not probs.is_floating_point() or offsets.dtype != torch.int64:
-            raise ValueError(
-                f"token_ids, probs, offsets have types {ids.dtype}, {probs.dtype}, {offsets.dtype}; "
-                "need an integer, a float, int64"
-            )
-        self._check_shape("token_ids", ids, tuple(probs.shape[:1]))
-        self._check_shape("probs", probs, tuple(ids.shape))
-        if offsets.shape != (self.num_positions + 1,):
-            raise ValueError(f"offsets has shape {list(offsets.shape)}; need [{self.num_positions + 1}], positions + 1")
-        if self._checks_values:
-            self._check_records(ids.long(), probs, offsets)
-        self.ragged = targets
-        return (offsets.diff() > 0).to(self.device, non_blocking=True)
-
-    def _check_records(self, ids: Tensor, probs: Tensor, offsets: Tensor) -> None:
-        if int(offsets[0]) != 0 or int(offsets[-1]) != len(ids) or bool((offsets.diff() < 0).any()):
-            raise ValueError(f"offsets must rise from 0 to the number of records, {len(ids)}")
-        if len(ids) == 0:
-            return
-        low, high = (int(v) for v in ids.aminmax())
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(f"token_ids go from {low} to {high}; outside [0, {self.vocab_size})")
-        if not bool(((probs >= 0) & probs.isfinite()).all()):
-            raise ValueError("probs holds a value that is negative or not finite")
-        rows_N = torch.repeat_interleave(offsets.diff(), output_size=len(ids))
-        keys_N = rows_N * self.vocab_size + ids
-        if bool((keys_N.diff() <= 0).any()) and bool((keys_N.sort().values.diff() == 0).any()):
-            raise ValueError("token_ids repeat within a position; add up their probs first")
-        if self.method in ("label_smoothing", "ghost_token", "naive_fix"):
-            most = float(segment_sum(probs.float(), offsets).max())
-            if most > 1 + 1e-3:
-                raise ValueError(f"probs of a position sum to {most}; method {self.method!r} needs at most 1")
-
-    def _check_labels(self, labels_P: Tensor | None) -> Tensor:
-        if labels_P is None:
-            raise ValueError(f"labels_P is missing; method {self.method!r} with ce_weight {self.ce_weight} needs it")
-        self._check_shape("labels_P", labels_P, (self.num_positions,))
-        if self._checks_values:
-            bad = (labels_P != IGNORED_LABEL) & ((labels_P < 0) | (labels_P >= self.vocab_size))
-            if bool(bad.any()):
-                raise ValueError(f"label {int(labels_P[bad][0])} is outside [0, {self.vocab_size}) and not -100")
-        return labels_P.long()
 
     def chunks(self, chunk_positions: int) -> Iterator[tuple[slice, list[tuple[int, int, int, int]]]]:
         """Chunks of positions, each with its blocks (start, stop, first record, end record)."""
@@ -243,34 +136,42 @@ class LossRows:
         tanh_RV = None
         if self.shape is not None:
             tanh_RV = self.shape.bend(z_RV.copy_(x_RV))
-            z_RV.sub_(z_RV.amax(1, keepdim=True))
+            z_RV.sub_(self._row_maxima(z_RV))
         elif x_RV.dtype == self.dtype:
-            torch.sub(x_RV, x_RV.amax(1, keepdim=True), out=z_RV)
+            torch.sub(x_RV, self._row_maxima(x_RV), out=z_RV)
         else:
-            z_RV.copy_(x_RV).sub_(x_RV.amax(1, keepdim=True).to(self.dtype))
-        label_index_R = None
-        if self.labels_P is not None:
-            # A position without label has weight 0, so that any id will do.
-            label_index_R = self._flat_rows(stop - start) + self.labels_P[start:stop].clamp(min=0)
+            z_RV.copy_(x_RV).sub_(self._row_maxima(x_RV))
+        # A position without label has weight 0, so that any id will do.
+        labels_R = None if self.labels_P is None else self.labels_P[start:stop].clamp(min=0)
         if self.dense is None:
-            loss_R = self._run_sparse(z_RV, block, weights_R, label_index_R, want_grad=grad_RV is not None)
+            loss_R = self._run_sparse(z_RV, block, weights_R, labels_R, want_grad=grad_RV is not None)
         else:
-            loss_R = self._run_dense(z_RV, start, stop, weights_R, label_index_R, want_grad=grad_RV is not None)
+            loss_R = self._run_dense(z_RV, start, stop, weights_R, labels_R, want_grad=grad_RV is not None)
         if grad_RV is not None and self.shape is not None:
             self.shape.unbend(z_RV, tanh_RV)
         if grad_RV is not None and grad_RV is not z_RV:
             grad_RV.copy_(z_RV)
         return torch.where(weights_R > 0, loss_R * weights_R, 0).sum()
 
-    def _flat_rows(self, num_rows: int) -> Tensor:
-        return torch.arange(num_rows, device=self.device) * self.vocab_size
+    def _row_maxima(self, x_RV: Tensor) -> Tensor:
+        """[R, 1] in the accumulation type, over all processes that have a part of the rows."""
+        largest_R1 = x_RV.amax(1, keepdim=True).to(self.dtype)
+        return largest_R1 if self.shard is None else self.shard.largest(largest_R1)
+
+    def _entries(self, z_RV: Tensor, rows: Tensor, ids: Tensor) -> Entries:
+        """Those of these ids in these rows."""
+        width = z_RV.shape[1]
+        if self.shard is None:
+            return Entries(rows * width + ids, None)
+        local = ids - self.shard.first
+        return Entries(rows * width + local.clamp(0, width - 1), (local >= 0) & (local < width))
 
     def _run_sparse(
         self,
         z_RV: Tensor,
         block: tuple[int, int, int, int],
         weights_R: Tensor,
-        label_index_R: Tensor | None,
+        labels_R: Tensor | None,
         *,
         want_grad: bool,
     ) -> Tensor:
@@ -279,19 +180,25 @@ class LossRows:
         flat = z_RV.view(-1)
         offsets = self.ragged.offsets[start : stop + 1].to(self.device, non_blocking=True) - first
         rows_N = torch.repeat_interleave(offsets.diff(), output_size=end - first)
-        index_N = self.ragged.token_ids[first:end].long() + rows_N * self.vocab_size
-        z_N = flat[index_N]
-        z_label_R = None if label_index_R is None else flat[label_index_R]
+        ids_N = self.ragged.token_ids[first:end].long()
+        records = self._entries(z_RV, rows_N, ids_N)
+        labels = None
+        if labels_R is not None:
+            labels = self._entries(z_RV, torch.arange(stop - start, device=self.device), labels_R)
+        z_N = records.take(flat)
+        z_label_R = None if labels is None else labels.take(flat)
         sum_z_R = z_RV.sum(1) if self.method == "label_smoothing" else None
         z_RV.exp_()
-        e_N = flat[index_N]
-        e_label_R = None if label_index_R is None else flat[label_index_R]
         # With the records' entries out, the row sums to the mass outside K without the cancellation of 1 - P_K.
-        flat.index_fill_(0, index_N, 0)
+        records.put(flat, torch.zeros_like(z_N))
         rest_R = z_RV.sum(1)
+        if self.shard is not None:
+            z_N, z_label_R, sum_z_R, rest_R = self.shard.sums(z_N, z_label_R, sum_z_R, rest_R)
+        e_N = z_N.exp()
+        e_label_R = None if z_label_R is None else z_label_R.exp()
         sum_R = rest_R + segment_sum(e_N, offsets)
         log_sum_R = sum_R.log()
-        is_label_N = None if label_index_R is None else (index_N == label_index_R[rows_N]).to(self.dtype)
+        is_label_N = None if labels_R is None else (ids_N == labels_R[rows_N]).to(self.dtype)
         # Masked ids have a logit of minus infinity: under a target of 0 they must give 0, not NaN.
         lowest = torch.finfo(self.dtype).min
         b = Block(
@@ -314,17 +221,17 @@ class LossRows:
             z_RV.mul_((a_R / sum_R).unsqueeze(1))
             if form.u_R is not None:
                 z_RV.add_((form.u_R * weights_R).unsqueeze(1))
-            if label_index_R is not None and form.label_R is not None and e_label_R is not None:
+            if labels is not None and form.label_R is not None and e_label_R is not None:
                 g_label_R = form.a_R * (e_label_R / sum_R) + form.label_R
                 if form.u_R is not None:
                     g_label_R = g_label_R + form.u_R
-                flat.index_copy_(0, label_index_R, g_label_R * weights_R)
+                labels.put(flat, g_label_R * weights_R)
             # After the label: where it is one of the records, the record's entry already holds its share.
-            flat.index_copy_(0, index_N, form.grad_N * weights_R[rows_N])
+            records.put(flat, form.grad_N * weights_R[rows_N])
         return form.loss_R
 
     def _run_dense(
-        self, z_RV: Tensor, start: int, stop: int, weights_R: Tensor, label_index_R: Tensor | None, *, want_grad: bool
+        self, z_RV: Tensor, start: int, stop: int, weights_R: Tensor, labels_R: Tensor | None, *, want_grad: bool
     ) -> Tensor:
         t_RV, negative_entropy_R = self._teacher_probs(start, stop)
         # As above: a masked id under a target of 0 gives 0.
@@ -332,7 +239,8 @@ class LossRows:
         alpha, beta = self.ce_weight, 1 - self.ce_weight
         target_sum_R = t_RV.sum(1)
         loss_R: Tensor = negative_entropy_R - torch.linalg.vecdot(t_RV, z_RV)
-        z_label_R = None if label_index_R is None else z_RV.view(-1)[label_index_R]
+        labels_R1 = None if labels_R is None else labels_R[:, None]
+        z_label_R = None if labels_R1 is None else z_RV.gather(1, labels_R1)[:, 0]
         z_RV.exp_()
         sum_R = z_RV.sum(1)
         log_sum_R = sum_R.log()
@@ -342,8 +250,8 @@ class LossRows:
         if want_grad:
             z_RV.mul_((weights_R * (beta * target_sum_R + alpha) / sum_R).unsqueeze(1))
             z_RV.sub_(t_RV.mul_((weights_R * beta).unsqueeze(1)))
-            if label_index_R is not None:
-                z_RV.view(-1).index_add_(0, label_index_R, weights_R, alpha=-alpha)
+            if labels_R1 is not None:
+                z_RV.scatter_add_(1, labels_R1, (-alpha * weights_R)[:, None])
         return loss_R
 
     def _teacher_probs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -364,18 +272,3 @@ class LossRows:
         assert isinstance(self.dense, DenseTeacher)
         assert isinstance(self.dense.head, Tensor)
         return torch.mm(self.dense.hidden_PD[span], self.dense.head.t())
-
-
-def matmul_dtype(name: str, hidden_PD: Tensor, weight_VD: Tensor) -> torch.dtype:
-    """Type of the products of hidden states and weight: autocast's where it is on, else the one type of both."""
-    if hidden_PD.dim() != 2 or weight_VD.dim() != 2 or hidden_PD.shape[1] != weight_VD.shape[1]:
-        raise ValueError(
-            f"{name} has shape {list(hidden_PD.shape)}, its head's weight {list(weight_VD.shape)}; "
-            "need [positions, D] and [V, D]"
-        )
-    device = hidden_PD.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden_PD.dtype, weight_VD.dtype):
-        return torch.get_autocast_dtype(device)
-    if hidden_PD.dtype != weight_VD.dtype:
-        raise ValueError(f"{name} has type {hidden_PD.dtype}, its head's weight {weight_VD.dtype}; need one type")
-    return hidden_PD.dtype

@@ -1,0 +1,50 @@
+"""A head whose vocabulary is divided: two real processes against one."""
+
+import json
+
+import pytest
+import shard_runs
+import torch
+from forked import run_ranks
+
+from sklformat.distill.losses.heads import OutputHead, Shard
+from sklformat.distill.losses.kl import DenseTargets, linear_sparse_kl, sparse_kl
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    for done in run_ranks(2, shard_runs.run, folder):
+        assert done.status == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("number", range(len(shard_runs.CASES)), ids=lambda number: shard_runs.CASES[number]["method"])
+def test_two_parts_are_the_whole(number, found):
+    """Value, gradients of hidden states, and each part's gradients, in float64."""
+    whole = {name: torch.tensor(value) for name, value in shard_runs.losses(shard_runs.CASES[number]).items()}
+    parts = [{name: torch.tensor(value) for name, value in each["losses"][number].items()} for each in found]
+    for name in ("loss", "plain", "hidden"):
+        for part in parts:
+            torch.testing.assert_close(part[name], whole[name], rtol=1e-12, atol=1e-14)
+    for name, dim in (("weight", 0), ("bias", 0), ("logits", 1)):
+        together = torch.cat([part[name] for part in parts], dim)
+        torch.testing.assert_close(together, whole[name], rtol=1e-12, atol=1e-14)
+
+
+def test_processes_meet_twice_a_block(found):
+    assert [each["collectives"] for each in found] == [2, 2]
+
+
+def test_shards_that_cannot_be():
+    with pytest.raises(ValueError, match="a shard of ids 3 to 7 is no part of a vocabulary of 7"):
+        OutputHead(torch.ones(5, 2), shard=Shard(3, 7))
+    with pytest.raises(ValueError, match="a shard of ids -1 to 2 is no part of a vocabulary of 7"):
+        sparse_kl(torch.ones(2, 4), shard_runs.problem()[3], shard=Shard(-1, 7))
+    with pytest.raises(ValueError, match="method 'full' takes whole rows; of a head divided among processes take"):
+        linear_sparse_kl(
+            torch.ones(2, 3),
+            OutputHead(torch.ones(4, 3), shard=Shard(0, 9)),
+            DenseTargets(torch.full((2, 9), 1 / 9)),
+            method="full",
+        )
