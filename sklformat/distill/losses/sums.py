@@ -161,12 +161,16 @@ class EvaluationSums:
         step = _block_rows(logits_PV)
         for start in range(0, len(places), step):
             at_R = places[start : start + step]
-            logp_RV = torch.log_softmax(logits_PV[at_R].detach(), 1, dtype=_float(logits_PV))
+            logp_RV = torch.log_softmax(_rows(logits_PV, at_R).detach(), 1, dtype=_float(logits_PV))
             labels_R = labels_P[at_R].long()
-            found = self._of_labels(logp_RV, labels_R)
+            best_logp_R, best_R = logp_RV.max(1)
+            right_R = best_R == labels_R
+            self._reliability.update(best_logp_R.exp(), right_R)
+            loss_R = -logp_RV.gather(1, labels_R.unsqueeze(1))[:, 0]
+            found = {"positions": _count(labels_R), "loss": loss_R, "correct": right_R}
             if teacher_logits_PV is not None:
-                teacher_RV = torch.log_softmax(teacher_logits_PV[at_R].detach(), 1, dtype=_float(logits_PV))
-                found |= _of_teacher(logp_RV, teacher_RV, labels_R)
+                teacher_RV = torch.log_softmax(_rows(teacher_logits_PV, at_R).detach(), 1, dtype=_float(logits_PV))
+                found |= _of_teacher(logp_RV, best_R, teacher_RV, labels_R)
             elif label_logprob_P is not None:
                 found |= {"with_teacher_loss": _count(labels_R), "teacher_loss": -label_logprob_P[at_R]}
             if records is not None:
@@ -176,13 +180,6 @@ class EvaluationSums:
             sums = [values.double().sum() for values in found.values()]
             indices = torch.tensor([_FIGURES.index(name) for name in found])
             self.tensor.index_add_(0, indices, torch.stack(sums).cpu())
-
-    def _of_labels(self, logp_RV: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
-        best_logp_R, best_R = logp_RV.max(1)
-        right_R = best_R == labels_R
-        self._reliability.update(best_logp_R.exp(), right_R)
-        loss_R = -logp_RV.gather(1, labels_R.unsqueeze(1))[:, 0]
-        return {"positions": _count(labels_R), "loss": loss_R, "correct": right_R}
 
     def _mean(self, name: str, count: str, what: str) -> float:
         number = float(self.tensor[_FIGURES.index(count)])
@@ -291,18 +288,29 @@ class _Records:
         return {"cross_entropy": cross_N, "kl_to_records": cross_N + torch.xlogy(t_N, t_N)}
 
 
-def _of_teacher(logp_RV: Tensor, teacher_RV: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
-    """Of log-probabilities of student and teacher."""
+def _of_teacher(logp_RV: Tensor, best_R: Tensor, teacher_RV: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
+    """Of log-probabilities of student and teacher, and of what the student prefers."""
     q_RV = teacher_RV.exp()
     number_R = _count(labels_R)
+    kl_R = torch.linalg.vecdot(q_RV, teacher_RV - logp_RV)
+    if not bool(
+        kl_R.isfinite().all()
+    ):  # ids that a model masks: of the teacher's they give 0, of the student's alone inf
+        kl_R = torch.where(q_RV > 0, q_RV * (teacher_RV - logp_RV), 0).sum(1)
     return {
         "with_teacher": number_R,
         "overlap": torch.minimum(logp_RV.exp(), q_RV).sum(1),
-        "agreed": logp_RV.argmax(1) == teacher_RV.argmax(1),
-        "kl": torch.where(q_RV > 0, q_RV * (teacher_RV - logp_RV), 0).sum(1),
+        "agreed": best_R == teacher_RV.argmax(1),
+        "kl": kl_R,
         "with_teacher_loss": number_R,
         "teacher_loss": -teacher_RV.gather(1, labels_R.unsqueeze(1))[:, 0],
     }
+
+
+def _rows(logits_PV: Tensor, at_R: Tensor) -> Tensor:
+    """Some rows in rising order; those that follow each other are not copied."""
+    first, last = int(at_R[0]), int(at_R[-1])
+    return logits_PV[first : last + 1] if last - first + 1 == len(at_R) else logits_PV.index_select(0, at_R)
 
 
 def _count(labels_R: Tensor) -> Tensor:
