@@ -143,20 +143,16 @@ def unite(
     counts = [np.diff(arrays.offsets) for arrays in teachers]
     present = [np.where(count > 0, weight, 0.0) for count, weight in zip(counts, weights, strict=True)]
     total = np.maximum(sum(present), np.finfo(np.float64).tiny)
-    num_positions = counts[0].size
-    first = np.arange(num_positions + 1) << _ID_BITS
-    keys = np.concatenate(
-        [np.repeat(first[:-1], count) + arrays.token_ids for count, arrays in zip(counts, teachers, strict=True)]
-    )
-    parts = np.concatenate(
-        [
-            np.repeat((mine / total).astype(np.float32), count) * arrays.probs
-            for mine, count, arrays in zip(present, counts, teachers, strict=True)
-        ]
-    )
+    first = np.arange(counts[0].size + 1) << _ID_BITS
+    ends = np.cumsum([arrays.token_ids.size for arrays in teachers]).tolist()
+    keys, parts = np.empty(ends[-1], np.int64), np.empty(ends[-1], np.float32)
+    for arrays, count, mine, end in zip(teachers, counts, present, ends, strict=True):
+        some = slice(end - arrays.token_ids.size, end)
+        np.add(np.repeat(first[:-1], count), arrays.token_ids, out=keys[some])
+        np.multiply(np.repeat((mine / total).astype(np.float32), count), arrays.probs, out=parts[some])
     order = np.argsort(keys, kind="stable")  # which merges what is sorted already, as records of kind counts are
     keys, parts = keys[order], parts[order]
-    begins = np.flatnonzero(np.diff(keys, prepend=-1))
+    begins = np.flatnonzero(np.concatenate([np.ones(min(keys.size, 1), np.bool_), keys[1:] != keys[:-1]]))
     said_by, probs = np.diff(begins, append=keys.size), parts[begins]
     for more in range(1, len(teachers)):
         shared = np.flatnonzero(said_by > more)
