@@ -25,10 +25,10 @@ FLAGS = {
         special-tokens store-tokens teacher text tokens truncate trust-remote-code unbiased-weights work-dir
     """,
     "estimate": """
-        adapter-base batch-size calibration-sequences device disk-tb dtype encoding exclude field gpu-price gpus
-        include json learnt-per-sequence max-unpack-ratio on-bad-file positions positions-per-second
-        proposal-temperature rounds seq-len sequences-per-shard store-tokens teacher text trust-remote-code
-        unique-tokens vocab-size
+        adapter-base batch-size calibration-sequences dataset dataset-split device disk-tb dtype encoding exclude
+        field gpu-price gpus include json learnt-per-sequence max-unpack-ratio on-bad-file positions
+        positions-per-second proposal-temperature rounds seq-len sequences-per-shard store-tokens teacher text
+        trust-remote-code unique-tokens vocab-size
     """,
     "train": """
         accumulation adam-eps adapter-base batch-size best-by betas cache cache-weights ce-weight compile decay device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ class EstimateConfig(TextFiles):
     """
     Predict what a capture will cost: size, shards, disks, GPU hours, money.
 
-    From numbers that you give, or from a short calibration run of a teacher over some of the text.
+    From numbers that you give, or from a short calibration run of a teacher over some of the text or dataset.
     """
 
     positions: float
@@ -64,6 +65,12 @@ class EstimateConfig(TextFiles):
     text: tuple[Path, ...] = ()
     """Text of the calibration run: plain text, .jsonl, .json, .parquet, .arrow, also packed (.gz, .zst), and directories of them."""  # noqa: E501
 
+    dataset: tuple[str, ...] = dataclasses.field(default=(), metadata={"once": True})
+    """Hugging Face dataset of the calibration run, instead of text, as sklformat cache has it."""
+
+    dataset_split: str = "train"
+    """Part of the dataset."""
+
     calibration_sequences: int = 16
     """Sequences of the calibration run."""
 
@@ -97,8 +104,11 @@ class EstimateConfig(TextFiles):
             )
         if self.rounds == 0 and self.teacher is not None:
             raise ValueError("a calibration run draws: rounds must be >= 1 with a teacher, got 0")
-        if (self.teacher is None) != (not self.text):
-            raise ValueError("a calibration run needs both teacher and text")
+        if bool(self.text) + bool(self.dataset) != (self.teacher is not None):
+            raise ValueError("a calibration run needs both a teacher and something to read: either text or a dataset")
         TextFiles.__post_init__(self)
-        if self.teacher is None and self.field is not None:
-            raise ValueError("field belongs to the text of a calibration run, which is not given")
+        given = [
+            name for name, default in (("field", None), ("dataset_split", "train")) if getattr(self, name) != default
+        ]
+        if self.teacher is None and given:
+            raise ValueError(f"{given[0]} belongs to the text of a calibration run, which is not given")

@@ -1,6 +1,7 @@
 """sklformat cache from the command line: every sampler, every input, and one clear line for what cannot work."""
 
 import gzip
+import itertools
 import json
 import re
 import signal
@@ -387,6 +388,19 @@ def test_estimate_measures_what_it_must(place):
     assert 2 < measured.unique_tokens < 20
     assert measured.positions_per_second > 0
     assert estimate(measured).gpu_hours > 0
+
+
+def test_estimate_measures_a_dataset_without_end(place, monkeypatch):
+    """Of a dataset the calibration run reads the first rows alone."""
+    rows = ({"content": f"alpha beta {number} " * 9, "image": b"x"} for number in itertools.count())
+    library = types.SimpleNamespace(load_dataset=lambda *words, **named: rows)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    config = EstimateConfig(
+        positions=1e6, rounds=20, seq_len=SEQ_LEN, teacher=str(place / "teacher"), dataset=("my/set",), field="content",
+        calibration_sequences=4, batch_size=2,
+    )  # fmt: skip
+    assert 2 < calibrate(config).unique_tokens < 20
+    assert 300 > int(next(rows)["content"].split()[2])
 
 
 def test_a_ring_that_finds_no_room_is_refused_by_its_flag(cache, tmp_path):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from sklformat.cache.reader import open_cache
 from sklformat.distill.teacher.caching import cache_teacher
+from sklformat.distill.text.chats import Chat, Text, read_dataset_texts
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.estimate import EstimateConfig
 from sklformat.settings.files import TextFiles
+
+_MOST_CHARS = 64  # of a token, as long runs of spaces are
+_ROWS_PER_SEQUENCE = 4  # of chats, each of which is a sequence, and of which some may be left out
 
 
 def calibrate(config: EstimateConfig) -> EstimateConfig:
@@ -19,7 +25,7 @@ def calibrate(config: EstimateConfig) -> EstimateConfig:
     Run the teacher over some sequences, twice: the first run warms the device up.
 
     Args:
-        config: With teacher and text.
+        config: With a teacher, and text or a dataset.
 
     Returns:
         The same with vocab_size, unique_tokens and positions_per_second as measured; what was given stays. For chats
@@ -30,13 +36,16 @@ def calibrate(config: EstimateConfig) -> EstimateConfig:
     """
     assert config.teacher is not None
     with tempfile.TemporaryDirectory(prefix="sklformat-") as place:
+        given: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(TextFiles)}
+        if config.dataset:
+            given = {"text": (_first_rows(config, Path(place) / "rows.jsonl"),)}
         for name in ("warm-up", "measured"):
             out = Path(place) / name
             cached = cache_teacher(
                 CacheConfig(
                     teacher=config.teacher,
                     out=out,
-                    **{f.name: getattr(config, f.name) for f in dataclasses.fields(TextFiles)},
+                    **given,
                     seq_len=config.seq_len,
                     num_sequences=config.calibration_sequences,
                     rounds=config.rounds,
@@ -62,3 +71,27 @@ def calibrate(config: EstimateConfig) -> EstimateConfig:
         unique_tokens=config.unique_tokens or cached.unique_tokens,
         positions_per_second=config.positions_per_second or cached.positions_per_second,
     )
+
+
+def _first_rows(config: EstimateConfig, path: Path) -> Path:
+    """A file of as many rows of a dataset as the run needs: a dataset may be larger than any disk here."""
+    rows = chars = 0
+    texts = read_dataset_texts(config.dataset, split=config.dataset_split, field=config.text_field)
+    with path.open("w", encoding="utf-8") as file:
+        for text in texts:
+            file.write(json.dumps(_as_row(text), default=str) + "\n")
+            rows, chars = rows + 1, chars + len(text.text)
+            if (
+                rows >= config.calibration_sequences * _ROWS_PER_SEQUENCE
+                and chars >= config.calibration_sequences * config.seq_len * _MOST_CHARS
+            ):
+                break
+    return path
+
+
+def _as_row(text: Text) -> dict[str, Any]:
+    if not isinstance(text, Chat):
+        return {"text": text.text}
+    if text.messages:
+        return {"messages": text.messages, "tools": text.tools}
+    return {"prompt": text.prompt, "completion": text.completion}

@@ -62,7 +62,7 @@ def test_the_papers_cache():
         ({"vocab_size": None}, "vocab_size is not known"),
         ({"vocab_size": 1 << 25}, "vocab_size must be in"),
         ({"teacher": "t", "rounds": 0}, "rounds must be >= 1 with a teacher, got 0"),
-        ({"teacher": "t"}, "needs both teacher and text"),
+        ({"teacher": "t"}, "needs both a teacher and something to read"),
         ({"gpus": 0}, "gpus must be >= 1, got 0"),
         ({"disk_tb": -1}, "disk_tb must be positive"),
     ],
