@@ -337,3 +337,19 @@ def test_an_accelerator_gives_the_same(shape):
     nothing.backward()
     assert 0 == nothing.item()
     assert not parts[1].grad.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_accelerator_gives_an_adapter_on_a_frozen_head_the_same():
+    """In bfloat16, where the columns that learn are a part of the weight's, the adapter's gradients are the CPU's."""
+    hidden_PD, head = make(**SHAPES["low rank"], dtype=torch.bfloat16)
+    head.weight.requires_grad_(False)
+    learning = [hidden_PD, *leaves(head)[1:]]
+    expected = value_and_grads(linear_sparse_kl(hidden_PD, head, Ragged()), learning)
+    parts = [part.detach().cuda().requires_grad_(part.requires_grad) for part in (hidden_PD, *leaves(head))]
+    moved = rebuilt(head, parts[1:])
+    pair = tuple(part.cuda() for part in Ragged().padded())
+    found = value_and_grads(linear_sparse_kl(parts[0], moved, pair), [parts[0], *parts[2:]])
+    for ours, wanted in zip(found, expected, strict=True):
+        assert float((ours.cpu().double() - wanted.double()).norm() / wanted.double().norm()) < 2e-2
