@@ -106,6 +106,8 @@ def main() -> None:
             accelerator.print(f"step {step}: {mean.item():.6f} nats per position", flush=True)
         if step % options.save_every == 0 or step == options.steps:
             save(accelerator, options.run, step)
+    student, optimizer = accelerator.free_memory(student, optimizer)  # gloo may wait for ever for what outlives it
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
