@@ -1,6 +1,7 @@
 """A step of students on several processes as a program: their gradients beside those of a dense step in float64."""
 
 import copy
+import gc
 import json
 import warnings
 
@@ -124,3 +125,22 @@ def compared(name, path, wrapped, loss_of=right):
         "between processes": apart / greatest,
         "names": sorted(key for key, p in student.named_parameters() if p.grad is not None) == sorted(wanted),
     }
+
+
+def train_and_look(place):
+    """Two steps of ``sklformat train``; on stdout, how many of DDP's wrappers there are when its group ends."""
+    from sklformat.distill.student.training import train
+    from sklformat.settings.train import TrainConfig
+
+    destroy = dist.destroy_process_group
+
+    def look():
+        print(sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects()))
+        destroy()
+
+    dist.destroy_process_group = look
+    config = TrainConfig(
+        out=place / "run", tokens=place / "tokens", tokenizer=str(place / "tokenizer"), seq_len=16, method="ce",
+        hidden_size=16, num_layers=1, num_heads=2, steps=2, batch_size=2, device="cpu",
+    )  # fmt: skip
+    train(config, report=lambda *_: None)

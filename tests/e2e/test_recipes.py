@@ -17,10 +17,11 @@ import pytest
 import torch
 import transformers
 from loader_data import SEQUENCES, write_cache
-from parallel_runs import SIZES, STUDENTS, run
+from parallel_runs import SIZES, STUDENTS, run, train_and_look
 from programs import run_program
 from safetensors.torch import load_file
 from system import HANGS
+from tiny import write_place
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 STEPS, STOP = 20, 7  # an epoch has five
@@ -126,6 +127,13 @@ def test_fsdp2(place, alone, tmp_path):
     assert_equal_weights(weights, {name: alone[1][name] for name in weights}, rtol=1e-4, atol=1e-5)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert_equal_weights(loaded.state_dict(), alone[1], rtol=1e-4, atol=1e-5)
+
+
+def test_no_wrapper_outlives_its_group(tmp_path):
+    """``sklformat train`` has let go of DDP's wrapper when it leaves the others: gloo's threads may hang otherwise."""
+    write_place(tmp_path)
+    ranks = forked.run_ranks(2, train_and_look, tmp_path)
+    assert [(0, "0\n")] * 2 == [(done.status, done.stdout) for done in ranks], ranks
 
 
 @pytest.mark.integration

@@ -7,6 +7,7 @@ Knows no model.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -58,7 +59,7 @@ class Process:
 @contextlib.contextmanager
 def joined(device_name: str) -> Iterator[Process]:
     """
-    This process; joins torchrun's others for the time of the block.
+    This process; joins torchrun's others for the time of the block, whose variables hold no DDP wrapper at its end.
 
     Raises:
         ValueError: There is no such device, or not one for each process; or they were not started by torchrun.
@@ -83,6 +84,7 @@ def joined(device_name: str) -> Iterator[Process]:
             raise
         raise ConnectionError("another process of this run has ended; what it said tells why") from error
     finally:
+        gc.collect()  # of DDP's wrapper, which refers to itself: gloo may wait for ever for one that outlives its group
         dist.destroy_process_group()
 
 

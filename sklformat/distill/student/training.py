@@ -94,31 +94,39 @@ def train(config: TrainConfig, *, report: Report | None = None) -> TrainSummary:
     """
     check_installed(config)
     with processes.stoppable() as stop, processes.joined(config.device) as process:
-        if process.is_first and report is None:
-            source = " + ".join(map(str, config.cache)) or config.tokens
-            say(f"train {config.method}: opening {source} and {_student_of(config)}")
-        stream = open_stream(config, process.rank, process.world_size)
-        held_out = open_held_out(config, stream, process.rank, process.world_size)
-        if process.is_first and stream.note:
-            say(f"note: {stream.note}")
-        student = load_student(config, stream)
-        if process.is_first and outputs.balance_weight(student) > 0 and not outputs.asks_for_balance(student):
-            say(
-                "note: the balancing loss of the student's experts is left out, since its config has "
-                "output_router_logits off; set it to true there to add the loss"
-            )
-        teacher = None if config.teacher is None else load_teacher(config, stream, student)
-        settings = settings_of(config, stream, process.world_size, student, teacher)
-        with runs.opened(config.out, settings, writes=process.is_first, grows="steps") as run:
-            process.wait_for_others()  # they look at the directory after the first has checked it
-            summary = run.summary() or {}
-            finished = summary.get("steps") == config.steps
-            lost = run.missing(best=config.best_by != "none") if finished and process.is_first else None
-            if not finished or process.sum(int(lost is not None))[0]:
-                learner = Learner(config, stream, student, teacher, process)
-                training = _Training(config, stream, learner, run, process, held_out, stop)
-                summary = training.write_again(lost, summary) if finished else training.run_to_end(report)
+        summary = _train(config, process, stop, report)
     return TrainSummary(**{**summary, "model": Path(config.out) / "model"})
+
+
+def _train(
+    config: TrainConfig, process: processes.Process, stop: processes.Stop, report: Report | None
+) -> dict[str, Any]:
+    """What the run ends with; nothing of the student is left when this returns, as ``processes.joined`` needs it."""
+    if process.is_first and report is None:
+        source = " + ".join(map(str, config.cache)) or config.tokens
+        say(f"train {config.method}: opening {source} and {_student_of(config)}")
+    stream = open_stream(config, process.rank, process.world_size)
+    held_out = open_held_out(config, stream, process.rank, process.world_size)
+    if process.is_first and stream.note:
+        say(f"note: {stream.note}")
+    student = load_student(config, stream)
+    if process.is_first and outputs.balance_weight(student) > 0 and not outputs.asks_for_balance(student):
+        say(
+            "note: the balancing loss of the student's experts is left out, since its config has "
+            "output_router_logits off; set it to true there to add the loss"
+        )
+    teacher = None if config.teacher is None else load_teacher(config, stream, student)
+    settings = settings_of(config, stream, process.world_size, student, teacher)
+    with runs.opened(config.out, settings, writes=process.is_first, grows="steps") as run:
+        process.wait_for_others()  # they look at the directory after the first has checked it
+        summary = run.summary() or {}
+        finished = summary.get("steps") == config.steps
+        lost = run.missing(best=config.best_by != "none") if finished and process.is_first else None
+        if not finished or process.sum(int(lost is not None))[0]:
+            learner = Learner(config, stream, student, teacher, process)
+            training = _Training(config, stream, learner, run, process, held_out, stop)
+            summary = training.write_again(lost, summary) if finished else training.run_to_end(report)
+    return summary
 
 
 def _student_of(config: TrainConfig) -> str:
