@@ -5,7 +5,6 @@ What is to be run is named and pickled, as for any new process of ``multiprocess
 process can import.
 """
 
-import contextlib
 import functools
 import multiprocessing
 import os
@@ -79,19 +78,12 @@ def run(function, *arguments, **environment):
 
 def run_ranks(number, function, *arguments):
     """So many children from start to end, which find each other as those of torchrun do."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     place |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
     ranks = [Child(function, *arguments, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(number)]
     return [rank.done() for rank in ranks]
-
-
-def free_ports(number):
-    """Ports of this machine that nobody listens on."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def _run(paths, environment, work):

@@ -5,7 +5,6 @@ As a program, under torchrun, it runs the ways that it is given: ``parallel_data
 """
 
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -15,9 +14,11 @@ import numpy as np
 import tiny
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import sklformat as skl
 from sklformat.distill.models import tokenization
+from sklformat.distill.student import parallelism, processes
 from sklformat.distill.student.learner import Learner
 from sklformat.distill.student.training import train
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
@@ -126,11 +127,34 @@ TWO_RUNS = (
 """What the tests of every day ask of two processes."""
 
 
-def run_two(root, ports):
-    """Each run on a port of its own: on the first one's a process might still find the store of the run before."""
-    for given, port in zip(TWO_RUNS, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        run(root, **given)
+def run_two(root):
+    """One group of processes for all of it."""
+    with processes.joined("cpu") as process:
+        for given in TWO_RUNS:
+            run(root, **given)
+        (root / f"experts {process.rank}.json").write_text(json.dumps(gradients_of_experts(process)))
+
+
+class Experts(nn.Module):
+    """Two experts, one of which a process uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)])
+
+    def forward(self, chosen, x):
+        return self.experts[chosen](x).sum()
+
+
+def gradients_of_experts(process):
+    """In two steps: what process r gives expert r is r + 1."""
+    root = parallelism.replicated(Experts())
+    found = []
+    for _ in range(2):
+        root(process.rank, torch.full((1, 1), process.rank + 1.0)).backward()
+        found.append([float(parameter.grad) for parameter in root.parameters()])
+        root.zero_grad()
+    return found
 
 
 def refused(root):
@@ -164,5 +188,6 @@ def difference(root, out, other):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for each in sys.argv[2:]:
-        run(Path(sys.argv[1]), each)
+    with processes.joined("cpu"):
+        for each in sys.argv[2:]:
+            run(Path(sys.argv[1]), each)

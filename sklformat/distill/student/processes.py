@@ -59,7 +59,8 @@ class Process:
 @contextlib.contextmanager
 def joined(device_name: str) -> Iterator[Process]:
     """
-    This process; joins torchrun's others for the time of the block, whose variables hold no DDP wrapper at its end.
+    This process; joins torchrun's others for the time of the block, where it has not yet.  The caller's variables hold
+    no DDP wrapper at its end.
 
     Raises:
         ValueError: There is no such device, or not one for each process; or they were not started by torchrun.
@@ -76,7 +77,9 @@ def joined(device_name: str) -> Iterator[Process]:
     if device.type == "cuda":
         device = _own_device(device, world_size)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    own = not dist.is_initialized()  # by a program that trains several students, say
+    if own:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Process(dist.get_rank(), world_size, device)
     except RuntimeError as error:
@@ -84,8 +87,10 @@ def joined(device_name: str) -> Iterator[Process]:
             raise
         raise ConnectionError("another process of this run has ended; what it said tells why") from error
     finally:
-        gc.collect()  # of DDP's wrapper, which refers to itself: gloo may wait for ever for one that outlives its group
-        dist.destroy_process_group()
+        if own:
+            # Of DDP's wrapper, which refers to itself: gloo may wait for ever for one that outlives its group.
+            gc.collect()
+            dist.destroy_process_group()
 
 
 def _own_device(device: torch.device, world_size: int) -> torch.device:
