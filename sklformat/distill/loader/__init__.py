@@ -9,5 +9,6 @@ launchers  who divides a stream: torch.distributed and accelerate
 prefetch   work done ahead by threads
 sequences  SparseLogitSequences: a sequence by its number, in anyone's order
 sources    one cache or several, numbered one after the other
+steps      the batches of a stream by their number, for trainers that skip
 teachers   several teachers of the same sequences as one
 """

@@ -27,9 +27,22 @@ def check_together(caches: Sequence[Cache]) -> None:
             their records leave out part of the teacher's distribution; says both values.
     """
     for one, other in itertools.combinations(caches, 2):
-        fault = _vocabularies(one, other) or _samplers(one, other) or _documents(one, other)
-        if fault:
-            raise SettingsError(f"{one.path} and {other.path} do not go together: {fault}")
+        _refuse(one, other, _vocabularies(one, other) or _samplers(one, other) or _documents(one, other))
+
+
+def check_same_ids(one: Cache, other: Cache) -> None:
+    """
+    Refuse two caches whose ids mean other tokens, as where one student learns from one and is measured on the other.
+
+    Raises:
+        SettingsError: They differ in vocabulary or tokenizer; says both values.
+    """
+    _refuse(one, other, _vocabularies(one, other))
+
+
+def _refuse(one: Cache, other: Cache, fault: str) -> None:
+    if fault:
+        raise SettingsError(f"{one.path} and {other.path} do not go together: {fault}")
 
 
 def check_borders(cache: Cache) -> None:

@@ -51,12 +51,12 @@ def run_to_head(
     in one of them: those of the whole step, ``(batch.labels != -100).sum()`` summed over its micro-batches and
     processes, divided by how many of these there are.
 
-    The first call of each model is compared with the model's own logits of the last position.
+    The first call of each model is compared with the model's own logits of the last position.  That is all where it was
+    sharded before ``output_head(model)`` was called once, as transformers can load it; a cap is then the config's.
 
     Args:
         model: A causal language model of transformers or, around that, of peft; whole, under fully_shard, or in
-            DistributedDataParallel, torch.compile or what accelerate's ``prepare`` gives.  Before fully_shard
-            ``output_head(model)`` must have been called once.
+            DistributedDataParallel, torch.compile or what accelerate's ``prepare`` gives.
         input_ids_BT: [B, T] int64.
         position_ids_BT: [B, T] int64, for models whose documents do not see each other (``dataset.isolated``); None:
             all tokens of a sequence are one document.
@@ -73,18 +73,30 @@ def run_to_head(
     """
     plain = outputs.unwrapped(model)
     hidden_BTD, logits_BV, balance = outputs.root_outputs(model, input_ids_BT, position_ids_BT)
-    head = output_head(plain)
     if plain not in _compared:
-        found_BV = head.logits(hidden_BTD[:, -1].detach().to(head.weight.device)).float()
-        wanted_BV = logits_BV.detach().float().to(found_BV.device)
-        # False for NaN, which is another fault.
-        if (found_BV - wanted_BV).abs().max() > _COMPARED_WITHIN * wanted_BV.abs().max():
-            raise ValueError(
-                f"the logits of {type(plain).__name__} are not what its head makes of the hidden states that it is "
-                "given; use sparse_kl of its logits"
-            )
+        _compare(_without_peft(plain), hidden_BTD[:, -1].detach(), logits_BV.detach())
         _compared.add(plain)
-    return hidden_BTD.flatten(0, 1), head, torch.zeros(()).to(hidden_BTD.device) if balance is None else balance
+    balance = torch.zeros(()).to(hidden_BTD.device) if balance is None else balance
+    return hidden_BTD.flatten(0, 1), output_head(plain), balance
+
+
+def _compare(plain: Any, hidden_BD: Tensor, logits_BV: Tensor) -> None:
+    """Make sure that the head gives a model's logits; of one that was sharded before it was tried, find the scale."""
+    if plain in _scales or not _is_sharded(plain):
+        heads = [output_head(plain)]
+    else:
+        heads = [_scaled(head, scale) for head in [_described(plain)] for scale in _possible_scales(head)]
+    for head in heads:
+        found_BV = head.logits(hidden_BD.to(head.weight.device)).float()
+        wanted_BV = logits_BV.float().to(found_BV.device)
+        # False for NaN, which is another fault.
+        if not (found_BV - wanted_BV).abs().max() > _COMPARED_WITHIN * wanted_BV.abs().max():
+            _scales[plain] = head.scale
+            return
+    raise ValueError(
+        f"the logits of {type(plain).__name__} are not what its head makes of the hidden states that it is given; use "
+        "sparse_kl of its logits"
+    )
 
 
 def output_head(model: Any) -> OutputHead:
@@ -110,13 +122,12 @@ def output_head(model: Any) -> OutputHead:
     plain = _without_peft(model)
     head = _described(plain)
     if plain not in _scales:
-        if any(hasattr(parameter, "full_tensor") for parameter in plain.parameters()):
+        if _is_sharded(plain):
             raise ValueError(
                 f"the head of {type(plain).__name__} cannot be tried while the model is sharded; call "
                 "output_head(model) once before fully_shard"
             )
-        # A factor by one model's name is a divisor by another's, or nothing.
-        fitting = (scale for scale in (head.scale, 1 / head.scale, 1.0) if _tried_well(plain, _scaled(head, scale)))
+        fitting = (scale for scale in _possible_scales(head) if _tried_well(plain, _scaled(head, scale)))
         scale = next(fitting, None)
         if scale is None:
             raise ValueError(
@@ -125,6 +136,15 @@ def output_head(model: Any) -> OutputHead:
             )
         _scales[plain] = scale
     return _scaled(head, _scales[plain])
+
+
+def _is_sharded(model: Any) -> bool:
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def _possible_scales(head: OutputHead) -> tuple[float, ...]:
+    """A factor by one model's name is a divisor by another's, or nothing."""
+    return head.scale, 1 / head.scale, 1.0
 
 
 def _scaled(head: OutputHead, scale: float) -> OutputHead:

@@ -313,10 +313,21 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, seq
             positions than ``seq_len``.
     """
     vocab_size = tokenization.common_ids(tokenizer, outputs.head_width(model))
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if seq_len is not None and limit is not None and seq_len > limit:
-        raise ValueError(f"seq_len {seq_len} is beyond the {limit} positions that the model takes; use a smaller one")
+    if seq_len is not None:
+        check_length(model, seq_len)
     return vocab_size
+
+
+def check_length(model: PreTrainedModel, seq_len: int) -> None:
+    """
+    Make sure that a model takes sequences of a length.
+
+    Raises:
+        ValueError: It takes fewer positions.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise ValueError(f"seq_len {seq_len} is beyond the {limit} positions that the model takes; use a smaller one")
 
 
 def check_trainable(model: PreTrainedModel) -> None:

@@ -71,6 +71,16 @@ def asks_for_balance(model: PreTrainedModel) -> bool:
     return balance_weight(model) > 0 and bool(getattr(model.config.get_text_config(), "output_router_logits", False))
 
 
+def balance_note(model: PreTrainedModel) -> str:
+    """What whoever trains a mixture of experts whose balancing loss is left out may want to know; "" for all others."""
+    if balance_weight(model) == 0 or asks_for_balance(model):
+        return ""
+    return (
+        "the balancing loss of the student's experts is left out, since its config has output_router_logits off; set "
+        "it to true there to add the loss"
+    )
+
+
 def hidden_states_and_balance(
     model: PreTrainedModel, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:

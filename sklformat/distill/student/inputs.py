@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import torch
 
 from sklformat.cache.reader import Cache
 from sklformat.cache.reader import open_cache as open_shards
+from sklformat.distill.loader.contents import is_isolated
 from sklformat.distill.models import adapters, attention, heads, loading, outputs, tokenization
 from sklformat.distill.models.identities import model_fingerprint
 from sklformat.distill.student import streams
-from sklformat.distill.student.validation import HeldOut
+from sklformat.distill.student.validation import HeldOut, check_unseen
 from sklformat.distill.text.fingerprints import MadeBy, tokenizer_fingerprint
 from sklformat.errors import SettingsError
 from sklformat.settings.train import TrainConfig
@@ -77,13 +77,7 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
             f"--isolate-documents is given, and {stream.source} was made without: its teacher saw one document before "
             "the next; leave the flag out, so that the student sees them too, or capture with --isolate-documents"
         )
-    if config.method not in ("ce", "full") and stream.sampler != "unknown":
-        fitting = _TOPK_METHODS if stream.sampler in ("topk", "topp") else ("random_sampling",)
-        if config.method not in fitting:
-            raise SettingsError(
-                f"{stream.source} holds records of sampler {stream.sampler}, which method {config.method} does not "
-                f"fit; use method {', '.join((*fitting, 'ce'))} or full, or another cache"
-            )
+    check_method(stream.source, stream.sampler, config.method)
     return stream
 
 
@@ -124,13 +118,29 @@ def _check_unseen(config: TrainConfig, stream: streams.Stream, cache: Cache, par
                 "evaluate on a cache of another text"
             )
         return
-    trained = map(open_shards, config.cache)
-    theirs = np.concatenate([one.alignments()[: len(one) - config.hold_out] for one in trained])
-    seen = np.isin(cache.alignments()[: len(part)], theirs)
-    if 2 * seen.sum() > len(part):  # fewer may be equal by chance, as short chats are
+    trained = [(one, range(len(one) - config.hold_out)) for one in map(open_shards, config.cache)]
+    check_unseen(cache, part, trained, stream.source)
+
+
+def check_method(source: object, sampler: str, method: str) -> None:
+    """
+    Make sure that a method learns from what a cache holds.
+
+    Args:
+        source: The cache, for the message.
+        sampler: Of its records; "unknown" fits all.
+        method: One of the settings.
+
+    Raises:
+        SettingsError: It does not; names those that do.
+    """
+    if method in ("ce", "full") or sampler == "unknown":
+        return
+    fitting = _TOPK_METHODS if sampler in ("topk", "topp") else ("random_sampling",)
+    if method not in fitting:
         raise SettingsError(
-            f"{config.eval_cache}: training sees {seen.sum()} of its {len(part)} sequences, the first is number "
-            f"{int(seen.argmax())}; evaluate on others, or keep some of {stream.source} from training with hold_out"
+            f"{source} holds records of sampler {sampler}, which method {method} does not fit; "
+            f"use method {', '.join((*fitting, 'ce'))} or full, or another cache"
         )
 
 
@@ -155,11 +165,8 @@ def load_student(config: TrainConfig, stream: streams.Stream) -> Any:
     student = _load_given(config)
     plain = adapters.unwrapped(student)
     width = outputs.head_width(plain)
-    if width < stream.vocab_size and not stream.holds_only(width):
-        raise SettingsError(
-            f"the student {config.student} has a vocabulary of {width}, {stream.source} one of {stream.vocab_size}; "
-            "widen the student's embedding, or take a cache of its own tokenizer"
-        )
+    if not stream.holds_only(width):
+        _check_width(f"the student {config.student}", width, stream.source, stream.vocab_size)
     loading.check_fit(stream.tokenizer, plain, seq_len=stream.seq_len or None)
     heads.output_head(plain)
     if stream.isolated:
@@ -179,6 +186,55 @@ def _load_given(config: TrainConfig) -> Any:
     student = loading.load_model(config.student, dtype=config.param_dtype, **named)
     loading.check_trainable(student)
     return student
+
+
+def _check_width(student: str, width: int, source: object, vocab_size: int) -> None:
+    if width < vocab_size:
+        raise SettingsError(
+            f"{student} has a vocabulary of {width}, {source} one of {vocab_size}; widen the student's embedding, or "
+            "take a cache of its own tokenizer"
+        )
+
+
+def check_student(model: Any, cache: Cache) -> None:
+    """
+    Make sure that a student that is loaded already can learn from a cache.
+
+    One that is sharded is not run; ``run_to_head`` looks at its head.
+
+    Args:
+        model: Of transformers or peft, or a wrapper of one.
+        cache: Its sequences and records.
+
+    Raises:
+        SettingsError: Its vocabulary is too small.
+        ValueError: The chunked loss cannot train its head, it takes fewer positions, or it cannot keep documents apart
+            that the teacher saw apart.
+    """
+    plain, header = outputs.unwrapped(model), cache.header
+    own = adapters.unwrapped(plain)
+    _check_width("the student", outputs.head_width(own), cache.path, header.vocab_size)
+    loading.check_length(own, header.seq_len)
+    if any(hasattr(parameter, "full_tensor") for parameter in own.parameters()):
+        return
+    heads.output_head(plain)
+    if is_isolated(cache):
+        attention.check_isolates(own)
+
+
+def check_made_by(tokenizer: Any, cache: Cache) -> None:
+    """
+    Make sure that ids mean to a tokenizer what they mean in a cache.
+
+    Raises:
+        SettingsError: They do not; says how.
+    """
+    conflict = streams.made_by(cache.header).conflict(tokenizer)
+    if conflict:
+        raise SettingsError(
+            f"{cache.path} was made by a different tokenizer: {conflict}; give the student the one that made it, or "
+            "take another cache"
+        )
 
 
 def load_teacher(config: TrainConfig, stream: streams.Stream, student: Any) -> Any:

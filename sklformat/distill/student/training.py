@@ -110,11 +110,9 @@ def _train(
     if process.is_first and stream.note:
         say(f"note: {stream.note}")
     student = load_student(config, stream)
-    if process.is_first and outputs.balance_weight(student) > 0 and not outputs.asks_for_balance(student):
-        say(
-            "note: the balancing loss of the student's experts is left out, since its config has "
-            "output_router_logits off; set it to true there to add the loss"
-        )
+    note = outputs.balance_note(student)
+    if process.is_first and note:
+        say(f"note: {note}")
     teacher = None if config.teacher is None else load_teacher(config, stream, student)
     settings = settings_of(config, stream, process.world_size, student, teacher)
     with runs.opened(config.out, settings, writes=process.is_first, grows="steps") as run:

@@ -7,7 +7,7 @@ Shape letters: B sequences, T positions, P = B·T positions, D hidden size, V vo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -174,6 +174,29 @@ class HeldOut:
                 for name in names:
                     values[name][row, : sequence.targets.num_positions] = sequence.columns[name]
         return {name: torch.from_numpy(column).flatten() for name, column in values.items()}
+
+
+def check_unseen(cache: Cache, part: range, trained: Iterable[tuple[Cache, range]], source: object) -> None:
+    """
+    Make sure that what is measured on is not trained on; sequences are known by their tokens.
+
+    Args:
+        cache: What is measured on.
+        part: Its sequences that are.
+        trained: The caches that are trained on, each with its sequences that are.
+        source: What messages call these.
+
+    Raises:
+        SettingsError: Most are; a few may be equal by chance, as short chats are.
+    """
+    theirs = np.concatenate([one.alignments()[seen.start : seen.stop] for one, seen in trained])
+    both = np.isin(cache.alignments()[part.start : part.stop], theirs)
+    if 2 * both.sum() > len(part):
+        raise SettingsError(
+            f"{cache.path}: training sees {both.sum()} of its {len(part)} sequences, the first is number "
+            f"{part.start + int(both.argmax())}; evaluate on others, or keep some of {source} from training with "
+            "hold_out"
+        )
 
 
 def validate(

@@ -237,6 +237,21 @@ def test_a_sharded_student(one_process):
             torch.testing.assert_close(grad.full_tensor(), wanted[name])
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+@pytest.mark.parametrize("name", ["Llama", "Granite", "Gemma2"])
+def test_a_student_that_was_sharded_when_it_was_loaded(one_process, name):
+    """Never whole, its head is compared in the first call, which finds its scale; the gradients are the whole one's."""
+    model = make(name)
+    ids_BT, targets = ids_and_targets()
+    value, wanted = gradients(model, dense_loss(model, ids_BT, targets))
+    model.zero_grad()
+    fully_shard(model, mesh=one_process)
+    found_value, found = gradients(model, root_loss(model, ids_BT, targets))
+    torch.testing.assert_close(found_value.double(), value.double(), rtol=1e-5, atol=1e-6)
+    for part, grad in found.items():
+        torch.testing.assert_close(grad.full_tensor(), wanted[part], rtol=1e-3, atol=1e-5)
+
+
 def test_wrappers_are_called_themselves():
     """Each wrapper's own call runs the model, once for each loss, with one position's logits."""
     model = make("Phi")

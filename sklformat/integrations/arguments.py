@@ -1,0 +1,122 @@
+"""
+Arguments that contradict each other, or would quietly spoil distillation from a cache, refused by name.
+
+Knows those of a trainer by their names alone, so that it holds for every version of transformers and loads none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from sklformat.distill.loader.teachers import Teachers
+
+Method = Literal[
+    "random_sampling", "topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix", "ce"
+]  # fmt: skip
+
+_OURS = (
+    "train_dataset", "eval_dataset", "data_collator", "compute_loss_func", "compute_metrics",
+    "preprocess_logits_for_metrics",
+)  # fmt: skip
+
+
+def check_arguments(args: Any, others: Mapping[str, Any]) -> None:
+    """
+    Look at arguments before a trainer is made.
+
+    Args:
+        args: A TrainingArguments.
+        others: What else the trainer is to be made with.
+
+    Raises:
+        ValueError: Names the argument, and what to use instead.
+    """
+    given = [name for name in _OURS if others.get(name) is not None]
+    if given:
+        raise ValueError(
+            f"SparseKDTrainer takes no {', '.join(given)}: its sequences come from cache, hold_out and eval_cache, and "
+            "its loss and figures are its own; figures of yours belong into a callback's on_evaluate"
+        )
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if getattr(args, "group_by_length", False):  # of earlier versions
+        strategy = "group_by_length"
+    parallel = getattr(args, "parallelism_config", None)
+    divided = [f"{kind}_size" for kind in ("tp", "cp", "sp") if (getattr(parallel, f"{kind}_size", 1) or 1) > 1]
+    reads = "each process reads its own share, and per_device_train_batch_size is of one process"
+    refused = {
+        "label_smoothing_factor": (args.label_smoothing_factor, 'method="label_smoothing" is its like for records'),
+        "dispatch_batches": (args.accelerator_config.dispatch_batches, reads),
+        "split_batches": (args.accelerator_config.split_batches, reads),
+        f"{strategy} sampling": (
+            strategy not in ("random", "sequential"), "window= keeps sequences of like length together"
+        ),
+        "dataloader_in_order=False": (not getattr(args, "dataloader_in_order", True), "it could not resume exactly"),
+        "deepspeed": (args.deepspeed, "use fsdp"),
+        ", ".join(divided): (divided, "processes must not share sequences; use data parallelism"),
+        f"{args.n_gpu} GPUs in one process": (args.n_gpu > 1, "start one process for each with torchrun"),
+    }  # fmt: skip
+    for name, (is_given, instead) in refused.items():
+        if is_given:
+            raise ValueError(f"{name} would spoil training from a cache: {instead}")
+
+
+def check_loss(method: str, ce_weight: float) -> None:
+    """
+    Look at what the loss is to be.
+
+    Raises:
+        ValueError: There is no such method, or the weight does not fit it.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method is {method!r}; one of {', '.join(get_args(Method))}")
+    if not 0 <= ce_weight <= 1 or (method == "ce" and ce_weight):
+        raise ValueError(f"ce_weight is {ce_weight}, method {method}; need 0..1, and 0 where ce is the method")
+
+
+def check_hold_out(cache: Any, available: int, hold_out: int, eval_cache: Any) -> range:
+    """
+    Look at what is to be evaluated on.
+
+    Args:
+        cache: One, or several.
+        available: Sequences of the first.
+        hold_out: How many of them to hold out.
+        eval_cache: What else to evaluate on.
+
+    Returns:
+        What is left to train on.
+
+    Raises:
+        ValueError: There are several caches, too few sequences, or something else to evaluate on.
+    """
+    several = isinstance(cache, list | tuple | Teachers)
+    if several:
+        raise ValueError(f"hold_out is {hold_out}, and is of one cache; with several, or Teachers, give eval_cache")
+    if eval_cache is not None:
+        raise ValueError(f"hold_out is {hold_out}, and eval_cache is given; evaluation is on one of the two")
+    if not 0 < hold_out < available:
+        raise ValueError(f"hold_out is {hold_out} of {available} sequences; it must leave some to train on")
+    return range(available - hold_out)
+
+
+def check_launched(args: Any, accelerator: Any, model: Any) -> None:
+    """
+    Look at what shows only once a trainer has set up its processes.
+
+    Raises:
+        ValueError: FSDP is asked for where nothing would be sharded, or its first version is; or the model is in parts
+            on processes that would have to share sequences.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if args.fsdp and plugin is None:
+        raise ValueError(
+            f"fsdp is asked for, and accelerate does not shard on {args.device.type}, where each process would hold "
+            "the whole student; leave fsdp out, or load the student sharded (transformers' distributed_config)"
+        )
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError('fsdp of version 1 hides the head from the loss; give fsdp_config={"version": 2}')
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            "the student is loaded with tensor parallelism, where processes share sequences; use fsdp_size"
+        )
