@@ -143,9 +143,14 @@ define NEIGHBOURS
 lightning|lightning==2.6.6
 trl|trl==1.16.0
 torchtitan|torchtitan==0.3.0 triton
-axolotl|addict|axolotl==0.19.0
+axolotl|$(OF_AXOLOTL)|axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6
 endef
 export NEIGHBOURS
+
+# Axolotl's own pins, but for what only GPUs or clouds need.
+OF_AXOLOTL := accelerate==1.13.0 addict bitsandbytes==0.50.2 colorama datasets==4.8.4 einops evaluate==0.4.1 fastcore fire \
+  huggingface_hub==1.17.0 numba peft==0.20.0 posthog==6.7.11 pydantic==2.12.5 python-dotenv==1.0.1 schedulefree==1.4.1 scipy \
+  tokenizers==0.23.1 transformers==5.16.1 triton trl==1.9.0 wandb
 
 bench: $(READY)
 	for script in $(filter-out benchmarks/timing.py,$(BENCHMARKS)); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done

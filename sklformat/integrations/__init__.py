@@ -2,5 +2,6 @@
 Where people train: other projects' trainers over a cache, one module each, and what they share.
 
 arguments     what of a trainer's arguments would spoil a run
+axolotl       SparseKDPlugin, asked for in Axolotl's YAML
 transformers  SparseKDTrainer, transformers' own Trainer
 """
