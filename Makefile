@@ -4,7 +4,8 @@
 # make sweep  every causal type of transformers at a tiny size: which capture sees exactly, which it refuses and why
 # make fuzz   random input under sanitizers, FUZZ_SECONDS for each target (60)
 # make ports  the C tests on aarch64 (under qemu-user) and with musl, where apt has them; abi3audit of the wheel
-# make integrations  the tests with the trainers of others, each where its package installs: in .venv, or in an environment of its own
+# make integrations  the tests with the trainers of others, each where its package installs: in .venv, or in an environment of
+#             its own (ONLY=trl: that one alone)
 # make bench  the benchmarks; results go to the terminal
 # make clean  remove what was built
 # A torch that is in .venv already is kept; PYTHON=... names the interpreter for a new .venv.
@@ -118,13 +119,13 @@ integrations: $(READY)
 	@mkdir -p build/integrations; printf '%s\n' "$$NEIGHBOURS" >build/integrations/list; left_out=; failed=; \
 	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" >build/integrations/constraints; \
 	ignored=$$(sed 's,|.*,,; s,.*,--ignore=tests/integrations/test_&.py,' build/integrations/list); \
-	echo "== .venv"; $(BIN)/python -m pytest -m integration $$ignored $(ARGS) || failed="$$failed .venv"; \
+	test -n "$(ONLY)" || { echo "== .venv"; $(BIN)/python -m pytest -m integration $$ignored $(ARGS) || failed="$$failed .venv"; }; \
 	while IFS='|' read -r name packages alone; do \
-	  test -e tests/integrations/test_$$name.py || continue; \
+	  test -z "$(ONLY)" || test $$name = "$(ONLY)" || continue; \
 	  environment=build/integrations/$$name; \
 	  test "$$(cat $$environment/ready 2>&1)" = "$$packages|$$alone" || $(ENVIRONMENT) >build/integrations/$$name.log 2>&1 || \
 	    { left_out="$$left_out\n$$name: $$(tail -n 1 build/integrations/$$name.log)"; continue; }; \
-	  echo "== $$name"; \
+	  printf '\n== %s\n' $$name; \
 	  $$environment/bin/python -m pytest -m integration tests/integrations/test_$$name.py $(ARGS) </dev/null || failed="$$failed $$name"; \
 	done <build/integrations/list; \
 	printf "left out:$${left_out:- nothing}\n"; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }

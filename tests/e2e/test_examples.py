@@ -25,6 +25,7 @@ PAGES = [
     "README.md",
     "docs/capture.md",
     "docs/training.md",
+    "docs/trainers.md",
     "docs/python.md",
     "docs/troubleshooting.md",
     "docs/your-data.md",

@@ -1,4 +1,4 @@
-"""TRL 1.16 itself: docs/recipes/trl_sft.py in its SFTTrainer, alone and on two processes."""
+"""TRL 1.16 itself: docs/recipes/trl_sft.py in its SFTTrainer, and SparseKDTrainer with its SFTConfig."""
 
 import json
 
@@ -72,3 +72,27 @@ def test_micro_batches_and_processes_add_up(place, alone, ranks, words):
     for name in ("loss", "grad_norm"):
         assert len(figures(alone, name)) == 3
         assert figures(log, name) == pytest.approx(figures(alone, name), rel=1e-4)
+
+
+def test_sparse_kd_trainer_takes_an_sft_config(place):
+    """Its settings of training count, those of text are not read."""
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig
+
+    from sklformat.integrations.transformers import SparseKDTrainer
+
+    student = AutoModelForCausalLM.from_pretrained(place / "student")
+    config = SFTConfig(
+        str(place / "kd"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    trainer = SparseKDTrainer(student, config, cache=place / "cache", hold_out=5)
+    trainer.train()
+    log = trainer.state.log_history
+    assert len(figures(log, "kl_to_records")) == 2
+    assert trainer.evaluate()["eval_num_sequences"] == 5
