@@ -36,8 +36,8 @@ WAYS = {
     "one": ONE,
     "ddp": TWO,
     "shard": TWO | SHARD,
-    "tied": ONE | {"student": "tied"},
-    "tied-shard": TWO | SHARD | {"student": "tied"},
+    "tied": ONE | {"student": "tied-student"},
+    "tied-shard": TWO | SHARD | {"student": "tied-student"},
     "adapter": ONE | ADAPTER,
     "adapter-ddp": TWO | ADAPTER,
     "adapter-shard": TWO | SHARD | ADAPTER,
@@ -71,8 +71,8 @@ def write_place(root):
             counts = np.where(ids == tokens[1:, None], 6, 2)
             records = {"token_ids": ids.ravel()[: each * SEQ_LEN], "counts": counts.ravel()[: each * SEQ_LEN]}
             writer.append(tokens, skl.SparseTargets(offsets=np.arange(SEQ_LEN + 1) * each, **records))
-    for name in ("student", "tied"):
-        tiny.write_model(root / name, tokenizer, num_layers=2, separator_id=None, tie=name == "tied")
+    for name in ("student", "tied-student"):
+        tiny.write_model(root / name, tokenizer, num_layers=2, separator_id=None, tie=name == "tied-student")
 
 
 def config_of(root, out, way):

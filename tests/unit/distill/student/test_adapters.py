@@ -88,7 +88,7 @@ def test_layers_that_are_not_there_are_refused(place):
 
 def test_an_adapter_on_a_tied_head_is_refused(place):
     """The two cannot be told apart once merged."""
-    refused(place, "the head of LlamaForCausalLM is tied to the embedding", student=str(place / "tied"))
+    refused(place, "the head of LlamaForCausalLM is tied to the embedding", student=str(place / "tied-student"))
 
 
 def test_half_precision_weights_under_an_adapter(place):
