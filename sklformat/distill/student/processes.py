@@ -20,6 +20,10 @@ import torch.distributed as dist
 
 from sklformat.distill.models.devices import find_device
 
+# Groups stay until the process ends, since an exception, such as that of a signal, keeps the wrapper of DDP beyond its
+# group: where DDP lets go of one last, it joins gloo's threads while it holds the lock of Python that these wait for.
+_GROUPS: list[dist.ProcessGroup | None] = []
+
 
 @dataclass(frozen=True)
 class Process:
@@ -80,6 +84,7 @@ def joined(device_name: str) -> Iterator[Process]:
     own = not dist.is_initialized()  # by a program that trains several students, say
     if own:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _GROUPS.append(dist.group.WORLD)
     try:
         yield Process(dist.get_rank(), world_size, device)
     except RuntimeError as error:
