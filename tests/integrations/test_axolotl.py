@@ -125,7 +125,7 @@ def test_adapters_learn(place):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sparse_kd": None}, "names no cache"),
+        ({"sparse_kd": None}, "the YAML asks for SparseKDPlugin and names no cache; add sparse_kd"),
         ({"datasets": [{"path": "other"}]}, "take datasets out of the YAML"),
         ({"sample_packing": True, "rl": "dpo"}, "take sample_packing, rl out of the YAML"),
         ({"val_set_size": 0.1}, "take val_set_size out of the YAML"),
