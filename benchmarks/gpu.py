@@ -261,7 +261,7 @@ def run_teacher(teacher, tokens, size, take):
 
 
 def capture_into(teacher, tokens, size, directory):
-    """As the verb does: the device goes on to the next sequence before the host asks for the last one's draws."""
+    """As the verb does: the device moves to the next sequence before the host asks for the last one's draws."""
     header = Header(vocab_size=size.vocab_size, seq_len=size.seq_len, kind="counts", rounds=ROUNDS)
     sampler = DeviceSampler(sampler="multinomial", rounds=ROUNDS, seed=0)
     with Capture(directory, header=header, num_sequences=len(tokens), sequences_per_shard=len(tokens)) as writer:
