@@ -17,7 +17,7 @@ from sklformat.distill.loader.batches import Batch, Targets, collate
 from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.loader.sequences import SparseLogitSequences
 from sklformat.distill.loader.teachers import Teachers
-from sklformat.distill.losses.kl import DenseTargets, DenseTeacher, OutputHead, linear_sparse_kl, sparse_kl
+from sklformat.distill.losses.kl import DenseTargets, DenseTeacher, OutputHead, Shard, linear_sparse_kl, sparse_kl
 from sklformat.distill.losses.metrics import acceptance_rate, calibration_error, lm_loss
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "DenseTargets",
     "DenseTeacher",
     "OutputHead",
+    "Shard",
     "SparseLogitDataset",
     "SparseLogitSequences",
     "Targets",

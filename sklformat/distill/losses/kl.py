@@ -31,6 +31,7 @@ __all__ = [
     "OutputHead",
     "PaddedTargets",
     "RaggedTargets",
+    "Shard",
     "linear_sparse_kl",
     "sparse_kl",
 ]
