@@ -165,6 +165,10 @@ class Arguments:
             most = float(segment_sum(probs.float(), offsets).max())
             if most > 1 + 1e-3:
                 raise ValueError(f"probs of a position sum to {most}; method {self.method!r} needs at most 1")
+        if self.method == "topk_normalised":
+            sums_P = segment_sum(probs.float(), offsets)
+            if bool(((offsets.diff() > 0) & (sums_P == 0)).any()):
+                raise ValueError("probs of a position sum to 0, which cannot be normalised; leave its records out")
 
     def _check_labels(self, labels_P: Tensor | None) -> Tensor:
         if labels_P is None:

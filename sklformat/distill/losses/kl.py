@@ -115,7 +115,7 @@ def sparse_kl(
         ValueError: Shapes, types or devices disagree, the method is unknown, labels are missing, logits are a DTensor,
             or (checked on the CPU alone, since reading them would stall an accelerator) ids or labels are outside
             the vocabulary, ids repeat within a position, probabilities, weights or the normaliser are negative or not
-            finite, or the normaliser is 0 where positions count.
+            finite, probabilities sum to what the method cannot take, or the normaliser is 0 where positions count.
 
     Source: Anshumann et al. 2025, sections 2, 3, 5.3, A.1 to A.6.
     """

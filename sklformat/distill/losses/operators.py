@@ -97,7 +97,7 @@ def sparse_kl_operator(
         )
         grad_PV = logits_PV.new_empty(logits_PV.shape if want_grad else (0,))
         loss = torch.zeros((), dtype=rows.dtype, device=rows.device)
-        for _, blocks in rows.chunks(rows.num_positions):
+        for _, blocks in rows.chunks(max(1, rows.num_positions)):
             rows.run_chunk(blocks, logits_PV, grad_PV if want_grad else None, loss)
     return loss / rows.total, rows.total, grad_PV
 

@@ -131,7 +131,9 @@ class LossRows(Arguments):
         weights_R = self.weights_P[start:stop]
         # z is x less its row's maximum, then exp(z), then the gradient: one buffer, in the accumulation type.
         z_RV = (
-            grad_RV if grad_RV is not None and grad_RV.dtype == self.dtype else torch.empty_like(x_RV, dtype=self.dtype)
+            grad_RV
+            if grad_RV is not None and grad_RV.dtype == self.dtype
+            else x_RV.new_empty(x_RV.shape, dtype=self.dtype)
         )
         tanh_RV = None
         if self.shape is not None:
@@ -149,8 +151,10 @@ class LossRows(Arguments):
             loss_R = self._run_dense(z_RV, start, stop, weights_R, labels_R, want_grad=grad_RV is not None)
         if grad_RV is not None and self.shape is not None:
             self.shape.unbend(z_RV, tanh_RV)
-        if grad_RV is not None and grad_RV is not z_RV:
-            grad_RV.copy_(z_RV)
+        if grad_RV is not None:
+            _clear(z_RV, weights_R == 0)
+            if grad_RV is not z_RV:
+                grad_RV.copy_(z_RV)
         return torch.where(weights_R > 0, loss_R * weights_R, 0).sum()
 
     def _row_maxima(self, x_RV: Tensor) -> Tensor:
@@ -272,3 +276,11 @@ class LossRows(Arguments):
         assert isinstance(self.dense, DenseTeacher)
         assert isinstance(self.dense.head, Tensor)
         return torch.mm(self.dense.hidden_PD[span], self.dense.head.t())
+
+
+def _clear(grad_RV: Tensor, skipped_R: Tensor) -> None:
+    """Leave no gradient to rows that do not count, also where their logits are no numbers."""
+    if grad_RV.device.type == "cpu":  # touches these rows alone
+        grad_RV.index_fill_(0, skipped_R.nonzero()[:, 0], 0)
+    else:  # without waiting for their number
+        grad_RV.masked_fill_(skipped_R.unsqueeze(1), 0)

@@ -245,8 +245,15 @@ def test_no_positions_at_all_give_zero():
     """An empty batch, as a filter may leave it, is no error."""
     hidden_PD, head = make()
     empty = (torch.zeros(0, K, dtype=torch.int64), torch.zeros(0, K))
-    linear_sparse_kl(hidden_PD[:0], head, empty).backward()
-    assert not head.weight.grad.any()
+    for loss in (
+        linear_sparse_kl(hidden_PD[:0], head, empty),
+        sparse_kl(hidden_PD[:0] @ head.weight.T, empty),
+        sparse_kl(hidden_PD[:0] @ head.weight.T, DenseTargets(torch.zeros(0, V)), method="full"),
+    ):
+        head.weight.grad = None
+        loss.backward()
+        assert 0 == loss.item()
+        assert not head.weight.grad.any()
 
 
 @pytest.mark.parametrize("weights_P", [None, torch.linspace(0, 2, P)])

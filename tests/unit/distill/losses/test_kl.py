@@ -539,13 +539,33 @@ def test_inputs_are_left_as_they_were():
     assert torch.equal(before.token_ids, targets.token_ids)
 
 
-def test_logits_may_be_a_strided_view():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_logits_may_be_a_strided_view(dtype):
     """A transposed or sliced logits tensor gives the same loss and gradient as its copy."""
     logits_PV, targets, _ = make_case(6, 31)
-    strided = logits_PV.T.contiguous().T.requires_grad_()
-    plain = logits_PV.clone().requires_grad_()
+    strided = logits_PV.to(dtype).T.contiguous().T.requires_grad_()
+    plain = logits_PV.to(dtype).requires_grad_()
     expected = value_and_grads(sparse_kl(plain, targets), plain)
     torch.testing.assert_close(value_and_grads(sparse_kl(strided, targets), strided), expected, rtol=1e-13, atol=1e-16)
+    torch.testing.assert_close(sparse_kl(strided.detach(), targets), expected[0], rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_that_do_not_count_may_hold_anything(method, dtype):
+    """Logits that are no numbers, of a position of weight 0 or, with CE mixing, without label, give no gradient."""
+    logits_PV, targets, labels_P = make_case(9, 31)
+    given = DenseTargets(torch.softmax(logits_PV, 1)) if method == "full" else targets
+    logits_PV[1], logits_PV[4], logits_PV[5] = math.nan, math.inf, -math.inf
+    labels_P[4:6] = -100
+    x_PV = logits_PV.to(dtype).requires_grad_()
+    weights_P = (torch.arange(9) != 1).float()
+    loss = sparse_kl(x_PV, given, method=method, labels_P=labels_P, ce_weight=0.1, position_weights_P=weights_P)
+    value, grad_PV = value_and_grads(loss, x_PV)
+    assert value.isfinite()
+    assert grad_PV.isfinite().all()
+    assert not grad_PV[[1, 4, 5]].any()
+    assert grad_PV[0].any()
 
 
 def take(arguments):
@@ -652,6 +672,15 @@ def test_methods_with_a_residual_refuse_sums_above_one(method):
     arguments["targets"].probs.mul_(50)
     with pytest.raises(ValueError, match=r"probs of a position sum to .*; method .* needs at most 1"):
         take(arguments | {"method": method})
+
+
+def test_normalising_refuses_sums_of_zero():
+    """Records of probability 0 alone are no distribution; the other methods take them."""
+    arguments = good()
+    arguments["targets"].probs[: int(arguments["targets"].offsets[1])] = 0
+    assert take(arguments | {"method": "topk"}).isfinite()
+    with pytest.raises(ValueError, match="probs of a position sum to 0, which cannot be normalised; leave its records"):
+        take(arguments | {"method": "topk_normalised"})
 
 
 def test_linear_refuses_parts_that_do_not_fit():
