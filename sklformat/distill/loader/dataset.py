@@ -27,6 +27,7 @@ from sklformat.format.order import Schedule
 
 STATE_VERSION = 2
 _MAX_WORKERS = 128
+_OF_MIXTURES = {"mixture", "shares"}  # what states of several caches have beside the rest
 
 
 class SparseLogitDataset(IterableDataset[Batch]):
@@ -175,12 +176,12 @@ class SparseLogitDataset(IterableDataset[Batch]):
             ResumeError: The state belongs to another cache, seed or order; says which values differ.
         """
         ours = self._state(0, 0)
-        if set(state) != set(ours):
+        if set(state) - _OF_MIXTURES != set(ours) - _OF_MIXTURES:
             raise ResumeError(f"a loader state has the fields {sorted(ours)}, got {sorted(state)}")
         differing = [
-            f"{name}: {state[name]!r} in the state, {ours[name]!r} here"
-            for name in ours
-            if name not in ("epoch", "consumed") and state[name] != ours[name]
+            f"{name}: {state.get(name)!r} in the state, {ours.get(name)!r} here"
+            for name in dict.fromkeys([*ours, *state])
+            if name not in ("epoch", "consumed") and state.get(name) != ours.get(name)
         ]
         if differing:
             raise ResumeError(

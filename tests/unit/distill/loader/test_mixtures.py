@@ -120,10 +120,18 @@ def test_states_of_other_mixtures_are_refused(caches):
         (SparseLogitDataset([b, a], weights=[1, 3]), "fingerprint: "),
         (SparseLogitDataset([a, b], weights=[3, 1], sequences=[None, range(8)]), r"sequences: \[\[0, 23\], \[0, 9\]\]"),
         (SparseLogitDataset([a, b], weights=[3, 1], seed=1), "seed: 0 in the state, 1 here"),
-        (SparseLogitDataset(a), r"a loader state has the fields \['consumed', "),
+        (
+            SparseLogitDataset(a),
+            r"sequences: \[\[0, 23\], \[0, 9\]\] in the state, \[0, 23\] here; .*shares: \[24, 8\] in",
+        ),
     ]:
         with pytest.raises(skl.ResumeError, match=message):
             other.load_state_dict(state)
+    alone = SparseLogitDataset(a).state_dict()
+    with pytest.raises(skl.ResumeError, match=r"shares: None in the state, \[24, 8\] here; .*sequences: \[0, 23\] in"):
+        SparseLogitDataset([a, b], weights=[3, 1]).load_state_dict(alone)
+    with pytest.raises(skl.ResumeError, match="fields"):
+        SparseLogitDataset([a, b]).load_state_dict({"mixture": 1, "shares": [23, 9]})
 
 
 def test_one_cache_in_a_list_is_that_cache(caches):
