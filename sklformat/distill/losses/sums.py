@@ -141,7 +141,7 @@ class EvaluationSums:
                 logits are given.
 
         Raises:
-            ValueError: Shapes disagree, or a record's id is not below V.
+            ValueError: Shapes disagree, or a label's or record's id is outside [0, V).
         """
         _check_logits(logits_PV, labels_P.shape, "labels_P")
         if teacher_logits_PV is not None and teacher_logits_PV.shape != logits_PV.shape:
@@ -153,6 +153,7 @@ class EvaluationSums:
                 _check_logits(logits_PV, column.shape, name)
         device = logits_PV.device
         counted_P = labels_P != IGNORED_LABEL
+        _check_ids("labels", labels_P[counted_P], logits_PV.shape[1])
         records = None
         if targets is not None:
             records = _Records.of(targets, counted_P, logits_PV.shape[1])
@@ -266,16 +267,16 @@ class _Records:
     def of(cls, targets: RaggedTargets, labelled_P: Tensor, vocab_size: int) -> _Records:
         device = labelled_P.device
         counts_P = targets.offsets.diff().to(device)
-        if counts_P.shape != labelled_P.shape or int(counts_P.sum()) != len(targets.token_ids):
+        first, num_records = int(targets.offsets[0]), int(targets.offsets[-1])
+        if counts_P.shape != labelled_P.shape or (first, num_records) != (0, len(targets.token_ids)):
             raise ValueError(
-                f"targets are {len(counts_P)} positions with {int(counts_P.sum())} records, of which "
+                f"targets are {len(counts_P)} positions with records {first} to {num_records}, of which "
                 f"{len(targets.token_ids)} are there; labels_P has {len(labelled_P)} positions"
             )
         kept_N = labelled_P.repeat_interleave(counts_P)
         rows_P = (labelled_P & (counts_P > 0)).cumsum(0) - 1
         ids_N = targets.token_ids.to(device)[kept_N].long()
-        if len(ids_N) and int(ids_N.max()) >= vocab_size:
-            raise ValueError(f"token_ids go up to {int(ids_N.max())}; the logits have {vocab_size} ids")
+        _check_ids("token_ids", ids_N, vocab_size)
         return cls(targets.probs.to(device)[kept_N].detach(), ids_N, rows_P.repeat_interleave(counts_P)[kept_N])
 
     def figures(self, logp_RV: Tensor, start: int) -> dict[str, Tensor]:
@@ -320,6 +321,12 @@ def _count(labels_R: Tensor) -> Tensor:
 def _check_logits(logits_PV: Tensor, shape_P: torch.Size, name: str) -> None:
     if logits_PV.dim() != 2 or logits_PV.shape[:1] != shape_P:
         raise ValueError(f"logits have shape {list(logits_PV.shape)}, {name} {list(shape_P)}; need [P, V] and [P]")
+
+
+def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    low, high = (int(value) for value in ids.aminmax()) if len(ids) else (0, 0)
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{name} go from {low} to {high}; the logits have {vocab_size} ids")
 
 
 def _block_rows(logits_PV: Tensor) -> int:

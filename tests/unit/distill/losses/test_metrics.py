@@ -176,11 +176,14 @@ def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match="34 of 68 positions came with the teacher's logits; give it to all"):
         _ = without_teacher.kl
     ids, probs = torch.tensor([1, 11]), torch.tensor([0.5, 0.5])
-    with pytest.raises(ValueError, match="token_ids go up to 11; the logits have 11 ids"):
-        EvaluationSums().update(student[:1], labels[1:2], targets=Ragged(ids, probs, torch.tensor([0, 2])))
-    with pytest.raises(
-        ValueError, match="targets are 1 positions with 3 records, of which 2 are there; labels_P has 1"
-    ):
-        EvaluationSums().update(student[:1], labels[1:2], targets=Ragged(ids, probs, torch.tensor([0, 3])))
+    for wrong, message in ((ids, "token_ids go from 1 to 11"), (ids - 2, "token_ids go from -1 to 9")):
+        with pytest.raises(ValueError, match=f"{message}; the logits have 11 ids"):
+            EvaluationSums().update(student[:1], labels[1:2], targets=Ragged(wrong, probs, torch.tensor([0, 2])))
+    for offsets in ([0, 3], [1, 3]):
+        message = f"targets are 1 positions with records {offsets[0]} to 3, of which 2 are there; labels_P has 1"
+        with pytest.raises(ValueError, match=message):
+            EvaluationSums().update(student[:1], labels[1:2], targets=Ragged(ids, probs, torch.tensor(offsets)))
+    with pytest.raises(ValueError, match="labels go from 11 to 11; the logits have 11 ids"):
+        lm_loss(student, torch.full_like(labels, 11))
     with pytest.raises(ValueError, match=r"CE and FullKD have the same loss, 2\.0: there is no gap to close"):
         percent_ce_to_full(2.0, 2.0, 1.0)
