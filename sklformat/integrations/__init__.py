@@ -3,5 +3,6 @@ Where people train: other projects' trainers over a cache, one module each, and 
 
 arguments     what of a trainer's arguments would spoil a run
 axolotl       SparseKDPlugin, asked for in Axolotl's YAML
+checkpoints   what a checkpoint says of the stream
 transformers  SparseKDTrainer, transformers' own Trainer
 """

@@ -120,3 +120,15 @@ def check_launched(args: Any, accelerator: Any, model: Any) -> None:
         raise ValueError(
             "the student is loaded with tensor parallelism, where processes share sequences; use fsdp_size"
         )
+
+
+def precision_note(model: Any) -> str:
+    """What whoever trains weights of fewer than 32 bits may want to know; "" for all others."""
+    learning = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    low = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in learning if dtype.itemsize < 4))
+    if not low:
+        return ""
+    return (
+        f"the student learns in {low}, where small updates are rounded away; load it with dtype=torch.float32 "
+        "(bf16=True still runs the matrix products in bfloat16)"
+    )

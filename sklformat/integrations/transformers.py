@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,13 +35,16 @@ from sklformat.distill.models.heads import run_to_head
 from sklformat.distill.student import streams
 from sklformat.distill.student.inputs import check_made_by, check_method, check_student
 from sklformat.distill.student.validation import HeldOut, check_unseen, validate
-from sklformat.errors import ResumeError
-from sklformat.files.disk import write_atomically
-from sklformat.integrations.arguments import Method, check_arguments, check_hold_out, check_launched, check_loss
+from sklformat.integrations import checkpoints
+from sklformat.integrations.arguments import (
+    Method,
+    check_arguments,
+    check_hold_out,
+    check_launched,
+    check_loss,
+    precision_note,
+)
 from sklformat.progress import say
-
-LOADER_STATE = "sklformat_loader.json"
-"""In each checkpoint: where the stream stood, and what the steps were made of."""
 
 # Losses that are one figure with a name of its own.
 _NAMES = {"random_sampling": "kl_to_records", "topk": "kl_to_records", "ce": "cross_entropy"}
@@ -148,8 +150,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
     def _check_student(self, model: Any) -> None:
         for cache in self.sources.caches:
             check_student(model, cache)
-        note = outputs.balance_note(adapters.unwrapped(outputs.unwrapped(model)))
-        if note and self.is_world_process_zero():
+        notes = (outputs.balance_note(adapters.unwrapped(outputs.unwrapped(model))), precision_note(model))
+        for note in filter(None, notes if self.is_world_process_zero() else ()):
             say(f"note: {note}")
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -193,7 +195,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """The micro-batches of a step, and the positions that count in those of all processes."""
+        """The micro-batches of a step, none where there is none left; the positions that count in all processes'."""
+        if self.control.should_training_stop:
+            return [], None
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.sampler.taken += len(batches)
         self._steps += bool(batches)
@@ -259,7 +263,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         return self._sum
 
     def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
-        """The Trainer's own, with the training loss under its name."""
+        """The Trainer's own, with the training loss under its name; the last line, too, is of a finite loss."""
+        if "train_loss" in logs:
+            self._settle()
         if "loss" in logs and self._steps:
             mean = self._settle() / self._steps
             self._sum, self._steps = 0.0, 0
@@ -324,22 +330,15 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         self._resumed = None
         if isinstance(resume_from_checkpoint, str | Path) and not self.args.ignore_data_skip:
-            path = Path(resume_from_checkpoint) / LOADER_STATE
-            if not path.exists():
-                raise ResumeError(
-                    f"{resume_from_checkpoint}: has no {LOADER_STATE}, so that nothing says which sequences were seen; "
-                    "give a checkpoint that SparseKDTrainer saved, or ignore_data_skip=True to begin the epoch again"
-                )
-            self._resumed = json.loads(path.read_text(encoding="utf-8"))
+            self._resumed = checkpoints.read(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *rest, **named)
 
     def _save_checkpoint(self, model: Any, trial: Any, *rest: Any, **named: Any) -> None:
         self._settle()  # a broken student replaces no checkpoint
         if self.args.should_save:
             directory = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            directory.mkdir(parents=True, exist_ok=True)
-            saved = {"stream": self.sampler.state_dict(), "settings": self._settings(self.sampler)}
-            write_atomically(directory / LOADER_STATE, (json.dumps(saved, indent=1) + "\n").encode())
+            settings = self._settings(self.sampler) | {checkpoints.WHOLE: not self.args.save_only_model}
+            checkpoints.write(directory, self.sampler.state_dict(), settings)
         super()._save_checkpoint(model, trial, *rest, **named)
 
     def _settings(self, sampler: StepSampler) -> dict[str, Any]:
@@ -359,16 +358,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         if saved is None:
             sampler.taken = 0
             return
-        differing = [
-            f"{name}: {saved['settings'].get(name)!r} in the checkpoint, {value!r} here"
-            for name, value in self._settings(sampler).items()
-            if saved["settings"].get(name) != value
-        ]
-        if differing:
-            raise ResumeError(
-                f"the settings of the run that was saved differ ({'; '.join(differing)}); resume with those, or begin "
-                "a new run from its model"
-            )
+        checkpoints.check_settings(saved["settings"], self._settings(sampler))
         sampler.check_stands(saved["stream"])
 
 
@@ -378,9 +368,11 @@ class _Epochs(TrainerCallback):  # type: ignore[misc]  # transformers has no typ
     def __init__(self, trainer: SparseKDTrainer) -> None:
         self._trainer, self._begun = trainer, False
 
-    def on_train_begin(self, *_: object, **__: object) -> None:
+    def on_train_begin(self, _args: object, state: Any, control: Any, **__: object) -> None:
         self._trainer.begin()
         self._begun = False
+        # The Trainer looks only after a step, and so takes one more where a finished run is resumed.
+        control.should_training_stop = state.global_step >= state.max_steps
 
     def on_epoch_begin(self, *_: object, **__: object) -> None:
         if self._begun:

@@ -21,7 +21,8 @@ from sklformat.distill.models import outputs
 from sklformat.distill.student.validation import HeldOut, validate
 from sklformat.errors import ResumeError, SettingsError
 from sklformat.integrations.arguments import check_launched
-from sklformat.integrations.transformers import LOADER_STATE, SparseKDTrainer
+from sklformat.integrations.checkpoints import LOADER_STATE
+from sklformat.integrations.transformers import SparseKDTrainer
 
 LENGTHS = [5 + i % 12 for i in range(SEQUENCES)]
 
@@ -319,6 +320,30 @@ def test_checkpoints_of_other_trainers(place, undisturbed, tmp_path):
         (checkpoint / LOADER_STATE).write_bytes(saved)
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 5}, {"max_steps": -1, "num_train_epochs": 0.8}])
+def test_a_finished_run_takes_no_further_step(place, tmp_path, length):
+    """Resumed in the middle of an epoch, where the Trainer itself would take one more."""
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, **length)
+    finished = SparseKDTrainer(llama(), args, cache=place / "even")
+    finished.train()
+    again = SparseKDTrainer(llama(), args, cache=place / "even")
+    again.train(resume_from_checkpoint=True)
+    assert 5 == again.state.global_step == finished.state.global_step
+    torch.testing.assert_close(parameters(again.model), parameters(finished.model), rtol=0, atol=0)
+    longer = SparseKDTrainer(llama(), arguments(tmp_path, max_steps=7), cache=place / "even")
+    longer.train(resume_from_checkpoint=True)
+    assert 7 == longer.state.global_step
+
+
+def test_checkpoints_of_weights_alone(place, tmp_path):
+    """The optimizer would begin again, which the Trainer takes without a word."""
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, save_only_model=True, max_steps=2)
+    SparseKDTrainer(llama(), args, cache=place / "even").train()
+    trainer = SparseKDTrainer(llama(), arguments(tmp_path), cache=place / "even")
+    with pytest.raises(ResumeError, match=r"checkpoint-2: has weights alone \(save_only_model\), so that optimi"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_an_epoch_that_was_ended_early(place, tmp_path):
     """A callback ends epochs; the stream counts epochs all the same, and the checkpoint is refused with both places."""
 
@@ -551,6 +576,27 @@ def test_a_loss_that_is_not_finite_stops(place, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert not (tmp_path / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize("changes", [{"logging_steps": 500}, {"logging_strategy": "no"}], ids=["rare", "none"])
+def test_a_run_without_a_line_ends_with_a_finite_loss(place, tmp_path, changes):
+    """Neither logged nor saved before its end, a broken student is found there."""
+
+    class Break(TrainerCallback):
+        def on_step_end(self, _args, state, _control, model, **_):
+            if state.global_step == 3:
+                model.lm_head.weight.data[0] = math.nan
+
+    trainer = SparseKDTrainer(llama(), arguments(tmp_path, **changes), cache=place / "even", callbacks=[Break()])
+    with pytest.raises(ValueError, match="by step 6 a loss was no finite number; there is no checkpoint; train"):
+        trainer.train()
+
+
+def test_weights_of_few_bits_are_said(place, capsys):
+    """A student that was saved in bfloat16 loads as such, and learns less than it seems to."""
+    for dtype, said in ((torch.float32, False), (torch.bfloat16, True)):
+        SparseKDTrainer(llama().to(dtype), arguments(place / "out"), cache=place / "even")
+        assert said == ("note: the student learns in bfloat16, where small updates" in capsys.readouterr().err)
 
 
 def test_logits_are_not_made(place):
