@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    student = AutoModelForCausalLM.from_pretrained(options.student).to(device).train()
+    student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32).to(device).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate)
     dataset = SparseLogitDataset(options.cache, batch_size=options.batch_size, seed=0)
     step = 0

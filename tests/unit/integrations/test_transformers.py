@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import math
+import runpy
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from loader_data import SEQUENCES, VOCAB, write_cache
+from safetensors.torch import load_file
 from torch.nn import functional
 from trainer_runs import arguments, gpt2, llama, losses, trained
 from transformers import EarlyStoppingCallback, MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback
@@ -25,6 +28,7 @@ from sklformat.integrations.checkpoints import LOADER_STATE
 from sklformat.integrations.transformers import SparseKDTrainer
 
 LENGTHS = [5 + i % 12 for i in range(SEQUENCES)]
+RECIPES = Path(__file__).parents[3] / "docs" / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +370,31 @@ def test_an_epoch_that_was_ended_early(place, tmp_path):
     assert [batch["input_ids"][0].tolist() for batch in (*first[:2], *second[:2])] == seen
     with pytest.raises(ResumeError, match="stands in epoch 1 after 4 sequences, and the trainer, which counts steps"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_the_recipe(place, tmp_path, monkeypatch, capsys):
+    """docs/recipes/trainer.py learns in float32 what was saved in bfloat16, and resumes where it is told."""
+    tokenizer = tiny.train_tokenizer(tiny.make_documents())
+    llama().to(torch.bfloat16).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    words = ["--cache", place / "even", "--student", tmp_path / "student", "--output_dir", tmp_path / "run"]
+    words += ["--save_steps", 2, "--report_to", "none", "--use_cpu", "--disable_tqdm", "true", "--logging_steps", 1]
+
+    def run(*more):
+        monkeypatch.setattr("sys.argv", ["trainer.py", *map(str, (*words, *more))])
+        runpy.run_path(str(RECIPES / "trainer.py"), run_name="__main__")
+        state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+        return [line["loss"] for line in state["log_history"] if "loss" in line], capsys.readouterr()
+
+    straight, printed = run("--max_steps", 4, "--hold_out", 3)
+    assert "eval_lm_loss" in printed.out
+    assert "note:" not in printed.err
+    assert torch.float32 == load_file(tmp_path / "run" / "model.safetensors")["lm_head.weight"].dtype
+    first = tmp_path / "run" / "checkpoint-2"
+    resumed, printed = run("--max_steps", 4, "--hold_out", 3, "--resume_from_checkpoint", first)
+    assert straight == resumed
+    assert printed.out.count("'loss': ") == 2
+    assert "eval_lm_loss" not in run("--max_steps", 4, "--hold_out", 0, "--output_dir", tmp_path / "whole")[1].out
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
