@@ -1,5 +1,6 @@
 """cache_teacher where the teacher's device draws, here a CPU that is taken for one that does."""
 
+import importlib.metadata
 import re
 
 import numpy as np
@@ -9,8 +10,9 @@ from capture_data import shard_bytes
 from teacher_data import SEQ_LEN, make_teacher
 
 import sklformat as skl
+from sklformat.distill import kernels
 from sklformat.distill.models import loading
-from sklformat.distill.teacher import caching, gpu_sampler
+from sklformat.distill.teacher import caching, gpu_sampler, row_draws
 from sklformat.distill.teacher.caching import cache_teacher
 from sklformat.settings.cache import CacheConfig
 
@@ -19,7 +21,7 @@ COUNT, ROUNDS = 14, 20
 
 @pytest.fixture
 def on_device(monkeypatch):
-    """Count draws on the CPU by the device's sampler, and never by C."""
+    """Draw on the CPU by the device's sampler, and never by C."""
     monkeypatch.setattr(gpu_sampler, "DEVICES", ("cpu",))
 
 
@@ -111,15 +113,67 @@ def test_draws_of_device_and_host_never_mix(config, monkeypatch):
         assert before == shard_bytes(config(out).out)
 
 
-@pytest.mark.parametrize(
-    "change", [{"sampler": "topk", "k": 5}, {"rounds": 128}, {"proposal_temperature": 0.8}], ids=str
-)
-def test_everything_else_stays_with_c(config, change, monkeypatch):
-    """Records that are no counts have the same bytes whatever the device could do."""
-    cache_teacher(config("host", num_sequences=2, **change))
+WEIGHED = [
+    {"sampler": "topk", "k": 5},
+    {"sampler": "topp", "p": 0.8},
+    {"rounds": 128},
+    {"proposal_temperature": 0.8},
+    {"proposal_temperature": 1.2, "sampler": "systematic", "unbiased_weights": True},
+]
+
+
+@pytest.mark.parametrize("change", WEIGHED, ids=str)
+def test_records_with_weights_are_those_of_c(config, monkeypatch, change):
+    """All but 0.1 % of the ids, in a sound cache, and no row is drawn from on the host."""
+    cache_teacher(config("host", num_sequences=3, **change))
     monkeypatch.setattr(gpu_sampler, "DEVICES", ("cpu",))
-    monkeypatch.setattr(caching, "DeviceSampler", None)
-    cache_teacher(config("device", num_sequences=2, **change))
+    monkeypatch.setattr(caching, "Drawer", None)
+    cache_teacher(config("device", num_sequences=3, **change))
+    assert_alike(config)
+
+
+def assert_alike(config):
+    """The caches "host" and "device" have the same records but for 0.1 % of them."""
+    assert [] == skl.verify(config("device").out)
+    host, device = skl.open(config("host").out), skl.open(config("device").out)
+    there, here = (
+        [
+            {(number, t, i) for t in range(s.targets.num_positions) for i in s.targets.token_ids[span(s, t)].tolist()}
+            for number, s in enumerate(cache)
+        ]
+        for cache in (host, device)
+    )
+    same = sum(len(a & b) for a, b in zip(there, here, strict=True))
+    assert same >= 0.999 * sum(len(a | b) for a, b in zip(there, here, strict=True))
+
+
+def span(sequence, t):
+    return slice(*sequence.targets.offsets[t : t + 2])
+
+
+def test_kernels_sum_rows_and_the_header_has_their_version(config, monkeypatch):
+    """Triton's version decides about rounding: it is one of those that a cache is begun with."""
+    change = {"sampler": "topk", "k": 3, "num_sequences": 1}
+    cache_teacher(config("host", **change))
+    monkeypatch.setattr(gpu_sampler, "DEVICES", ("cpu",))
+    monkeypatch.setattr(kernels, "run_on", lambda device: True)
+    monkeypatch.setattr(row_draws, "sum_rows", None)
+    cache_teacher(config("device", **change))
+    assert_alike(config)
+    versions = skl.open(config("device").out).header.capture["versions"]
+    assert importlib.metadata.version("triton") == versions["triton"]
+    monkeypatch.setattr(kernels, "run_on", lambda device: False)
+    with pytest.raises(skl.SettingsError, match=r"begun with other versions .*triton: '.*' != None"):
+        cache_teacher(config("device", **change))
+
+
+def test_records_that_have_no_room_on_the_device_stay_with_c(config, monkeypatch):
+    """Whether they have depends on the settings alone; then the bytes are those of the host."""
+    change = {"sampler": "topp", "p": 0.9, "num_sequences": 2}
+    cache_teacher(config("host", **change))
+    monkeypatch.setattr(gpu_sampler, "DEVICES", ("cpu",))
+    monkeypatch.setattr(gpu_sampler, "MAX_PLACES", SEQ_LEN * 280 - 1)
+    cache_teacher(config("device", **change))
     assert shard_bytes(config("host").out) == shard_bytes(config("device").out)
 
 

@@ -2,11 +2,13 @@
 What runs on a GPU in Triton; nothing of ours is known here, and torch operations elsewhere are its oracle.
 
 draw_rows  draws from rows of logits by the law of csrc
+drawn      what draws from rows give
 loss_rows  a row of logits becomes its loss and, in place, its gradient
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from functools import cache
 
@@ -21,3 +23,8 @@ def _has_triton() -> bool:
 def run_on(device: torch.device) -> bool:
     """Whether kernels run on this device: a CUDA one, where Triton is installed."""
     return device.type == "cuda" and _has_triton()
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Of what kernels need beside torch, where they run."""
+    return {"triton": importlib.metadata.version("triton")} if run_on(device) else {}

@@ -13,12 +13,14 @@ Source: SPEC.md section 2; csrc/sampler.c; Salmon et al. 2011 (Philox4x32-10).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sklformat.distill.kernels.drawn import Drawn, Sums
 
 MAX_ROUNDS = 4096
 """The most rounds that one program has in hand."""
@@ -32,26 +34,6 @@ _LARGEST = tl.constexpr(2.0**20)  # beyond it float32 has no room left for diffe
 _SMALLEST = tl.constexpr(2.0**-126)  # exponentials below it are 0, as in C
 _LOWEST = tl.constexpr(-1e30)  # stands for minus infinity where a product with 0 must be 0
 _LAST_WORD = tl.constexpr(2**53)  # above every uniform
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """
-    What the rows of one call gave, on their device.
-
-    Attributes:
-        ids: [P, N] int32, ascending; of no meaning where the row is bad.
-        weights: [P, N] float32, the share of each draw in the weight of its id; None where all draws weigh the same.
-        is_bad: [P] bool: the row holds NaN, a logit above 2^20, or none above -2^20.
-        log_sum: [P] float32, log of the sum of exp(logit).
-        entropy: [P] float32, of the row's softmax, nats; None where it was not asked for.
-    """
-
-    ids: Tensor
-    weights: Tensor | None
-    is_bad: Tensor
-    log_sum: Tensor
-    entropy: Tensor | None
 
 
 @triton.jit
@@ -197,7 +179,8 @@ def _rows(
         tl.store(ids + number * N + n, block * _BLOCK + found, mask=n < N)
         if TEMPERED:
             drawn = tl.sum(tl.where(lanes[None, :] == found[:, None], y, 0.0), 1)
-            ratio = tl.where(n < N, tl.exp(drawn * (1 - temperature)), 0.0)  # p / q, up to a factor of the row
+            is_some = (n < N) & (tl.exp(drawn) >= _SMALLEST)
+            ratio = tl.where(is_some, tl.exp(drawn * (1 - temperature)), 0.0)  # p / q, up to a factor of the row
             tl.store(weights + number * N + n, ratio, mask=n < N)
             whole += tl.sum(ratio.to(tl.float64), 0)
     if TEMPERED:
@@ -241,30 +224,61 @@ def draw_rows(
         softcap: Their cap after that; None: none.
         want_entropy: Whether to take the rows' entropies in the same pass.
     """
-    positions, vocab_size = logits_PV.shape
-    num_blocks = triton.cdiv(vocab_size, 256)
-    num_tiles = triton.cdiv(num_blocks, 32)
-    new, tempered = logits_PV.new_empty, temperature != 1.0
+    positions, new, tempered = len(logits_PV), logits_PV.new_empty, temperature != 1.0
     ids = new((positions, rounds), dtype=torch.int32)
     weights = new((positions, rounds), dtype=torch.float32) if tempered else None
     is_bad, log_sum = new(positions, dtype=torch.int8), new(positions, dtype=torch.float32)
     entropy = new(positions, dtype=torch.float32) if want_entropy else None
     if positions:
-        sums = new((positions, num_blocks), dtype=torch.float32)
-        maxima, totals, moments = (new((positions, num_tiles), dtype=torch.float32) for _ in range(3))
-        bad = new((positions, num_tiles), dtype=torch.int32)
         points = new((positions, rounds), dtype=torch.float64)
-        read = logits_PV, logits_PV.stride(0), vocab_size, num_blocks, num_tiles, sums, maxima, totals, moments, bad
+        read = _room(logits_PV)
+        num_blocks, num_tiles = read[3:5]
         shape = float(scale), 1.0 if softcap is None else float(softcap), float(temperature)
         flags = {"HAS_CAP": softcap is not None, "TEMPERED": tempered, "ENTROPY": want_entropy}
-        _tiles[(positions, num_tiles)](*read, *shape, **flags, num_warps=4)
-        _rows[(positions,)](
-            *read, places_P, _signed(seed), _signed(sequence), points, ids, ids if weights is None else weights,
-            is_bad, log_sum, log_sum if entropy is None else entropy, rounds, *shape,
-            SYSTEMATIC=systematic, NORMALISED=self_normalise, BLOCKS=triton.next_power_of_2(num_blocks),
-            TILES=triton.next_power_of_2(num_tiles), ROUNDS=triton.next_power_of_2(rounds), **flags, num_warps=8,
-        )  # fmt: skip
+        with torch.cuda.device_of(logits_PV):
+            _tiles[(positions, num_tiles)](*read, *shape, **flags, num_warps=4)
+            _rows[(positions,)](
+                *read, places_P, _signed(seed), _signed(sequence), points, ids, ids if weights is None else weights,
+                is_bad, log_sum, log_sum if entropy is None else entropy, rounds, *shape,
+                SYSTEMATIC=systematic, NORMALISED=self_normalise, BLOCKS=triton.next_power_of_2(num_blocks),
+                TILES=triton.next_power_of_2(num_tiles), ROUNDS=triton.next_power_of_2(rounds), **flags, num_warps=8,
+            )  # fmt: skip
     return Drawn(ids, weights, is_bad.bool(), log_sum, entropy)
+
+
+def sum_rows(logits_PV: Tensor, *, want_entropy: bool = False) -> Sums:
+    """
+    Read each logit once; nothing waits for the device.
+
+    Args:
+        logits_PV: As for ``draw_rows``, with P and V at least 1.
+        want_entropy: Whether to take the rows' entropies.
+    """
+    read = _room(logits_PV)
+    num_tiles, maxima_PS, totals_PS, moments_PS, bad_PS = read[4], *read[6:]
+    flags = {"HAS_CAP": False, "TEMPERED": False, "ENTROPY": want_entropy}
+    with torch.cuda.device_of(logits_PV):
+        _tiles[(len(logits_PV), num_tiles)](*read, 1.0, 1.0, 1.0, **flags, num_warps=4)
+    largest_P = maxima_PS.amax(1)
+    is_bad_P = (bad_PS.sum(1) > 0) | (largest_P <= -_LARGEST.value)
+    apart_PS = maxima_PS - largest_P[:, None]
+    shrunk_PS = apart_PS.exp()  # a tile without logits has none of the sum
+    total_P = (totals_PS * shrunk_PS).sum(1, dtype=torch.float64)
+    if not want_entropy:
+        return Sums(largest_P, total_P, is_bad_P, None)
+    moment_P = ((moments_PS + totals_PS * apart_PS.clamp(min=_LOWEST.value)) * shrunk_PS).sum(1, dtype=torch.float64)
+    return Sums(largest_P, total_P, is_bad_P, (total_P.log() - moment_P / total_P).clamp(min=0).float())
+
+
+def _room(logits_PV: Tensor) -> tuple[Any, ...]:
+    """What the first kernel reads, and room for what it writes, in the order of its arguments."""
+    positions, vocab_size = logits_PV.shape
+    num_blocks = triton.cdiv(vocab_size, 256)
+    num_tiles = triton.cdiv(num_blocks, 32)
+    sums = logits_PV.new_empty((positions, num_blocks), dtype=torch.float32)
+    maxima, totals, moments = (logits_PV.new_empty((positions, num_tiles), dtype=torch.float32) for _ in range(3))
+    bad = logits_PV.new_empty((positions, num_tiles), dtype=torch.int32)
+    return logits_PV, logits_PV.stride(0), vocab_size, num_blocks, num_tiles, sums, maxima, totals, moments, bad
 
 
 def _signed(number: int) -> int:

@@ -27,12 +27,14 @@ from sklformat.cache.manifest import MANIFEST_NAME
 from sklformat.capture import Capture, find_header
 from sklformat.capture.estimates import block_size
 from sklformat.capture.memory import check_room
+from sklformat.distill import kernels
 from sklformat.distill.models import attention, loading
 from sklformat.distill.models.devices import available_cores, find_device, own_devices
 from sklformat.distill.teacher import gpu_sampler
-from sklformat.distill.teacher.drawing import Drawer
+from sklformat.distill.teacher.arrivals import Arrival, Draws
+from sklformat.distill.teacher.drawing import Drawer, on_host
 from sklformat.distill.teacher.forward import Teacher
-from sklformat.distill.teacher.gpu_sampler import DeviceSampler, Draws
+from sklformat.distill.teacher.gpu_sampler import DeviceSampler
 from sklformat.distill.teacher.grid import Output, outputs_of
 from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.distill.teacher.provenance import agree_on_versions, make_header
@@ -44,10 +46,11 @@ from sklformat.errors import SettingsError
 from sklformat.files import remote
 from sklformat.files.directories import refuse_foreign
 from sklformat.files.disk import shared_directory
-from sklformat.format.columns import STARTS
+from sklformat.format.columns import RECORD_LOGPROB, STARTS
 from sklformat.format.header import Header
 from sklformat.format.listing import Entry, cache_fingerprint
 from sklformat.progress import say, show
+from sklformat.sampler import MAX_K
 from sklformat.settings.cache import CacheConfig
 
 _SHARD = re.compile(r"shard-\d{5,}\.skl(\.partial)?")
@@ -147,9 +150,19 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
             attention.check_isolates(model)
         vocab_size = loading.check_fit(tokenizer, model, seq_len=config.seq_len)
         packed = ranks.in_turn(lambda check: source.pack(vocab_size, check=check))
-        on_device = _draws_on_device(config, device)
+        on_device = _draws_on_device(config, device, vocab_size)
         vocabulary = vocabulary_fingerprint(tokenizer, vocab_size)
-        header = make_header(config, packed, vocab_size, vocabulary, model, dtype, device.type, on_device=on_device)
+        header = make_header(
+            config,
+            packed,
+            vocab_size,
+            vocabulary,
+            model,
+            dtype,
+            device.type,
+            on_device=on_device,
+            kernel_versions=kernels.versions(device) if on_device else {},
+        )
         _check_same(ranks, header)
         header = ranks.first(lambda: _begun(config, header))
         capture = Capture(
@@ -229,7 +242,7 @@ class _Part:
         with Drawer(kind=config.kind, rounds=rounds, sampling=config.sampling, threads=threads) as drawer:
             for output in outputs:
                 sequence, tokens, counted, made = output
-                slices = ((first, logits.cpu()) for first, logits in teacher.logits(made, counted))
+                slices = on_host(teacher.logits(made, counted))
                 taken = LogitColumns(config.columns, tokens)
                 targets = drawer.draw(sequence, slices, taken if config.columns else None, counted)
                 self._capture.push(sequence, tokens, targets, self._columns(sequence, taken))
@@ -238,23 +251,29 @@ class _Part:
     def _push_draws(self, teacher: Teacher, outputs: Iterable[Output]) -> Iterator[tuple[Output, int]]:
         """The same with draws on the device, which moves to the next sequence before the host asks for the last."""
         config = self._config
-        sampler = DeviceSampler(sampler=config.sampler, rounds=config.rounds, seed=config.seed)
-        queued: tuple[Output, Draws, LogitColumns] | None = None
+        sampler = DeviceSampler(rounds=config.rounds, **config.sampling)
+        queued: tuple[Output, Arrival, LogitColumns] | None = None
         for output in outputs:
             before = queued
             taken = LogitColumns(config.columns, output.tokens)
             slices, columns = teacher.logits(output.made, output.counted), taken if config.columns else None
-            draws = sampler.draw(output.sequence, len(output.made), slices, columns, output.counted)
-            queued = output, draws, taken
+            arrival = sampler.draw(output.sequence, len(output.made), slices, columns, output.counted)
+            queued = output, arrival, taken
             if before is not None:
                 yield self._push_queued(*before)
         if queued is not None:
             yield self._push_queued(*queued)
 
-    def _push_queued(self, output: Output, queued: Draws, taken: LogitColumns) -> tuple[Output, int]:
-        draws, columns = queued.result(), self._columns(output.sequence, taken)
-        self._capture.push_draws(output.sequence, output.tokens, draws, columns, output.counted)
-        return output, len(draws) + int(np.count_nonzero(draws[:, 1:] != draws[:, :-1]))
+    def _push_queued(self, output: Output, queued: Arrival, taken: LogitColumns) -> tuple[Output, int]:
+        if isinstance(queued, Draws):
+            draws, columns = queued.result(), self._columns(output.sequence, taken)
+            self._capture.push_draws(output.sequence, output.tokens, draws, columns, output.counted)
+            return output, len(draws) + int(np.count_nonzero(draws[:, 1:] != draws[:, :-1]))
+        targets, columns = queued.result(), self._columns(output.sequence, taken)
+        if RECORD_LOGPROB in columns:
+            columns[RECORD_LOGPROB] = queued.record_logprob(columns[RECORD_LOGPROB])
+        self._capture.push(output.sequence, output.tokens, targets, columns)
+        return output, targets.num_records
 
     def _columns(self, sequence: int, taken: LogitColumns) -> dict[str, NDArray[Any]]:
         """The optional columns that were asked for."""
@@ -303,9 +322,10 @@ def _devices(config: CacheConfig, ranks: Ranks) -> tuple[torch.device, list[int]
     return device, []
 
 
-def _draws_on_device(config: CacheConfig, device: torch.device) -> bool:
+def _draws_on_device(config: CacheConfig, device: torch.device, vocab_size: int) -> bool:
     """Whether the teacher's device draws; the same in every run with these settings, since bytes depend on it."""
-    return config.kind == "counts" and device.type in gpu_sampler.DEVICES
+    places = config.rounds if config.draws else min(config.k or MAX_K, vocab_size)
+    return device.type in gpu_sampler.DEVICES and config.seq_len * places <= gpu_sampler.MAX_PLACES
 
 
 def _dtype(config: CacheConfig, device: torch.device) -> loading.Dtype:

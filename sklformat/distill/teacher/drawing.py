@@ -7,7 +7,7 @@ Holds no model. What a record is depends on neither slices nor threads: ``skl.dr
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.format.records import SparseTargets
 from sklformat.sampler import draw
+
+_ROWS = 128
 
 _Run: TypeAlias = tuple[int, SparseTargets]  # first position and records of positions that follow each other
 
@@ -123,6 +125,14 @@ class Drawer:
 
     def _weights(self, part: SparseTargets) -> NDArray[np.float32]:
         return part.weights if part.weights is not None else _counts(part).astype(np.float32) / np.float32(self._rounds)
+
+
+def on_host(slices: Iterable[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Slices of any device as slices of the host, of no more rows than one thread should draw from."""
+    for first, logits_TV in slices:
+        host_TV = logits_TV.cpu()
+        for at in range(0, len(host_TV), _ROWS):
+            yield first + at, host_TV[at : at + _ROWS]
 
 
 def counted_places(counted_T: NDArray[np.bool_] | None, first: int, positions: int) -> NDArray[np.int64]:

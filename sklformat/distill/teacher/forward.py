@@ -18,12 +18,16 @@ from torch import Tensor
 from sklformat.distill.models import heads, outputs
 from sklformat.errors import is_memory_short
 
-LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 24}
-"""The most logits that are there at once, by kind of device. On a CPU 16 MiB of float32 are memory that is used again
-and not given back to the system; a GPU needs more rows in one product."""
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""The most logits that are there at once, by kind of device, but no fewer than of ``LEAST_ROWS`` positions. On a CPU
+16 MiB of float32 are memory that is used again and not given back to the system; a GPU needs more rows in one product:
+1024 of 128 256 logits of 2 bytes are 263 MB."""
+
+LEAST_ROWS = {"cpu": 16, "cuda": 1024}
+"""Positions of a slice at least; fewer than 16 are multiplied by another method, which rounds otherwise."""
 
 _PROBE_TOKENS = 8
-_ROWS = 16  # fewer of them are multiplied by another method, which rounds otherwise
+_ROWS = LEAST_ROWS["cpu"]
 
 
 class Teacher:
@@ -48,7 +52,8 @@ class Teacher:
         self._model = model
         self._vocab_size = vocab_size
         self.device = outputs.input_device(model)
-        self._positions = max(1, LOGITS_AT_ONCE[self.device.type] // vocab_size // _ROWS) * _ROWS
+        rows = max(LEAST_ROWS[self.device.type], LOGITS_AT_ONCE[self.device.type] // vocab_size)
+        self._positions = rows // _ROWS * _ROWS
         weight_VD = heads.plain_weight(model)
         self._weight_VD = None if weight_VD is None else weight_VD[:vocab_size]
         self._head_alone = self._weight_VD is not None or self._can_call_head()

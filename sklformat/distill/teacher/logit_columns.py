@@ -27,13 +27,21 @@ class LogitColumns:
     """
 
     def __init__(self, names: tuple[str, ...], tokens: NDArray[np.uint32]) -> None:
-        self._names = tuple(name for name in names if name in (LABEL_LOGPROB, ENTROPY, RECORD_LOGPROB))
+        self.names = tuple(name for name in names if name in (LABEL_LOGPROB, ENTROPY, RECORD_LOGPROB))
         self._labels = tokens[1:].astype(np.int64)
-        self._parts: dict[int, tuple[NDArray[np.int64], list[Tensor]]] = {}
+        self._parts: dict[int, tuple[NDArray[np.int64], dict[str, Tensor]]] = {}
         self._copied: torch.cuda.Event | None = None
 
     @torch.inference_mode()
-    def add(self, places: NDArray[np.int64], logits_PV: Tensor, rows: Tensor | None, ids: Tensor) -> None:
+    def add(
+        self,
+        places: NDArray[np.int64],
+        logits_PV: Tensor,
+        rows: Tensor | None,
+        ids: Tensor | None,
+        log_sum_P: Tensor | None = None,
+        entropy_P: Tensor | None = None,
+    ) -> None:
         """
         Take what is wanted of a slice; nothing waits for the device.
 
@@ -41,49 +49,58 @@ class LogitColumns:
             places: [P] ascending positions of the rows; those that no slice has get 0 and no record.
             logits_PV: Any float type.
             rows: int64 [n], for each id its row of the slice; None: ids are [P, N], N of each row.
-            ids: int64 [n] or [P, N], of the records or draws.
+            ids: int64 [n] or integers [P, N], of the records or draws; of rows that no draw may come from, any numbers.
+                None: record_logprob is not taken.
+            log_sum_P: float32, log of the sum of exp(logit), where it is known.
+            entropy_P: float32, where it is known.
         """
-        if not self._names:
+        if not self.names:
             return
-        x_PV = logits_PV.float()
-        total_P1 = x_PV.logsumexp(-1, keepdim=True)
-        made = []
-        if LABEL_LOGPROB in self._names:
+        wanted = tuple(name for name in self.names if name != RECORD_LOGPROB or ids is not None)
+        x_PV = logits_PV
+        if log_sum_P is None or (ENTROPY in wanted and entropy_P is None):
+            x_PV = logits_PV.float()
+        total_P1 = x_PV.logsumexp(-1, keepdim=True) if log_sum_P is None else log_sum_P[:, None]
+        made = {}
+        if LABEL_LOGPROB in wanted:
             labels_P = torch.from_numpy(self._labels[places])
             if x_PV.device.type == "cuda":
                 labels_P = labels_P.pin_memory().to(x_PV.device, non_blocking=True)
-            made.append((x_PV.gather(1, labels_P[:, None]) - total_P1)[:, 0].clamp(_LEAST, 0.0))
-        if ENTROPY in self._names:
-            made.append(torch.special.entr((x_PV - total_P1).exp_()).sum(-1))
-        if RECORD_LOGPROB in self._names:
-            found = x_PV.gather(1, ids) - total_P1 if rows is None else x_PV[rows, ids] - total_P1[rows, 0]
-            made.append(found.clamp(_LEAST, 0.0))
-        self._parts[int(places[0]) if places.size else 0] = places, [values.half() for values in made]
+            made[LABEL_LOGPROB] = (x_PV.gather(1, labels_P[:, None]).float() - total_P1)[:, 0].clamp(_LEAST, 0.0)
+        if RECORD_LOGPROB in wanted and ids is not None:
+            if rows is None:
+                found = x_PV.gather(1, ids.long().clamp(0, max(0, x_PV.shape[1] - 1))).float() - total_P1
+            else:
+                found = x_PV[rows, ids].float() - total_P1[rows, 0]
+            made[RECORD_LOGPROB] = found.clamp(_LEAST, 0.0)
+        if ENTROPY in wanted:
+            if entropy_P is None:
+                entropy_P = torch.special.entr((x_PV - total_P1).exp_()).sum(-1)
+            made[ENTROPY] = entropy_P
+        halves = {name: values.half() for name, values in made.items()}
+        self._parts[int(places[0]) if places.size else 0] = places, halves
 
     @torch.inference_mode()
     def fetch(self) -> None:
         """Begin to copy what was taken to the host, behind what its device has to do now."""
-        for first, (places, parts) in self._parts.items():
-            if parts[0].device.type == "cuda":
-                copies = [
-                    torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
-                    for part in parts
-                ]
-                self._parts[first] = places, copies
-                self._copied = torch.cuda.current_stream(parts[0].device).record_event()
+        for _, parts in self._parts.values():
+            for name, part in parts.items():
+                if part.device.type == "cuda":
+                    parts[name] = torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
+                    self._copied = torch.cuda.current_stream(part.device).record_event()
 
     def values(self) -> dict[str, NDArray[np.float16]]:
-        """The columns: label_logprob and entropy [T], record_logprob [nnz] or [P, N], as its ids were given."""
+        """The columns that were taken: label_logprob and entropy [T], record_logprob [nnz] or [P, N], as its ids."""
         if self._copied is not None:
             self._copied.synchronize()
         slices = [self._parts[first] for first in sorted(self._parts)]
         columns = {}
-        for number, name in enumerate(self._names):
-            taken = [parts[number].numpy() for _, parts in slices]
+        for name in self.names:
+            taken = [(places, parts[name].numpy()) for places, parts in slices if name in parts]
             if name == RECORD_LOGPROB:
-                columns[name] = np.concatenate(taken) if taken else np.empty(0, np.float16)
+                columns[name] = np.concatenate([values for _, values in taken]) if taken else np.empty(0, np.float16)
                 continue
             columns[name] = np.zeros(self._labels.size, np.float16)
-            for (places, _), values in zip(slices, taken, strict=True):
+            for places, values in taken:
                 columns[name][places] = values
         return columns

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def make_header(
     device_type: str,
     *,
     on_device: bool = False,
+    kernel_versions: Mapping[str, str] | None = None,
 ) -> Header:
     """
     Everything a sequence's bytes depend on; what the text is, its fingerprint says, and the two numbers of it.
@@ -52,6 +54,7 @@ def make_header(
         dtype: Of its weights and logits.
         device_type: Kind of device that it runs on.
         on_device: Draws are made on the teacher's device, not by C; then the header says so.
+        kernel_versions: Of libraries that these draws depend on beside torch.
 
     Raises:
         ValueError: Settings that contradict each other, or a vocabulary beyond every profile.
@@ -82,7 +85,7 @@ def make_header(
             "unbiased": config.unbiased_weights,
             **({"draws": "device"} if on_device else {}),
         },
-        "versions": {**loading.versions(), "sklformat": sklformat.__version__},
+        "versions": {**loading.versions(), **(kernel_versions or {}), "sklformat": sklformat.__version__},
     }
     return Header(
         vocab_size=vocab_size,

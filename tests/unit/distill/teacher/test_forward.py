@@ -54,6 +54,16 @@ def test_slices_are_the_models_logits(name, monkeypatch):
         torch.testing.assert_close(expected[sequence], found, rtol=1e-5, atol=1e-5)
 
 
+def test_slices_have_so_many_positions_at_least(monkeypatch):
+    """However large the vocabulary; on a GPU 1024."""
+    assert forward.LEAST_ROWS["cuda"] >= 1024
+    monkeypatch.setitem(forward.LOGITS_AT_ONCE, "cpu", 1)
+    monkeypatch.setitem(forward.LEAST_ROWS, "cpu", 32)
+    teacher = Teacher(MODELS["one matrix"](), VOCAB)
+    slices = teacher.logits(teacher.run(torch.arange(POSITIONS)[None].numpy().astype("uint32"))[0])
+    assert [(0, 32), (32, 8)] == [(first, len(part)) for first, part in slices]
+
+
 def test_a_head_that_needs_more_is_run_with_its_model(monkeypatch):
     """Where the head alone gives other logits, or fails, the model is run whole, and the records stay right."""
     model = made("Cohere", logit_scale=0.25)

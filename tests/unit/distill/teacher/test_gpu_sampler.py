@@ -9,18 +9,22 @@ from chance import (
     assert_drawn_by,
     assert_head_is_unbiased,
     assert_tail_is_unbiased,
+    largest_z,
     law_with_a_tail,
     power_law,
     repeat,
+    z_of_false_alarm,
 )
 from reference_sampler import dense, probabilities, uniforms
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sklformat.capture import merge_draws
-from sklformat.distill.teacher import gpu_sampler
-from sklformat.distill.teacher.drawing import Drawer
+from sklformat.distill import kernels
+from sklformat.distill.teacher import gpu_sampler, row_draws
+from sklformat.distill.teacher.drawing import Drawer, on_host
 from sklformat.distill.teacher.gpu_sampler import DeviceSampler
 from sklformat.distill.teacher.logit_columns import LogitColumns
+from sklformat.distill.teacher.row_draws import RowDraws
 from sklformat.sampler import draw
 
 NAMES = ("label_logprob", "entropy", "record_logprob")
@@ -49,7 +53,7 @@ def by_c(logits, rounds, sampler, seed=0, sequence=0):
 @pytest.mark.parametrize("rounds", [1, 2, 7, 127])
 def test_uniforms_are_the_keyed_ones(rounds):
     """Philox in int64, with a seed and a sequence beyond 32 bits: all 53 bits of every position and round."""
-    sampler = DeviceSampler(sampler="multinomial", rounds=rounds, seed=BIG["seed"])
+    sampler = RowDraws(systematic=False, rounds=rounds, seed=BIG["seed"])
     words = sampler._uniforms(BIG["sequence"], torch.arange(5), rounds)
     for position in range(5):
         expected = uniforms(rounds, seed=BIG["seed"], sequence=BIG["sequence"], position=position)
@@ -75,7 +79,7 @@ def test_slices_of_positions_change_nothing(sampler, monkeypatch):
     """On a CPU sums do not depend on how many rows are there at once, on either level."""
     logits = random_logits(50, 1000)
     whole = sample(logits, 20, sampler)
-    monkeypatch.setattr(gpu_sampler, "_SECOND_LEVEL", 3 * 20 * 256)
+    monkeypatch.setattr(row_draws, "_SECOND_LEVEL", 3 * 20 * 256)
     assert np.array_equal(whole, sample(logits, 20, sampler, at_once=7))
     assert np.array_equal(whole, sample(logits, 20, sampler, at_once=1))
 
@@ -135,6 +139,14 @@ def test_the_host_passes_over_the_same(counted, threads, kind, sampling):
     assert np.where(counted, columns[0]["entropy"], 0).tolist() == columns[1]["entropy"].tolist()
 
 
+def test_large_slices_are_cut_for_the_threads_of_the_host():
+    """A slice that one product made is drawn from by several threads, and stays where it begins."""
+    logits = random_logits(300, 3)
+    cut = list(on_host([(40, logits), (340, logits[:5])]))
+    assert [(40, 128), (168, 128), (296, 44), (340, 5)] == [(first, len(part)) for first, part in cut]
+    assert torch.equal(logits, torch.cat([part for _, part in cut[:3]]))
+
+
 @pytest.mark.parametrize("sampler", ["multinomial", "systematic"])
 def test_ids_without_probability_are_never_drawn(sampler):
     """-inf at the ends, in whole blocks and between; and what is too small for float32 beside the largest."""
@@ -151,9 +163,9 @@ def test_sums_rise_at_positive_values_only(monkeypatch):
     values = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
     scanned = torch.tensor([[1e-17, 1.0, 1.0 + 1e-15, 2.0, 2.0 - 1e-15, 2.0 + 1e-15]], dtype=torch.float64)
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_: scanned)
-    running = gpu_sampler._running(values)
+    running = row_draws._running(values)
     assert [[0.0, 1.0, 1.0, 2.0, 2.0, 2.0]] == running.tolist()
-    last = gpu_sampler._below(torch.tensor([[0.0, 2.0, 2.5]], dtype=torch.float64), running[:, -1:])
+    last = row_draws._below(torch.tensor([[0.0, 2.0, 2.5]], dtype=torch.float64), running[:, -1:])
     assert [[1, 3, 3]] == torch.searchsorted(running, last, right=True).tolist()
 
 
@@ -173,20 +185,36 @@ class Recorded(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("sampler", ["multinomial", "systematic"])
-def test_nothing_waits_for_values_and_memory_is_bounded(sampler, monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_nothing_waits_for_values_and_memory_is_bounded(sampler, temperature, monkeypatch):
     """On tensors without values all is queued, so that no shape or branch needs one; no row is widened to 64 bits."""
     queued = []
-    monkeypatch.setattr(gpu_sampler, "Draws", lambda *arguments: queued.append(arguments))
+    for name in ("Draws", "DrawnRatios"):
+        monkeypatch.setattr(gpu_sampler, name, lambda *arguments: queued.append(arguments[0].numel()))
     positions, vocab_size, rounds = 130, 128_256, 50
     logits = torch.empty(positions, vocab_size, dtype=torch.bfloat16, device="meta")
     with Recorded() as recorded:
-        device_sampler = DeviceSampler(sampler=sampler, rounds=rounds, seed=1)
+        device_sampler = DeviceSampler(sampler=sampler, rounds=rounds, seed=1, proposal_temperature=temperature)
         device_sampler.draw(3, 2 * positions, ((first, logits) for first in (0, positions)))
         device_sampler.draw(4, positions, [(0, logits)])
-    assert [2 * positions * rounds + 1, positions * rounds + 1] == [arguments[0].numel() for arguments in queued]
+    each = rounds if temperature == 1 else 2 * rounds
+    assert [2 * positions * each + 1, positions * each + 1] == queued
     assert positions * 501 * 256 == recorded.largest[torch.float32]
-    assert recorded.largest[torch.float64] <= gpu_sampler._SECOND_LEVEL
-    assert recorded.largest[torch.int64] <= gpu_sampler._SECOND_LEVEL
+    assert recorded.largest[torch.float64] <= row_draws._SECOND_LEVEL
+    assert recorded.largest[torch.int64] <= row_draws._SECOND_LEVEL
+
+
+@pytest.mark.parametrize("law", [{"sampler": "topk", "k": 20}, {"sampler": "topp", "p": 0.9}], ids=str)
+def test_nothing_waits_for_the_most_probable_either(law, monkeypatch):
+    """Rows are looked at so many at once; room for records is what a sequence can have at most."""
+    queued = []
+    monkeypatch.setattr(gpu_sampler, "Tops", lambda *arguments: queued.append(arguments))
+    logits = torch.empty(300, 128_256, dtype=torch.bfloat16, device="meta")
+    with Recorded() as recorded:
+        DeviceSampler(seed=1, **law).draw(3, 300, [(0, logits)])
+    lengths, _, _, records, _ = queued[0]
+    assert (301, (2, 300 * law.get("k", 65535) + 1)) == (lengths.numel(), records.shape)
+    assert recorded.largest[torch.int64] <= row_draws.KEYS_AT_ONCE
 
 
 @pytest.mark.gpu
@@ -226,6 +254,185 @@ def test_a_gpu_passes_over_positions_and_waits_for_nothing():
     assert taken.values()["entropy"][counted].all()
 
 
+RATIOS = {
+    "a flatter proposal": {"rounds": 40, "proposal_temperature": 0.7},
+    "a sharper one, unbiased": {"rounds": 40, "proposal_temperature": 1.5, "self_normalise": False},
+    "even draws, unbiased": {
+        "rounds": 12, "sampler": "systematic", "proposal_temperature": 0.6, "self_normalise": False,
+    },
+    "many rounds": {"rounds": 300},
+    "many even ones": {"rounds": 1000, "sampler": "systematic"},
+    "topk": {"sampler": "topk", "k": 12},
+    "topp": {"sampler": "topp", "p": 0.9},
+    "a few of topp": {"sampler": "topp", "p": 0.99, "k": 7},
+    "all of topp": {"sampler": "topp", "p": 1.0},
+}  # fmt: skip
+
+
+def ratios(logits, law, at_once=1 << 10, columns=None, counted=None, sequence=5):
+    """Records by the device's sampler, and the column record_logprob beside them."""
+    slices = ((first, logits[first : first + at_once]) for first in range(0, len(logits), at_once))
+    sampler = DeviceSampler(**{"sampler": "multinomial", "seed": 3} | law)
+    arrival = sampler.draw(sequence, len(logits), slices, columns, counted)
+    targets = arrival.result()
+    if columns is None:
+        return targets, None
+    return targets, arrival.record_logprob(columns.values()["record_logprob"])
+
+
+def assert_as_c(found, logits, law, at_least=0.999):
+    """The records of C: 99.9 % of the ids, and their weights to 1e-5."""
+    expected = draw(logits, **{"seed": 3} | law, sequence=5)
+    assert expected.offsets.size == found.offsets.size
+    pairs = [
+        {(t, i): w for t in range(len(logits)) for i, w in of_position(targets, t)} for targets in (expected, found)
+    ]
+    same = pairs[0].keys() & pairs[1].keys()
+    assert len(same) >= at_least * max(map(len, pairs))
+    # A draw that fell to the neighbour changes the other weights of its position where these sum to 1.
+    touched = {t for t, _ in pairs[0].keys() ^ pairs[1].keys()}
+    for key in same:
+        assert key[0] in touched or pairs[1][key] == pytest.approx(pairs[0][key], rel=1e-5)
+
+
+def of_position(targets, t):
+    span = slice(*targets.offsets[t : t + 2])
+    ids = targets.token_ids[span].tolist()
+    assert ids == sorted(set(ids))
+    return zip(ids, targets.weights[span].tolist(), strict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 257, 1003])
+@pytest.mark.parametrize("law", RATIOS.values(), ids=RATIOS)
+def test_weights_are_those_of_c(law, vocab_size, dtype):
+    """Ids ascending, equal logits by lower id, weights too small left out; over slices of any size."""
+    logits = random_logits(30, vocab_size, dtype)
+    logits[3, vocab_size // 2 :] = logits[3, 0]
+    logits[4, 1::2] = -math.inf
+    logits[5, : vocab_size // 2] -= 95  # beside the largest their probability is 0
+    logits[6] *= 0
+    logits[6, ::2] *= -1
+    whole, _ = ratios(logits, law)
+    assert_as_c(whole, logits, law)
+    parts, _ = ratios(logits, law, at_once=7)
+    assert whole == parts
+
+
+@pytest.mark.parametrize("law", RATIOS.values(), ids=RATIOS)
+def test_a_wide_row_has_them_too(law):
+    """Of so many ids that are alike the edges lie nearer to each other, so that rounding moves a few more draws."""
+    logits = random_logits(2, 131_075, torch.bfloat16)
+    assert_as_c(ratios(logits, law)[0], logits, law, 0.997)
+
+
+@pytest.mark.parametrize("counted", COUNTED)
+@pytest.mark.parametrize("name", ["a flatter proposal", "many rounds", "topk", "topp"])
+def test_records_with_weights_pass_over_positions(name, counted):
+    """Those that count have the records and columns that they have among all, beside each other."""
+    law, logits, tokens = RATIOS[name], random_logits(50, 1000), np.arange(51, dtype=np.uint32)
+    every, taken = LogitColumns(NAMES, tokens), LogitColumns(NAMES, tokens)
+    whole, logprobs = ratios(logits, law, 7, every)
+    spoilt = torch.where(torch.from_numpy(counted)[:, None], logits, math.nan)
+    some, some_logprobs = ratios(spoilt, law, 7, taken, counted)
+    lengths = np.diff(whole.offsets)
+    assert np.where(counted, lengths, 0).tolist() == np.diff(some.offsets).tolist()
+    kept = np.repeat(counted, lengths)
+    assert whole.token_ids[kept].tolist() == some.token_ids.tolist()
+    assert whole.weights[kept].tolist() == some.weights.tolist()
+    assert logprobs[kept].tolist() == some_logprobs.tolist()
+    logp = torch.log_softmax(logits.double(), -1).numpy()
+    exact = logp[np.repeat(np.arange(50), lengths), whole.token_ids]
+    np.testing.assert_allclose(logprobs, exact, rtol=1e-3, atol=1e-6)
+    for column in ("entropy", "label_logprob"):
+        assert np.array_equal(np.where(counted, every.values()[column], 0), taken.values()[column])
+
+
+@pytest.mark.parametrize("by", ["torch", "kernels"])
+@pytest.mark.parametrize("self_normalise", [True, False])
+def test_ids_that_only_the_proposal_has_get_no_record(by, self_normalise, monkeypatch):
+    """Drawn by a flat proposal, an id whose own probability is below 2^-126 weighs nothing, as for C."""
+    logits = torch.full((1, 300), -88.0)
+    logits[0, 7] = 0.0
+    law = {"rounds": 20, "proposal_temperature": 0.05, "self_normalise": self_normalise}
+    if by == "kernels":
+        monkeypatch.setattr(kernels, "run_on", lambda device: True)
+    found, _ = ratios(logits, law)
+    assert [7] == found.token_ids.tolist()
+    assert_as_c(found, logits, law)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels run on the CPU, and torch operations nowhere."""
+    monkeypatch.setattr(kernels, "run_on", lambda device: True)
+    monkeypatch.setattr(RowDraws, "draw", None)
+    monkeypatch.setattr(row_draws, "sum_rows", None)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter computes with what is bad
+@pytest.mark.parametrize("law", [{"rounds": 5}, RATIOS["even draws, unbiased"], RATIOS["topk"]], ids=str)
+def test_kernels_give_records_and_columns_in_one_pass(law, interpreted):
+    """Over slices, and positions that do not count: C's records, the columns of torch, and what C refuses."""
+    logits, tokens = random_logits(3, 301), np.arange(4, dtype=np.uint32)
+    counted = np.array([True, False, True])
+    taken, plain = LogitColumns(NAMES, tokens), LogitColumns(NAMES, tokens)
+    if law == {"rounds": 5}:
+        slices = ((first, logits[first : first + 2]) for first in (0, 2))
+        sampler = DeviceSampler(sampler="multinomial", seed=3, **law)
+        found = sampler.draw(5, 3, slices, taken, counted).result()
+        assert by_c(logits, 5, "multinomial", seed=3, sequence=5)[counted].tolist() == found.tolist()
+        ids, rows, logprobs = found.ravel(), np.repeat([0, 2], 5), taken.values()["record_logprob"].ravel()
+    else:
+        found, logprobs = ratios(logits, law, 2, taken, counted)
+        expected = draw(logits, **{"seed": 3} | law, sequence=5)
+        rows = np.repeat(np.arange(3), np.diff(expected.offsets))
+        kept = counted[rows]
+        assert expected.token_ids[kept].tolist() == found.token_ids.tolist()
+        np.testing.assert_allclose(expected.weights[kept], found.weights, rtol=1e-5)
+        ids, rows = found.token_ids, rows[kept]
+    plain.add(np.array([0, 2]), logits[[0, 2]], torch.from_numpy(rows // 2), torch.from_numpy(ids.astype(np.int64)))
+    for name, values in plain.values().items():
+        found_values = logprobs if name == "record_logprob" else taken.values()[name]
+        np.testing.assert_allclose(values, found_values, rtol=1e-3, atol=1e-5)
+    logits[2, 300] = math.nan
+    with pytest.raises(ValueError, match=r"sequence 5, position 2: the logits hold NaN.*id 300"):
+        DeviceSampler(**{"sampler": "multinomial", "seed": 3} | law).draw(5, 3, [(0, logits)]).result()
+
+
+@pytest.mark.parametrize("limit", ["MAX_VOCAB", "MAX_ROUNDS"])
+def test_what_kernels_have_no_room_for_goes_by_torch(limit, monkeypatch):
+    """The draws are those that they would be, and no kernel runs."""
+    from sklformat.distill.kernels import draw_rows
+
+    monkeypatch.setattr(kernels, "run_on", lambda device: True)
+    monkeypatch.setattr(draw_rows, limit, 9)
+    monkeypatch.setattr(draw_rows, "draw_rows", None)
+    logits = random_logits(3, 301)
+    assert by_c(logits, 10, "multinomial").tolist() == sample(logits, 10).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("law", RATIOS.values(), ids=RATIOS)
+def test_a_gpu_gives_the_records_of_c_and_waits_for_nothing(law, monkeypatch):
+    """Every sampler, by kernels and by torch operations, with columns: as C, and no operation synchronises."""
+    host, tokens = random_logits(200, 32_003, torch.bfloat16), np.arange(201, dtype=np.uint32)
+    logits, sampler = host.cuda(), DeviceSampler(**{"sampler": "multinomial", "seed": 3} | law)
+    for run_on in (kernels.run_on, lambda device: False):
+        monkeypatch.setattr(kernels, "run_on", run_on)
+        first = sampler.draw(5, 200, [(0, logits)]).result()
+        taken = LogitColumns(NAMES, tokens)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            queued = sampler.draw(5, 200, [(0, logits[:90]), (90, logits[90:])], taken)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert first == queued.result()
+        assert_as_c(first, host, law)
+        assert taken.values()["entropy"].all()
+
+
 def bad(value, at=5, positions=9):
     logits = random_logits(positions, 700)
     logits[at, 300] = value
@@ -246,6 +453,13 @@ def test_rows_that_c_refuses_are_refused_in_its_words(value, at_once, dtype):
     assert str(expected.value) == str(found.value)
 
 
+@pytest.mark.parametrize("law", RATIOS.values(), ids=RATIOS)
+def test_bad_rows_are_named_whatever_the_sampler(law):
+    """As where draws are counted."""
+    with pytest.raises(ValueError, match=r"sequence 5, position 5: the logits hold NaN.*id 300"):
+        ratios(bad(math.inf), law, at_once=4)
+
+
 def test_more_rows_that_are_refused():
     """Nothing above -2^20; and a value above 2^20 beside others as large, first in the row or far behind."""
     with pytest.raises(ValueError, match="position 1: the logits hold NaN"):
@@ -262,11 +476,11 @@ def test_more_rows_that_are_refused():
     assert [[1, 1, 1]] == sample(torch.tensor([[2.0**20 - 200, 2.0**20]]), 3).tolist()
 
 
-@pytest.mark.parametrize(("sampler", "rounds"), [("topk", 5), ("multinomial", 128), ("systematic", 0)])
-def test_what_only_c_draws_is_refused(sampler, rounds):
-    """Other samplers, and rounds that a count cannot hold."""
-    with pytest.raises(ValueError, match=r"a device draws counts of 1\.\.127 rounds"):
-        DeviceSampler(sampler=sampler, rounds=rounds, seed=0)
+@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"rounds": 65536}, {"rounds": 5, "proposal_temperature": 0.0}])
+def test_what_cannot_be_drawn_is_refused(wrong):
+    """As by skl.draw."""
+    with pytest.raises(ValueError, match=r"must be in (1\.\.65535|0\.001\.\.100), got"):
+        DeviceSampler(sampler="systematic", seed=0, **wrong)
 
 
 def counts_of(row, positions, rounds=50, sampler="multinomial", **more):
@@ -303,7 +517,7 @@ def test_what_a_float32_running_sum_would_lose_is_drawn():
     e_PCW = torch.from_numpy(np.exp(row))[None, None]
     law = probabilities(row)
     shares = (np.arange(1 << 16) + 0.5) / (1 << 16) * law[8:24].sum() + law[0]
-    found = gpu_sampler._find(e_PCW, torch.zeros(1, shares.size, dtype=torch.int64), torch.from_numpy(shares)[None])
+    found = row_draws._find(e_PCW, torch.zeros(1, shares.size, dtype=torch.int64), torch.from_numpy(shares)[None])
     counts = np.bincount(found[0].numpy(), minlength=256)
     np.testing.assert_allclose(law[8:24] / law[8:24].sum() * shares.size, counts[8:24], atol=2)
 
@@ -317,3 +531,17 @@ def test_variance_of_systematic_is_far_below_multinomials():
         errors[sampler] = ((estimates - law) ** 2).sum(1).mean()
     assert errors["multinomial"] == pytest.approx((1 - (law**2).sum()) / 50, rel=0.08)
     assert errors["systematic"] < errors["multinomial"] / 3
+
+
+@pytest.mark.parametrize("sampler", ["multinomial", "systematic"])
+def test_importance_weights_are_unbiased(sampler):
+    """With weights p / q / rounds each of the 100 most probable ids, and all others together, have their mass."""
+    row = power_law(500)
+    law = {"rounds": 20, "sampler": sampler, "proposal_temperature": 0.7, "self_normalise": False, "seed": 21}
+    targets, _ = ratios(torch.from_numpy(repeat(row, 4000).copy()), law)
+    probability = probabilities(row)
+    head = np.argsort(-probability)[:100]
+    estimates = dense(targets, row.size)
+    samples = np.column_stack([estimates[:, head], estimates.sum(1) - estimates[:, head].sum(1)])
+    expected = np.append(probability[head], 1 - probability[head].sum())
+    assert largest_z(samples, expected) < z_of_false_alarm(101)
