@@ -6,7 +6,7 @@ contenders take turns of several calls within one run, on one thread, so that al
 counted, so that a busy neighbour costs little. With --calls-a-turn 1 every call comes right after another contender's,
 in which this processor's vector units are still slow. Run:
 
-    python benchmarks/draw.py [--quick]
+    python benchmarks/draw.py [--quick] [--kernels avx2]
 """
 
 import argparse
@@ -84,7 +84,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small pool (may lie in the cache) and few calls")
     parser.add_argument("--calls-a-turn", type=int, default=8)
+    parser.add_argument("--kernels", help="avx512, avx2 or portable; by default the widest that the processor has")
     args = parser.parse_args()
+    if args.kernels is not None:
+        native.use_kernels(args.kernels)
     torch.set_num_threads(1)
     pool_bytes, turns = (100 << 20, 3) if args.quick else (640 << 20, 12)
     print(f"{processor()}; kernels {native.kernels_name()}; pool {pool_bytes >> 20} MiB; torch {torch.__version__}")

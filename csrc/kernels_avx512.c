@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include <immintrin.h>
+#include <math.h>
 
 #if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512DQ__) || !defined(__AVX512VL__) ||             \
     !defined(__FMA__) || !defined(__F16C__)
@@ -78,6 +79,34 @@ SKL_INLINE lanes exponential_lanes(lanes x, lanes scale, lanes offset)
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.62e428p-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(d, _mm512_set1_ps(-125.5f), _CMP_NLE_UQ), p, n);
+}
+
+/* What the sum of a block takes beside its row. */
+typedef struct sum_terms {
+    lanes scale, offset;
+} sum_terms;
+
+SKL_INLINE sum_terms make_sum_terms(uint32_t dtype, float scale, float offset)
+{
+    (void)dtype;
+    return (sum_terms){fill_lanes(scale), fill_lanes(offset)};
+}
+
+/* Sum of the exponentials of a block; its largest logit too where that is wanted. */
+SKL_INLINE float block_sum(uint32_t dtype, const unsigned char *row, const sum_terms *terms, float *maximum)
+{
+    const lanes first = load_lanes(dtype, row);
+    lanes sum = exponential_lanes(first, terms->scale, terms->offset);
+    lanes most = larger_lanes(fill_lanes(-INFINITY), first);
+    for (size_t j = 1; j < SKL_GROUPS; j++) {
+        const lanes x = load_lanes(dtype, row + j * SKL_LANES * skl_logit_size(dtype));
+        sum = add_lanes(sum, exponential_lanes(x, terms->scale, terms->offset));
+        if (maximum != NULL)
+            most = larger_lanes(most, x);
+    }
+    if (maximum != NULL)
+        *maximum = largest_lane(most);
+    return sum_lanes(sum);
 }
 
 #include "kernels_lanes.h"

@@ -1,8 +1,8 @@
 /* kernels_lanes.h: the sampler's kernels for registers that hold 16 lanes.
  *
- * Included by kernels_avx2.c and kernels_avx512.c, which define `lanes` and what is done to them one by one; the
- * order of operations is that of kernels_portable.c.  What does not fill a block goes through a block padded with
- * -inf, whose exponential is 0. */
+ * Included by kernels_avx2.c and kernels_avx512.c, which define `lanes`, what is done to them one by one, and block_sum
+ * with the sum_terms that it takes; the order of operations is that of kernels_portable.c.  What does not fill a block
+ * goes through a block padded with -inf, whose exponential is 0. */
 #ifndef SKL_KERNELS_LANES_H
 #define SKL_KERNELS_LANES_H
 
@@ -67,39 +67,23 @@ SKL_INLINE void maxima_as(uint32_t dtype, const unsigned char *row, size_t n, fl
     }
 }
 
-/* Sum of the exponentials of a block; its largest logit too where that is wanted. */
-SKL_INLINE float block_sum(uint32_t dtype, const unsigned char *row, lanes scale, lanes offset, float *maximum)
-{
-    const lanes first = load_lanes(dtype, row);
-    lanes sum = exponential_lanes(first, scale, offset);
-    lanes most = larger_lanes(fill_lanes(-INFINITY), first);
-    for (size_t j = 1; j < SKL_GROUPS; j++) {
-        const lanes x = load_lanes(dtype, row + j * SKL_LANES * skl_logit_size(dtype));
-        sum = add_lanes(sum, exponential_lanes(x, scale, offset));
-        if (maximum != NULL)
-            most = larger_lanes(most, x);
-    }
-    if (maximum != NULL)
-        *maximum = largest_lane(most);
-    return sum_lanes(sum);
-}
-
 SKL_INLINE void cdf_as(uint32_t dtype, const unsigned char *row, size_t n, float scale, float offset, double *cdf,
                        float *maxima)
 {
-    const lanes scales = fill_lanes(scale), offsets = fill_lanes(offset);
+    const sum_terms terms = make_sum_terms(dtype, scale, offset);
     double running = 0.0;
     size_t b = 0;
     cdf[0] = running;
     for (; n >= SKL_BLOCK; n -= SKL_BLOCK, row += SKL_BLOCK * skl_logit_size(dtype), b++) {
         prefetch_block(row, skl_logit_size(dtype));
-        running += (double)block_sum(dtype, row, scales, offsets, maxima == NULL ? NULL : maxima + b);
+        running += (double)block_sum(dtype, row, &terms, maxima == NULL ? NULL : maxima + b);
         cdf[b + 1] = running;
     }
     if (n > 0) {
         float block[SKL_BLOCK];
+        const sum_terms widened = make_sum_terms(SKL_DTYPE_FLOAT32, scale, offset);
         pad_block(dtype, row, n, block);
-        running += (double)block_sum(SKL_DTYPE_FLOAT32, (const unsigned char *)block, scales, offsets,
+        running += (double)block_sum(SKL_DTYPE_FLOAT32, (const unsigned char *)block, &widened,
                                      maxima == NULL ? NULL : maxima + b);
         cdf[b + 1] = running;
     }

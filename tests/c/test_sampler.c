@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "check.h"
+#include "kernels.h"
 #include "kernels_choice.h"
 #include "skl.h"
 
@@ -90,6 +91,15 @@ static uint16_t to_float16(float value)
     memcpy(&bits, &value, sizeof bits);
     const uint32_t sign = bits >> 16 & 0x8000u;
     return (uint16_t)(value == 0.0f ? sign : sign | (((bits & 0x7fffffffu) >> 13) - (112u << 10)));
+}
+
+/* Any value, rounded down to what float16 has: below 2^-14 to 0, above its range to infinity. */
+static uint16_t cut_to_float16(float value)
+{
+    const float size = fabsf(value);
+    if (size >= 65536.0f || isnan(value))
+        return (uint16_t)((signbit(value) ? 0x8000u : 0u) | (isnan(value) ? 0x7e00u : 0x7c00u));
+    return size < 0x1p-14f ? (uint16_t)(signbit(value) ? 0x8000u : 0u) : to_float16(value);
 }
 
 /* Exact rows of `type`; the last ends with the memory. */
@@ -208,6 +218,56 @@ static void test_bounds(void)
 }
 
 /* The known answers of the generator's authors: counter and key of zeros, of ones, and of the digits of pi. */
+static uint32_t next_random(uint32_t *state)
+{
+    *state = *state * 1664525u + 1013904223u;
+    return *state >> 8;
+}
+
+/* A logit whose d lies in -99..99, or now and then at `bound` or beside it; for scale 1 without bits below. */
+static float some_logit(uint32_t *state, float scale, float offset, float bound)
+{
+    const uint32_t choice = next_random(state) % 32;
+    const float d = choice < 3 ? bound : (float)(next_random(state) % 199u) - 99.0f;
+    const float value = (d + offset) / scale;
+    return scale == 1.0f || choice % 3 == 0 ? value : nextafterf(value, choice % 3 == 1 ? INFINITY : -INFINITY);
+}
+
+/* The sums and maxima of blocks are the same bits on every table, but for sums that are lost: infinite or NaN. */
+static void test_block_sums(void)
+{
+    enum { N = 5 * SKL_BLOCK + 77, BLOCKS = 6, ROWS = 3 * 4 * 7 * 18 };
+    static const float scales[] = {1.44269502f, 0.00144269504f, 144.269504f, 1.0f};
+    static const float offsets[] = {0.0f, 9.0f, -60.0f, 124.0f, 130.0f, -127.0f, -4000.0f};
+    static const float bounds[] = {0.0f,   -125.0f, -125.5f, -126.0f, -126.5f, -127.0f, -130.0f, -1e9f, -INFINITY,
+                                   127.0f, 127.5f,  128.0f,  128.5f,  129.0f,  129.5f,  131.0f,  1e9f,  NAN};
+    float values[N], maxima[2][BLOCKS];
+    double cdf[2][BLOCKS + 1];
+    uint32_t state = 1;
+    for (uint32_t i = 0; i < (uint32_t)ROWS; i++) {
+        const float scale = scales[i % 4], offset = offsets[i / 4 % 7], bound = bounds[i / 28 % 18];
+        const uint32_t dtype = SKL_DTYPE_FLOAT32 + i % 3;
+        unsigned char *const row = exactly(N * skl_logit_size(dtype));
+        for (size_t j = 0; j < N; j++) {
+            values[j] = some_logit(&state, scale, offset, bound);
+            const uint16_t half = dtype == SKL_DTYPE_FLOAT16 ? cut_to_float16(values[j]) : to_bfloat16(values[j]);
+            memcpy(row + j * skl_logit_size(dtype), dtype == SKL_DTYPE_FLOAT32 ? (void *)(values + j) : (void *)&half,
+                   skl_logit_size(dtype));
+        }
+        CHECK(skl_use_kernels("portable") == SKL_OK);
+        skl_current_kernels()->block_cdf(dtype, row, N, scale, offset, cdf[0], maxima[0]);
+        for (size_t k = 0; k < NUM_KERNELS; k++)
+            for (int with_maxima = 0; try_kernels(all_kernels[k]) && with_maxima < 2; with_maxima++) {
+                skl_current_kernels()->block_cdf(dtype, row, N, scale, offset, cdf[1], with_maxima ? maxima[1] : NULL);
+                for (size_t b = 0; b <= BLOCKS; b++)
+                    CHECK(cdf[0][b] <= 0x1p1000 ? memcmp(&cdf[0][b], &cdf[1][b], 8) == 0 : !(cdf[1][b] <= 0x1p1000));
+                for (size_t b = 0; with_maxima && b < BLOCKS; b++)
+                    CHECK(maxima[0][b] == maxima[1][b]);
+            }
+        free(row);
+    }
+}
+
 static void test_philox(void)
 {
     static const uint32_t cases[3][10] = {
@@ -365,6 +425,7 @@ int main(void)
     choose_kernels();
     test_philox();
     test_bounds();
+    test_block_sums();
     choose_kernels(); /* what compared them left any */
     test_not_finite();
     test_too_large();
