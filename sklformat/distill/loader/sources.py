@@ -116,9 +116,9 @@ class Sources:
         return self._units[0].decoded(places).singles()
 
     def _pieces(self, places: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Decoded]]:
-        """What each call decodes, and in which rows it stands; empty rows are of the first."""
+        """What each call decodes, and in which rows it stands; empty rows, of source -1, are of the last."""
         source = np.searchsorted(self._starts, places, side="right") - 1
-        unit = np.where(places < 0, 0, self._unit_of[source])
+        unit = self._unit_of[source]
         inside = np.where(places < 0, -1, places + self._shift[source])
         for number in np.unique(unit).tolist():
             rows = np.flatnonzero(unit == number)

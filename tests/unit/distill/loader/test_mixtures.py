@@ -176,7 +176,7 @@ def test_single_sequences_of_a_mixture(caches):
     assert ones[3].state == next(iter(whole)).state
 
 
-LENGTHS = [1 + 3 * (i % 5) for i in range(SEQUENCES)]
+LENGTHS = [1 + 5 * (i % 5) for i in range(SEQUENCES)]  # shorter and longer than the others
 UNLIKE = {
     "ragged": {"seq_len": 0, "lengths": LENGTHS},
     "longer": {"seq_len": 24},
@@ -236,6 +236,44 @@ def test_caches_of_unlike_layouts(tmp_path, other, tail):
         elif lengths:
             assert max(lengths) == width
     assert seen == (46 if tail == "pad" else 49)
+
+
+def test_scales_of_weights_may_differ(tmp_path):
+    """Caches whose weights are coded alike but for their scale each keep their own."""
+    for name, scale in (("a", 0), ("b", 3)):
+        write_cache(tmp_path / name, seed=scale, kind="ratios", records=ratios, scale_log2=scale)
+    alone = sequences_of(tmp_path / "a") | sequences_of(tmp_path / "b")
+    for batch in SparseLogitDataset([tmp_path / "a", tmp_path / "b"], batch_size=6):
+        for row, tokens in enumerate(batch.input_ids.tolist()):
+            assert torch.equal(alone[tuple(tokens)].targets.probs, batch.row(row).targets.probs)
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 1}, {"batch_size": 1, "world_size": 2, "rank": 1, "tail": "pad"}])
+def test_all_batches_have_the_greatest_length(tmp_path, settings):
+    """Where lengths are fixed, so is the shape of the batches, whichever caches a batch has rows of."""
+    write_cache(tmp_path / "a", seed=1)
+    write_cache(tmp_path / "b", seed=2, **UNLIKE["longer ratios"], sequences=22)
+    ds = SparseLogitDataset([tmp_path / "a", tmp_path / "b"], **settings)
+    assert {(1, 24)} == {tuple(batch.input_ids.shape) for batch in ds}
+
+
+def test_padded_rows_of_mixtures_are_those_of_collate(tmp_path):
+    """Of sequences of unlike lengths and layouts, with borders: positions count on, and nothing else is there."""
+    settings = {"columns": ("document_start",), "capture": {"packing": {"isolated": True}}}
+    write_cache(tmp_path / "a", seed=1, **settings)
+    write_cache(tmp_path / "b", seed=2, **settings, **UNLIKE["longer ratios"])
+    paths = [tmp_path / "a", tmp_path / "b"]
+    alone = sequences_of(paths[0]) | sequences_of(paths[1])
+    for batch in SparseLogitDataset(paths, batch_size=6):
+        tokens = [tuple(row) for row in batch.input_ids.tolist()]
+        rows_alone = [alone[row] if row in alone else alone[row[:POSITIONS]] for row in tokens]
+        ours, theirs = (tensors_of(b) for b in (batch, collate(rows_alone)))
+        assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+def tensors_of(batch):
+    """Every tensor of a batch."""
+    return [batch.input_ids, batch.labels, batch.position_ids, batch.document_starts, *vars(batch.targets).values()]
 
 
 @pytest.mark.parametrize("unlike", [{}, {"kind": "ratios", "records": ratios}])

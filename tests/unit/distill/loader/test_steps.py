@@ -68,6 +68,9 @@ def test_where_a_trainer_stands(cache):
         sampler.stand_after(steps)
         assert states[batches - 1] == sampler.state_dict()
         sampler.check_stands(states[batches - 1])
+    sampler.epoch, sampler.taken = 0, 6  # as a trainer counts that has not begun the next epoch yet
+    assert states[5] == sampler.state_dict()
+    sampler.stand_after(3)
     with pytest.raises(ResumeError, match="stands in epoch 1 after 4 sequences, and the trainer, which counts steps"):
         sampler.check_stands(states[6])
     with pytest.raises(ResumeError, match="seed: 4 in the state, 3 here"):

@@ -61,8 +61,8 @@ def teachers(tmp_path_factory):
     """Caches of three teachers of the same sequences: two with gaps of their own, one of ratios, without tokens."""
     directory = tmp_path_factory.mktemp("teachers")
     return [
-        write_teacher(directory / "a", 1, skip=(3,)),
-        write_teacher(directory / "b", 2, skip=(3, 5)),
+        write_teacher(directory / "a", 1, skip=(3, 5)),
+        write_teacher(directory / "b", 2, skip=(3,)),
         write_teacher(directory / "c", 3, skip=(1, 3), kind="ratios", store_tokens=False),
     ]
 
@@ -225,3 +225,10 @@ def test_empty_rows_and_positions_without_records(tmp_path):
         assert 0 == batch.targets.token_ids.numel() == int(batch.targets.offsets.max())
         assert 4 * POSITIONS + 1 == batch.targets.offsets.numel()
         assert (batch.labels == -100).all()
+    ragged = write_teacher(tmp_path / "ragged", 3, seq_len=0)
+    for paths in ([silent[0], ragged], [ragged, silent[0]]):
+        settings = {"batch_size": 1, "tail": "pad", "world_size": SEQUENCES + 1}
+        (last,) = SparseLogitDataset(Teachers(paths), rank=SEQUENCES, **settings)
+        (other,) = SparseLogitDataset(Teachers(paths), rank=0, **settings)
+        assert (last.labels == -100).all()
+        assert 0 == last.targets.token_ids.numel() < other.targets.token_ids.numel()
