@@ -3,7 +3,7 @@ Training and evaluation of a student.
 
 inputs       what a run starts from: batches, student, teacher
 learner      the student as it learns: model, optimizer and one step
-measures     sklformat eval, and what it measures on
+measures     sklformat eval, and what a run measures while it trains
 objective    a student with its loss, as one module
 parallelism  one student on several processes, replicated or divided
 processes    which of the processes that train together this is, and who wants it to stop

@@ -107,6 +107,12 @@ class Run:
             save_model(partial)
             write_json(partial / _FIGURES, figures)
 
+    def best_step(self) -> int | None:
+        """The step of the model in best/; None: there is none, or it does not say."""
+        path = self.best_directory / _FIGURES
+        step = _read_json(path).get("step") if path.is_file() else None
+        return step if isinstance(step, int) else None
+
     def _files(self) -> dict[str, str]:
         """The files of the models, and the fingerprints of their content."""
         folders = (self.model_directory, self.best_directory)

@@ -1,7 +1,7 @@
 """
 train(): a student learns from a cache, from plain text, or from a teacher that runs alongside.
 
-Makes no cache; what it measures while it trains is measured by ``validation``. Losses: Anshumann et al. 2025
+Makes no cache; what it measures while it trains is in ``measures.milestones``. Losses: Anshumann et al. 2025
 (arXiv 2503.16870), sections 2, 3 and 5.3.
 """
 
@@ -21,9 +21,10 @@ from sklformat.distill.models import outputs
 from sklformat.distill.student import parallelism, processes, runs, streams
 from sklformat.distill.student.inputs import load_student, load_teacher, open_held_out, open_stream, settings_of
 from sklformat.distill.student.learner import Learner, Taken
+from sklformat.distill.student.measures.milestones import Milestones
 from sklformat.distill.student.schedule import decay_start, learning_rate_at
 from sklformat.distill.student.trackers import Pace, Report, Reporter, check_installed, training_flops
-from sklformat.distill.student.validation import HeldOut, validate
+from sklformat.distill.student.validation import HeldOut
 from sklformat.errors import CorruptError
 from sklformat.progress import say
 from sklformat.settings.train import TrainConfig
@@ -148,7 +149,8 @@ class _Training:
         stop: processes.Stop,
     ) -> None:
         self.config, self.stream, self.learner, self.run, self.process = config, stream, learner, run, process
-        self.held_out, self.stop = held_out, stop
+        self.milestones = Milestones(config, learner, run, process, held_out)
+        self.stop = stop
         self.step = 0
         self.saved: int | None = None  # step of the last checkpoint
         self.loader_state: dict[str, Any] | None = None
@@ -157,15 +159,12 @@ class _Training:
         self.loss_sum, self.loss_steps, self.loss = 0.0, 0, math.nan
         self.norm = math.nan  # of the last gradient
         self.unread: collections.deque[tuple[int, torch.Tensor, Any]] = collections.deque()
-        # The step after which the student was last evaluated, what that gave, and the best of them so far.
-        self.evaluated = 0
-        self.evaluation: dict[str, float] | None = None
-        self.best: dict[str, Any] | None = None
 
     def run_to_end(self, report: Report | None) -> dict[str, Any]:
         config = self.config
         self._load()
-        again = self.run.start_log(self.step, evaluated=self.evaluated == self.step) if self.process.is_first else set()
+        evaluated = self.milestones.step == self.step
+        again = self.run.start_log(self.step, evaluated=evaluated) if self.process.is_first else set()
         batches = self.stream.batches(config.num_workers, self.loader_state)
         run = self.run if self.process.is_first else None
         with Reporter(run, config, first=self.step, again=again, report=report) as reporter, self.stop.heeded():
@@ -202,8 +201,7 @@ class _Training:
             "loss": self.loss,
             "loss_name": config.loss_name,
             "seconds": round(self.seconds, 3),
-            "evaluation": self.evaluation,
-            "best": None if self.best is None else {name: self.best[name] for name in ("step", "by", "value")},
+            **self.milestones.summary(),
         }
         self._finish(summary)
         return summary
@@ -289,47 +287,16 @@ class _Training:
             "command again to resume"
         )
 
-    # --- evaluation ---
-
     def _evaluate_if_due(self, reporter: Reporter) -> None:
-        config = self.config
-        due = config.eval_every and (self.step % config.eval_every == 0 or self.step == config.steps)
-        if self.held_out is None or not due or self.step == self.evaluated:
+        if not self.milestones.is_due(self.step):
             return
         self._read()
         self._check_weights()
-        device = self.process.device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            found = validate(self.learner.model, self.held_out, device=device)
-        parallelism.part_again(self.learner.model)
-        values = {name: value for name, value in dataclasses.asdict(found).items() if value is not None}
-        self.evaluated = self.step
-        self.evaluation = {name: value for name, value in values.items() if not name.startswith("num_")}
-        reporter.evaluation(self.step, {f"eval_{name}": value for name, value in self.evaluation.items()})
-        if config.best_by != "none":
-            self._keep_if_best()
-        if self.process.sum(int(self.stop.asked))[0] and self.step < config.steps:
+        figures = self.milestones.measure(self.step)
+        reporter.evaluation(self.step, {f"eval_{name}": value for name, value in figures.items()})
+        self.milestones.keep_if_best()
+        if self.process.sum(int(self.stop.asked))[0] and self.step < self.config.steps:
             self._end_early()
-
-    def _keep_if_best(self) -> None:
-        assert self.evaluation is not None
-        by: str = self.config.best_by
-        if by == "kl" and "kl" not in self.evaluation:
-            by = "kl_to_records"
-        measure = {"by": by, "on": self._measured_on()}
-        value = self.evaluation[by]
-        if self.best is not None and self.best["value"] <= value and measure.items() <= self.best.items():
-            return
-        self.best = {**measure, "value": value, "step": self.step}
-        weights = self.learner.weights()  # every process gives its part
-        if self.process.is_first:
-            figures = {"step": self.step, **self.evaluation}
-            self.run.save_best(lambda path: self.learner.write(weights, path), figures)
-
-    def _measured_on(self) -> str:
-        assert self.held_out is not None
-        part = self.held_out.sequences
-        return f"{self.held_out.cache.fingerprint}[{part.start}:{part.stop}]"
 
     # --- checkpoints ---
 
@@ -355,9 +322,7 @@ class _Training:
                 "loss_sum": self.loss_sum,
                 "loss_steps": self.loss_steps,
                 "loss": self.loss,
-                "evaluated": self.evaluated,
-                "evaluation": self.evaluation,
-                "best": self.best,
+                **self.milestones.state_dict(),
             }
             self.run.save_checkpoint(state, before_decay=before_decay)
         if not before_decay:
@@ -372,9 +337,7 @@ class _Training:
         self.step, self.loader_state, self.seconds = state["step"], state["loader"], state["seconds"]
         self.saved = self.step
         self.loss_sum, self.loss_steps, self.loss = state["loss_sum"], state["loss_steps"], state.get("loss", math.nan)
-        # What follows is not in checkpoints of before there was an evaluation.
-        self.evaluated, self.evaluation = state.get("evaluated", 0), state.get("evaluation")
-        self.best = state.get("best")
+        self.milestones.load_state_dict(state)
 
     def _grown(self, state: dict[str, Any]) -> dict[str, Any]:
         """The checkpoint from which a run resumes whose steps have grown since, and a note on what that means."""

@@ -1,7 +1,8 @@
 """
-What eval measures: a finished student on text or records that it did not learn from.
+What eval and training measure: a student on text or records that it did not learn from.
 
 evaluation  sklformat eval: how good a student is, and how close to its teacher
+milestones  what a run measures while it trains, and the best student so far
 origins     what a student learnt from, as its run says
 passages    what it is measured on: text, or part of a cache
 """

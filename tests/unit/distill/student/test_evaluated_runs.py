@@ -110,6 +110,25 @@ def test_the_best_by_kl_is_by_the_records_where_the_teacher_is_not_known(place, 
     assert summary.best["value"] == summary.evaluation["kl_to_records"]
 
 
+@pytest.mark.parametrize("change", ["deleted", "of another step"])
+def test_a_best_that_is_not_there_is_said_and_made_again(place, run, tmp_path, capsys, change):
+    """A longer run whose best/ was deleted, or is of steps that come again, claims no best that it does not hold."""
+    cut = tmp_path / "run"
+    shutil.copytree(run[0], cut)
+    if change == "deleted":
+        shutil.rmtree(cut / "best")
+    else:
+        path = cut / "best" / "evaluation.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 6}))
+    summary = train(config_of(place, cut, steps=8, hold_out=4), report=silent)
+    assert summary.best is None
+    said = capsys.readouterr().err
+    assert "run/best does not hold the model of step 7, the best up to the checkpoint; the next evaluation beg" in said
+    summary = train(config_of(place, cut, steps=9, **EVALUATED), report=silent)
+    assert 9 == summary.best["step"] == json.loads((cut / "best" / "evaluation.json").read_text())["step"]
+    assert summary.best["value"] == summary.evaluation["lm_loss"]
+
+
 def test_another_measure_begins_the_best_again(place, tmp_path):
     """What was the best by one figure, or on other sequences, is not compared with another."""
     config = {"steps": 4, "eval_every": 2, "hold_out": 4, "schedule": "constant"}
