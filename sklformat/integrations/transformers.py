@@ -287,7 +287,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
     ) -> HeldOut:
         held_out = HeldOut(cache, part, batch_size=args.eval_batch_size, tokens=tokens, **self._share)
         check_same_ids(held_out.cache, self.sources.caches[0])
-        if part is None:
+        if part is None or len(self.sources.caches) > 1:  # of one cache they are others by their numbers
             trained = zip(self.sources.caches, self.sources.spans, strict=True)
             check_unseen(held_out.cache, held_out.sequences, trained, self.sources.where)
         return held_out

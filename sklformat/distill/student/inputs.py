@@ -104,7 +104,7 @@ def open_held_out(config: TrainConfig, stream: streams.Stream, rank: int, world_
                 "evaluate on a cache of the same one"
             )
     part = part[: config.eval_sequences or len(part)]
-    if config.eval_cache is not None:
+    if config.eval_cache is not None or len(config.cache) > 1:  # of one cache they are others by their numbers
         _check_unseen(config, stream, cache, part)
     return HeldOut(cache, part, batch_size=config.batch_size, rank=rank, world_size=world_size)
 

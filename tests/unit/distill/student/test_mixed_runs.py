@@ -77,6 +77,18 @@ def test_evaluation_is_on_what_the_first_holds_out(place, tmp_path):
         train(mixed(place, tmp_path / "no", eval_every=1, eval_cache=place / "other"), report=silent)
 
 
+def test_what_one_holds_out_the_others_must_not_teach(place, tmp_path):
+    """Held out of a short cache, and among the first sequences of a longer one of the same text: training sees it."""
+    tokenizer = loading.load_tokenizer(place / "tokenizer")
+    packed = np.stack([sequence.tokens for sequence in skl.open(place / "random")])
+    vocab_size, fingerprint = tokenization.num_ids(tokenizer), tokenizer_fingerprint(tokenizer)
+    student_data.write_cache(place / "short", packed, vocab_size, fingerprint, "multinomial", 12)
+    caches = (place / "short", place / "random")
+    with pytest.raises(skl.SettingsError, match="short: training sees 4 of its 4 sequences, the first is number 8; ev"):
+        train(config_of(place, tmp_path / "run", cache=caches, hold_out=4, eval_every=1), report=silent)
+    assert not (tmp_path / "run").exists()
+
+
 def test_eval_knows_all_that_a_mixed_run_learnt_from(place, tmp_path):
     """What eval --cache refuses of one cache it refuses of each of several."""
     train(mixed(place, tmp_path / "run", steps=1), report=silent)
