@@ -81,7 +81,10 @@ class Run:
         Raises:
             CorruptError: A file is not as it was written.
         """
-        files = _read_json(self.directory / _SUMMARY).get("files", {f"{_MODEL}/config.json": None})
+        files = _read_json(self.directory / _SUMMARY).get("files")
+        if files is None:  # of before they were listed
+            weights = next(self.model_directory.glob("*.safetensors"), self.model_directory / "model.safetensors")
+            files = {f"{_MODEL}/config.json": None, f"{_MODEL}/{weights.name}": None}
         lost = None
         for name, fingerprint in files.items():
             path, is_best = self.directory / name, name.startswith(f"{_BEST}/")
@@ -152,7 +155,9 @@ class Run:
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, ValueError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]
+            # What torch says of a file that is not its own tells how to load it with any code that it holds.
+            foreign = isinstance(error, pickle.UnpicklingError)
+            reason = "not as torch.save writes plain data" if foreign else str(error).partition("\n")[0]
             raise CorruptError(f"no readable checkpoint ({reason}); delete it to start again", path=path) from error
         return state
 

@@ -1,5 +1,6 @@
 """Runs that are finished: made longer, and with something of theirs missing."""
 
+import json
 import math
 import re
 import shutil
@@ -141,6 +142,18 @@ def test_a_run_of_before_is_finished_all_the_same(place, finished):
     shutil.rmtree(finished / "model")
     train(config_of(place, finished, steps=4), report=stop_at(1))
     assert (finished / "model" / "config.json").exists()
+
+
+def test_a_run_of_before_is_not_finished_without_its_weights(place, finished):
+    """Of such a summary too, the model is more than its config."""
+    path = finished / "summary.json"
+    values = json.loads(path.read_text())
+    del values["files"]
+    path.write_text(json.dumps(values))
+    (finished / "checkpoint.pt").unlink()
+    (finished / "model" / "model.safetensors").unlink()
+    with pytest.raises(skl.CorruptError, match=r"model\.safetensors: is missing, and no checkpoint is left"):
+        train(config_of(place, finished, steps=4), report=silent)
 
 
 def test_a_diverging_run_names_its_step_and_keeps_its_checkpoint(place, tmp_path):
