@@ -62,7 +62,7 @@ class TrainConfig:
     """Teacher that runs alongside the student, path or name of a transformers model; only with method full."""
 
     student: str | None = None
-    """Student to start from, path or name of a transformers model; none: a new Llama of the sizes below."""
+    """Student to start from: path or name of a transformers model, or a finished run; none: a new Llama as below."""
 
     tokenizer: str | None = None
     """Tokenizer of the student, path or name (a teacher's directory has one); none: that of --student or --teacher."""
@@ -128,7 +128,7 @@ class TrainConfig:
     """Seed of the new student's weights and of the order of the sequences."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the matrix products; weights and optimizer stay float32."""
+    """Type of the matrix products; weights and optimizer are of --param-dtype."""
 
     device: str = "auto"
     """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one."""

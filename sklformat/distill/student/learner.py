@@ -149,7 +149,8 @@ class Learner:
             ValueError: No position counts, or the student cannot be compiled.
         """
         # Dropout, where a model has it, depends on (seed, step, process) alone: nothing to store, nothing to restore.
-        torch.manual_seed((self.config.seed * 1_000_003 + step) * self.process.world_size + self.process.rank)
+        seed = (self.config.seed * 1_000_003 + step) * self.process.world_size + self.process.rank
+        torch.manual_seed(seed % (1 << 63))  # torch takes no greater one
         counts = [num_counted(batch, self.config.method) for batch in micro_batches]
         total, positions, stops = self.process.sum(
             sum(counts), sum(batch.labels.numel() for batch in micro_batches), int(stop)

@@ -22,6 +22,7 @@ from sklformat.distill.student import parallelism, processes, runs, streams
 from sklformat.distill.student.inputs import load_student, load_teacher, open_held_out, open_stream, settings_of
 from sklformat.distill.student.learner import Learner, Taken
 from sklformat.distill.student.measures.milestones import Milestones
+from sklformat.distill.student.measures.origins import find_model
 from sklformat.distill.student.schedule import decay_start, learning_rate_at
 from sklformat.distill.student.trackers import Pace, Report, Reporter, check_installed, training_flops
 from sklformat.distill.student.validation import HeldOut
@@ -94,6 +95,8 @@ def train(config: TrainConfig, *, report: Report | None = None) -> TrainSummary:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the first one lets the step end, and says which step was saved.
     """
     check_installed(config)
+    if config.student is not None:
+        config = dataclasses.replace(config, student=find_model(config.student))
     with processes.stoppable() as stop, processes.joined(config.device) as process:
         summary = _train(config, process, stop, report)
     return TrainSummary(**{**summary, "model": Path(config.out) / "model"})

@@ -303,6 +303,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(place, tmp_path):
         train(config_of(place, tmp_path / "run", learning_rate=1e30, warmup=0.0, steps=40), report=silent)
 
 
+def test_any_seed_trains(place, tmp_path):
+    """Also one that is greater than torch takes."""
+    summary = train(config_of(place, tmp_path / "run", steps=1, seed=2**63 - 1), report=silent)
+    assert 1 == summary.steps
+
+
 def test_a_damaged_checkpoint_is_named(place, tmp_path):
     """A checkpoint that cannot be read is an error with its path, not a new start."""
     with pytest.raises(KeyboardInterrupt):
@@ -314,11 +320,10 @@ def test_a_damaged_checkpoint_is_named(place, tmp_path):
 
 
 def test_a_student_can_be_continued(place, tmp_path):
-    """--student goes on from a saved model: its first loss is where the other one ended, or below its start."""
-    first = train(config_of(place, tmp_path / "first"), report=silent)
-    train(
-        config_of(place, tmp_path / "second", student=str(first.model), tokenizer=None, steps=2, seed=1), report=silent
-    )
+    """--student goes on from the model of a run: its first loss is where that one ended, or below its start."""
+    train(config_of(place, tmp_path / "first"), report=silent)
+    student = str(tmp_path / "first")
+    train(config_of(place, tmp_path / "second", student=student, tokenizer=None, steps=2, seed=1), report=silent)
     assert log_of(tmp_path / "second")[0]["loss"] < log_of(tmp_path / "first")[0]["loss"] - 0.5
 
 
