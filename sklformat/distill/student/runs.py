@@ -13,7 +13,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -134,7 +134,7 @@ class Run:
         partial = path.with_name(path.name + ".partial")
         try:
             with naming(path), partial.open("wb") as file:
-                torch.save(dict(state), file)
+                _save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             Disk().rename(partial, path)
@@ -190,7 +190,7 @@ class Run:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add one line of JSON to the log; ``row`` has the key "step"."""
-        with self.log_path.open("a", encoding="utf-8") as file:
+        with naming(self.log_path), self.log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def tracker_ids(self) -> dict[str, str]:
@@ -264,6 +264,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptError("must hold one JSON object", path=path)
     return value
+
+
+def _save(state: Mapping[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(dict(state), file)
+    except RuntimeError as error:  # torch ends its archive also where the disk was full, and tells of that end alone
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import pytest
 import torch
@@ -27,6 +28,25 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path):
             run.save_checkpoint({"step": lambda: None})
         assert run.load_checkpoint() == {"step": 1}
         assert {".lock", "run.json", "checkpoint.pt"} == {path.name for path in run.directory.iterdir()}
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """Where a checkpoint or a line of the log does not fit, its file and the disk's reason are said."""
+    with runs.opened(tmp_path / "run", {}) as run:
+        run.save_checkpoint({"step": 1})
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+        try:
+            with pytest.raises(OSError, match="File too large") as of_checkpoint:
+                run.save_checkpoint({"step": 2, "model": torch.zeros(1 << 16)})
+            with pytest.raises(OSError, match="File too large") as of_log:
+                run.log({"step": 2, "loss": "x" * (1 << 17)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [str(run.directory / "checkpoint.pt"), str(run.log_path)] == [
+            error.value.filename for error in (of_checkpoint, of_log)
+        ]
+        assert {"step": 1} == run.load_checkpoint()
 
 
 def test_a_checkpoint_never_runs_code(tmp_path):
