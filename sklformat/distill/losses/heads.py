@@ -189,5 +189,5 @@ def refuse_sharded(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{name} is a DTensor, of which each process holds a part; call the sharded model itself first: "
             "run_to_head(model, input_ids) does, and gives the head while it is whole "
-            '(docs/training.md, "A sharded student")'
+            '(docs/trainers.md, "FSDP2")'
         )
