@@ -32,6 +32,7 @@ KEYS_AT_ONCE = 1 << 24
 
 _BLOCK = 256  # ids whose exponentials make one sum
 _SMALLEST = 2.0**-126  # exponentials below it are 0, here as in C
+_POINTS = 1 << 24  # points that are there at once
 _SECOND_LEVEL = 1 << 22  # float64 running sums that are there at once
 _MASK = (1 << 32) - 1
 _BEHIND = 1 << 62  # above every id with its weight
@@ -67,6 +68,21 @@ class RowDraws:
             places_P: int64, each row's position in its sequence, on the same device.
             sequence: Its global number.
         """
+        some = max(1, _POINTS // self._rounds)
+        parts = [
+            self._draw_some(logits_PV[at : at + some], places_P[at : at + some], sequence)
+            for at in range(0, len(logits_PV), some)
+        ]
+        weights = [part.weights for part in parts if part.weights is not None]
+        return Drawn(
+            torch.cat([part.ids for part in parts]),
+            torch.cat(weights) if weights else None,
+            torch.cat([part.is_bad for part in parts]),
+            None,
+            None,
+        )
+
+    def _draw_some(self, logits_PV: Tensor, places_P: Tensor, sequence: int) -> Drawn:
         positions, vocab_size = logits_PV.shape
         largest_P1 = logits_PV.amax(-1, keepdim=True).float()
         total_p_P1 = None
