@@ -83,8 +83,8 @@ def draw(
     rounds, seed, sequence, first_position = map(operator.index, (rounds, seed, sequence, first_position))
     k_checked, p_checked = _top_arguments(sampler, k, p)
     is_top = sampler in ("topk", "topp")
-    if not is_top and not 1 <= rounds <= MAX_ROUNDS:
-        raise ValueError(f"rounds must be in 1..{MAX_ROUNDS}, got {rounds}")
+    if not is_top:
+        check_rounds(rounds)
     check_temperature(proposal_temperature)
     if is_top and proposal_temperature != 1:
         raise ValueError(f"sampler {sampler!r} has no proposal: proposal_temperature must be 1")
@@ -112,6 +112,17 @@ def draw(
     if weighted:
         return SparseTargets(token_ids=token_ids, weights=pairs, offsets=offsets)
     return SparseTargets(token_ids=token_ids, counts=pairs, offsets=offsets)
+
+
+def check_rounds(rounds: int) -> None:
+    """
+    So many draws per position can be made.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if not 1 <= rounds <= MAX_ROUNDS:
+        raise ValueError(f"rounds must be in 1..{MAX_ROUNDS}, got {rounds}")
 
 
 def check_temperature(proposal_temperature: float) -> None:

@@ -29,7 +29,7 @@ from sklformat.distill.teacher.drawing import counted_places
 from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.distill.teacher.row_draws import RowDraws
 from sklformat.format.columns import ENTROPY
-from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, MAX_ROUNDS, check_temperature
+from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, check_rounds, check_temperature
 
 _Given: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # ids, log_sum and entropy of a slice
 
@@ -70,8 +70,8 @@ class DeviceSampler:
     ) -> None:
         check_temperature(proposal_temperature)
         self._is_top = sampler in ("topk", "topp")
-        if not self._is_top and not 1 <= rounds <= MAX_ROUNDS:
-            raise ValueError(f"rounds must be in 1..{MAX_ROUNDS}, got {rounds}")
+        if not self._is_top:
+            check_rounds(rounds)
         self._rounds, self._k, self._p = rounds, MAX_K if k is None else k, 1.0 if p is None else p
         self._law: dict[str, Any] = {
             "rounds": rounds,
