@@ -122,7 +122,7 @@ def test_an_adapter_on_the_head_learns(kind):
 
 
 def test_two_adapters_at_once_and_none():
-    """All active adapters count; with adapters switched off the head is the model's own."""
+    """All active adapters count; with adapters switched off, or merged, the head is one matrix."""
     model = lora(make("Granite", tie_word_embeddings=False))
     model.add_adapter("more", peft.LoraConfig(r=3, lora_alpha=1, target_modules=["lm_head"]))
     model.base_model.set_adapter(["default", "more"])
@@ -131,6 +131,8 @@ def test_two_adapters_at_once_and_none():
     assert_equal_steps(model)
     with model.disable_adapter():
         assert () == output_head(model).low_rank
+    model.merge_adapter()
+    assert () == output_head(model).low_rank
 
 
 def test_a_head_that_is_saved_whole_learns():
@@ -138,6 +140,10 @@ def test_a_head_that_is_saved_whole_learns():
     model = lora(make("Phi"), layers=["q_proj"], modules_to_save=["lm_head"])
     wanted = assert_equal_steps(model)
     assert 2 == sum("lm_head" in name for name in wanted)
+    model.add_adapter("more", peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.set_adapter("more")
+    copies = model.get_output_embeddings().modules_to_save
+    assert copies["default"].weight is not copies["more"].weight is output_head(model).weight
 
 
 REFUSED = {
