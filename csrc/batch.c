@@ -8,6 +8,23 @@
 
 #define ROW_AHEAD 8192
 
+/* The records of row b, which begin at number first of the batch: decoded, or as they are stored. */
+static skl_status fill_records(const skl_shape *shape, uint32_t scale_log2, const uint8_t *src, uint64_t src_len,
+                               const skl_batch *batch, uint32_t b, uint64_t first, uint8_t *codes, skl_fault *fault)
+{
+    int64_t *const offsets = batch->offsets + (uint64_t)b * batch->row_positions;
+    if (batch->records != NULL) {
+        uint8_t *const dst = batch->records + first * skl_record_size(shape);
+        return skl_copy_records(shape, src, src_len, (int64_t)first, offsets, dst, fault);
+    }
+    const skl_record_arrays arrays = {.base = (int64_t)first,
+                                      .offsets = offsets,
+                                      .token_ids = batch->token_ids,
+                                      .codes = codes,
+                                      .probs = batch->probs};
+    return skl_decode_records(shape, scale_log2, src, src_len, &arrays, fault);
+}
+
 /* The tokens of row b to inputs and labels; from src unless they are given. */
 static skl_status fill_tokens(const skl_shape *shape, const uint8_t *src, const skl_batch *batch, uint32_t b,
                               skl_fault *fault)
@@ -97,12 +114,7 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
         if (b + 1 < batch->num_rows)
             prefetch_row(sources[b + 1], source_lens[b + 1]);
         if (row_shape.num_positions > 0) {
-            const skl_record_arrays arrays = {.base = (int64_t)total,
-                                              .offsets = batch->offsets + (uint64_t)b * batch->row_positions,
-                                              .token_ids = batch->token_ids,
-                                              .codes = codes,
-                                              .probs = batch->probs};
-            SKL_TRY(skl_decode_records(&row_shape, scale_log2, sources[b], source_lens[b], &arrays, fault));
+            SKL_TRY(fill_records(&row_shape, scale_log2, sources[b], source_lens[b], batch, b, total, codes, fault));
             SKL_TRY(fill_tokens(&row_shape, sources[b], batch, b, fault));
             ignore_empty(&row_shape, sources[b], batch->labels + (uint64_t)b * batch->row_positions,
                          batch->ignored_label);

@@ -7,6 +7,8 @@
 #include "kernels.h"
 #include "ratios.h"
 
+#include <string.h>
+
 /* ---- little-endian bytes ----------------------------------------------------------------------------------- */
 
 static inline uint32_t load_bytes(const uint8_t *src, uint32_t size)
@@ -298,6 +300,34 @@ skl_status skl_decode_records(const skl_shape *shape, uint32_t scale_log2, const
          skl_expand_from(shape->num_positions, arrays->offsets, arrays->codes, scale_log2, arrays->probs)))
         return check_records(shape, arrays->offsets, arrays->token_ids, arrays->codes, SKL_ERR_CORRUPT, fault);
     return SKL_OK;
+}
+
+skl_status skl_copy_records(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t base, int64_t *offsets,
+                            uint8_t *dst, skl_fault *fault)
+{
+    if (!known_shape(shape))
+        return skl_fail(SKL_ERR_ARG, fault, SKL_REASON_SHAPE, 0, 0);
+    const payload_layout layout = layout_of(shape);
+    if (layout.end + 64 > src_len)
+        return SKL_ERR_TRUNCATED;
+    SKL_TRY(check_padding(src, (size_t)layout.end, src_len, shape->num_positions, fault));
+    const uint32_t size = shape->record_count_size;
+    uint64_t counted = 0;
+    offsets[0] = base;
+    for (uint32_t t = 0; t < shape->num_positions; t++) {
+        counted += load_bytes(src + (size_t)t * size, size);
+        offsets[t + 1] = base + (int64_t)counted;
+    }
+    if (counted != shape->num_records)
+        return skl_fail(SKL_ERR_CORRUPT, fault, SKL_REASON_SHAPE, shape->num_positions, counted);
+    if (counted > 0)
+        memcpy(dst, src + layout.records, (size_t)(layout.tokens - layout.records));
+    return SKL_OK;
+}
+
+uint32_t skl_record_size(const skl_shape *shape)
+{
+    return record_size(shape);
 }
 
 uint64_t skl_tokens_offset(const skl_shape *shape)

@@ -21,6 +21,16 @@ typedef struct skl_record_arrays {
 skl_status skl_decode_records(const skl_shape *shape, uint32_t scale_log2, const uint8_t *src, size_t src_len,
                               const skl_record_arrays *arrays, skl_fault *fault);
 
+/* Count through the positions and copy the records as they are stored, num_records of the profile's size, to dst.
+ *
+ * What the numbers of records and the padding must be is checked; what is in the records is not.
+ * offsets [num_positions + 1]: from base on.  As skl_decode_records. */
+skl_status skl_copy_records(const skl_shape *shape, const uint8_t *src, size_t src_len, int64_t base, int64_t *offsets,
+                            uint8_t *dst, skl_fault *fault);
+
+/* Bytes of a record. */
+uint32_t skl_record_size(const skl_shape *shape);
+
 /* Where the tokens lie in a payload, in bytes; shape is one that skl_payload_size knows. */
 uint64_t skl_tokens_offset(const skl_shape *shape);
 

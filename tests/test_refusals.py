@@ -57,7 +57,7 @@ HANDED_ON = {
     "interop/conversion.py": ["f'sequence {self._next}: {error}'"],
     "interop/npz.py": ["f'npz: {error}'"],
     "interop/plain.py": ["fault"],
-    "native/codec.py": ["int(row[0])"],
+    "native/batches.py": ["int(row[0])"],
 }
 
 

@@ -66,6 +66,7 @@ class Payloads:
         arena: Arena | None = None,
         *,
         starts: bool = False,
+        packed: bool = False,
     ) -> BatchArrays:
         """
         Decode every row and check it: records, tokens, and that the tokens give the alignment checksums.
@@ -76,6 +77,7 @@ class Payloads:
             ignored_label: Label where there is none.
             arena: As for ``native.decode_batch``.
             starts: Whether document starts and positions are wanted, of shards that store them.
+            packed: Leave the records as they are stored, unchecked; the rest is decoded and checked.
 
         Returns:
             Arrays of B rows and T positions, T as ``row_positions`` says.
@@ -97,6 +99,7 @@ class Payloads:
                 ignored_label,
                 arena,
                 starts=starts,
+                packed=packed,
             )
         except RowError as error:
             if isinstance(error.__cause__, FormatError):
@@ -105,6 +108,15 @@ class Payloads:
         if tokens is None:
             self._check_tokens(arrays)
         return arrays
+
+    def origins(self) -> list[tuple[Place, int, int] | None]:
+        """Of each row the file, its block there and the block's byte; None of an empty row."""
+        found: list[tuple[Place, int, int] | None] = [None] * self.sources.size
+        for path, rows, numbers, offsets in self._places:
+            for row, number, offset in zip(rows.tolist(), numbers.tolist(), offsets.tolist(), strict=True):
+                if row >= 0:
+                    found[row] = path, number, offset
+        return found
 
     def columns_are_sound(self, header: Header) -> bool:
         """Whether the optional columns of every row hold what the format allows; decoding does not look at them."""

@@ -1,25 +1,29 @@
 """
 The only door to C: arrays in, arrays out, status to exception.
 
-codec    payloads of sequences to arrays and back: codec.c, batch.c, ratios.c, quantise.c, distinct.c
+batches  payloads of many sequences to the arrays of a training step: batch.c
+codec    payloads of one sequence to arrays and back: codec.c, ratios.c, quantise.c, distinct.c
 columns  whether those of many payloads are sound: columns.c
 door     hands arrays to C and turns its status into an exception
 draws    records from logits, and from sorted draws: sampler.c, merge.c
 rings    control words and frames of a shared-memory ring: ring.c
 """
 
-from sklformat.native.codec import (
+from sklformat.native.batches import (
     Arena,
     BatchArrays,
     RowError,
+    decode_batch,
+)
+from sklformat.native.codec import (
     Shape,
     check_distinct,
     decode,
-    decode_batch,
     encode,
     expand,
     payload_size,
     quantise,
+    record_size,
 )
 from sklformat.native.columns import columns_are_sound
 from sklformat.native.door import (
@@ -69,6 +73,7 @@ __all__ = [
     "merge_draws",
     "payload_size",
     "quantise",
+    "record_size",
     "ring_close",
     "ring_init",
     "ring_memory",

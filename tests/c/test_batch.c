@@ -516,6 +516,49 @@ static void expect_batch_fault(const rows *r, const skl_shape *shape, const skl_
     CHECK(row == expected_row && fault.reason == (uint32_t)reason && fault.position == position);
 }
 
+/* Records that somebody else decodes: their bytes one row after the other, and all else as when they are decoded; what is
+ * wrong with their numbers and with the padding is found. */
+static void test_packed_records(void)
+{
+    for (uint32_t number = 0; number < NUM_SHAPES; number++) {
+        const uint32_t size = shapes[number].profile == SKL_PROFILE_R32 ? 4 : 3;
+        rows r = make_rows(shapes[number]);
+        const uint32_t width = r.num_positions[3] + 2;
+        const size_t cells = 4 * (size_t)width;
+        skl_batch batch = make_batch(4, width, r.total), ours = make_batch(4, width, r.total);
+        uint32_t row;
+        skl_fault fault;
+        ours.records = room(r.total * size);
+        CHECK(decode_rows(&r, &shapes[number], &batch, &row, &fault) == SKL_OK);
+        CHECK(decode_rows(&r, &shapes[number], &ours, &row, &fault) == SKL_OK);
+        CHECK(memcmp(ours.offsets, batch.offsets, (cells + 1) * sizeof *ours.offsets) == 0);
+        CHECK(memcmp(ours.input_ids, batch.input_ids, cells * sizeof *ours.input_ids) == 0);
+        CHECK(memcmp(ours.labels, batch.labels, cells * sizeof *ours.labels) == 0);
+        const uint8_t *next = ours.records;
+        for (size_t i = 0; i < 3; i++) {
+            const payload *const made = &r.made[i];
+            const size_t n = (size_t)made->shape.num_records * size;
+            CHECK(memcmp(next, made->bytes + made->shape.num_positions * made->shape.record_count_size, n) == 0);
+            next += n;
+        }
+        payload *const second = &r.made[1];
+        second->bytes[second->size - 1] = 1;
+        expect_batch_fault(&r, &shapes[number], &ours, SKL_ERR_CORRUPT, 1, SKL_REASON_PADDING, r.num_positions[1]);
+        second->bytes[second->size - 1] = 0;
+        second->bytes[0] += 1;
+        expect_batch_fault(&r, &shapes[number], &ours, SKL_ERR_CORRUPT, 1, SKL_REASON_SHAPE, r.num_positions[1]);
+        r.lengths[1] -= 1;
+        expect_batch_fault(&r, &shapes[number], &ours, SKL_ERR_TRUNCATED, 1, SKL_REASON_NONE, 0);
+        skl_shape unknown = shapes[number];
+        unknown.vocab_size = 0;
+        expect_batch_fault(&r, &unknown, &ours, SKL_ERR_ARG, 0, SKL_REASON_SHAPE, 0);
+        free(ours.records);
+        drop_batch(&ours);
+        drop_batch(&batch);
+        drop_rows(&r);
+    }
+}
+
 /* Starts and positions of every document, in rows of any length; without the column they are refused. */
 static void test_starts(void)
 {
@@ -706,6 +749,7 @@ int main(void)
     test_rows();
     choose_kernels(); /* what compared them left any */
     test_given_tokens();
+    test_packed_records();
     test_starts();
     test_batch_faults();
     test_changing_memory();

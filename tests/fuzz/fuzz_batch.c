@@ -72,6 +72,23 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (status == SKL_OK)
         LAW(batch.offsets[0] == 0 && batch.offsets[cells] == (int64_t)n);
 
+    /* Records that are left as they are take no fault from what is in them, and the rest is the same. */
+    skl_batch packed = batch;
+    packed.offsets = room(cells + 1, sizeof *packed.offsets);
+    packed.records = room(n, shape.profile == SKL_PROFILE_R32 ? 4 : 3);
+    packed.token_ids = NULL;
+    packed.probs = NULL;
+    uint32_t packed_row = 0;
+    skl_fault packed_fault = {0, 0, 0};
+    const skl_status of_packed =
+        skl_decode_batch(&shape, scale_log2, (const uint8_t *const *)sources, source_lens, num_positions, num_records,
+                         &packed, NULL, &packed_row, &packed_fault);
+    LAW(status != SKL_OK || of_packed == SKL_OK);
+    if (status == SKL_OK)
+        LAW(memcmp(packed.offsets, batch.offsets, (cells + 1) * sizeof *packed.offsets) == 0);
+    free(packed.offsets);
+    free(packed.records);
+
     for (uint32_t b = 0; b < num_rows && num_positions[b] <= batch.row_positions; b++) {
         skl_shape of_row = shape;
         of_row.num_positions = num_positions[b];

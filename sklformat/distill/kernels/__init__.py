@@ -1,9 +1,10 @@
 """
 What runs on a GPU in Triton; nothing of ours is known here, and torch operations elsewhere are its oracle.
 
-draw_rows  draws from rows of logits by the law of csrc
-drawn      what draws from rows give
-loss_rows  a row of logits becomes its loss and, in place, its gradient
+decode_counts  records of kind counts from their bytes to ids and probabilities, checked
+draw_rows      draws from rows of logits by the law of csrc
+drawn          what draws from rows give
+loss_rows      a row of logits becomes its loss and, in place, its gradient
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ conflicts  whether caches go together in one stream
 contents   sequences by number: decoded, checked, proven against tokens
 dataset    SparseLogitDataset: one stream in an order that resumes
 launchers  who divides a stream: torch.distributed and accelerate
+packed     records that the device decodes and checks
 prefetch   work done ahead by threads
 sequences  SparseLogitSequences: a sequence by its number, in anyone's order
 sources    one cache or several, numbered one after the other

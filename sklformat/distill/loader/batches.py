@@ -37,11 +37,19 @@ class Targets:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
         """Copy to a device; with ``non_blocking`` and pinned memory the copy runs beside the computation."""
-        return Targets(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in dataclasses.fields(self)))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Targets:
         """Copy to page-locked memory."""
-        return Targets(*(getattr(self, f.name).pin_memory() for f in dataclasses.fields(self)))
+        return self._each(Tensor.pin_memory)
+
+    def check(self) -> None:
+        """Raise what is wrong with the records, where that is not known yet; see ``Batch.check``."""
+
+    def _each(self, copy: Callable[[Tensor], Tensor]) -> Targets:
+        return dataclasses.replace(
+            self, token_ids=copy(self.token_ids), probs=copy(self.probs), offsets=copy(self.offsets)
+        )
 
 
 @dataclass(frozen=True)
@@ -69,12 +77,27 @@ class Batch:
     document_starts: Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """Copy the tensors to a device; see ``Targets.to``."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Copy the tensors to a device; see ``Targets.to``.  Records that are packed are decoded there."""
+        return self._each(
+            lambda tensor: tensor.to(device, non_blocking=non_blocking),
+            self.targets.to(device, non_blocking=non_blocking),
+        )
 
     def pin_memory(self) -> Batch:
         """Copy the tensors to page-locked memory."""
-        return self._each(Tensor.pin_memory)
+        return self._each(Tensor.pin_memory, self.targets.pin_memory())
+
+    def check(self) -> None:
+        """
+        Call it before ``optimizer.step()`` where a GPU decoded the records (``SparseLogitDataset(decode="cuda")``).
+
+        It waits until they are decoded, not for the losses and gradients that were asked for since.  Elsewhere the
+        records were checked before the batch was there, and nothing happens.
+
+        Raises:
+            CorruptError: A record is bad; names the file, the block and the position.
+        """
+        self.targets.check()
 
     def padded(self, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -112,7 +135,12 @@ class Batch:
         if rows > 1 or end < positions:
             offsets = targets.offsets[row * positions : row * positions + end + 1]
             first, last = int(offsets[0]), int(offsets[-1])
-            targets = Targets(targets.token_ids[first:last], targets.probs[first:last], offsets - first)
+            targets = dataclasses.replace(
+                targets,
+                token_ids=targets.token_ids[first:last],
+                probs=targets.probs[first:last],
+                offsets=offsets - first,
+            )
         at = row if end == positions else (row, slice(end))
         return Batch(
             self.input_ids[at],
@@ -123,11 +151,11 @@ class Batch:
             None if self.document_starts is None else self.document_starts[at],
         )
 
-    def _each(self, copy: Callable[[Any], Any]) -> Batch:
+    def _each(self, copy: Callable[[Tensor], Tensor], targets: Targets) -> Batch:
         return Batch(
             copy(self.input_ids),
             copy(self.labels),
-            Targets(*(copy(getattr(self.targets, f.name)) for f in dataclasses.fields(Targets))),
+            targets,
             self.state,
             None if self.position_ids is None else copy(self.position_ids),
             None if self.document_starts is None else copy(self.document_starts),

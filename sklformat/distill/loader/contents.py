@@ -23,11 +23,12 @@ from sklformat.cache.reader import Cache
 from sklformat.cache.tokens import Tokens, TokenSource
 from sklformat.checksums import checksum
 from sklformat.distill.loader.batches import Batch, Targets
+from sklformat.distill.loader.packed import PackedTargets
 from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.errors import AlignmentError
 from sklformat.format.block import block_shape
 from sklformat.format.columns import STARTS
-from sklformat.native import BatchArrays
+from sklformat.native import BatchArrays, Shape
 
 
 class Part:
@@ -116,10 +117,11 @@ class Part:
 
 
 class Decoded(NamedTuple):
-    """The arrays of B rows, and the payloads they came from."""
+    """The arrays of B rows, the payloads they came from, and what their records are where these are packed."""
 
     payloads: Payloads
     arrays: BatchArrays
+    packed: Shape | None = None
 
     def batch(self, state: dict[str, Any]) -> Batch:
         """The rows as one batch; it shares their memory."""
@@ -127,15 +129,19 @@ class Decoded(NamedTuple):
         return Batch(
             input_ids=torch.from_numpy(arrays.input_ids),
             labels=torch.from_numpy(arrays.labels),
-            targets=Targets(
-                token_ids=torch.from_numpy(arrays.token_ids.view(np.int32)),
-                probs=torch.from_numpy(arrays.probs),
-                offsets=torch.from_numpy(arrays.offsets),
-            ),
+            targets=self._targets(),
             state=state,
             position_ids=None if arrays.position_ids is None else torch.from_numpy(arrays.position_ids),
             document_starts=None if arrays.document_starts is None else torch.from_numpy(arrays.document_starts),
         )
+
+    def _targets(self) -> Targets:
+        arrays = self.arrays
+        offsets = torch.from_numpy(arrays.offsets)
+        if self.packed is not None and arrays.records is not None:
+            return PackedTargets(torch.from_numpy(arrays.records), offsets, self.packed, self.payloads.origins())
+        token_ids = torch.from_numpy(arrays.token_ids.view(np.int32))
+        return Targets(token_ids, torch.from_numpy(arrays.probs), offsets)
 
     def singles(self) -> list[Batch]:
         """The rows one by one, each with a T of its own and an empty state; they share the memory of one batch."""
@@ -168,9 +174,13 @@ class Contents:
         firsts, shards = (np.concatenate(some) for some in zip(*found, strict=True))
         return firsts, shards, np.repeat(np.arange(len(self.parts)), [some.size for some, _ in found])
 
-    def decoded(self, places: NDArray[np.int64]) -> Decoded:
+    def decoded(self, places: NDArray[np.int64], *, packed: bool = False) -> Decoded:
         """
         The sequences at these places, [B], over all parts; -1 for an empty row.
+
+        Args:
+            places: Which.
+            packed: Leave the records as they are stored, unchecked, for the device.
 
         Raises:
             FormatError: A block is damaged.
@@ -184,7 +194,8 @@ class Contents:
             for part, start in zip(self.parts, self._starts, strict=True):
                 own = (places >= start) & (places < start + len(part.sequences))
                 part.give(tokens, part.numbers(np.where(own, places - start, -1)), found)
-        return Decoded(found, found.decode(header, tokens, IGNORED_LABEL, starts=STARTS in header.columns))
+        arrays = found.decode(header, tokens, IGNORED_LABEL, starts=STARTS in header.columns, packed=packed)
+        return Decoded(found, arrays, block_shape(header, 0, 0) if packed else None)
 
     def _payloads(self, places: NDArray[np.int64]) -> Payloads:
         """The payloads of several parts, found shard by shard, as ``Cache.payloads`` finds those of one."""

@@ -74,6 +74,9 @@ class SparseLogitDataset(IterableDataset[Batch]):
             Of several caches a list.
         prefetch: Batches made ahead by as many threads (four at most) where it is iterated without worker processes;
             0: none.
+        decode: Where records become ids and probabilities.  "cpu": where the batch is made.  "cuda": on the GPU that
+            ``batch.to`` names, of records of kind counts; the host checks all but the records, and ``batch.check()``
+            before ``optimizer.step()`` raises what the GPU found, else the next batch's ``to`` does.
 
     Raises:
         ValueError: The cache stores no tokens and none are given, or the arguments contradict each other; by the
@@ -98,6 +101,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
         window: int | None = None,
         sequences: range | Sequence[range | None] | None = None,
         prefetch: int = 2,
+        decode: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
         if (rank is None) != (world_size is None):
             raise ValueError(f"give both rank and world_size or neither, got rank {rank}, world_size {world_size}")
@@ -106,7 +110,10 @@ class SparseLogitDataset(IterableDataset[Batch]):
             rank, world_size = find_rank()
         if prefetch < 0:
             raise ValueError(f"prefetch must be >= 0, got {prefetch}")
+        _check_decode(decode, batch_size)
         self._sources = Sources.of(path, tokens, sequences)
+        if decode == "cuda":
+            self._sources.pack()
         self.caches, sizes, spans = self._sources.caches, self._sources.sizes, self._sources.spans
         self.cache, self.sequences = self.caches[0], spans[0] if len(spans) == 1 else spans
         mixture = Mixture.of(sizes, weights) if len(sizes) > 1 or weights is not None else None
@@ -270,3 +277,12 @@ class SparseLogitDataset(IterableDataset[Batch]):
     def _batch(self, epoch: int, places: NDArray[np.int64], consumed: int) -> Batch:
         batch = self._sources.batch(places, self._state(*self.schedule.after(epoch, consumed)))
         return batch.row(0) if self._single else batch
+
+
+def _check_decode(decode: str, batch_size: int | None) -> None:
+    if decode not in ("cpu", "cuda"):
+        raise ValueError(f"decode must be 'cpu' or 'cuda', got {decode!r}")
+    if decode == "cuda" and batch_size is None:
+        raise ValueError('decode="cuda" makes batches, not the single sequences of batch_size=None')
+    if decode == "cuda" and not torch.cuda.is_available():
+        raise ValueError('decode="cuda" needs a GPU, and torch sees none here; use decode="cpu"')

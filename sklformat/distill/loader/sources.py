@@ -60,6 +60,7 @@ class Sources:
         self._units, self._unit_of, self._shift = _units(self._parts, self._starts)
         lengths = [cache.header.seq_len for cache in self.caches]
         self._positions = max(lengths) if all(lengths) else 1
+        self._packed = False
         self._all_have_starts = all(STARTS in cache.header.columns for cache in self.caches)
 
     @classmethod
@@ -97,6 +98,25 @@ class Sources:
         """What loader states say of each."""
         return [part.identity for part in self._parts]
 
+    def pack(self) -> None:
+        """
+        From now on leave the records of batches as they are stored, for a device that decodes them.
+
+        Raises:
+            ValueError: They are not all of kind counts and of one layout, or of several teachers.
+        """
+        header, unit = self.caches[0].header, self._units[0]
+        why = None
+        if not isinstance(unit, Contents):
+            why = "several teachers, whose records are united on the host"
+        elif header.kind != "counts":
+            why = f"kind {header.kind!r}, of which only the host decodes; the device knows 'counts'"
+        elif len(self._units) > 1:
+            why = "other caches beside it whose records have another layout (profile, rounds, vocabulary or tokens)"
+        if why is not None:
+            raise ValueError(f'{self.where}: decode="cuda" does not fit {why}; use decode="cpu"')
+        self._packed = True
+
     def batch(self, places: NDArray[np.int64], state: dict[str, Any]) -> Batch:
         """
         The sequences at these places, -1 for an empty row, as one batch.
@@ -105,8 +125,11 @@ class Sources:
             FormatError: A block is damaged.
             AlignmentError: The records are not about these tokens.
         """
+        unit = self._units[0]
+        if self._packed and isinstance(unit, Contents):
+            return unit.decoded(places, packed=True).batch(state)
         if len(self._units) == 1:
-            return self._units[0].decoded(places).batch(state)
+            return unit.decoded(places).batch(state)
         pieces = [(rows, decoded.arrays) for rows, decoded in self._pieces(places)]
         return _interleaved(pieces, places.size, self._positions, self._all_have_starts, state)
 
