@@ -3,7 +3,8 @@ Train a student with accelerate: any number of processes, mixed precision, accum
 
     accelerate launch accelerate_loop.py CACHE STUDENT RUN --mixed-precision bf16
 
-A step has ``--batch-size`` sequences on each process, ``--accumulation`` times.
+A step has ``--batch-size`` sequences on each process, ``--accumulation`` times.  At the end the student stands in
+RUN/model, for transformers.
 """
 
 import argparse
@@ -106,6 +107,9 @@ def main() -> None:
             accelerator.print(f"step {step}: {mean.item():.6f} nats per position", flush=True)
         if step % options.save_every == 0 or step == options.steps:
             save(accelerator, options.run, step)
+    weights = accelerator.get_state_dict(student)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(student).save_pretrained(options.run / "model", state_dict=weights)
     student, optimizer = accelerator.free_memory(student, optimizer)  # gloo may wait for ever for what outlives it
     accelerator.end_training()
 

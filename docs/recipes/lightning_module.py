@@ -5,6 +5,7 @@ Train a student with Lightning: a module, a data module, and a trainer that resu
 
 ``--batch-size`` counts the sequences of a step over all processes.  For Lightning the stream is one epoch without an
 end; where it stands is part of each checkpoint, as the batch of the step says it, however far Lightning reads ahead.
+At the end the student stands in RUN/model, for transformers.
 """
 
 import argparse
@@ -99,11 +100,19 @@ def main() -> None:
         gradient_clip_val=1.0,
         logger=CSVLogger(options.run),
         log_every_n_steps=options.log_every,
-        callbacks=[ModelCheckpoint(options.run, every_n_train_steps=options.save_every, save_last=True)],
+        callbacks=[
+            # Without a counter, so that there is one last.ckpt.
+            ModelCheckpoint(
+                options.run, every_n_train_steps=options.save_every, save_last=True, enable_version_counter=False
+            )
+        ],
     )
     student, stream = Student(options.student, options.learning_rate), Stream(options.cache, options.batch_size)
     last = options.run / "last.ckpt"
     trainer.fit(student, stream, ckpt_path=last if last.exists() else None)
+    trainer.save_checkpoint(last)  # after the last step, where ModelCheckpoint may have saved none
+    if trainer.is_global_zero:
+        student.student.save_pretrained(options.run / "model")
 
 
 if __name__ == "__main__":

@@ -149,6 +149,8 @@ def test_accelerate(place, alone, tmp_path):
     assert straight == first | launched("accelerate_loop.py", 2, place, tmp_path / "resumed", STEPS, halves)
     resumed, wanted = (tmp_path / name / f"step-{STEPS:08}" / "model.safetensors" for name in ("resumed", "straight"))
     assert_equal_weights(load_file(resumed), load_file(wanted), rtol=0, atol=0)
+    student = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "straight" / "model").state_dict()
+    assert_equal_weights(load_file(wanted), {name: student[name] for name in load_file(wanted)}, rtol=0, atol=0)
     # The first epoch's steps are the same sequences, whatever the micro-batches are.
     for step in range(1, 6):
         assert whole[step] == pytest.approx(parts[step], rel=1e-5)
@@ -184,6 +186,8 @@ def test_accelerate_divides_the_student(place, alone, tmp_path):
         assert 0 == done.returncode, done.stderr
     last = {step: loss for step, loss in alone[0].items() if step > STOP}
     assert last == pytest.approx(losses_of(done.stdout), rel=1e-5)
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert_equal_weights(weights, {name: alone[1][name] for name in weights}, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.integration

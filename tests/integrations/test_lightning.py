@@ -33,7 +33,7 @@ def place(tmp_path_factory):
 def run(place, out, steps, *, devices, student="student"):
     """A start of the recipe; the loss of each step of all starts."""
     words = [RECIPES / "lightning_module.py", place / "cache", place / student, out, "--steps", steps]
-    words += ["--devices", devices, "--batch-size", 4, "--learning-rate", 1e-2, "--log-every", 1, "--save-every", 1]
+    words += ["--devices", devices, "--batch-size", 4, "--learning-rate", 1e-2, "--log-every", 1, "--save-every", 4]
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         env=os.environ, cwd=out.parent, capture_output=True, text=True, check=False, timeout=HANGS,
@@ -47,14 +47,21 @@ def run(place, out, steps, *, devices, student="student"):
 
 
 def weights(out):
-    return torch.load(out / "last.ckpt", weights_only=True)["state_dict"]
+    """Of the one last checkpoint; the student beside it has the same."""
+    (last,) = out.glob("last*.ckpt")
+    found = torch.load(last, weights_only=True)["state_dict"]
+    student = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    for name, tensor in student.state_dict().items():
+        torch.testing.assert_close(tensor, found[f"student.{name}"], rtol=0, atol=0)
+    return found
 
 
 def test_two_processes_train_as_one_does(place, tmp_path):
-    """The stream is divided once, and every loss and weight is that of one process; a stop changes nothing."""
+    """The stream is divided once, and every loss and weight is that of one process; a stop anywhere changes nothing."""
     alone = run(place, tmp_path / "alone", STEPS, devices=1)
     assert list(range(STEPS)) == list(alone)
     run(place, tmp_path / "pair", STOP, devices=2)
+    assert STOP == torch.load(tmp_path / "pair" / "last.ckpt", weights_only=True)["global_step"]
     pair = run(place, tmp_path / "pair", STEPS, devices=2)
     assert alone == pytest.approx(pair, rel=1e-5)
     torch.testing.assert_close(weights(tmp_path / "pair"), weights(tmp_path / "alone"), rtol=1e-4, atol=1e-5)
