@@ -128,7 +128,7 @@ integrations: $(READY)
 	  printf '\n== %s\n' $$name; \
 	  $$environment/bin/python -m pytest -m integration tests/integrations/test_$$name.py $(ARGS) </dev/null || failed="$$failed $$name"; \
 	done <build/integrations/list; \
-	printf "left out:$${left_out:- nothing}\n"; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+	printf "\nleft out:$${left_out:- nothing}\n"; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 # .venv is added as a directory of sites, so that its editable install is found too; its pip installs for the environment.
 define ENVIRONMENT
