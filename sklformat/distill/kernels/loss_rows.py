@@ -334,14 +334,15 @@ def run_sparse(
         return losses_C
     logits_N = x_CV.new_empty(token_ids.shape, dtype=torch.float32)
     labelled = labels_C is not None
-    _sparse_rows[(rows,)](
-        x_CV, x_CV.stride(0), vocab_size, token_ids, probs, offsets,
-        labels_C.clamp(min=0) if labels_C is not None else offsets,
-        weights_C, x_CV if bias_V is None else bias_V, logits_N, losses_C,
-        float(scale), 1.0 if softcap is None else float(softcap), float(ce_weight),
-        METHOD=METHODS[method], HAS_LABEL=labelled, HAS_BIAS=bias_V is not None, HAS_CAP=softcap is not None,
-        WANT_GRAD=want_grad, RECORDS=_RECORDS, **_block_of(vocab_size),
-    )  # fmt: skip
+    with torch.cuda.device_of(x_CV):
+        _sparse_rows[(rows,)](
+            x_CV, x_CV.stride(0), vocab_size, token_ids, probs, offsets,
+            labels_C.clamp(min=0) if labels_C is not None else offsets,
+            weights_C, x_CV if bias_V is None else bias_V, logits_N, losses_C,
+            float(scale), 1.0 if softcap is None else float(softcap), float(ce_weight),
+            METHOD=METHODS[method], HAS_LABEL=labelled, HAS_BIAS=bias_V is not None, HAS_CAP=softcap is not None,
+            WANT_GRAD=want_grad, RECORDS=_RECORDS, **_block_of(vocab_size),
+        )  # fmt: skip
     return losses_C
 
 
@@ -381,16 +382,17 @@ def run_dense(
     losses_C = x_CV.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return losses_C
-    _dense_rows[(rows,)](
-        x_CV, x_CV.stride(0), vocab_size, teacher_CV, teacher_CV.stride(0),
-        labels_C.clamp(min=0) if labels_C is not None else weights_C,
-        weights_C, x_CV if bias_V is None else bias_V, x_CV if teacher_bias_V is None else teacher_bias_V, losses_C,
-        float(scale), 1.0 if softcap is None else float(softcap),
-        float(teacher_scale), 1.0 if teacher_softcap is None else float(teacher_softcap), float(ce_weight),
-        HAS_LABEL=labels_C is not None, HAS_BIAS=bias_V is not None, HAS_CAP=softcap is not None,
-        TEACHER_BIAS=teacher_bias_V is not None, TEACHER_CAP=teacher_softcap is not None,
-        WANT_GRAD=want_grad, **_block_of(vocab_size),
-    )  # fmt: skip
+    with torch.cuda.device_of(x_CV):
+        _dense_rows[(rows,)](
+            x_CV, x_CV.stride(0), vocab_size, teacher_CV, teacher_CV.stride(0),
+            labels_C.clamp(min=0) if labels_C is not None else weights_C,
+            weights_C, x_CV if bias_V is None else bias_V, x_CV if teacher_bias_V is None else teacher_bias_V, losses_C,
+            float(scale), 1.0 if softcap is None else float(softcap),
+            float(teacher_scale), 1.0 if teacher_softcap is None else float(teacher_softcap), float(ce_weight),
+            HAS_LABEL=labels_C is not None, HAS_BIAS=bias_V is not None, HAS_CAP=softcap is not None,
+            TEACHER_BIAS=teacher_bias_V is not None, TEACHER_CAP=teacher_softcap is not None,
+            WANT_GRAD=want_grad, **_block_of(vocab_size),
+        )  # fmt: skip
     return losses_C
 
 
