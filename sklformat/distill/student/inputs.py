@@ -109,6 +109,26 @@ def open_held_out(config: TrainConfig, stream: streams.Stream, rank: int, world_
     return HeldOut(cache, part, batch_size=config.batch_size, rank=rank, world_size=world_size)
 
 
+def check_measurable(student: Any, held_out: HeldOut) -> None:
+    """
+    Make sure that a student can be run on held-out sequences, which may be of a cache that it does not learn from.
+
+    Raises:
+        SettingsError: It takes fewer positions.
+        ValueError: It cannot keep documents apart that the teacher saw apart.
+    """
+    plain, cache = adapters.unwrapped(student), held_out.cache
+    try:
+        loading.check_length(plain, cache.header.seq_len)
+    except ValueError:
+        raise SettingsError(
+            f"the student takes fewer positions than the {cache.header.seq_len} of a sequence of {cache.path}; "
+            "evaluate on a cache of shorter ones"
+        ) from None
+    if held_out.isolated:
+        attention.check_isolates(plain)
+
+
 def _check_unseen(config: TrainConfig, stream: streams.Stream, cache: Cache, part: range) -> None:
     """Refuse to evaluate on what training sees; sequences are known by their tokens."""
     if not config.cache:

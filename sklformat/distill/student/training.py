@@ -19,7 +19,14 @@ import torch
 
 from sklformat.distill.models import outputs
 from sklformat.distill.student import parallelism, processes, runs, streams
-from sklformat.distill.student.inputs import load_student, load_teacher, open_held_out, open_stream, settings_of
+from sklformat.distill.student.inputs import (
+    check_measurable,
+    load_student,
+    load_teacher,
+    open_held_out,
+    open_stream,
+    settings_of,
+)
 from sklformat.distill.student.learner import Learner, Taken
 from sklformat.distill.student.measures.milestones import Milestones
 from sklformat.distill.student.measures.origins import find_model
@@ -114,6 +121,8 @@ def _train(
     if process.is_first and stream.note:
         say(f"note: {stream.note}")
     student = load_student(config, stream)
+    if held_out is not None:
+        check_measurable(student, held_out)
     note = outputs.balance_note(student)
     if process.is_first and note:
         say(f"note: {note}")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import student_data
 from student_data import config_of, log_of, losses_of, silent, stop_at, write_place
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import sklformat as skl
 from sklformat.distill.models import loading, tokenization
@@ -127,6 +127,17 @@ def test_a_best_that_is_not_there_is_said_and_made_again(place, run, tmp_path, c
     summary = train(config_of(place, cut, steps=9, **EVALUATED), report=silent)
     assert 9 == summary.best["step"] == json.loads((cut / "best" / "evaluation.json").read_text())["step"]
     assert summary.best["value"] == summary.evaluation["lm_loss"]
+
+
+def test_a_student_too_short_for_the_held_out_sequences_is_refused(place, tmp_path):
+    """Its positions are counted against another cache's sequences before the first step, not found out after some."""
+    tokenizer = loading.load_tokenizer(place / "tokenizer")
+    config = GPT2Config(vocab_size=tokenization.num_ids(tokenizer), n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "student")
+    tokens = {"cache": (), "tokens": place / "tokens", "seq_len": 8, "method": "ce", "eval_cache": place / "random"}
+    with pytest.raises(skl.SettingsError, match=r"fewer positions than the 16 of a sequence of .*random; ev"):
+        train(config_of(place, tmp_path / "run", student=str(tmp_path / "student"), eval_every=1, **tokens))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_measure_begins_the_best_again(place, tmp_path):
