@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-METHODS = {
-    "random_sampling": 0, "topk": 0, "topk_normalised": 1, "label_smoothing": 2, "ghost_token": 3, "naive_fix": 4
-}  # fmt: skip
+_NAMES = (("random_sampling", "topk"), ("topk_normalised",), ("label_smoothing",), ("ghost_token",), ("naive_fix",))
+METHODS = {name: number for number, names in enumerate(_NAMES) for name in names}
 """Number of each method that reads records."""
 
 _NORMALISED, _SMOOTHING, _GHOST, _NAIVE = (tl.constexpr(number) for number in (1, 2, 3, 4))
@@ -333,15 +332,14 @@ def run_sparse(
     if rows == 0:
         return losses_C
     logits_N = x_CV.new_empty(token_ids.shape, dtype=torch.float32)
-    labelled = labels_C is not None
     with torch.cuda.device_of(x_CV):
         _sparse_rows[(rows,)](
             x_CV, x_CV.stride(0), vocab_size, token_ids, probs, offsets,
             labels_C.clamp(min=0) if labels_C is not None else offsets,
             weights_C, x_CV if bias_V is None else bias_V, logits_N, losses_C,
             float(scale), 1.0 if softcap is None else float(softcap), float(ce_weight),
-            METHOD=METHODS[method], HAS_LABEL=labelled, HAS_BIAS=bias_V is not None, HAS_CAP=softcap is not None,
-            WANT_GRAD=want_grad, RECORDS=_RECORDS, **_block_of(vocab_size),
+            METHOD=METHODS[method], HAS_LABEL=labels_C is not None, HAS_BIAS=bias_V is not None,
+            HAS_CAP=softcap is not None, WANT_GRAD=want_grad, RECORDS=_RECORDS, **_block_of(vocab_size),
         )  # fmt: skip
     return losses_C
 

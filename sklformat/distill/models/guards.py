@@ -69,6 +69,20 @@ def named(path: Path | str, what: str) -> Iterator[bool]:
         raise OSError(f"{path}: cannot load a {what}{_reason(path, not_asked, error)}") from error
 
 
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """
+    Say of a full disk where it is, which safetensors tells without a number, a kind or a name.
+
+    Raises:
+        OSError: In place of safetensors' own error.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{directory}: the weights cannot be written: {error}; make room or fix the disk") from error
+
+
 def _reason(path: Path | str, not_asked: str, error: Exception) -> str:
     """Why nothing can be loaded from a path or name, and what the user may have meant by it."""
     if isinstance(error, FileNotFoundError) and error.filename == str(path):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sklformat.distill.models import adapters, outputs, tokenization
 from sklformat.distill.models.attention import check_causal
-from sklformat.distill.models.guards import RefusedError, named, quiet
+from sklformat.distill.models.guards import RefusedError, named, quiet, writing
 from sklformat.files.directories import published
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -379,9 +379,12 @@ def write(
         tokenizer: The tokenizer of its ids.
         directory: Where to.
         weights: Its weights, whole, where the model's own are divided between processes; None: the model's own.
+
+    Raises:
+        OSError: The system's own, of a full disk for one.
     """
     # Beside an adapter on the head peft would write the head as well, which its model has.
     alone = {"save_embedding_layers": False} if adapters.is_adapted(model) else {}
-    with quiet():
+    with quiet(), writing(directory):
         model.save_pretrained(directory, state_dict=weights, **alone)
         tokenizer.save_pretrained(directory)

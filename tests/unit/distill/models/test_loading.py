@@ -1,6 +1,7 @@
 """Models and tokenizers: the door to transformers."""
 
 import json
+import resource
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,6 +83,20 @@ def test_loading_prints_nothing(tokenizer, tmp_path, capfd):
     finally:
         transformers.utils.logging.set_verbosity_warning()
     assert ("", "") == tuple(capfd.readouterr())
+
+
+def test_a_full_disk_is_named(tokenizer, tmp_path):
+    """What safetensors says of it has neither number nor name."""
+    model = loading.new_llama(
+        vocab_size=300, hidden_size=32, num_layers=1, num_heads=2, max_positions=16, seed=0, separator_id=0
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path}: the weights cannot be written: .*; make room or fix the disk"):
+            loading.write(model, tokenizer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_missing_weights_are_refused(tokenizer, tmp_path):
