@@ -23,12 +23,14 @@ from sklformat.cache.tokens import TokenSource
 from sklformat.distill.loader.batches import Batch, Targets
 from sklformat.distill.loader.conflicts import check_borders
 from sklformat.distill.loader.dataset import SparseLogitDataset
+from sklformat.distill.loader.launchers import find_rank
 from sklformat.distill.losses.heads import OutputHead
 from sklformat.distill.losses.sums import EvaluationSums
 from sklformat.distill.models import heads, outputs
 from sklformat.errors import SettingsError
 from sklformat.format.columns import ENTROPY, LABEL_LOGPROB
 from sklformat.format.header import Header, is_unbiased
+from sklformat.progress import say
 
 # Logits that exist at once where they are made of hidden states: 256 MiB in float32.
 _BLOCK_ELEMENTS = 1 << 26
@@ -180,6 +182,8 @@ def check_unseen(cache: Cache, part: range, trained: Iterable[tuple[Cache, range
     """
     Make sure that what is measured on is not trained on; sequences are known by their tokens.
 
+    Where some are, the first process says so on stderr: short chats may be equal by chance, others are a leak.
+
     Args:
         cache: What is measured on.
         part: Its sequences that are.
@@ -187,16 +191,16 @@ def check_unseen(cache: Cache, part: range, trained: Iterable[tuple[Cache, range
         source: What messages call these.
 
     Raises:
-        SettingsError: Most are; a few may be equal by chance, as short chats are.
+        SettingsError: Most are.
     """
-    theirs = np.concatenate([one.alignments()[seen.start : seen.stop] for one, seen in trained])
+    theirs = np.concatenate([one.alignments()[its.start : its.stop] for one, its in trained])
     both = np.isin(cache.alignments()[part.start : part.stop], theirs)
+    advice = f"evaluate on others, or keep some of {source} from training with hold_out"
+    seen = f"{cache.path}: training sees {both.sum()} of its {len(part)} sequences"
     if 2 * both.sum() > len(part):
-        raise SettingsError(
-            f"{cache.path}: training sees {both.sum()} of its {len(part)} sequences, the first is number "
-            f"{part.start + int(both.argmax())}; evaluate on others, or keep some of {source} from training with "
-            "hold_out"
-        )
+        raise SettingsError(f"{seen}, the first is number {part.start + int(both.argmax())}; {advice}")
+    if both.any() and find_rank()[0] == 0:
+        say(f"note: {seen}, so that what is measured there is too good; {advice}")
 
 
 def validate(

@@ -150,7 +150,7 @@ def test_another_measure_begins_the_best_again(place, tmp_path):
     assert 4 == summary.best["step"]
 
 
-def test_another_cache_to_evaluate_on(place, tmp_path):
+def test_another_cache_to_evaluate_on(place, tmp_path, capsys):
     """eval_cache is measured whole, or its first sequences; one that training sees is refused, with where."""
     shutil.copytree(place / "random", tmp_path / "copy")
     with pytest.raises(
@@ -159,11 +159,13 @@ def test_another_cache_to_evaluate_on(place, tmp_path):
     ):
         train(config_of(place, tmp_path / "run", eval_every=1, eval_cache=tmp_path / "copy"), report=silent)
     assert not (tmp_path / "run").exists()
-    # The same text again is no training text where it was held out.
+    capsys.readouterr()
+    # The same text again is no training text where it was held out; the one sequence that was not is said.
     summary = train(
         config_of(place, tmp_path / "run", steps=1, eval_every=1, hold_out=19, batch_size=1, eval_cache=place / "topk"),
         report=silent,
     )
+    assert "topk: training sees 1 of its 20 sequences, so that what is measured there is too" in capsys.readouterr().err
     assert math.isfinite(summary.evaluation["lm_loss"])
 
 
