@@ -23,7 +23,6 @@ from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeac
 # A mixed product that a CPU has not got goes over so many rows of its sum at once.
 _PRODUCT_ROWS = 2048
 
-
 Parts = tuple[str, Tensor, Tensor | None, Tensor | None, float, float | None]
 """Targets as an operator takes them: their kind, their tensors, and scale and cap of a teacher's head."""
 
@@ -103,8 +102,8 @@ def sparse_kl_operator(
 
 
 @sparse_kl_operator.register_fake
-def _(logits_PV: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    want_grad = _[-1]
+def _(logits_PV: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    want_grad = rest[-1]
     scalar = logits_PV.new_empty((), dtype=_accumulation(logits_PV))
     return scalar, torch.empty_like(scalar), logits_PV.new_empty(logits_PV.shape if want_grad else (0,))
 
@@ -200,9 +199,11 @@ def linear_sparse_kl_operator(
 
 
 @linear_sparse_kl_operator.register_fake
-def _(hidden_PD: Tensor, weight_VD: Tensor, _up: Tensor | None, bias_V: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+def _(
+    hidden_PD: Tensor, weight_VD: Tensor, _up_VK: Tensor | None, bias_V: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
     scalar = hidden_PD.new_empty((), dtype=_accumulation(hidden_PD))
-    return scalar, torch.empty_like(scalar), *_empty_grads(hidden_PD, weight_VD, bias_V, _[-1])
+    return scalar, torch.empty_like(scalar), *_empty_grads(hidden_PD, weight_VD, bias_V, rest[-1])
 
 
 def _accumulation(like: Tensor) -> torch.dtype:

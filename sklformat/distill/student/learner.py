@@ -151,7 +151,7 @@ class Learner:
         # Dropout, where a model has it, depends on (seed, step, process) alone: nothing to store, nothing to restore.
         seed = (self.config.seed * 1_000_003 + step) * self.process.world_size + self.process.rank
         torch.manual_seed(seed % (1 << 63))  # torch takes no greater one
-        counts = [num_counted(batch, self.config.method) for batch in micro_batches]
+        counts = [num_counted(batch) for batch in micro_batches]
         total, positions, stops = self.process.sum(
             sum(counts), sum(batch.labels.numel() for batch in micro_batches), int(stop)
         )

@@ -83,9 +83,6 @@ def targets_of(batch: Batch, method: str) -> Batch:
     return dataclasses.replace(batch, targets=streams.one_hot(batch.labels)) if method == "ce" else batch
 
 
-def num_counted(batch: Batch, method: str) -> int:
-    """Positions of a batch that the loss counts: those with a label and, where records are used, with records."""
-    counted_P = batch.labels.flatten() != IGNORED_LABEL
-    if method not in ("ce", "full"):
-        counted_P = counted_P & (batch.targets.offsets.diff() > 0)
-    return int(counted_P.sum())
+def num_counted(batch: Batch) -> int:
+    """Positions of a batch that the loss counts: those with a label, which a position without records never has."""
+    return int((batch.labels != IGNORED_LABEL).sum())
