@@ -117,7 +117,7 @@ typedef struct skl_batch {
     uint8_t *starts;        /* [B, T]: 1 where an input begins a document, else 0; NULL: not wanted */
     int64_t *positions;     /* [B, T]: place of each input in its document, or in what the row has of it; from 0 on where
                              * a row begins, and on where it is padded; NULL with starts */
-    uint8_t *records;       /* the records of all rows as they are stored, for whoever decodes and checks them elsewhere:
+    uint8_t *records;       /* [num_records * bytes of a record]: of all rows as stored, for who decodes and checks them:
                              * then token_ids, probs and codes are not written, and may be NULL; NULL: decoded here */
 } skl_batch;
 

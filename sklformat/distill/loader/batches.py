@@ -77,7 +77,13 @@ class Batch:
     document_starts: Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """Copy the tensors to a device; see ``Targets.to``.  Records that are packed are decoded there."""
+        """
+        Copy the tensors to a device; see ``Targets.to``.  Records that are packed are decoded there.
+
+        Raises:
+            CorruptError: A packed record is bad, of the batch that was moved before this one, or of this one where the
+                device is no GPU.
+        """
         return self._each(
             lambda tensor: tensor.to(device, non_blocking=non_blocking),
             self.targets.to(device, non_blocking=non_blocking),
@@ -96,6 +102,7 @@ class Batch:
 
         Raises:
             CorruptError: A record is bad; names the file, the block and the position.
+            ValueError: The records are packed yet: ask the batch that ``to`` gave.
         """
         self.targets.check()
 

@@ -76,7 +76,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
             0: none.
         decode: Where records become ids and probabilities.  "cpu": where the batch is made.  "cuda": on the GPU that
             ``batch.to`` names, of records of kind counts; the host checks all but the records, and ``batch.check()``
-            before ``optimizer.step()`` raises what the GPU found, else the next batch's ``to`` does.
+            before ``optimizer.step()`` raises what the GPU found, else the ``to`` of the next batch, if there is one.
 
     Raises:
         ValueError: The cache stores no tokens and none are given, or the arguments contradict each other; by the

@@ -30,8 +30,8 @@ from sklformat.format.block import locate
 Origin: TypeAlias = "tuple[Place, int, int] | None"
 """Of a row its file, its block there and the block's byte; None: the row is empty."""
 
-_ID_BITS = {layout.PROFILES["R24"]: 17, layout.PROFILES["R24W"]: 18, layout.PROFILES["R32"]: 24}
-# What the last batch came to, until somebody asks: nobody trains past a bad record for more than one batch.
+_ID_BITS = {number: layout.ID_BITS[name] for name, number in layout.PROFILES.items()}
+# What the last batch came to, until somebody asks for it, the next ``to`` at the latest.
 _unread: deque[Fault] = deque()
 
 
@@ -80,6 +80,10 @@ class PackedTargets(Targets):
             fault.check()
         return DecodedTargets(token_ids, probs, offsets, fault)
 
+    def check(self) -> None:
+        """Refuse: nobody has looked at the records yet."""
+        raise ValueError("the records are packed and not checked yet: call check() of what batch.to(device) gives")
+
     def pin_memory(self) -> Targets:
         """Copy to page-locked memory."""
         return PackedTargets(self.records.pin_memory(), self.offsets.pin_memory(), self.shape, self.origins)
@@ -120,6 +124,8 @@ class DecodedTargets(Targets):
 
     def check(self) -> None:
         """Wait until the records are decoded; raise CorruptError if one is bad."""
+        if self.fault in _unread:  # who asks here need not be told by the next batch
+            _unread.remove(self.fault)
         self.fault.check()
 
 
@@ -197,5 +203,6 @@ def decode_by_torch(
     bad[1:] |= (ids[1:] <= ids[:-1]) & (positions[1:] == positions[:-1])
     sums = torch.zeros_like(counts, dtype=torch.int32).index_add_(0, positions, codes)
     wrong = bad.any() | ((counts > 0) & (sums != rounds)).any()
-    probs = codes.to(torch.float32) / rounds
+    # By a tensor: CUDA multiplies by the reciprocal of a number, which is not always the host's quotient.
+    probs = codes.to(torch.float32) / torch.full((), rounds, dtype=torch.float32, device=records.device)
     return torch.where(ids < vocab_size, ids, 0), probs, wrong.to(torch.int32).reshape(1)

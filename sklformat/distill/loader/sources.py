@@ -105,9 +105,9 @@ class Sources:
         Raises:
             ValueError: They are not all of kind counts and of one layout, or of several teachers.
         """
-        header, unit = self.caches[0].header, self._units[0]
+        header = self.caches[0].header
         why = None
-        if not isinstance(unit, Contents):
+        if not all(isinstance(unit, Contents) for unit in self._units):
             why = "several teachers, whose records are united on the host"
         elif header.kind != "counts":
             why = f"kind {header.kind!r}, of which only the host decodes; the device knows 'counts'"

@@ -268,13 +268,15 @@ def test_a_flag_is_waited_for_by_check_and_only_once(tmp_path, cuda, marks):
 
 
 def test_check_raises_before_the_step_and_again(tmp_path, cuda, marks):
+    """Whoever was told so by the batch itself is not told once more by a sound one."""
     write_cache(tmp_path / "cache")
-    batch = next(iter(SparseLogitDataset(tmp_path / "cache", 4, decode="cuda")))
+    batch, sound, *_ = SparseLogitDataset(tmp_path / "cache", 4, decode="cuda")
     flip(batch)
     moved = batch.to("cpu")
     for _ in range(2):
         with pytest.raises(CorruptError, match="position 0"):
             moved.check()
+    sound.to("cpu").check()
 
 
 def test_who_never_checks_is_stopped_by_the_next_batch(tmp_path, cuda, marks):
@@ -308,6 +310,8 @@ def test_what_is_packed_has_no_ids_and_says_so(tmp_path, cuda):
     for asked in (lambda: batch.targets.token_ids, lambda: batch.targets.probs, batch.padded, lambda: batch.row(0)):
         with pytest.raises(ValueError, match="the records are packed and have no"):
             asked()
+    with pytest.raises(ValueError, match="packed and not checked yet: call check"):
+        batch.check()
     assert "64 positions" in repr(pickle.loads(pickle.dumps(batch)).targets)
     with pytest.raises(AttributeError, match="have no attribute 'mass'"):
         _ = batch.targets.mass
