@@ -9,7 +9,7 @@ loss_rows      a row of logits becomes its loss and, in place, its gradient
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import importlib.util
 from functools import cache
 
@@ -28,4 +28,5 @@ def run_on(device: torch.device) -> bool:
 
 def versions(device: torch.device) -> dict[str, str]:
     """Of what kernels need beside torch, where they run."""
-    return {"triton": importlib.metadata.version("triton")} if run_on(device) else {}
+    # Asked of the module, which packages of several names hold.
+    return {"triton": importlib.import_module("triton").__version__} if run_on(device) else {}

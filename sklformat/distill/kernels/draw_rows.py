@@ -155,7 +155,7 @@ def _rows(
     tl.store(points + number * N + rounds, x, mask=rounds < N)
     tl.debug_barrier()
 
-    last_block = tl.max(tl.where(mass > 0, blocks, 0), 0)
+    last_block = tl.sum((cdf < total).to(tl.int32), 0)  # where the running sums come to the total, as in C
     lanes = tl.arange(0, _BLOCK)
     whole = tl.zeros((), tl.float64)
     for start in range(0, N, _DRAWS):
@@ -273,8 +273,8 @@ def sum_rows(logits_PV: Tensor, *, want_entropy: bool = False) -> Sums:
 def _room(logits_PV: Tensor) -> tuple[Any, ...]:
     """What the first kernel reads, and room for what it writes, in the order of its arguments."""
     positions, vocab_size = logits_PV.shape
-    num_blocks = triton.cdiv(vocab_size, 256)
-    num_tiles = triton.cdiv(num_blocks, 32)
+    num_blocks = triton.cdiv(vocab_size, _BLOCK.value)
+    num_tiles = triton.cdiv(num_blocks, _TILE_BLOCKS.value)
     sums = logits_PV.new_empty((positions, num_blocks), dtype=torch.float32)
     maxima, totals, moments = (logits_PV.new_empty((positions, num_tiles), dtype=torch.float32) for _ in range(3))
     bad = logits_PV.new_empty((positions, num_tiles), dtype=torch.int32)

@@ -1,7 +1,7 @@
 """
 Draws and records on their way from a device to the host: one sequence each, asked for later.
 
-Nothing waits before it is asked.  What C refuses, C names.
+Nothing waits before it is asked.  Logits that C refuses are given to C, for its message.
 Shape letters: T positions of a sequence, K of them that count, V vocabulary, N rounds.
 """
 
@@ -132,7 +132,7 @@ class Tops(_Arrival):
         lengths: int32 [K + 1]: records of each position that counts, and the first bad one.
         bad_V: As above.
         sequence: As above.
-        records: int32 [2, room]: ids, and the bits of their weights; of more than there are records.
+        records: int32 [2, room]: ids, and the bits of their weights; with more room than there are records.
         counted_T: The positions that count.
     """
 

@@ -37,7 +37,7 @@ DEVICES = ("cuda",)
 """Kinds of device that draw for themselves; beside a CPU teacher C is faster."""
 
 MAX_PLACES = 1 << 27
-"""Records that a sequence may have at most: room for them, 8 bytes each, is there for two sequences at once."""
+"""Records that a sequence may have at most: those of two sequences, 8 bytes each, are in memory at once."""
 
 
 class DeviceSampler:
@@ -54,7 +54,7 @@ class DeviceSampler:
         self_normalise: As of ``skl.draw``.
 
     Raises:
-        ValueError: Rounds or temperature out of range.
+        ValueError: No such sampler, or rounds or temperature out of range; k, p and seed are taken as checked.
     """
 
     def __init__(
@@ -68,6 +68,8 @@ class DeviceSampler:
         p: float | None = None,
         self_normalise: bool = True,
     ) -> None:
+        if sampler not in ("multinomial", "systematic", "topk", "topp"):
+            raise ValueError(f"a device draws by multinomial, systematic, topk or topp, got sampler {sampler!r}")
         check_temperature(proposal_temperature)
         self._is_top = sampler in ("topk", "topp")
         if not self._is_top:

@@ -1,12 +1,12 @@
 """
 The law of ``skl.draw`` in torch operations: draws from rows of logits where they lie, and their most probable ids.
 
-Does what csrc/sampler.c and csrc/points.c do for multinomial and systematic draws; what kernels/draw_rows.py does as
-well, which is faster.  The uniforms are C's, bit for bit.  Sums of exponentials round in another order, so that a draw
+Does what csrc/sampler.c and csrc/points.c do for multinomial and systematic draws; kernels/draw_rows.py does the same,
+faster.  The uniforms are C's, bit for bit.  Sums of exponentials round in another order, so that a draw
 whose point lies within rounding of the edge between two ids may fall to the neighbour.  The most probable ids are
 chosen by the rules of csrc/tops.c: larger logits first, equal ones by lower id; -0 is 0.
 
-Nothing here waits for the device, and no shape depends on data.
+Nothing here waits for the device, but for the constants of the first draw; no shape depends on data.
 Shape letters: P positions of one slice, V vocabulary, N rounds, C blocks of 256 ids, W the 256 ids of one, M places: as
 many ids as a position can keep.
 Source: SPEC.md section 2; Salmon et al. 2011 (Philox4x32-10), section 3.3.
@@ -28,12 +28,12 @@ SMALLEST_WEIGHT = 2.0**-126
 """Records of a weight below it are left out, here as in C."""
 
 KEYS_AT_ONCE = 1 << 24
-"""Keys of 64 bits that should be there at once."""
+"""The most keys of 64 bits in memory at once."""
 
 _BLOCK = 256  # ids whose exponentials make one sum
 _SMALLEST = 2.0**-126  # exponentials below it are 0, here as in C
-_POINTS = 1 << 24  # points that are there at once
-_SECOND_LEVEL = 1 << 22  # float64 running sums that are there at once
+_POINTS = 1 << 24  # points in memory at once
+_SECOND_LEVEL = 1 << 22  # float64 running sums in memory at once
 _MASK = (1 << 32) - 1
 _BEHIND = 1 << 62  # above every id with its weight
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -269,6 +269,11 @@ RATIOS = {
 }  # fmt: skip
 
 
+def test_a_sampler_that_there_is_not():
+    with pytest.raises(ValueError, match="a device draws by multinomial, systematic, topk or topp, got sampler 'best'"):
+        DeviceSampler(sampler="best", seed=0, rounds=3)
+
+
 def ratios(logits, law, at_once=1 << 10, columns=None, counted=None, sequence=5):
     """Records by the device's sampler, and the column record_logprob beside them."""
     slices = ((first, logits[first : first + at_once]) for first in range(0, len(logits), at_once))
