@@ -55,8 +55,10 @@ HANDED_ON = {
     "format/index.py": ["message"],
     "interop/columns.py": ["str(error)"],
     "interop/conversion.py": ["f'sequence {self._next}: {error}'"],
-    "interop/npz.py": ["f'npz: {error}'"],
-    "interop/plain.py": ["fault"],
+    "interop/sources.py": ["row.reason"],
+    "interop/tables/npz.py": ["f'npz: {error}'"],
+    "interop/tables/parquet.py": ["f'{kind} table: {error}'"],
+    "interop/checks.py": ["fault"],
     "native/batches.py": ["int(row[0])"],
 }
 

@@ -84,12 +84,18 @@ def _named(path: Path, kind: str) -> Iterator[None]:
         raise CorruptError(f"{kind}: {error}", path=path) from None
 
 
+def holds_numbers(column: Any) -> bool:
+    """Whether an array holds integers, floats or booleans."""
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    return any(is_kind(column.type) for is_kind in kinds)
+
+
 def list_lengths(column: Any) -> NDArray[np.int64] | None:
-    """Length of each list of an array of lists; None: it is no array of lists."""
+    """Length of each list of an array of lists, 0 of a null; None: it is no array of lists."""
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(is_kind(column.type) for is_kind in kinds):
         return None
-    lengths: NDArray[np.int64] = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)
+    lengths: NDArray[np.int64] = pc.list_value_length(column).fill_null(0).to_numpy().astype(np.int64)
     return lengths
 
 

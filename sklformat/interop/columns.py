@@ -21,7 +21,7 @@ Files written here also carry a note, a JSON object with the settings of the cac
 ``sklformat`` of Parquet's schema, the array ``sklformat`` of an npz, a file ``<name>.sklformat.json`` beside a JSONL.
 Other programs may ignore it.  JSONL and Parquet are read and written sequence by sequence; an npz is read whole.
 
-``npz``, ``parquet`` and ``jsonl`` read and write these files, ``files`` is for all of them; ``plain`` checks values.
+``tables`` reads and writes these files, ``named`` those that name their columns otherwise; ``checks`` checks values.
 """
 
 from __future__ import annotations

@@ -27,11 +27,14 @@ from sklformat.files.disk import LOCK_NAME, Disk, lock, locked_directory, refuse
 from sklformat.files.regular import check_exists
 from sklformat.format.columns import follow_records
 from sklformat.format.header import Header
-from sklformat.format.layout import PARTIAL_SUFFIX, SHARD_SUFFIX
 from sklformat.format.records import SparseTargets
 from sklformat.interop.columns import Row
-from sklformat.interop.files import ColumnsWriter, check_absent
-from sklformat.interop.sources import CacheSource, ColumnsSource, Progress, Source, check_agrees, make_note
+from sklformat.interop.kinds import find_kind, open_reading
+from sklformat.interop.notes import check_agrees, make_note
+from sklformat.interop.readings import Asked
+from sklformat.interop.sources import CacheSource, Progress, RowsSource, Source
+from sklformat.interop.tables.files import ColumnsWriter, check_absent
+from sklformat.interop.tokens import TokenFile
 from sklformat.interop.transforms import RatioLoss, quantised, target_header, to_counts, to_ratios
 from sklformat.settings.convert import ConvertConfig
 
@@ -119,19 +122,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Converte
 
 
 def _source_kind(config: ConvertConfig) -> str:
-    path = config.source
-    check_exists(path)
-    if config.from_ != "auto":
-        kind: str = config.from_
-    elif path.is_dir() or path.suffix in (SHARD_SUFFIX, PARTIAL_SUFFIX):
-        kind = "skl"
-    elif path.suffix in PLAIN_SUFFIXES:
-        kind = PLAIN_SUFFIXES[path.suffix]
-    else:
-        raise ValueError(f"{path}: the name does not say what it is; give --from skl, npz, parquet or jsonl")
-    if kind != "skl" and path.is_dir():
-        raise IsADirectoryError(f"{path}: is a directory, {kind} is a file; give the file, or --from skl")
-    return kind
+    check_exists(config.source)
+    return find_kind(config.source) if config.from_ == "auto" else config.from_
 
 
 def _destination_kind(config: ConvertConfig) -> str:
@@ -155,25 +147,36 @@ def _destination_kind(config: ConvertConfig) -> str:
 
 
 def _open_source(config: ConvertConfig, kind: str, progress: Progress | None) -> Source:
+    tokens = None if config.tokens is None else TokenFile(config.tokens)
     if kind == "skl":
-        if config.drop_last_row:
-            raise ValueError("--drop-last-row is for plain columns; the rows of a cache describe the next token")
-        source = CacheSource(config.source, config.tokens)
+        foreign = {
+            "--drop-last-row": config.drop_last_row,
+            "--convention": config.convention,
+            "--values": config.values,
+            "--columns": config.columns,
+            "--codec": config.codec,
+            "--on-bad-row drop": config.on_bad_row != "refuse",
+        }
+        if unused := [flag for flag, given in foreign.items() if given]:
+            raise ValueError(f"{', '.join(unused)}: for files of other systems; a cache says itself what it holds")
+        source = CacheSource(config.source, tokens)
         for name in ("vocab_size", "rounds", "sampler"):
             check_agrees(config.source, name, getattr(config, name), getattr(source.header, name))
         return source
-    if config.tokens is not None:
-        raise ValueError("--tokens is for a cache that stores none; plain columns hold input_ids")
-    return ColumnsSource(
-        config.source,
-        kind,
-        kind=config.kind,
+    asked = Asked(
         vocab_size=config.vocab_size,
         rounds=config.rounds,
         sampler=config.sampler,
+        kind=config.kind,
+        convention=config.convention,
+        values=config.values,
+        columns=dict(pair.split("=", 1) for pair in config.columns),
+        codec=config.codec,
+        tokens=tokens,
         drop_last_row=config.drop_last_row,
-        progress=progress,
     )
+    reading, note = open_reading(config.source, kind, asked)
+    return RowsSource(config.source, kind, reading, on_bad_row=config.on_bad_row, note=note, progress=progress)
 
 
 class _Stream:
@@ -203,6 +206,16 @@ class _Stream:
             self._next += 1
             if self._progress is not None:
                 self._progress(doing, self._next, self.source.count)
+
+    def finish(self) -> None:
+        """
+        Make sure that the source, and what was given with it, ends here.
+
+        Raises:
+            ValueError: More tokens than sequences were given.
+        """
+        for _ in self._items:
+            raise AssertionError("a source gave more sequences than it has")
 
     def _converted(self, targets: SparseTargets) -> SparseTargets:
         old = self.source.header
@@ -254,6 +267,7 @@ def _write_cache(config: ConvertConfig, stream: _Stream) -> None:
             with ShardWriter(shard_path(directory, work.number), header=placed, resume=True) as writer:
                 for tokens, targets, columns in stream.take(work.next_sequence, work.end - work.next_sequence):
                     writer.append(tokens, targets, columns)
+        stream.finish()
         write_manifest(directory, scan_directory(directory))
         mark.unlink()
         Disk().sync_directory(directory)
@@ -288,4 +302,5 @@ def _write_columns(config: ConvertConfig, kind: str, stream: _Stream) -> dict[st
             numbers["sequences"] += 1
             numbers["positions"] += targets.num_positions
             numbers["records"] += targets.num_records
+        stream.finish()
     return numbers

@@ -8,7 +8,12 @@ from typing import Literal
 
 from sklformat.settings.limits import check_least
 
-FileKind = Literal["auto", "skl", "npz", "parquet", "jsonl"]
+SourceKind = Literal["auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors"]
+DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl"]
+COLUMN_NAMES = (
+    "input_ids", "token_ids", "counts", "logprobs", "lse", "mask", "document",
+    "label_logprob", "entropy", "document_start", "record_logprob",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +31,10 @@ class ConvertConfig:
     destination: Path
     """Cache directory or file to make; must not exist. A cache that a stopped run left is resumed."""
 
-    from_: FileKind = field(default="auto", metadata={"flag": "from"})
-    """What the source is. auto: a directory or .skl is skl, else by the name's end."""
+    from_: SourceKind = field(default="auto", metadata={"flag": "from"})
+    """What the source is. auto: by what it holds where that is certain, else by the name's end."""
 
-    to: FileKind = "auto"
+    to: DestinationKind = "auto"
     """What to make. auto: by the name's end; skl, a cache directory, where it has none."""
 
     kind: Literal["counts", "ratios"] | None = None
@@ -42,7 +47,7 @@ class ConvertConfig:
     """Leave the tokens out of the cache, 2 or 3 bytes per position; training then needs them from elsewhere."""
 
     tokens: Path | None = None
-    """.npy array [sequences, seq_len + 1] of token ids, for a source cache that stores no tokens."""
+    """Token ids of each sequence for a source that has none: a .npy array [sequences, tokens], or npz, jsonl, Parquet with input_ids."""  # noqa: E501
 
     sequences_per_shard: int | None = None
     """Sequences in one file of a cache. None: as in the source, or 1024."""
@@ -59,5 +64,24 @@ class ConvertConfig:
     drop_last_row: bool = False
     """Leave out the last row of records: for plain columns with as many rows as tokens."""
 
+    convention: Literal["next", "own"] | None = None
+    """Which token row t of the source describes: next, token t + 1; own, token t itself. None: as its kind says, or next."""  # noqa: E501
+
+    values: Literal["logprobs", "probs", "logits"] | None = None
+    """What the source's values are; logits are normalised over the ids that are there. None: as its kind says, or logprobs."""  # noqa: E501
+
+    columns: tuple[str, ...] = ()
+    """Columns under other names, as input_ids=tokens token_ids=targets[1] logprobs=targets[0]; also lse, mask and document. Then the file's own note is not read."""  # noqa: E501
+
+    codec: Path | None = None
+    """File that says how the source's values are packed. None: where its kind has it, beside the source."""
+
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+    """What to do with records that cannot be, such as NaN or ids outside the vocabulary: refuse, or drop and count."""
+
     def __post_init__(self) -> None:
         check_least(self, 1, "sequences_per_shard", "vocab_size", "rounds")
+        for pair in self.columns:
+            name, equals, source = pair.partition("=")
+            if name not in COLUMN_NAMES or not equals or not source:
+                raise ValueError(f"--columns takes NAME=NAME with the first of {', '.join(COLUMN_NAMES)}, got {pair!r}")

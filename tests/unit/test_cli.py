@@ -257,7 +257,7 @@ def test_missing_extra(capfd, cache, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", missing("pyarrow"))
-        patch.delitem(sys.modules, "sklformat.interop.parquet", raising=False)
+        patch.delitem(sys.modules, "sklformat.interop.tables.parquet", raising=False)
         patch.delitem(sys.modules, "sklformat.files.arrow", raising=False)
         patch.delattr("sklformat.files.arrow", raising=False)
         status, _, err = run(capfd, "convert", cache, tmp_path / "c.parquet")

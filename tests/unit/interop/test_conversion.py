@@ -14,8 +14,8 @@ from sklformat.cache.manifest import write_manifest
 from sklformat.files.disk import locked_directory
 from sklformat.format import layout
 from sklformat.interop import convert
+from sklformat.interop.checks import check_row
 from sklformat.interop.columns import Row
-from sklformat.interop.plain import check_row
 from sklformat.settings.convert import ConvertConfig
 
 FILES = ("c.npz", "c.parquet", "c.jsonl")
@@ -182,7 +182,7 @@ def test_logprobs_of_any_float32_weight_come_back_exactly():
         np.array([0, 1]), np.arange(weights.size), np.log(weights.astype(np.float64)), np.array([0, weights.size])
     )
     header = skl.Header(vocab_size=1 << 18, seq_len=1, kind="ratios", rounds=0)
-    found = check_row(row, header, "logprobs", drop_last_row=False, trusted=True).targets.weights
+    found = check_row(row, header, "logprobs", trusted=True).targets.weights
     assert np.array_equal(weights, found)
 
 
@@ -240,7 +240,7 @@ def test_tokens_dropped_and_given_back(tmp_path):
     with pytest.raises(skl.AlignmentError, match="sequence 0"):
         run(tmp_path / "bare", tmp_path / "other", tokens=tmp_path / "wrong.npy")
     np.save(tmp_path / "short.npy", tokens[1:])
-    with pytest.raises(ValueError, match="5 rows"):
+    with pytest.raises(ValueError, match="has 4 rows for 5 sequences; give one row for each"):
         run(tmp_path / "bare", tmp_path / "another", tokens=tmp_path / "short.npy")
 
 
@@ -342,20 +342,26 @@ def test_rows_as_many_as_tokens(tmp_path):
         (ROW | {"counts": [[3], []]}, COUNTS, "position 0: 2 token_ids, but 1 counts"),
         (ROW | {"counts": [[2, 1]]}, COUNTS, "token_ids has 2 rows, counts has 1"),
         (ROW | {"counts": [2, 1]}, COUNTS, "counts is not a list of lists"),
-        (ROW | {"input_ids": "text"}, COUNTS, "input_ids holds something other than integers"),
+        (ROW | {"input_ids": "text"}, COUNTS, "input_ids is no list of numbers"),
+        (ROW | {"input_ids": [1, "2", 3]}, COUNTS, "input_ids is not a list of numbers|something other than numbers"),
         (ROW | {"input_ids": [1, 2]}, COUNTS, "2 tokens and 2 rows"),
-        (ROW | {"input_ids": [[1], 2]}, COUNTS, "input_ids is not a list of numbers"),
+        (ROW | {"input_ids": [[1], 2]}, COUNTS, "input_ids has lists beside numbers"),
+        (ROW | {"input_ids": [[1], [2]]}, COUNTS, "input_ids is a list of lists, must be a list of numbers"),
         (LOG_ROW | {"logprobs": [[0.5, -2.0], [-0.1]]}, {}, "logprob 0.5 of id 5 cannot be; raw logits"),
         (LOG_ROW | {"logprobs": [[-0.1, -0.2], [-0.1]]}, {}, "sum to 1.724, more than 1"),
-        (LOG_ROW | {"logprobs": [[float("nan"), -2.0], [-0.1]]}, {}, "NaN is not a number"),
+        (
+            LOG_ROW | {"logprobs": [[float("nan"), -2.0], [-0.1]]},
+            {},
+            "position 0: logprob nan of id 5 cannot be; leave such entries out",
+        ),
         (
             LOG_ROW | {"logprobs": [[-0.5, -np.inf], [-0.1]]},
             {},
-            "line 1: .*-Infinity is not a number; leave such entries",
+            "position 0: logprob -inf of id 4 cannot be; leave such entries out",
         ),
         ({"input_ids": [1, 2]}, COUNTS, "lacks columns; needed are"),
         (ROW | {"logprobs": [[-1, -1], []]}, COUNTS, "both counts and logprobs; choose with --kind"),
-        (ROW, {"vocab_size": 10}, "does not say how its records were made; give --sampler, --rounds"),
+        (ROW, {"vocab_size": 10}, "does not say how its records were made; give --rounds, --sampler"),
     ],
 )
 def test_bad_values_are_refused(tmp_path, row, settings, message):
@@ -495,7 +501,7 @@ def test_stopped_export_leaves_nothing(tmp_path):
 def test_parquet_row_groups(tmp_path, monkeypatch):
     """A long cache goes out in several row groups and comes back whole."""
     pq = pytest.importorskip("pyarrow.parquet")
-    from sklformat.interop import parquet
+    from sklformat.interop.tables import parquet
 
     monkeypatch.setattr(parquet, "_GROUP_RECORDS", 100)
     cache = write_cache(tmp_path / "cache", sequences=40, per_shard=16)
@@ -509,7 +515,7 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "sklformat.files.arrow", raising=False)
     monkeypatch.delattr("sklformat.files.arrow", raising=False)
-    monkeypatch.delitem(sys.modules, "sklformat.interop.parquet", raising=False)
+    monkeypatch.delitem(sys.modules, "sklformat.interop.tables.parquet", raising=False)
     cache = write_cache(tmp_path / "cache")
     with pytest.raises(ModuleNotFoundError) as error:
         run(cache, tmp_path / "c.parquet")

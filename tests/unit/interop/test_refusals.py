@@ -63,7 +63,7 @@ def cache(tmp_path):
             "out",
             {},
             ValueError,
-            r"a\.txt: the name does not say what it is; give --from skl, npz, parquet or jsonl",
+            r"a\.txt: the name does not say what it is; give --from skl, npz, parquet, jsonl or another kind",
         ),
         (
             "cache",
@@ -91,14 +91,14 @@ def cache(tmp_path):
             "out",
             {"drop_last_row": True},
             ValueError,
-            "--drop-last-row is for plain columns; the rows of a cache describe the next token",
+            "--drop-last-row: for files of other systems; a cache says itself what it holds",
         ),
         (
             "a.jsonl",
             "out",
-            {"tokens": "tokens.npy"},
+            {"tokens": "tokens.npy", **COUNTS},
             ValueError,
-            "--tokens is for a cache that stores none; plain columns hold input_ids",
+            "has tokens of its own, in the column input_ids; leave out --tokens",
         ),
         (
             "cache",
@@ -149,19 +149,19 @@ def test_rows(tmp_path, row, settings, message):
 def test_lines_of_other_keys(tmp_path):
     """A line that lacks what the first line has is named by its row."""
     source = jsonl(tmp_path / "a.jsonl", ROW, {"input_ids": [1, 2, 3], "token_ids": [[1], []]})
-    with pytest.raises(skl.CorruptError, match="row 1: no key 'counts', only input_ids, token_ids"):
+    with pytest.raises(skl.CorruptError, match="row 1: no column 'counts', only input_ids, token_ids"):
         run(source, tmp_path / "out", **COUNTS)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"counts": [2]}, "npz: 2 token_ids, but 1 counts"),
+        ({"counts": [2]}, "npz: counts has 1 values for 2 token_ids"),
         ({"sequence_offsets": [0.0, 3.0]}, "npz: sequence_offsets is not a list of integers"),
         ({"position_offsets": [0, 1, 1]}, "npz: position_offsets does not rise from 0 to 2"),
         ({"position_offsets": [0, 2]}, "npz: 1 positions do not fit 1 sequences of 3 tokens"),
         ({"document_start": [1, 0]}, "npz: document_start has 2 values for 3 tokens"),
-        ({"position_offsets": None}, "npz: no array 'position_offsets', only input_ids, sequence_offsets, token_ids"),
+        ({"position_offsets": None}, r"npz: arrays have 3 rows \(input_ids\), 2 rows \(token_ids\), 2 rows \(counts\)"),
         (
             {"input_ids": [], "sequence_offsets": [0], "token_ids": [], "counts": [], "position_offsets": [0]},
             "holds no se",
@@ -180,8 +180,9 @@ def test_arrays(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (ROW | {"token_ids": [1, 2]}, "row 0: column token_ids is int64, must be a list"),
-        (ROW | {"token_ids": [None, []]}, r"row 0: column token_ids has empty cells \(null\)"),
+        (ROW | {"token_ids": [1, 2]}, "row 0: token_ids is not a list of lists"),
+        (ROW | {"token_ids": [None, []]}, "row 0: token_ids is no list of numbers"),
+        (ROW | {"token_ids": None}, r"row 0: column token_ids has empty cells \(null\)"),
         (ROW | {"input_ids": [1, None, 3]}, r"row 0: input_ids has empty cells \(null\)"),
         (EMPTY, r"a\.parquet: holds no sequence"),
     ],
@@ -249,7 +250,7 @@ def test_caches_without(tmp_path):
     with pytest.raises(ValueError, match=r"tokens\.npy: not a \.npy array: "):
         run(tmp_path / "bare.skl", tmp_path / "out.jsonl", tokens=tmp_path / "tokens.npy")
     np.save(tmp_path / "tokens.npy", np.zeros(3))
-    with pytest.raises(ValueError, match=r"tokens\.npy: must be an integer array of 2 rows, one per sequence"):
+    with pytest.raises(ValueError, match=r"tokens\.npy: must be an integer array of one row per sequence"):
         run(tmp_path / "bare.skl", tmp_path / "out.jsonl", tokens=tmp_path / "tokens.npy")
 
 
@@ -300,5 +301,5 @@ def test_columns_that_a_note_tells_of(tmp_path):
     (tmp_path / "a.skl").write_bytes(reference.encode_shard(of, [sequence]))
     run(tmp_path / "a.skl", tmp_path / "a.parquet")
     pq.write_table(pq.read_table(tmp_path / "a.parquet").drop_columns("entropy"), tmp_path / "a.parquet")
-    with pytest.raises(skl.CorruptError, match="parquet: no column 'entropy', only input_ids, token_ids, counts"):
+    with pytest.raises(skl.CorruptError, match="parquet table: no column 'entropy', only counts, input_ids, token_ids"):
         run(tmp_path / "a.parquet", tmp_path / "out")

@@ -1,19 +1,19 @@
-"""Plain columns as JSONL: one object per line, and the note in a file of its own beside it."""
+"""Tables in JSONL, one object per line; plain columns written so, with the note in a file of its own beside it."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.errors import CorruptError, describe_bad_json
 from sklformat.format.columns import RECORD_LOGPROB, STARTS
-from sklformat.interop.columns import NOTE, Row, check_parallel, in_row, no_sequence, offsets_of, typed
+from sklformat.interop.columns import NOTE, Row, in_row, no_sequence
+from sklformat.interop.tables.cells import check_there, list_cell
 
 
 def note_path(path: Path) -> Path:
@@ -29,19 +29,13 @@ def read_head(path: Path) -> tuple[set[str], bytes | None]:
 
 def parse_object(text: bytes | str, path: Path, section: str) -> dict[str, Any]:
     """
-    One JSON object.
+    One JSON object; NaN and Infinity, which JSON has not but its writers have, are numbers.
 
     Raises:
-        CorruptError: It is none, or holds NaN or infinity.
+        CorruptError: It is none.
     """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(
-            f"{constant} is not a number; leave such entries out, as an id without probability has no record"
-        )
-
     try:
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CorruptError(describe_bad_json(error), path=path, section=section) from None
     if not isinstance(value, dict):
@@ -49,12 +43,22 @@ def parse_object(text: bytes | str, path: Path, section: str) -> dict[str, Any]:
     return value
 
 
-def read_rows(path: Path, values: str, columns: tuple[str, ...]) -> Iterator[Row]:
-    """As ``files.read_rows``, line by line."""
+def read_cells(path: Path, names: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
+    """As ``files.Table.rows``, line by line."""
     for number, line in enumerate(_lines(path)):
+        if number < start:
+            continue
         with in_row(path, number):
-            row = _parsed(line, values, columns)
+            check_there(names, line)
+            row = {name: list_cell(line[name], name) if _is_numbers(line[name]) else line[name] for name in names}
         yield row
+
+
+def _is_numbers(value: Any) -> bool:
+    """Whether this is a list, of lists, of something other than texts and objects."""
+    while isinstance(value, list):
+        value = next((one for one in value if one is not None), None)
+    return not isinstance(value, str | dict)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -67,36 +71,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield parse_object(line, path, f"line {number}")
     if empty:
         raise no_sequence(path)
-
-
-def _parsed(line: dict[str, Any], values: str, columns: tuple[str, ...]) -> Row:
-    missing = [name for name in ("input_ids", "token_ids", values, *columns) if name not in line]
-    if missing:
-        raise ValueError(f"no key {missing[0]!r}, only {', '.join(sorted(line))}")
-    token_ids, offsets = _flat(line["token_ids"], "token_ids")
-    flat_values, value_offsets = _flat(line[values], values)
-    check_parallel(offsets, value_offsets, values)
-    extra = {name: _numbers(line[name], name) for name in columns if name != RECORD_LOGPROB}
-    if RECORD_LOGPROB in columns:
-        extra[RECORD_LOGPROB], its_offsets = _flat(line[RECORD_LOGPROB], RECORD_LOGPROB)
-        check_parallel(offsets, its_offsets, RECORD_LOGPROB)
-    return Row(_numbers(line["input_ids"], "input_ids"), token_ids, flat_values, offsets, extra)
-
-
-def _flat(lists: Any, name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """A list of lists as one array and offsets."""
-    if not isinstance(lists, list) or not all(isinstance(one, list) for one in lists):
-        raise ValueError(f"{name} is not a list of lists")
-    return _numbers(list(itertools.chain.from_iterable(lists)), name), offsets_of([len(one) for one in lists])
-
-
-def _numbers(values: Any, name: str) -> NDArray[Any]:
-    """A list of numbers as an array; integers where the column has integers."""
-    try:
-        array = np.asarray(values)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{name} is not a list of numbers") from None
-    return typed(array, name)
 
 
 class Sink:

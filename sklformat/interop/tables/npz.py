@@ -1,4 +1,4 @@
-"""Plain columns as npz: flat arrays, nothing pickled.  Reads a file whole, writes it through temporary files."""
+"""Tables in npz files, nothing pickled: read whole; plain columns written, flat, through temporary files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.errors import CorruptError
-from sklformat.format.columns import RECORD_LOGPROB, STARTS
-from sklformat.interop.columns import NOTE, TYPES, Row, check_size, no_sequence, typed
+from sklformat.format.columns import STARTS
+from sklformat.interop.columns import NOTE, TYPES, Row, check_size, no_sequence
+from sklformat.interop.tables.cells import Cell, array_cell, check_there
 
 
 def read_head(path: Path) -> tuple[set[str], str | None]:
@@ -26,42 +27,70 @@ def read_head(path: Path) -> tuple[set[str], str | None]:
         return names, str(arrays[NOTE]) if NOTE in names else None
 
 
-def read_rows(path: Path, values: str, columns: tuple[str, ...]) -> Iterator[Row]:
-    """As ``files.read_rows``; all arrays are in memory."""
+def read_cells(path: Path, names: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
+    """As ``files.Table.rows``: of flat arrays with offsets, as written here, or of arrays that are stacked rows."""
     with _opened(path) as file:
-        names = ("input_ids", "token_ids", values, *columns)
-        missing = [name for name in (*names, "sequence_offsets", "position_offsets") if name not in file.files]
-        if missing:
-            raise ValueError(f"no array {missing[0]!r}, only {', '.join(file.files)}")
-        arrays = {name: typed(file[name], name) for name in names}
-        tokens = _checked_offsets(file["sequence_offsets"], arrays["input_ids"].size, "sequence_offsets")
-        records = _checked_offsets(file["position_offsets"], arrays["token_ids"].size, "position_offsets")
-        positions, count = records.size - 1, tokens.size - 1
-        if arrays[values].size != arrays["token_ids"].size:
-            raise ValueError(f"{arrays['token_ids'].size} token_ids, but {arrays[values].size} {values}")
-        if count < 1:
-            raise no_sequence(path)
-        # L rows per sequence are taken as they are; the caller decides whether they are right.
-        rows_less = 0 if positions == arrays["input_ids"].size else 1
-        starts = tokens - rows_less * np.arange(count + 1)
-        if positions != starts[-1] or (np.diff(starts) < 0).any():
-            raise ValueError(f"{positions} positions do not fit {count} sequences of {arrays['input_ids'].size} tokens")
-        sizes = dict.fromkeys(columns, (positions, "positions"))
-        sizes |= {STARTS: (arrays["input_ids"].size, "tokens"), RECORD_LOGPROB: (arrays["token_ids"].size, "token_ids")}
-        for name in columns:
-            check_size(name, arrays[name], *sizes[name])
-    for s in range(count):
+        check_there(names, file.files)
+        if "sequence_offsets" in file.files and "position_offsets" in file.files:
+            yield from _flat_rows(path, file, names, start)
+        else:
+            arrays = {name: file[name] for name in names}
+            yield from stacked_rows(path, arrays, start)
+
+
+def stacked_rows(path: Path, arrays: Mapping[str, NDArray[Any]], start: int = 0) -> Iterator[dict[str, Any]]:
+    """
+    Rows of arrays [S, …], one row each, as ``files.Table.rows``.
+
+    Raises:
+        ValueError: They have not the same number of rows.
+        CorruptError: They have none.
+    """
+    counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"arrays have {', '.join(f'{count} rows ({name})' for name, count in counts.items())}")
+    if not any(counts.values()):
+        raise no_sequence(path)
+    for i in range(start, min(counts.values())):
+        yield {name: array_cell(array[i]) if array.ndim > 1 else array[i].item() for name, array in arrays.items()}
+
+
+def _flat_rows(path: Path, file: Any, names: Sequence[str], start: int) -> Iterator[dict[str, Any]]:
+    arrays = {name: file[name] for name in names}
+    for name, array in arrays.items():
+        if array.ndim != 1:
+            raise ValueError(f"{name} has {array.ndim} axes beside position_offsets, which go with flat arrays")
+    num_tokens, num_records = (file[name].size for name in ("input_ids", "token_ids"))
+    tokens = _checked_offsets(file["sequence_offsets"], num_tokens, "sequence_offsets")
+    records = _checked_offsets(file["position_offsets"], num_records, "position_offsets")
+    positions, count = records.size - 1, tokens.size - 1
+    if count < 1:
+        raise no_sequence(path)
+    # L rows per sequence are taken as they are; the caller decides whether they are right.
+    rows_less = 0 if positions == num_tokens else 1
+    starts = tokens - rows_less * np.arange(count + 1)
+    if positions != starts[-1] or (np.diff(starts) < 0).any():
+        raise ValueError(f"{positions} positions do not fit {count} sequences of {num_tokens} tokens")
+    per_token, per_position = {"input_ids", STARTS}, {"label_logprob", "entropy"} & set(names)
+    for name, array in arrays.items():
+        size, what = (num_records, "token_ids")
+        if name in per_token:
+            size, what = num_tokens, "tokens"
+        elif name in per_position:
+            size, what = positions, "positions"
+        check_size(name, array, size, what)
+    for s in range(start, count):
         first, last = int(starts[s]), int(starts[s + 1])
         begin, end = int(records[first]), int(records[last])
-        parts = dict.fromkeys(columns, slice(first, last))
-        parts |= {STARTS: slice(tokens[s], tokens[s + 1]), RECORD_LOGPROB: slice(begin, end)}
-        yield Row(
-            arrays["input_ids"][tokens[s] : tokens[s + 1]],
-            arrays["token_ids"][begin:end],
-            arrays[values][begin:end],
-            records[first : last + 1] - begin,
-            {name: arrays[name][parts[name]] for name in columns},
-        )
+        row = dict[str, Any]()
+        for name, array in arrays.items():
+            if name in per_token:
+                row[name] = Cell(array[tokens[s] : tokens[s + 1]])
+            elif name in per_position:
+                row[name] = Cell(array[first:last])
+            else:
+                row[name] = Cell(array[begin:end], (records[first : last + 1] - begin,))
+        yield row
 
 
 @contextlib.contextmanager

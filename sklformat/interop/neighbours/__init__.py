@@ -1,0 +1,1 @@
+"""Files of other systems: each module reads the kinds of one of them, and writes some."""
