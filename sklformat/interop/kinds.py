@@ -12,7 +12,10 @@ from sklformat.interop.notes import Note, read_noted
 from sklformat.interop.readings import Asked, Reading
 from sklformat.interop.tables.files import SUFFIXES, open_table
 
-NEIGHBOURS: dict[str, str] = {}
+NEIGHBOURS: dict[str, str] = {
+    "vllm": "responses",
+    "sglang": "responses",
+}
 """The module of ``neighbours`` that reads each kind."""
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 

@@ -100,6 +100,19 @@ def require(path: Path, **settings: object) -> None:
         raise ValueError(f"{path}: does not say how its records were made; give {', '.join(missing)}")
 
 
+def refuse_flags(path: Path, kind: str, asked: Asked, *names: str) -> None:
+    """
+    The user must not have said these, attributes of ``Asked``, since a kind says them itself or has no such thing.
+
+    Raises:
+        ValueError: Some are there; names the flags.
+    """
+    given = [name for name in names if getattr(asked, name) not in (None, False, {})]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{path}: {kind} says itself what this would say; leave out {flags}")
+
+
 def select(row: Row, records: NDArray[np.bool_]) -> Row:
     """A row without the records [nnz] that are False."""
     if records.all():

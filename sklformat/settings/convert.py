@@ -8,7 +8,10 @@ from typing import Literal
 
 from sklformat.settings.limits import check_least
 
-SourceKind = Literal["auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors"]
+SourceKind = Literal[
+    "auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors",
+    "vllm", "sglang",
+]  # fmt: skip
 DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl"]
 COLUMN_NAMES = (
     "input_ids", "token_ids", "counts", "logprobs", "lse", "mask", "document",

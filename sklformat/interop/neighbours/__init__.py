@@ -1,1 +1,4 @@
-"""Files of other systems: each module reads the kinds of one of them, and writes some."""
+"""Files of other systems: each module reads the kinds of one of them, and writes some.
+
+responses  answers of vLLM and SGLang
+"""

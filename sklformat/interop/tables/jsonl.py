@@ -15,6 +15,8 @@ from sklformat.format.columns import RECORD_LOGPROB, STARTS
 from sklformat.interop.columns import NOTE, Row, in_row, no_sequence
 from sklformat.interop.tables.cells import check_there, list_cell
 
+_PEEK_BYTES = 1 << 26
+
 
 def note_path(path: Path) -> Path:
     """Where the note of a JSONL file lies."""
@@ -24,7 +26,7 @@ def note_path(path: Path) -> Path:
 def read_head(path: Path) -> tuple[set[str], bytes | None]:
     """Names of the columns, from the first line, and the note."""
     note = note_path(path)
-    return set(next(_lines(path))), note.read_bytes() if note.exists() else None
+    return set(next(read_lines(path))), note.read_bytes() if note.exists() else None
 
 
 def parse_object(text: bytes | str, path: Path, section: str) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def parse_object(text: bytes | str, path: Path, section: str) -> dict[str, Any]:
 
 def read_cells(path: Path, names: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
     """As ``files.Table.rows``, line by line."""
-    for number, line in enumerate(_lines(path)):
+    for number, line in enumerate(read_lines(path)):
         if number < start:
             continue
         with in_row(path, number):
@@ -61,8 +63,24 @@ def _is_numbers(value: Any) -> bool:
     return not isinstance(value, str | dict)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON object of each line that is not empty."""
+def peek_line(path: Path) -> dict[str, Any]:
+    """The JSON object of a file's first line; an empty one where it is no such file, or the line is very long."""
+    try:
+        with path.open("rb") as file:
+            line = file.readline(_PEEK_BYTES + 1)
+        value = json.loads(line) if len(line) <= _PEEK_BYTES else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """
+    The JSON object of each line that is not empty.
+
+    Raises:
+        CorruptError: A line is none, or there is no line.
+    """
     empty = True
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
