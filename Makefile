@@ -16,6 +16,7 @@ READY := .venv/ready
 ARGS ?=
 FUZZ_SECONDS ?= 60
 BENCHMARKS := $(wildcard benchmarks/*.py)
+PARTS := benchmarks/timing.py benchmarks/container_kinds.py
 SANITIZED := build/sanitized
 # -P and -S keep the working tree and its editable install out of the way of the sanitized copy.
 RUN_SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$(cc -print-file-name=libasan.so) \
@@ -154,7 +155,7 @@ OF_AXOLOTL := accelerate==1.13.0 addict bitsandbytes==0.50.2 colorama datasets==
   tokenizers==0.23.1 transformers==5.16.1 triton trl==1.9.0 wandb
 
 bench: $(READY)
-	for script in $(filter-out benchmarks/timing.py,$(BENCHMARKS)); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+	for script in $(filter-out $(PARTS),$(BENCHMARKS)); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
 
 # What a bare Debian lacks comes from apt; pip is brought to a version that knows dependency groups; torch comes first, so that nothing else chooses it.
 $(READY): pyproject.toml $(wildcard csrc/*) $(MODULES)

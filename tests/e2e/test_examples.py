@@ -30,6 +30,7 @@ PAGES = [
     "docs/troubleshooting.md",
     "docs/your-data.md",
     "docs/models.md",
+    "docs/neighbours.md",
 ]
 # What is printed at a size for use, and its size here.
 SMALLER = {
