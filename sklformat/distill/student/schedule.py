@@ -30,5 +30,16 @@ def decay_start(config: TrainConfig) -> int:
     return max(_warmup_steps(config), config.steps - math.ceil(config.decay * config.steps))
 
 
+def warmup_note(config: TrainConfig) -> str:
+    """What to say of a warm-up that is longer than the run; "" where it is not."""
+    if config.warmup_steps <= config.steps:
+        return ""
+    return (
+        f"warmup_steps {config.warmup_steps} is more than steps {config.steps}: the learning rate rises to the end and "
+        f"reaches {learning_rate_at(config.steps - 1, config):.3g} of {config.learning_rate:.3g}; give fewer, unless "
+        "the run is to grow"
+    )
+
+
 def _warmup_steps(config: TrainConfig) -> int:
     return config.warmup_steps or math.ceil(config.warmup * config.steps)

@@ -30,7 +30,7 @@ from sklformat.distill.student.inputs import (
 from sklformat.distill.student.learner import Learner, Taken
 from sklformat.distill.student.measures.milestones import Milestones
 from sklformat.distill.student.measures.origins import find_model
-from sklformat.distill.student.schedule import decay_start, learning_rate_at
+from sklformat.distill.student.schedule import decay_start, learning_rate_at, warmup_note
 from sklformat.distill.student.trackers import Pace, Report, Reporter, check_installed, training_flops
 from sklformat.distill.student.validation import HeldOut
 from sklformat.errors import CorruptError
@@ -123,9 +123,9 @@ def _train(
     student = load_student(config, stream)
     if held_out is not None:
         check_measurable(student, held_out)
-    note = outputs.balance_note(student)
-    if process.is_first and note:
-        say(f"note: {note}")
+    for note in (outputs.balance_note(student), warmup_note(config)):
+        if process.is_first and note:
+            say(f"note: {note}")
     teacher = None if config.teacher is None else load_teacher(config, stream, student)
     settings = settings_of(config, stream, process.world_size, student, teacher)
     with runs.opened(config.out, settings, writes=process.is_first, grows="steps") as run:

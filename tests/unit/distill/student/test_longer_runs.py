@@ -67,6 +67,15 @@ def test_a_cosine_that_grows_says_what_it_is(place, finished, capsys):
     assert said.count("note: ") == 1
 
 
+def test_a_warm_up_longer_than_its_run_is_said(place, tmp_path, capsys):
+    """A rate that never reaches its peak is no quiet success; one that reaches it in the last step is all right."""
+    train(config_of(place, tmp_path / "run", steps=1, warmup_steps=4, learning_rate=0.01), report=silent)
+    said = capsys.readouterr().err
+    assert "note: warmup_steps 4 is more than steps 1: the learning rate rises to the end and reaches 0.0025 of" in said
+    train(config_of(place, tmp_path / "run", steps=4, warmup_steps=4, learning_rate=0.01), report=silent)
+    assert "warmup_steps" not in capsys.readouterr().err
+
+
 def test_a_grown_run_that_is_stopped_resumes(place, finished):
     """A run in the middle of its further steps is not finished, although its first summary is still there."""
     with pytest.raises(KeyboardInterrupt):
