@@ -155,7 +155,7 @@ class TrainConfig:
     """Another cache of the same tokenizer to evaluate on, instead of the sequences held out."""
 
     eval_sequences: int = 0
-    """Sequences to evaluate on, the first of them; 0: all that are held out, of several caches those of the first."""
+    """Sequences to evaluate on, the first of them, of several caches as many of each; 0: all that are held out."""
 
     best_by: Literal["lm_loss", "kl", "none"] = "lm_loss"
     """What the model in best/ is the best by: LM loss, KL to the teacher (to the records without entropies); none."""

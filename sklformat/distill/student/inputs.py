@@ -81,32 +81,38 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
     return stream
 
 
-def open_held_out(config: TrainConfig, stream: streams.Stream, rank: int, world_size: int) -> HeldOut | None:
+def open_held_out(config: TrainConfig, stream: streams.Stream, rank: int, world_size: int) -> list[HeldOut]:
     """
-    The sequences that a run evaluates on: those that it holds out of its cache, or another cache's.
+    The sequences that a run evaluates on: those that it holds out of each of its caches, or another cache's.
 
     Raises:
-        SettingsError: Training sees most of them, or another tokenizer made them.
+        SettingsError: Training sees most of a cache's, or another tokenizer made them.
         ValueError, FormatError, FileNotFoundError: They cannot be read.
     """
     if not config.eval_every:
-        return None
+        return []
     if config.eval_cache is None:
-        cache = open_shards(config.cache[0])
-        part = range(len(cache) - config.hold_out, len(cache))
+        caches = [open_shards(path) for path in config.cache]
+        parts = [range(len(cache) - config.hold_out, len(cache)) for cache in caches]
     else:
-        cache = open_shards(config.eval_cache)
-        part = range(len(cache))
-        conflict = streams.made_by(cache.header).conflict(stream.tokenizer)
+        caches = [open_shards(config.eval_cache)]
+        parts = [range(len(caches[0]))]
+        conflict = streams.made_by(caches[0].header).conflict(stream.tokenizer)
         if conflict:
             raise SettingsError(
                 f"{config.eval_cache} was made by a different tokenizer from that of {stream.source}: {conflict}; "
                 "evaluate on a cache of the same one"
             )
-    part = part[: config.eval_sequences or len(part)]
-    if config.eval_cache is not None or len(config.cache) > 1:  # of one cache they are others by their numbers
-        _check_unseen(config, stream, cache, part)
-    return HeldOut(cache, part, batch_size=config.batch_size, rank=rank, world_size=world_size)
+    each, more = divmod(config.eval_sequences, len(caches))
+    if config.eval_sequences:
+        parts = [part[: each + (place < more)] for place, part in enumerate(parts)]
+    held_out = [(cache, part) for cache, part in zip(caches, parts, strict=True) if part]
+    if config.eval_cache is not None or len(caches) > 1:  # of one cache they are others by their numbers
+        for cache, part in held_out:
+            _check_unseen(config, stream, cache, part)
+    return [
+        HeldOut(cache, part, batch_size=config.batch_size, rank=rank, world_size=world_size) for cache, part in held_out
+    ]
 
 
 def check_measurable(student: Any, held_out: HeldOut) -> None:

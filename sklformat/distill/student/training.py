@@ -121,8 +121,8 @@ def _train(
     if process.is_first and stream.note:
         say(f"note: {stream.note}")
     student = load_student(config, stream)
-    if held_out is not None:
-        check_measurable(student, held_out)
+    for part in held_out:
+        check_measurable(student, part)
     for note in (outputs.balance_note(student), warmup_note(config)):
         if process.is_first and note:
             say(f"note: {note}")
@@ -157,7 +157,7 @@ class _Training:
         learner: Learner,
         run: runs.Run,
         process: processes.Process,
-        held_out: HeldOut | None,
+        held_out: list[HeldOut],
         stop: processes.Stop,
     ) -> None:
         self.config, self.stream, self.learner, self.run, self.process = config, stream, learner, run, process

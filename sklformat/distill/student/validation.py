@@ -79,19 +79,19 @@ class Validation:
     teacher_loss: float | None
 
     @classmethod
-    def of(cls, sums: EvaluationSums, *, num_sequences: int, header: Header) -> Validation:
+    def of(cls, sums: EvaluationSums, *, num_sequences: int, headers: Iterable[Header]) -> Validation:
         """
         The figures of sums over all batches and processes.
 
         Args:
             sums: Of batches that came with records.
             num_sequences: That they are of.
-            header: Of their cache.
+            headers: Of their caches.
 
         Raises:
             ValueError: No position has a record.
         """
-        unbiased = is_unbiased(header.sampler, header.proposal_temperature, header.capture)
+        unbiased = all(is_unbiased(each.sampler, each.proposal_temperature, each.capture) for each in headers)
         return cls(
             num_sequences=num_sequences,
             num_positions=sums.num_positions,
@@ -205,49 +205,51 @@ def check_unseen(cache: Cache, part: range, trained: Iterable[tuple[Cache, range
 
 def validate(
     model: nn.Module,
-    held_out: HeldOut,
+    held_out: HeldOut | Iterable[HeldOut],
     *,
     forward: Forward | None = None,
     device: torch.device | None = None,
     reach: Callable[[int], None] | None = None,
 ) -> Validation:
     """
-    Measure a student on sequences of a cache; on several processes each measures its share, and all get the figures.
+    Measure a student on sequences of caches; on several processes each measures its share, and all get the figures.
 
     Without gradient, and without dropout for the time of the call.  Whoever trains under autocast calls it there.
 
     Args:
         model: A causal language model of transformers or peft, sharded or not, or a wrapper of one.
-        held_out: The sequences; logits beyond the cache's ids, of a padded head, are left out.
+        held_out: The sequences, of one cache or of several; logits beyond a cache's ids, of a padded head, are left
+            out.
         forward: How the model is run; None: as ``forward_of`` says.
         device: Where batches go; None: where the model's first parameter is.
         reach: Told of the sequences done on all processes, after each batch.
 
     Raises:
-        SettingsError: The student has fewer logits than the cache has ids.
+        SettingsError: The student has fewer logits than a cache has ids.
         ValueError: No sequence has a record, or logits are no finite numbers or of another shape.
-        FormatError, AlignmentError: The cache is damaged, or about other tokens.
+        FormatError, AlignmentError: A cache is damaged, or about other tokens.
     """
-    schedule, header = held_out.schedule, held_out.cache.header
-    forward = forward or forward_of(model, isolated=held_out.isolated)
+    parts = [held_out] if isinstance(held_out, HeldOut) else list(held_out)
     device = device or next(model.parameters()).device
-    sums = EvaluationSums()
+    sums, num_sequences = EvaluationSums(), 0
     with torch.no_grad(), outputs.evaluated(model):
-        for step, (batch, columns) in enumerate(held_out, 1):
-            _add(sums, forward, batch.to(device), columns, header.vocab_size)
-            if reach is not None:
-                reach(min(step * schedule.global_batch, len(held_out.sequences)))
-    if schedule.world_size > 1:
+        for part in parts:
+            run = forward or forward_of(model, isolated=part.isolated)
+            for step, (batch, columns) in enumerate(part, 1):
+                _add(sums, run, batch.to(device), columns, part.cache.header.vocab_size)
+                if reach is not None:
+                    reach(num_sequences + min(step * part.schedule.global_batch, len(part.sequences)))
+            num_sequences += len(part.sequences)
+    if parts[0].schedule.world_size > 1:
         shared = sums.tensor.to(device)  # which is where a backend for accelerators wants it
         dist.all_reduce(shared)
         sums.tensor.copy_(shared)
     if sums.num_positions == 0:
-        first, last = held_out.sequences.start, held_out.sequences.stop
-        raise ValueError(
-            f"{held_out.cache.path}: sequences {first}:{last} have no record, so that there is nothing to measure; "
-            "take others"
+        where = "; ".join(
+            f"{each.cache.path}: sequences {each.sequences.start}:{each.sequences.stop}" for each in parts
         )
-    return Validation.of(sums, num_sequences=len(held_out.sequences), header=header)
+        raise ValueError(f"{where} have no record, so that there is nothing to measure; take others")
+    return Validation.of(sums, num_sequences=num_sequences, headers=[each.cache.header for each in parts])
 
 
 def forward_of(model: Any, *, isolated: bool) -> Forward:

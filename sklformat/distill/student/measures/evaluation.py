@@ -277,7 +277,7 @@ def _result(config: EvalConfig, sums: metrics.EvaluationSums, passages: Passages
     with_teacher = config.teacher is not None
     of_cache: dict[str, Any] = {}
     if isinstance(passages, RecordPassages):
-        found = Validation.of(sums, num_sequences=count, header=passages.header)
+        found = Validation.of(sums, num_sequences=count, headers=[passages.header])
         of_cache = {
             "cache": passages.name,
             "sequences": f"{passages.part.start}:{passages.part.stop}",

@@ -30,14 +30,14 @@ class Milestones:
         learner: Its student.
         run: Where the best student goes.
         process: Which this is.
-        held_out: What to measure on; None: nothing is measured.
+        held_out: What to measure on, a part of each cache; empty: nothing is measured.
 
     Attributes:
         step: The step after which the student was last measured; 0: it was not.
     """
 
     def __init__(
-        self, config: TrainConfig, learner: Learner, run: Run, process: Process, held_out: HeldOut | None
+        self, config: TrainConfig, learner: Learner, run: Run, process: Process, held_out: list[HeldOut]
     ) -> None:
         self.config, self.learner, self.run, self.process, self.held_out = config, learner, run, process, held_out
         self.step = 0
@@ -48,11 +48,10 @@ class Milestones:
         """Whether the student is to be measured after ``step`` steps, and was not yet."""
         every = self.config.eval_every
         due = every and (step % every == 0 or step == self.config.steps)
-        return bool(self.held_out is not None and due and step != self.step)
+        return bool(self.held_out and due and step != self.step)
 
     def measure(self, step: int) -> dict[str, float]:
         """The figures of the student after ``step`` steps, by the names of ``Validation``."""
-        assert self.held_out is not None
         device, half = self.process.device, self.config.dtype == "bfloat16"
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
             found = validate(self.learner.model, self.held_out, device=device)
@@ -81,9 +80,8 @@ class Milestones:
             self.run.save_best(lambda path: self.learner.write(weights, path), figures)
 
     def _measured_on(self) -> str:
-        assert self.held_out is not None
-        part = self.held_out.sequences
-        return f"{self.held_out.cache.fingerprint}[{part.start}:{part.stop}]"
+        parts = [(each.cache.fingerprint, each.sequences) for each in self.held_out]
+        return " + ".join(f"{fingerprint}[{part.start}:{part.stop}]" for fingerprint, part in parts)
 
     def summary(self) -> dict[str, Any]:
         """The last evaluation and the best, as ``TrainSummary`` has them."""

@@ -7,12 +7,14 @@ import pytest
 import student_data
 import torch
 from student_data import config_of, losses_of, silent, stop_at, write_place
+from transformers import AutoModelForCausalLM
 
 import sklformat as skl
 from sklformat.distill import SparseLogitDataset
 from sklformat.distill.models import loading, tokenization
 from sklformat.distill.student.measures.origins import Origin
 from sklformat.distill.student.training import train
+from sklformat.distill.student.validation import HeldOut, validate
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.flags import parse
 from sklformat.settings.train import TrainConfig
@@ -68,11 +70,22 @@ def test_a_mixed_run_resumes_bit_for_bit(place, tmp_path):
         train(config_of(place, tmp_path / "cut", cache=(place / "random", place / "other"), hold_out=4), report=silent)
 
 
-def test_evaluation_is_on_what_the_first_holds_out(place, tmp_path):
-    """Without an eval_cache, the first cache's held-out part; a cache of which training sees the most is refused."""
+def test_evaluation_is_on_what_each_holds_out(place, tmp_path):
+    """Without an eval_cache, the held-out part of every cache; one of which training sees the most is refused."""
     summary = train(mixed(place, tmp_path / "run", steps=1, eval_every=1), report=silent)
-    alone = config_of(place, tmp_path / "alone", hold_out=4, eval_every=1, steps=1)
-    assert summary.evaluation.keys() == train(alone, report=silent).evaluation.keys()
+    model = AutoModelForCausalLM.from_pretrained(summary.model)
+    held_out = [HeldOut(place / "random", range(16, 20)), HeldOut(place / "other", range(8, 12))]
+    alone = [validate(model, part).lm_loss for part in held_out]
+    assert alone[0] != pytest.approx(alone[1], abs=1e-3)
+    assert summary.evaluation["lm_loss"] == pytest.approx(sum(alone) / 2, abs=1e-6)
+    reached = []
+    assert 8 == validate(model, held_out, reach=reached.append).num_sequences
+    assert [4, 8] == reached
+    few = train(mixed(place, tmp_path / "few", steps=1, eval_every=1, eval_sequences=3), report=silent)
+    expected = validate(model, [HeldOut(place / "random", range(16, 18)), HeldOut(place / "other", range(8, 9))])
+    assert few.evaluation["lm_loss"] == pytest.approx(expected.lm_loss, abs=1e-6)
+    one = train(mixed(place, tmp_path / "one", steps=1, eval_every=1, eval_sequences=1), report=silent)
+    assert one.evaluation["lm_loss"] == pytest.approx(validate(model, HeldOut(place / "random", range(16, 17))).lm_loss)
     with pytest.raises(skl.SettingsError, match="other: training sees 8 of its 12 sequences, the first is number 0"):
         train(mixed(place, tmp_path / "no", eval_every=1, eval_cache=place / "other"), report=silent)
 
