@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from sklformat.distill.losses.heads import OutputHead, Shard
 from sklformat.distill.losses.kl import linear_sparse_kl, sparse_kl
-from sklformat.distill.losses.targets import Ragged
+from sklformat.distill.losses.targets import DenseTargets, DenseTeacher, Ragged
 
 POSITIONS, VOCAB, WIDTH = 10, 57, 8
 BOUNDS = [0, 23, VOCAB]  # of two parts, which need not be equal
@@ -18,6 +18,8 @@ CASES = [
     {"method": "label_smoothing", "ce_weight": 0.2},
     {"method": "ghost_token"},
     {"method": "naive_fix"},
+    {"method": "full"},
+    {"method": "full", "ce_weight": 0.3, "dense": True},
 ]
 
 
@@ -37,9 +39,25 @@ def problem(dtype=torch.float64):
     return hidden, weight, bias, Ragged(torch.cat(ids).int(), torch.cat(probs), offsets), labels
 
 
+def dense_targets(shard, part, *, whole):
+    """A teacher's distributions of a part of the ids: as they are, or as hidden states and a capped head."""
+    g = torch.Generator().manual_seed(7)
+    hidden = torch.randn(POSITIONS, WIDTH - 3, generator=g, dtype=torch.float64)
+    weight, bias = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((VOCAB, WIDTH - 3), (VOCAB,)))
+    bias[[3, 40]] = -torch.inf  # ids that the teacher masks
+    head = OutputHead(weight, bias, softcap=None, scale=1.5)
+    if whole:
+        return DenseTargets(head.logits(hidden).softmax(1)[:, part])
+    return DenseTeacher(hidden, OutputHead(weight[part], bias[part], scale=1.5, shard=shard))
+
+
 def losses(case, shard=None, part=slice(None)):
     """Both losses of a case with the gradients that one process gets; of a capped head with a bias."""
     hidden, weight, bias, targets, labels = problem()
+    case = dict(case)
+    whole = case.pop("dense", False)
+    if case["method"] == "full":
+        targets = dense_targets(shard, part, whole=whole)
     hidden, weight, bias = (leaf.requires_grad_() for leaf in (hidden, weight[part].clone(), bias[part].clone()))
     head = OutputHead(weight, bias, softcap=4.0, scale=0.7, shard=shard)
     labels = labels if case.get("ce_weight") or case["method"] == "naive_fix" else None
@@ -61,10 +79,13 @@ def run(folder):
     meetings, reduce = [], dist.all_reduce
     dist.all_reduce = lambda tensor, *args, **settings: meetings.append(1) or reduce(tensor, *args, **settings)
     hidden, weight, _, targets, _ = problem()
-    with torch.no_grad():
-        linear_sparse_kl(hidden, OutputHead(weight[part], shard=shard), targets)
+    counts = []
+    for method, given in (("random_sampling", targets), ("full", dense_targets(shard, part, whole=False))):
+        with torch.no_grad():
+            linear_sparse_kl(hidden, OutputHead(weight[part], shard=shard), given, method=method)
+        counts.append(len(meetings))
     dist.all_reduce = reduce
-    found = {"collectives": len(meetings), "losses": [losses(case, shard, part) for case in CASES]}
+    found = {"collectives": counts, "losses": [losses(case, shard, part) for case in CASES]}
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
     return 0

@@ -32,6 +32,7 @@ class Arguments:
         position_weights_P: None: 1 everywhere.
         num_positions: P.
         vocab_size: V, of all processes together where the logits are divided among them.
+        width: Of these the ids that are here.
         like: Logits or hidden states, for their device and type.
         normaliser: None: the weights of the positions that count here.
         shape: What makes logits of a head's product; None: the product is the logits.
@@ -51,6 +52,7 @@ class Arguments:
         *,
         num_positions: int,
         vocab_size: int,
+        width: int,
         like: Tensor,
         normaliser: Tensor | float | None = None,
         shape: Shape | None = None,
@@ -58,7 +60,7 @@ class Arguments:
     ) -> None:
         refuse_sharded("what the loss is taken of", like)
         self.method, self.ce_weight, self.shape, self.shard = method, ce_weight, shape, shard
-        self.num_positions, self.vocab_size = num_positions, vocab_size
+        self.num_positions, self.vocab_size, self.width = num_positions, vocab_size, width
         self.device = like.device
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         if method not in METHODS:
@@ -75,8 +77,6 @@ class Arguments:
                 f"method {method!r} with {type(targets).__name__}: DenseTargets, DenseTeacher go with 'full'"
             )
         if isinstance(targets, DenseTargets | DenseTeacher):
-            if shard is not None:
-                raise ValueError("method 'full' takes whole rows; of a head divided among processes take records")
             counted_P = self._check_dense(targets)
         else:
             counted_P = self._check_ragged(Ragged.of(targets) if isinstance(targets, tuple) else targets)
@@ -120,12 +120,12 @@ class Arguments:
 
     def _check_dense(self, targets: DenseTargets | DenseTeacher) -> Tensor:
         if isinstance(targets, DenseTargets):
-            self._check_shape("probs_PV", targets.probs_PV, (self.num_positions, self.vocab_size))
+            self._check_shape("probs_PV", targets.probs_PV, (self.num_positions, self.width))
         else:
             hidden_PD, head = targets.hidden_PD, targets.head
             assert isinstance(head, OutputHead)
             self._check_shape("the teacher's hidden_PD", hidden_PD, (self.num_positions, *hidden_PD.shape[1:]))
-            self._check_shape("the teacher's head", head.weight, (self.vocab_size, *hidden_PD.shape[1:]))
+            self._check_shape("the teacher's head", head.weight, (self.width, *hidden_PD.shape[1:]))
             self.teacher_shape = Shape.of(head)
             targets = DenseTeacher(hidden_PD, head.weight)
         self.dense = targets

@@ -105,7 +105,7 @@ def sparse_kl(
         normaliser: What to divide sum(w L) by instead of sum(w), one number: the positions that count in all
             micro-batches and processes of a step, whose losses then add up to that of the whole step.  None: sum(w).
         shard: Which ids the columns are of, where processes have a part of each row; None: all.  Each process has the
-            value then, and the gradient of its part.  Not for "full".
+            value then, and the gradient of its part.  Dense targets are of the same ids as the logits then.
 
     Returns:
         Scalar, float32 (float64 for float64), nats per position.  The gradient is computed here, together with the
@@ -124,7 +124,7 @@ def sparse_kl(
     refuse_sharded("what the loss is taken of", logits_PV)
     if shard is not None:
         shard.check(logits_PV.shape[1])
-    parts = parts_of(_prepared(targets))
+    parts = parts_of(_prepared(targets, shard))
     _check_devices(logits_PV.device, parts, labels_P, position_weights_P)
     loss: Tensor
     loss, _, _ = sparse_kl_operator(
@@ -198,7 +198,7 @@ def linear_sparse_kl(
     hidden_PD, up_VK = head.widened(hidden_PD)
     enabled = torch.is_grad_enabled()
     inputs = (hidden_PD, head.weight, up_VK, head.bias)
-    parts = parts_of(_prepared(targets))
+    parts = parts_of(_prepared(targets, head.shard))
     _check_devices(hidden_PD.device, parts, labels_P, position_weights_P)
     loss: Tensor
     loss, *_ = linear_sparse_kl_operator(
@@ -219,11 +219,13 @@ def linear_sparse_kl(
     return loss
 
 
-def _prepared(targets: AnyTargets) -> AnyTargets:
+def _prepared(targets: AnyTargets, shard: Shard | None) -> AnyTargets:
     """A teacher in the type of its products, which autocast decides here, its head one weight with what bends it."""
     if not isinstance(targets, DenseTeacher):
         return targets
     head = targets.head if isinstance(targets.head, OutputHead) else OutputHead(targets.head)
+    if head.shard not in (None, shard):
+        raise ValueError(f"the teacher's head is {head.shard}, the student's {shard}; divide both in the same way")
     with torch.no_grad():
         hidden_PD = targets.hidden_PD.detach()
         compute = matmul_dtype("the teacher's hidden_PD", hidden_PD, head.weight)

@@ -136,19 +136,21 @@ class LossRows(Arguments):
             else x_RV.new_empty(x_RV.shape, dtype=self.dtype)
         )
         tanh_RV = None
+        teacher_RV = self._own_teacher_logits(start, stop)
         if self.shape is not None:
             tanh_RV = self.shape.bend(z_RV.copy_(x_RV))
-            z_RV.sub_(self._row_maxima(z_RV))
+            z_RV.sub_(self._row_maxima(z_RV, teacher_RV))
         elif x_RV.dtype == self.dtype:
-            torch.sub(x_RV, self._row_maxima(x_RV), out=z_RV)
+            torch.sub(x_RV, self._row_maxima(x_RV, teacher_RV), out=z_RV)
         else:
-            z_RV.copy_(x_RV).sub_(self._row_maxima(x_RV))
+            z_RV.copy_(x_RV).sub_(self._row_maxima(x_RV, teacher_RV))
         # A position without label has weight 0, so that any id will do.
         labels_R = None if self.labels_P is None else self.labels_P[start:stop].clamp(min=0)
         if self.dense is None:
             loss_R = self._run_sparse(z_RV, block, weights_R, labels_R, want_grad=grad_RV is not None)
         else:
-            loss_R = self._run_dense(z_RV, start, stop, weights_R, labels_R, want_grad=grad_RV is not None)
+            made = self._teacher_probs(start, stop) if teacher_RV is None else _exponentials(teacher_RV)
+            loss_R = self._run_dense(z_RV, made, weights_R, labels_R, want_grad=grad_RV is not None)
         if grad_RV is not None and self.shape is not None:
             self.shape.unbend(z_RV, tanh_RV)
         if grad_RV is not None:
@@ -157,10 +159,20 @@ class LossRows(Arguments):
                 grad_RV.copy_(z_RV)
         return torch.where(weights_R > 0, loss_R * weights_R, 0).sum()
 
-    def _row_maxima(self, x_RV: Tensor) -> Tensor:
-        """[R, 1] in the accumulation type, over all processes that have a part of the rows."""
+    def _row_maxima(self, x_RV: Tensor, teacher_RV: Tensor | None) -> Tensor:
+        """
+        [R, 1] in the accumulation type, over all processes that have a part of the rows.
+
+        From a teacher's logits, of which a process has a part, their rows' maxima are taken off.
+        """
         largest_R1 = x_RV.amax(1, keepdim=True).to(self.dtype)
-        return largest_R1 if self.shard is None else self.shard.largest(largest_R1)
+        if self.shard is None:
+            return largest_R1
+        if teacher_RV is None:
+            return self.shard.largest(largest_R1)
+        both_R2 = self.shard.largest(torch.cat([largest_R1, teacher_RV.amax(1, keepdim=True)], 1))
+        teacher_RV.sub_(both_R2[:, 1:])
+        return both_R2[:, :1]
 
     def _entries(self, z_RV: Tensor, rows: Tensor, ids: Tensor) -> Entries:
         """Those of these ids in these rows."""
@@ -235,27 +247,42 @@ class LossRows(Arguments):
         return form.loss_R
 
     def _run_dense(
-        self, z_RV: Tensor, start: int, stop: int, weights_R: Tensor, labels_R: Tensor | None, *, want_grad: bool
+        self,
+        z_RV: Tensor,
+        made: tuple[Tensor, Tensor],
+        weights_R: Tensor,
+        labels_R: Tensor | None,
+        *,
+        want_grad: bool,
     ) -> Tensor:
-        t_RV, negative_entropy_R = self._teacher_probs(start, stop)
+        t_RV, negative_entropy_R = made
         # As above: a masked id under a target of 0 gives 0.
         z_RV.clamp_(min=torch.finfo(self.dtype).min)
-        alpha, beta = self.ce_weight, 1 - self.ce_weight
+        alpha, beta, flat = self.ce_weight, 1 - self.ce_weight, z_RV.view(-1)
         target_sum_R = t_RV.sum(1)
-        loss_R: Tensor = negative_entropy_R - torch.linalg.vecdot(t_RV, z_RV)
-        labels_R1 = None if labels_R is None else labels_R[:, None]
-        z_label_R = None if labels_R1 is None else z_RV.gather(1, labels_R1)[:, 0]
+        cross_R = torch.linalg.vecdot(t_RV, z_RV)
+        labels = None
+        if labels_R is not None:
+            labels = self._entries(z_RV, torch.arange(len(z_RV), device=self.device), labels_R)
+        z_label_R = None if labels is None else labels.take(flat)
         z_RV.exp_()
         sum_R = z_RV.sum(1)
+        if self.shard is not None:
+            parts = self.shard.sums(negative_entropy_R, target_sum_R, cross_R, z_label_R, sum_R)
+            negative_entropy_R, target_sum_R, cross_R, z_label_R, sum_R = parts
+            if isinstance(self.dense, DenseTeacher):  # whose exponentials are probabilities from here on
+                t_RV.div_(target_sum_R.unsqueeze(1))
+                negative_entropy_R = negative_entropy_R / target_sum_R - target_sum_R.log()
+                cross_R, target_sum_R = cross_R / target_sum_R, torch.ones_like(target_sum_R)
         log_sum_R = sum_R.log()
-        loss_R = beta * (loss_R + target_sum_R * log_sum_R)
+        loss_R: Tensor = beta * (negative_entropy_R - cross_R + target_sum_R * log_sum_R)
         if z_label_R is not None:
             loss_R = loss_R - alpha * (z_label_R - log_sum_R)
         if want_grad:
             z_RV.mul_((weights_R * (beta * target_sum_R + alpha) / sum_R).unsqueeze(1))
             z_RV.sub_(t_RV.mul_((weights_R * beta).unsqueeze(1)))
-            if labels_R1 is not None:
-                z_RV.scatter_add_(1, labels_R1, (-alpha * weights_R)[:, None])
+            if labels is not None:
+                labels.put(flat, labels.take(flat) - alpha * weights_R)
         return loss_R
 
     def _teacher_probs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -263,19 +290,36 @@ class LossRows(Arguments):
         if isinstance(self.dense, DenseTargets):
             t_RV = self.dense.probs_PV[start:stop].detach().to(self.dtype, copy=True)
             return t_RV, torch.xlogy(t_RV, t_RV).sum(1)
+        # From the logarithms: xlogy takes each of them again, many times slower than exp. A masked id, log 0, gives 0.
+        log_RV = self._teacher_logits(start, stop).log_softmax(1, dtype=self.dtype)
+        log_RV.clamp_(min=torch.finfo(self.dtype).min)
+        t_RV = log_RV.exp()
+        return t_RV, torch.linalg.vecdot(t_RV, log_RV)
+
+    def _teacher_logits(self, start: int, stop: int) -> Tensor:
+        """[R, V] in the type of the product, or of accumulation where more than a product makes them."""
         logits_RV = self._teacher_product(slice(start, stop))
         if self.teacher_shape is not None:
             logits_RV = logits_RV.to(self.dtype)
             self.teacher_shape.bend(logits_RV)
-        # From the logarithms: xlogy takes each of them again, many times slower than exp. A masked id, log 0, gives 0.
-        log_RV = logits_RV.log_softmax(1, dtype=self.dtype).clamp_(min=torch.finfo(self.dtype).min)
-        t_RV = log_RV.exp()
-        return t_RV, torch.linalg.vecdot(t_RV, log_RV)
+        return logits_RV
+
+    def _own_teacher_logits(self, start: int, stop: int) -> Tensor | None:
+        """The part of them that is here, in the accumulation type, where processes have parts; else None."""
+        if self.shard is None or not isinstance(self.dense, DenseTeacher):
+            return None
+        return self._teacher_logits(start, stop).to(self.dtype)
 
     def _teacher_product(self, span: slice) -> Tensor:
         assert isinstance(self.dense, DenseTeacher)
         assert isinstance(self.dense.head, Tensor)
         return torch.mm(self.dense.hidden_PD[span], self.dense.head.t())
+
+
+def _exponentials(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(x) of logits less their maxima, and its sum with x, [R]: up to their sum, what ``_teacher_probs`` gives."""
+    e_RV = logits_RV.clamp_(min=torch.finfo(logits_RV.dtype).min).exp()
+    return e_RV, torch.linalg.vecdot(e_RV, logits_RV)
 
 
 def _clear(grad_RV: Tensor, skipped_R: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from forked import run_ranks
 
 from sklformat.distill.losses.heads import OutputHead, Shard
-from sklformat.distill.losses.kl import DenseTargets, linear_sparse_kl, sparse_kl
+from sklformat.distill.losses.kl import DenseTargets, DenseTeacher, linear_sparse_kl, sparse_kl
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def found(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("number", range(len(shard_runs.CASES)), ids=lambda number: shard_runs.CASES[number]["method"])
+@pytest.mark.parametrize("number", range(len(shard_runs.CASES)), ids=lambda n: shard_runs.CASES[n]["method"])
 def test_two_parts_are_the_whole(number, found):
     """Value, gradients of hidden states, and each part's gradients, in float64."""
     whole = {name: torch.tensor(value) for name, value in shard_runs.losses(shard_runs.CASES[number]).items()}
@@ -33,7 +33,8 @@ def test_two_parts_are_the_whole(number, found):
 
 
 def test_processes_meet_twice_a_block(found):
-    assert [each["collectives"] for each in found] == [2, 2]
+    """Twice for records, and twice more for a dense teacher."""
+    assert [each["collectives"] for each in found] == [[2, 4], [2, 4]]
 
 
 def test_shards_that_cannot_be():
@@ -41,7 +42,13 @@ def test_shards_that_cannot_be():
         OutputHead(torch.ones(5, 2), shard=Shard(3, 7))
     with pytest.raises(ValueError, match="a shard of ids -1 to 2 is no part of a vocabulary of 7"):
         sparse_kl(torch.ones(2, 4), shard_runs.problem()[3], shard=Shard(-1, 7))
-    with pytest.raises(ValueError, match="method 'full' takes whole rows; of a head divided among processes take"):
+    with pytest.raises(ValueError, match=r"the teacher's head is Shard\(first=0.*, the student's None; divide both"):
+        sparse_kl(
+            torch.ones(2, 4),
+            DenseTeacher(torch.ones(2, 3), OutputHead(torch.ones(4, 3), shard=Shard(0, 9))),
+            method="full",
+        )
+    with pytest.raises(ValueError, match=r"probs_PV has shape \[2, 9\]; need \[2, 4\]"):
         linear_sparse_kl(
             torch.ones(2, 3),
             OutputHead(torch.ones(4, 3), shard=Shard(0, 9)),
