@@ -31,9 +31,9 @@ FLAGS = {
         trust-remote-code unique-tokens vocab-size
     """,
     "train": """
-        accumulation adam-eps adapter-base batch-size best-by betas cache cache-weights ce-weight compile decay device
-        dtype eval-cache eval-every eval-sequences gradient-checkpointing hidden-size hold-out isolate-documents json
-        keep-checkpoint learning-rate log-every lora-alpha lora-rank lora-targets max-grad-norm method
+        accumulation adam-eps adapter-base batch-size best-by betas cache cache-weights ce-weight compile decay decode
+        device dtype eval-cache eval-every eval-sequences gradient-checkpointing hidden-size hold-out isolate-documents
+        json keep-checkpoint learning-rate log-every lora-alpha lora-rank lora-targets max-grad-norm method
         min-learning-rate num-heads num-layers num-workers out packing packing-seed param-dtype report-to save-every
         schedule seed seq-len shard steps student teacher tokenizer tokens truncate trust-remote-code warmup
         warmup-steps weight-decay window

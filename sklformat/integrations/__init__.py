@@ -4,5 +4,6 @@ Where people train: other projects' trainers over a cache, one module each, and 
 arguments     what of a trainer's arguments would spoil a run
 axolotl       SparseKDPlugin, asked for in Axolotl's YAML
 checkpoints   what a checkpoint says of the stream
+inputs        batches as a trainer hands them around
 transformers  SparseKDTrainer, transformers' own Trainer
 """

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from sklformat.distill.loader.teachers import Teachers
+from sklformat.settings.train import Decode
 
 Method = Literal[
     "random_sampling", "topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix", "ce"
@@ -61,17 +62,19 @@ def check_arguments(args: Any, others: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} would spoil training from a cache: {instead}")
 
 
-def check_loss(method: str, ce_weight: float) -> None:
+def check_loss(method: str, ce_weight: float, decode: str = "auto") -> None:
     """
     Look at what the loss is to be.
 
     Raises:
-        ValueError: There is no such method, or the weight does not fit it.
+        ValueError: There is no such method or way to decode, or weight or way does not fit the method.
     """
     if method not in get_args(Method):
         raise ValueError(f"method is {method!r}; one of {', '.join(get_args(Method))}")
     if not 0 <= ce_weight <= 1 or (method == "ce" and ce_weight):
         raise ValueError(f"ce_weight is {ce_weight}, method {method}; need 0..1, and 0 where ce is the method")
+    if decode not in get_args(Decode) or (method == "ce" and decode == "cuda"):
+        raise ValueError(f"decode is {decode!r}, method {method}; one of auto, cpu, cuda, which ce has no records for")
 
 
 def check_hold_out(cache: Any, available: int, hold_out: int, eval_cache: Any) -> range:

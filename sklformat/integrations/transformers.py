@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ge
 
 from sklformat.cache.reader import Cache
 from sklformat.cache.tokens import TokenSource
-from sklformat.distill.loader.batches import Batch, Targets
+from sklformat.distill.loader.batches import Targets
 from sklformat.distill.loader.conflicts import check_borders, check_same_ids
 from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.loader.sources import Source, Sources
 from sklformat.distill.loader.steps import Steps, StepSampler
 from sklformat.distill.losses.kl import IGNORED_LABEL, linear_sparse_kl
 from sklformat.distill.models import adapters, outputs
+from sklformat.distill.models.devices import to_device
 from sklformat.distill.models.heads import run_to_head
-from sklformat.distill.student import streams
 from sklformat.distill.student.inputs import check_made_by, check_method, check_student
 from sklformat.distill.student.validation import HeldOut, check_unseen, validate
 from sklformat.integrations import checkpoints
@@ -44,7 +44,9 @@ from sklformat.integrations.arguments import (
     check_loss,
     precision_note,
 )
+from sklformat.integrations.inputs import inputs_of, moved
 from sklformat.progress import say
+from sklformat.settings.train import Decode
 
 # Losses that are one figure with a name of its own.
 _NAMES = {"random_sampling": "kl_to_records", "topk": "kl_to_records", "ce": "cross_entropy"}
@@ -77,6 +79,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         ce_weight: As in ``sparse_kl``.
         tokens: The training program's own tokens, as for ``SparseLogitDataset``; None: those of the cache.
         window: As for ``SparseLogitDataset``; None: for a ragged cache the sequences of a step, else none.
+        decode: As for ``SparseLogitDataset``; "auto": "cuda" where a GPU trains and knows the records.
         processing_class: The student's tokenizer; saved with the model, and compared with the cache's.
         others: The Trainer's own.
 
@@ -102,12 +105,13 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         ce_weight: float = 0.0,
         tokens: Any = None,
         window: int | None = None,
+        decode: Decode = "auto",
         processing_class: Any = None,
         **others: Any,
     ) -> None:
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args  # as the Trainer does
         check_arguments(args, others)
-        check_loss(method, ce_weight)
+        check_loss(method, ce_weight, decode)
         self.sources, part = Sources.of(cache, tokens, None), None
         if hold_out:
             part = check_hold_out(cache, self.sources.sizes[0], hold_out, eval_cache)
@@ -121,7 +125,11 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
                 check_made_by(processing_class, each)
         self.method, self.ce_weight, self.weights, self.window = method, ce_weight, weights, window
         self._share = {"rank": args.process_index, "world_size": args.world_size}
+        self._decode, note = self.sources.decoding("cpu" if method == "ce" else decode, args.device)
+        if note and args.process_index == 0:
+            say(f"note: {note}")
         self._resumed: dict[str, Any] | None = None
+        self._check_records: Callable[[], None] | None = None  # of the last micro-batch
         self.sampler: StepSampler  # of the last loader
         # Of the steps since the last line of the log: losses on the device, their sum so far, how many.
         self._unsettled: Tensor | None = None
@@ -169,6 +177,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
             weights=self.weights,
             window=window,
             prefetch=0,
+            decode=self._decode,
             **self._parts,
             **self._share,
         )
@@ -181,7 +190,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         return DataLoader(
             Steps(dataset),
             batch_sampler=self.sampler,
-            collate_fn=functools.partial(_as_inputs, method=self.method, isolated=dataset.isolated),
+            collate_fn=functools.partial(inputs_of, method=self.method, isolated=dataset.isolated),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
             **(workers if args.dataloader_num_workers else {}),
@@ -202,12 +211,16 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         self.sampler.taken += len(batches)
         self._steps += bool(batches)
         total = torch.stack([batch["counted"] for batch in batches]).sum() if batches else torch.tensor(0)
-        return batches, self.accelerator.reduce(total.to(device), reduction="sum")
+        return batches, self.accelerator.reduce(to_device(total, device), reduction="sum")
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        stay = ("offsets", "counted")  # on the host, which reads them
-        device = self.args.device
-        return {name: x if name in stay else x.to(device, non_blocking=True) for name, x in inputs.items()}
+        there, self._check_records = moved(inputs, self.args.device)
+        return there
+
+    def check_records(self) -> None:
+        """Refuse to learn from a bad record that a GPU found; of earlier micro-batches the next one tells."""
+        if self._check_records is not None:
+            self._check_records()
 
     def compute_loss(
         self,
@@ -245,7 +258,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         if self._unsettled is None:
             self._unsettled = torch.zeros((), dtype=loss.dtype, device=loss.device)
         self._unsettled += loss.detach()
-        share = inputs["counted"].to(loss.device) / total.clamp(min=1)
+        share = to_device(inputs["counted"], loss.device) / total.clamp(min=1)
         return (loss + balance * share) * self.accelerator.num_processes
 
     def _settle(self) -> float:
@@ -363,7 +376,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
 
 
 class _Epochs(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Tells the trainer of each epoch before its first batch is made, in every version of the Trainer."""
+    """Tells the trainer of each epoch before its first batch is made, and of each step before it is taken."""
 
     def __init__(self, trainer: SparseKDTrainer) -> None:
         self._trainer, self._begun = trainer, False
@@ -374,19 +387,10 @@ class _Epochs(TrainerCallback):  # type: ignore[misc]  # transformers has no typ
         # The Trainer looks only after a step, and so takes one more where a finished run is resumed.
         control.should_training_stop = state.global_step >= state.max_steps
 
+    def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
+        self._trainer.check_records()
+
     def on_epoch_begin(self, *_: object, **__: object) -> None:
         if self._begun:
             self._trainer.sampler.next_epoch()
         self._begun = True
-
-
-def _as_inputs(batches: list[Batch], *, method: str, isolated: bool) -> dict[str, Tensor]:
-    """A batch as the tensors that the Trainer hands around; "counted": the positions that the loss counts, [] int64."""
-    (batch,) = batches
-    targets = streams.one_hot(batch.labels) if method == "ce" else batch.targets
-    counted_P = (batch.labels.flatten() != IGNORED_LABEL) & (targets.offsets.diff() > 0)
-    inputs = {"input_ids": batch.input_ids, "labels": batch.labels, "counted": counted_P.sum()}
-    inputs |= {f.name: getattr(targets, f.name) for f in dataclasses.fields(Targets)}
-    if isolated and batch.position_ids is not None:
-        inputs["position_ids"] = batch.position_ids
-    return inputs

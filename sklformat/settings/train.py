@@ -13,6 +13,7 @@ Method = Literal[
     "ce", "random_sampling", "topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix", "full"
 ]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
+Decode = Literal["auto", "cpu", "cuda"]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 
 _OF_TOKENS = ("packing", "packing_seed", "truncate")
@@ -136,6 +137,9 @@ class TrainConfig:
     num_workers: int = 0
     """Processes that read batches ahead; 0: none."""
 
+    decode: Decode = "auto"
+    """Where records of kind counts become ids and probabilities: cpu, cuda; auto: on the GPU if that is what trains."""
+
     save_every: int = 200
     """Steps between checkpoints."""
 
@@ -201,6 +205,8 @@ class TrainConfig:
             raise ValueError(f"{of_tokens[0].name} belongs to tokens; a cache says itself how it was packed")
         if not self.cache and (self.window or self.hold_out):
             raise ValueError(f"window and hold_out belong to a cache, got {self.window} and {self.hold_out}")
+        if self.decode == "cuda" and self.method in ("ce", "full"):
+            raise ValueError(f"decode cuda is about a cache's records, of which method {self.method} reads none")
         if self.method == "ce" and self.ce_weight != 0:
             raise ValueError("ce_weight mixes cross-entropy into another method; method ce is all of it")
         check_least(self, 1, "hidden_size", "num_layers", "num_heads", "batch_size", "accumulation", "steps")

@@ -22,6 +22,7 @@ from torch import Tensor
 from sklformat import native
 from sklformat.distill import kernels
 from sklformat.distill.loader.batches import Targets
+from sklformat.distill.models.devices import to_host
 from sklformat.errors import CorruptError, FormatError
 from sklformat.files.places import Place
 from sklformat.format import layout
@@ -140,7 +141,7 @@ class Fault:
 
     def __init__(self, flag: Tensor, packed: PackedTargets) -> None:
         self._packed: PackedTargets | None = packed
-        self._flag, self._mark = bring(flag)
+        self._flag, self._mark = to_host(flag)
 
     @property
     def is_on_its_way(self) -> bool:
@@ -161,14 +162,6 @@ class Fault:
         if int(self._flag):
             raise self._packed.find_fault()
         self._packed = None
-
-
-def bring(flag: Tensor) -> tuple[Tensor, Any]:
-    """A tensor on its way to the host, and the event that says when it is there; None: it is."""
-    if not flag.is_cuda:
-        return flag.cpu(), None
-    host = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True).copy_(flag, non_blocking=True)
-    return host, torch.cuda.current_stream(flag.device).record_event()
 
 
 def decode(records: Tensor, offsets: Tensor, shape: native.Shape) -> tuple[Tensor, Tensor, Tensor]:

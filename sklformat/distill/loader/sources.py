@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from sklformat.distill.loader.teachers import Taught, Teachers
 from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.format.columns import STARTS
 from sklformat.native import BatchArrays
+from sklformat.settings.train import Decode
 
 Source: TypeAlias = Path | str | Cache | Teachers
 
@@ -105,17 +106,44 @@ class Sources:
         Raises:
             ValueError: They are not all of kind counts and of one layout, or of several teachers.
         """
-        header = self.caches[0].header
-        why = None
-        if not all(isinstance(unit, Contents) for unit in self._units):
-            why = "several teachers, whose records are united on the host"
-        elif header.kind != "counts":
-            why = f"kind {header.kind!r}, of which only the host decodes; the device knows 'counts'"
-        elif len(self._units) > 1:
-            why = "other caches beside it whose records have another layout (profile, rounds, vocabulary or tokens)"
-        if why is not None:
-            raise ValueError(f'{self.where}: decode="cuda" does not fit {why}; use decode="cpu"')
+        self._check_packable()
         self._packed = True
+
+    def decoding(self, asked: Decode, device: torch.device) -> tuple[Literal["cpu", "cuda"], str]:
+        """
+        Where the records of what trains on a device are decoded, as ``SparseLogitDataset`` has it, and a note on it.
+
+        Args:
+            asked: "auto": on a GPU, if that is what trains and knows these records.
+            device: What trains.
+
+        Raises:
+            ValueError: "cuda" is asked for, and something else trains, or it does not know these records.
+        """
+        if asked == "cuda" and device.type != "cuda":
+            raise ValueError(f'decode="cuda" needs a student that trains on a GPU, it is on {device}; use decode="cpu"')
+        if asked == "cuda":
+            self._check_packable()
+        if asked == "cpu" or device.type != "cuda":
+            return "cpu", ""
+        if why := self._why_not_packed():
+            return "cpu", f"{self.where}: the host decodes the records, of {why}"
+        return "cuda", f"{self.where}: the GPU decodes the records and checks them before each step"
+
+    def _check_packable(self) -> None:
+        if why := self._why_not_packed():
+            raise ValueError(f'{self.where}: decode="cuda" does not fit {why}; use decode="cpu"')
+
+    def _why_not_packed(self) -> str:
+        """What a device does not know of these records; "" where it knows them."""
+        header = self.caches[0].header
+        if not all(isinstance(unit, Contents) for unit in self._units):
+            return "several teachers, whose records are united on the host"
+        if header.kind != "counts":
+            return f"kind {header.kind!r}, of which only the host decodes; the device knows 'counts'"
+        if len(self._units) > 1:
+            return "other caches beside it whose records have another layout (profile, rounds, vocabulary or tokens)"
+        return ""
 
     def batch(self, places: NDArray[np.int64], state: dict[str, Any]) -> Batch:
         """

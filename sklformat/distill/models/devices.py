@@ -1,5 +1,5 @@
 """
-The devices that torch can use here, by a user's word for them, and the cores.
+The devices that torch can use here, by a user's word for them, what goes to them and comes back, and the cores.
 
 Knows no model.
 """
@@ -9,8 +9,12 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+_Carried = TypeVar("_Carried")
 
 
 def find_device(name: str) -> torch.device:
@@ -38,6 +42,30 @@ def find_device(name: str) -> torch.device:
         if device.index is not None and device.index >= count:
             raise ValueError(f"device {name}: the last CUDA device here is cuda:{count - 1}; use it, or auto")
     return device
+
+
+def to_device(values: _Carried, device: torch.device) -> _Carried:
+    """
+    A copy on a device that waits for nothing that the device still does.
+
+    Args:
+        values: On the host: a tensor, or what pins its memory and moves as one.
+        device: Where to.
+    """
+    carried: Any = values
+    # From memory that may be paged out a copy begins once all that was queued before it is done, and the host waits.
+    carried = carried.pin_memory() if device.type == "cuda" else carried
+    moved: _Carried = carried.to(device, non_blocking=True)
+    return moved
+
+
+def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A tensor on its way to the host, and the event that says when it is there; None: it is."""
+    if not values.is_cuda:
+        return values.cpu(), None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    # Of the device that has them, which need not be the current one.
+    return host, torch.cuda.current_stream(values.device).record_event()
 
 
 def own_devices(local_rank: int, local_world_size: int) -> list[int]:

@@ -23,11 +23,12 @@ from sklformat.errors import SettingsError
 from sklformat.settings.train import TrainConfig
 
 _RAGGED_POSITIONS = 4096  # of a new Llama that learns from sequences of any length
+_WITHOUT_RECORDS = ("ce", "full")
 _TOPK_METHODS = ("topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix")
 # What the finished model does not depend on; a run may be resumed with other values of these.
 _FREE_FIELDS = ("out", "device", "num_workers", "save_every", "log_every", "batch_size", "accumulation",
                 "trust_remote_code", "shard", "compile", "gradient_checkpointing", "report_to", "keep_checkpoint",
-                "eval_every", "eval_cache", "eval_sequences", "best_by")  # fmt: skip
+                "eval_every", "eval_cache", "eval_sequences", "best_by", "decode")  # fmt: skip
 # Kept only where they differ from their defaults, so that runs resume that began before these settings.
 _LATER_FIELDS = ("packing", "truncate", "schedule", "warmup_steps", "min_learning_rate", "decay", "betas", "adam_eps",
                  "max_grad_norm", "cache_weights", "param_dtype", "lora_rank", "lora_alpha",
@@ -36,7 +37,7 @@ _LATER_FIELDS = ("packing", "truncate", "schedule", "warmup_steps", "min_learnin
 _FINGERPRINTED_FIELDS = ("cache", "tokens", "student", "teacher", "tokenizer", "adapter_base")
 
 
-def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stream:
+def open_stream(config: TrainConfig, rank: int, world_size: int, device: torch.device) -> streams.Stream:
     """
     The batches of a run, from its cache or its token store.
 
@@ -70,6 +71,8 @@ def open_stream(config: TrainConfig, rank: int, world_size: int) -> streams.Stre
         named=loading.named_of(config),
         window=config.window or None,
         hold_out=config.hold_out,
+        decode="cpu" if config.method in _WITHOUT_RECORDS else config.decode,
+        device=device,
         **share,
     )
     if config.isolate_documents and not stream.isolated:
@@ -160,7 +163,7 @@ def check_method(source: object, sampler: str, method: str) -> None:
     Raises:
         SettingsError: It does not; names those that do.
     """
-    if method in ("ce", "full") or sampler == "unknown":
+    if method in _WITHOUT_RECORDS or sampler == "unknown":
         return
     fitting = _TOPK_METHODS if sampler in ("topk", "topp") else ("random_sampling",)
     if method not in fitting:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sklformat.distill.loader.batches import Batch
 from sklformat.distill.models import adapters, layers, loading
+from sklformat.distill.models.devices import to_device
 from sklformat.distill.student import parallelism, streams
 from sklformat.distill.student.objective import Objective, num_counted, targets_of
 from sklformat.distill.student.processes import Process
@@ -147,6 +148,7 @@ class Learner:
 
         Raises:
             ValueError: No position counts, or the student cannot be compiled.
+            CorruptError: A GPU that decodes the records found a bad one; nothing was learnt from this step.
         """
         # Dropout, where a model has it, depends on (seed, step, process) alone: nothing to store, nothing to restore.
         seed = (self.config.seed * 1_000_003 + step) * self.process.world_size + self.process.rank
@@ -158,6 +160,7 @@ class Learner:
         if total == 0:
             raise ValueError(f"step {step} has no position with a target; the cache holds none there")
         loss = torch.zeros((), device=self.process.device)
+        moved: Batch | None = None
         last = len(micro_batches) - 1
         naming = layers.naming_compile_failures() if self.config.compile else contextlib.nullcontext()
         with naming:
@@ -167,8 +170,12 @@ class Learner:
                     # The first step here always averages: in it DDP finds out which parameters take part.
                     more = number < last and self._is_warm
                     with parallelism.without_sync(self.root) if more else contextlib.nullcontext():
-                        loss += self._backward(batch, total, count / total)
+                        # Moving a batch looks at the records of the one before it.
+                        moved = to_device(targets_of(batch, self.config.method), self.process.device)
+                        loss += self._backward(moved, total, count / total)
         self._is_warm = True
+        if moved is not None:
+            moved.check()  # before the processes meet, so that none of them takes the step
         if self.process.world_size > 1:
             dist.all_reduce(loss)
         norm = parallelism.full(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
@@ -179,8 +186,7 @@ class Learner:
         return Taken(loss, norm, positions, stops > 0)
 
     def _backward(self, batch: Batch, total: int, share: float) -> Tensor:
-        """Add the gradient of a micro-batch; its part of the step's loss."""
-        batch = targets_of(batch, self.config.method).to(self.process.device)
+        """Add the gradient of a micro-batch that is on the device; its part of the step's loss."""
         part: Tensor
         loss, part = self.root(batch, total, share)
         if self.process.world_size > 1:

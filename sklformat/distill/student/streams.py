@@ -22,6 +22,7 @@ from sklformat.cache.reader import open_cache as open_shards
 from sklformat.distill.loader.batches import Batch, Targets
 from sklformat.distill.loader.conflicts import check_borders
 from sklformat.distill.loader.dataset import SparseLogitDataset
+from sklformat.distill.loader.sources import Sources
 from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.distill.models import loading, tokenization
 from sklformat.distill.student.processes import leave_signals
@@ -33,6 +34,9 @@ from sklformat.errors import SettingsError
 from sklformat.format.header import Header
 from sklformat.format.order import Schedule
 from sklformat.settings.text import Packing, Truncate
+from sklformat.settings.train import Decode
+
+_HOST = torch.device("cpu")
 
 Starts: TypeAlias = list[NDArray[np.bool_]] | None
 """Where documents begin among the tokens of each of some sequences, if that is known already."""
@@ -211,6 +215,8 @@ def open_caches(
     ragged_window: int | None = None,
     hold_out: int = 0,
     named: loading.Named | None = None,
+    decode: Decode = "cpu",
+    device: torch.device = _HOST,
 ) -> Stream:
     """
     Stream the sequences and records of caches.
@@ -228,11 +234,14 @@ def open_caches(
             beside each other in the cache, and stay together.
         hold_out: Sequences at the end of each cache that the stream never reaches.
         named: How the tokenizer is loaded.
+        decode: Where records are decoded, as for ``Sources.decoding``; the stream's note says it of a GPU.
+        device: What trains.
 
     Raises:
         SettingsError: A cache was made by another tokenizer, or lacks the borders of its isolated documents; or the
             caches do not go together.
-        ValueError: They have too few sequences for a batch, or none that are not held out, or no tokenizer was given.
+        ValueError: They have too few sequences for a batch, or none that are not held out, no tokenizer was given, or
+            the records cannot be decoded where they are to be.
         FormatError: A cache is damaged.
     """
     caches = [open_shards(path) for path in paths]
@@ -244,6 +253,7 @@ def open_caches(
     parts = [range(len(cache) - hold_out) for cache in caches]
     _check_enough(where, sum(map(len, parts)), batch_size, world_size)
     seq_lens = [cache.header.seq_len for cache in caches]
+    decode_on, decoded = Sources.of(caches, None, parts).decoding(decode, device)
     dataset = SparseLogitDataset(
         caches,
         weights=weights,
@@ -253,6 +263,7 @@ def open_caches(
         world_size=world_size,
         window=ragged_window if window is None and not all(seq_lens) else window,
         sequences=parts,
+        decode=decode_on,
     )
     for cache in caches:
         check_borders(cache)
@@ -266,7 +277,7 @@ def open_caches(
         sampler=str(caches[0].header.sampler),
         isolated=dataset.isolated,
         identity={"cache": fingerprints if len(caches) > 1 else fingerprints[0]},
-        note="; ".join(filter(None, (_author_note(path, cache.header) for path, cache in named_caches))),
+        note="; ".join(filter(None, (*(_author_note(path, cache.header) for path, cache in named_caches), decoded))),
     )
 
 

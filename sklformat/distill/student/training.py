@@ -116,7 +116,7 @@ def _train(
     if process.is_first and report is None:
         source = " + ".join(map(str, config.cache)) or config.tokens
         say(f"train {config.method}: opening {source} and {_student_of(config)}")
-    stream = open_stream(config, process.rank, process.world_size)
+    stream = open_stream(config, process.rank, process.world_size, process.device)
     held_out = open_held_out(config, stream, process.rank, process.world_size)
     if process.is_first and stream.note:
         say(f"note: {stream.note}")

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sklformat.distill.models.devices import to_host
 from sklformat.distill.teacher.row_draws import SMALLEST_WEIGHT
 from sklformat.format.records import SparseTargets
 from sklformat.sampler import draw
@@ -31,11 +32,7 @@ class _Arrival:
 
     def __init__(self, numbers: Tensor, bad_V: Tensor, sequence: int) -> None:
         self._bad_V, self._sequence = bad_V, sequence
-        on_cuda = numbers.device.type == "cuda"
-        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_cuda)
-        self._host.copy_(numbers, non_blocking=on_cuda)
-        # Of the device that has them, which need not be the current one.
-        self._copied = torch.cuda.current_stream(numbers.device).record_event() if on_cuda else None
+        self._host, self._copied = to_host(numbers)
 
     def _wait(self) -> NDArray[np.int32]:
         """

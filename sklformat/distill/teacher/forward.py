@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sklformat.distill.models import heads, outputs
+from sklformat.distill.models.devices import to_device
 from sklformat.errors import is_memory_short
 
 LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
@@ -68,8 +69,8 @@ class Teacher:
             input_ids_BT: Tokens.
             position_ids_BT: Each token's place in its document, where documents do not see each other.
         """
-        ids_BT = self._to_device(input_ids_BT.astype(np.int64))
-        positions_BT = None if position_ids_BT is None else self._to_device(position_ids_BT)
+        ids_BT = to_device(torch.from_numpy(input_ids_BT.astype(np.int64)), self.device)
+        positions_BT = None if position_ids_BT is None else to_device(torch.from_numpy(position_ids_BT), self.device)
         if self._head_alone:
             return outputs.hidden_states(self._model, ids_BT, positions_BT)
         return outputs.logits(self._model, ids_BT, positions_BT)[..., : self._vocab_size]
@@ -93,12 +94,6 @@ class Teacher:
             elif self._head_alone:
                 part = outputs.head_logits(self._model, part[None])[0, :, : self._vocab_size]
             yield first, part[first - before :]
-
-    def _to_device(self, values_BT: NDArray[np.int64]) -> Tensor:
-        tensor_BT = torch.from_numpy(values_BT)
-        if self.device.type == "cuda":
-            tensor_BT = tensor_BT.pin_memory()  # so that the copy waits for nothing that the device still does
-        return tensor_BT.to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def _can_call_head(self) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sklformat.distill import kernels
 from sklformat.distill.kernels.drawn import Drawn, Sums
+from sklformat.distill.models.devices import to_device
 from sklformat.distill.teacher import row_draws
 from sklformat.distill.teacher.arrivals import Arrival, DrawnRatios, Draws, Tops
 from sklformat.distill.teacher.drawing import counted_places
@@ -187,7 +188,7 @@ class _Queue:
     """
 
     def __init__(self, places_K: NDArray[np.int64], logits_PV: Tensor, length: int) -> None:
-        self.places_K = _to_device(places_K, logits_PV.device)
+        self.places_K = to_device(torch.from_numpy(places_K), logits_PV.device)
         self.numbers = logits_PV.new_full((length + 1,), -1, dtype=torch.int32)
         self.bad_V = logits_PV.new_zeros(logits_PV.shape[1])
 
@@ -243,9 +244,3 @@ class _TopQueue(_Queue):
             self.records[0].scatter_(0, to, ids_PM.flatten().int())
             self.records[1].scatter_(0, to, weights_PM.view(torch.int32).flatten())
             self._used = self._used + count[-1]
-
-
-def _to_device(places_K: NDArray[np.int64], device: torch.device) -> Tensor:
-    """A copy that waits for nothing that the device still does."""
-    places = torch.from_numpy(places_K)
-    return (places.pin_memory() if device.type == "cuda" else places).to(device, non_blocking=True)

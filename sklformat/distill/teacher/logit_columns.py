@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sklformat.distill.models.devices import to_device, to_host
 from sklformat.format.columns import ENTROPY, LABEL_LOGPROB, RECORD_LOGPROB
 
 _LEAST = -65504.0  # of float16: of labels whose probability is 0
@@ -63,9 +64,7 @@ class LogitColumns:
         total_P1 = x_PV.logsumexp(-1, keepdim=True) if log_sum_P is None else log_sum_P[:, None]
         made = {}
         if LABEL_LOGPROB in wanted:
-            labels_P = torch.from_numpy(self._labels[places])
-            if x_PV.device.type == "cuda":
-                labels_P = labels_P.pin_memory().to(x_PV.device, non_blocking=True)
+            labels_P = to_device(torch.from_numpy(self._labels[places]), x_PV.device)
             made[LABEL_LOGPROB] = (x_PV.gather(1, labels_P[:, None]).float() - total_P1)[:, 0].clamp(_LEAST, 0.0)
         if RECORD_LOGPROB in wanted and ids is not None:
             if rows is None:
@@ -85,9 +84,7 @@ class LogitColumns:
         """Begin to copy what was taken to the host, behind what its device has to do now."""
         for _, parts in self._parts.values():
             for name, part in parts.items():
-                if part.device.type == "cuda":
-                    parts[name] = torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
-                    self._copied = torch.cuda.current_stream(part.device).record_event()
+                parts[name], self._copied = to_host(part)
 
     def values(self) -> dict[str, NDArray[np.float16]]:
         """The columns that were taken: label_logprob and entropy [T], record_logprob [nnz] or [P, N], as its ids."""

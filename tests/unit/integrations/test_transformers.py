@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from loader_data import SEQUENCES, VOCAB, write_cache
+from packed_runs import decode_on_device, spoil
 from safetensors.torch import load_file
 from torch.nn import functional
 from trainer_runs import arguments, gpt2, llama, losses, trained
@@ -22,7 +23,7 @@ from sklformat.distill import SparseLogitDataset, linear_sparse_kl, output_head
 from sklformat.distill.loader.teachers import Teachers
 from sklformat.distill.models import outputs
 from sklformat.distill.student.validation import HeldOut, validate
-from sklformat.errors import ResumeError, SettingsError
+from sklformat.errors import CorruptError, ResumeError, SettingsError
 from sklformat.integrations.arguments import check_launched
 from sklformat.integrations.checkpoints import LOADER_STATE
 from sklformat.integrations.transformers import SparseKDTrainer
@@ -109,6 +110,49 @@ def test_several_caches_and_teachers(place, tmp_path):
             SparseKDTrainer(llama(), args, hold_out=3, **own)
         with pytest.raises(SettingsError, match="training sees 23 of its 23 sequences"):
             SparseKDTrainer(llama(), args, eval_cache=place / "even", **own)
+
+
+# --- records that a GPU decodes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["even", "ragged"])
+def test_records_that_a_gpu_decodes_give_the_same_losses(place, monkeypatch, capsys, cache):
+    """Bit for bit; and the log says who decodes."""
+    changes = {"max_steps": 3, "gradient_accumulation_steps": 2}
+    host = trained(place / "out", place / cache, **changes)
+    marks = decode_on_device(monkeypatch)
+    device = trained(place / "out", place / cache, **changes)
+    assert losses(host) == losses(device)
+    assert [1] * 6 == [mark.waited for mark in marks]
+    assert "note: decoded on the device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_no_step_is_taken_with_a_bad_record(place, monkeypatch, micro_batch):
+    """The second step finds one, in its first or its last micro-batch; the student stays as the first step left it."""
+    decode_on_device(monkeypatch)
+    spoil(monkeypatch, 2 + micro_batch)
+    args = arguments(place / "out", gradient_accumulation_steps=2, max_steps=3)
+    after = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *_, model, **__):
+            after.append(parameters(model))
+
+    trainer = SparseKDTrainer(llama(), args, cache=place / "even", callbacks=[Look()])
+    with pytest.raises(CorruptError, match="where the host's copy has none"):
+        trainer.train()
+    assert len(after) == trainer.state.global_step == 1
+    for name, tensor in after[0].items():
+        assert torch.equal(tensor, trainer.model.get_parameter(name))
+
+
+def test_ways_to_decode_that_there_are_not(place):
+    for method, decode in (("random_sampling", "gpu"), ("ce", "cuda")):
+        with pytest.raises(ValueError, match=f"decode is '{decode}', method {method}; one of auto, cpu, cuda, which"):
+            SparseKDTrainer(llama(), arguments(place / "out"), cache=place / "even", method=method, decode=decode)
+    with pytest.raises(ValueError, match='decode="cuda" needs a student that trains on a GPU, it is on cpu'):
+        SparseKDTrainer(llama(), arguments(place / "out"), cache=place / "even", decode="cuda")
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------

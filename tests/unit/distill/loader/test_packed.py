@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_data import write_cache
+from packed_runs import Mark
 from torch.utils.data import DataLoader
 
 import sklformat as skl
@@ -16,6 +17,7 @@ from sklformat.distill import SparseLogitDataset, Teachers, kernels
 from sklformat.distill.kernels.decode_counts import decode_counts
 from sklformat.distill.loader import packed
 from sklformat.distill.loader.packed import PackedTargets, decode_by_torch
+from sklformat.distill.loader.sources import Sources
 from sklformat.errors import CorruptError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -240,20 +242,11 @@ def test_a_bad_record_is_named_by_file_block_and_position(tmp_path, cuda):
     assert found.value.offset == int(offset)
 
 
-class Mark:
-    """An event of a device that has not got there yet; knows whether somebody waited for it."""
-
-    waited = 0
-
-    def synchronize(self):
-        self.waited += 1
-
-
 @pytest.fixture
 def marks(monkeypatch):
     """The flags of faults are on their way, as from a GPU; a mark for each of them, in order."""
     made = []
-    monkeypatch.setattr(packed, "bring", lambda flag: (flag, made.append(Mark()) or made[-1]))
+    monkeypatch.setattr(packed, "to_host", lambda flag: (flag, made.append(Mark()) or made[-1]))
     yield made
     packed._unread.clear()
 
@@ -345,3 +338,26 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match='decode="cuda" needs a GPU, and torch sees none here'):
         SparseLogitDataset(tmp_path / "a", decode="cuda")
+
+
+def test_where_records_are_decoded_is_chosen_for_whoever_trains(tmp_path):
+    """By a GPU that trains and knows them, which is said; an order that it cannot follow is refused."""
+    write_cache(tmp_path / "a")
+    write_ratios(tmp_path / "ratios.skl")
+    counts, ratios = (Sources.of(tmp_path / name, None, None) for name in ("a", "ratios.skl"))
+    gpu, cpu = torch.device("cuda", 1), torch.device("cpu")
+    for asked in ("auto", "cuda"):
+        where, note = counts.decoding(asked, gpu)
+        assert (where, note.partition(": ")[2]) == (
+            "cuda",
+            "the GPU decodes the records and checks them before each step",
+        )
+    for asked, device in (("cpu", gpu), ("cpu", cpu), ("auto", cpu)):
+        assert counts.decoding(asked, device) == ratios.decoding(asked, device) == ("cpu", "")
+    where, note = ratios.decoding("auto", gpu)
+    assert where == "cpu"
+    assert "ratios.skl: the host decodes the records, of kind 'ratios'" in note
+    with pytest.raises(ValueError, match='decode="cuda" needs a student that trains on a GPU, it is on cpu; use'):
+        counts.decoding("cuda", cpu)
+    with pytest.raises(ValueError, match="does not fit kind 'ratios'"):
+        ratios.decoding("cuda", gpu)
