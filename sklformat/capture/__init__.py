@@ -6,6 +6,7 @@ destinations  where sealed shards go: a directory, or a URL they are uploaded to
 estimates     what a capture will cost, before it runs
 frames        what the two processes say to each other
 memory        whether a ring finds room there
+outcome       what a capture did, for its user
 plan          which shards are not sealed yet, and how far each one is
 ring          frames in shared memory, from one process to another
 scribe        the writer process

@@ -12,10 +12,8 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +22,10 @@ from numpy.typing import NDArray
 
 from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cache.manifest import MANIFEST_NAME
-from sklformat.capture import Capture, find_header
+from sklformat.capture import Capture, ShardWork, find_header
 from sklformat.capture.estimates import block_size
 from sklformat.capture.memory import check_room
+from sklformat.capture.outcome import Cached, sum_up
 from sklformat.distill import kernels
 from sklformat.distill.models import attention, loading
 from sklformat.distill.models.devices import available_cores, find_device, own_devices
@@ -48,7 +47,7 @@ from sklformat.files.directories import refuse_foreign
 from sklformat.files.disk import shared_directory
 from sklformat.format.columns import RECORD_LOGPROB, STARTS
 from sklformat.format.header import Header
-from sklformat.format.listing import Entry, cache_fingerprint
+from sklformat.format.records import SparseTargets
 from sklformat.progress import say, show
 from sklformat.sampler import MAX_K
 from sklformat.settings.cache import CacheConfig
@@ -60,48 +59,6 @@ _BEFORE_SHARDS = re.compile(
 )
 _PUBLISHED = re.compile(rf"{_SHARD.pattern}|{re.escape(MANIFEST_NAME)}")
 _DRAW_THREADS = 8  # at most; beside a GPU one core cannot keep up
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cached:
-    """
-    What ``cache_teacher`` did.
-
-    Attributes:
-        directory: The cache, or its URL.
-        fingerprint: Identity of its content.
-        sequences: Sequences in it.
-        sequences_made: Sequences that this run added; the others were there.
-        positions: Positions in it that are learnt from; those that predict what is no answer are not.
-        unique_tokens: Records per position, mean.
-        bytes_per_position: Bytes on disk per position, tokens and checksums included.
-        seconds: Time this run took, teacher's loading not included; of several ranks, the longest.
-        positions_per_second: Positions that this run added per second, all ranks together; 0 where there were none.
-        waited_share: Share of the time in which the teachers waited for their writers.
-    """
-
-    directory: Path | str
-    fingerprint: str
-    sequences: int
-    sequences_made: int
-    positions: int
-    unique_tokens: float
-    bytes_per_position: float
-    seconds: float
-    positions_per_second: float
-    waited_share: float
-
-    def __str__(self) -> str:
-        made = (
-            f"{self.sequences_made} made now at {self.positions_per_second:,.0f} positions/s, "
-            f"{self.waited_share:.1%} of the time spent waiting for the writer"
-            if self.sequences_made
-            else "all there already"
-        )
-        return (
-            f"{self.directory}: {self.sequences} sequences, {self.positions:,} positions "
-            f"({made}); {self.unique_tokens:.2f} unique tokens and {self.bytes_per_position:.1f} bytes per position"
-        )
 
 
 def cache_teacher(config: CacheConfig) -> Cached:
@@ -139,7 +96,7 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
     named: loading.Named = {"revision": config.revision, **loading.named_of(config)}
     tokenizer = loading.load_tokenizer(config.teacher_name, **named)
     source = TokenSource(config, tokenizer)
-    run = ranks.first(lambda: _name_run(config))
+    run = ranks.first(lambda: name_run(config))
     # Held from here on, so that a second run is refused before it works.
     with shared_directory(config.directory, run):
         dtype = _dtype(config, device)
@@ -150,7 +107,7 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
             attention.check_isolates(model)
         vocab_size = loading.check_fit(tokenizer, model, seq_len=config.seq_len)
         packed = ranks.in_turn(lambda check: source.pack(vocab_size, check=check))
-        on_device = _draws_on_device(config, device, vocab_size)
+        on_device = draws_on_device(config, device, vocab_size)
         vocabulary = vocabulary_fingerprint(tokenizer, vocab_size)
         header = make_header(
             config,
@@ -163,30 +120,63 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
             on_device=on_device,
             kernel_versions=kernels.versions(device) if on_device else {},
         )
-        _check_same(ranks, header)
-        header = ranks.first(lambda: _begun(config, header))
-        capture = Capture(
-            config.directory,
-            header=header,
-            num_sequences=len(packed),
-            sequences_per_shard=config.sequences_per_shard,
-            ring_bytes=config.ring_mib << 20,
-            url=config.url,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            run=run,
-        )
-        part = _Part(config, ranks, capture, packed)
-        part.run(Teacher(model, vocab_size), on_device=on_device)
-        ranks.wait()
-        entries = ranks.first(lambda: capture.entries or capture.finish())
-        if ranks.local_rank == 0:
-            capture.unmark()  # with a URL, each machine may have a directory of its own
+        teacher = Teacher(model, vocab_size)
+
+        def hand_over(part: Part, works: Sequence[ShardWork]) -> Iterator[tuple[Output, int]]:
+            push = part.push_draws if on_device else part.push_records
+            return push(teacher, outputs_of(config, teacher, packed, works))
+
+        return write(config, ranks, run, packed, header, hand_over)
+
+
+def write(
+    config: CacheConfig,
+    ranks: Ranks,
+    run: str,
+    packed: Sequences,
+    header: Header,
+    hand_over: Callable[[Part, Sequence[ShardWork]], Iterable[tuple[Output, int]]],
+) -> Cached:
+    """
+    Write what earlier runs have not left, whatever runs the teacher; the directory is held.
+
+    Args:
+        config: The settings.
+        ranks: Of this run.
+        run: Its name.
+        packed: The sequences.
+        header: Of all shards.
+        hand_over: Runs the teacher over what shards still need, in order, and pushes each sequence; gives it with the
+            number of its records.
+
+    Raises:
+        SettingsError, InUseError, CaptureError, RemoteError, ValueError, OSError, KeyboardInterrupt: As
+            ``cache_teacher``.
+    """
+    _check_same(ranks, header)
+    header = ranks.first(lambda: _begun(config, header))
+    capture = Capture(
+        config.directory,
+        header=header,
+        num_sequences=len(packed),
+        sequences_per_shard=config.sequences_per_shard,
+        ring_bytes=config.ring_mib << 20,
+        url=config.url,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        run=run,
+    )
+    part = Part(config, ranks, capture, packed)
+    part.run(hand_over)
+    ranks.wait()
+    entries = ranks.first(lambda: capture.entries or capture.finish())
+    if ranks.local_rank == 0:
+        capture.unmark()  # with a URL, each machine may have a directory of its own
     positions = ranks.first(packed.num_positions)
-    return _cached(config, entries, positions, ranks.gather((part.made, part.positions, part.seconds, part.waited)))
+    return sum_up(config.out, entries, positions, ranks.gather((part.made, part.positions, part.seconds, part.waited)))
 
 
-class _Part:
+class Part:
     """
     What one rank does: it runs its teacher over the sequences that its shards still need.
 
@@ -204,9 +194,9 @@ class _Part:
         self._there: int | None = None  # sequences that an earlier run left; unknown until it has looked
         self._bytes = 0
 
-    def run(self, teacher: Teacher, *, on_device: bool) -> None:
+    def run(self, hand_over: Callable[[Part, Sequence[ShardWork]], Iterable[tuple[Output, int]]]) -> None:
         """
-        Do all of it, with draws on the teacher's device or on the host.
+        Do all of it, as ``write`` says.
 
         Raises:
             KeyboardInterrupt: It was stopped; says what is kept.
@@ -222,9 +212,7 @@ class _Part:
                 for cut in cuts:
                     say(f"{cut}; captured again from there")
                 self._there = self._total - sum(work.end - work.next_sequence for work in works)
-                outputs = outputs_of(self._config, teacher, self._packed, works)
-                push = self._push_draws if on_device else self._push_records
-                self._follow(push(teacher, outputs), begin)
+                self._follow(hand_over(self, works), begin)
         except KeyboardInterrupt:
             who = f"rank {self._ranks.rank} " if self._ranks.world_size > 1 else ""
             kept = ""
@@ -233,7 +221,7 @@ class _Part:
             raise KeyboardInterrupt(f"{who}stopped{kept}; run the same command again to resume") from None
         self.waited, self.seconds = self._capture.wait_seconds, time.perf_counter() - begin
 
-    def _push_records(self, teacher: Teacher, outputs: Iterable[Output]) -> Iterator[tuple[Output, int]]:
+    def push_records(self, teacher: Teacher, outputs: Iterable[Output]) -> Iterator[tuple[Output, int]]:
         """Draw on the host and hand over sequence after sequence; each with the number of its records."""
         config, threads = self._config, 1
         if teacher.device.type != "cpu":
@@ -241,14 +229,12 @@ class _Part:
         rounds = config.rounds if config.draws else 0
         with Drawer(kind=config.kind, rounds=rounds, sampling=config.sampling, threads=threads) as drawer:
             for output in outputs:
-                sequence, tokens, counted, made = output
-                slices = on_host(teacher.logits(made, counted))
-                taken = LogitColumns(config.columns, tokens)
-                targets = drawer.draw(sequence, slices, taken if config.columns else None, counted)
-                self._capture.push(sequence, tokens, targets, self._columns(sequence, taken))
-                yield output, targets.num_records
+                slices = on_host(teacher.logits(output.made, output.counted))
+                taken = LogitColumns(config.columns, output.tokens)
+                targets = drawer.draw(output.sequence, slices, taken if config.columns else None, output.counted)
+                yield self.push(output, targets, taken.values())
 
-    def _push_draws(self, teacher: Teacher, outputs: Iterable[Output]) -> Iterator[tuple[Output, int]]:
+    def push_draws(self, teacher: Teacher, outputs: Iterable[Output]) -> Iterator[tuple[Output, int]]:
         """The same with draws on the device, which moves to the next sequence before the host asks for the last."""
         config = self._config
         sampler = DeviceSampler(rounds=config.rounds, **config.sampling)
@@ -266,21 +252,23 @@ class _Part:
 
     def _push_queued(self, output: Output, queued: Arrival, taken: LogitColumns) -> tuple[Output, int]:
         if isinstance(queued, Draws):
-            draws, columns = queued.result(), self._columns(output.sequence, taken)
+            draws, columns = queued.result(), self._columns(output.sequence, taken.values())
             self._capture.push_draws(output.sequence, output.tokens, draws, columns, output.counted)
             return output, len(draws) + int(np.count_nonzero(draws[:, 1:] != draws[:, :-1]))
-        targets, columns = queued.result(), self._columns(output.sequence, taken)
+        targets, columns = queued.result(), taken.values()
         if RECORD_LOGPROB in columns:
             columns[RECORD_LOGPROB] = queued.record_logprob(columns[RECORD_LOGPROB])
-        self._capture.push(output.sequence, output.tokens, targets, columns)
+        return self.push(output, targets, columns)
+
+    def push(self, output: Output, targets: SparseTargets, columns: Mapping[str, NDArray[Any]]) -> tuple[Output, int]:
+        """Hand over one sequence with its records, and the columns that its logits gave."""
+        self._capture.push(output.sequence, output.tokens, targets, self._columns(output.sequence, columns))
         return output, targets.num_records
 
-    def _columns(self, sequence: int, taken: LogitColumns) -> dict[str, NDArray[Any]]:
-        """The optional columns that were asked for."""
-        if not self._config.columns:
-            return {}
+    def _columns(self, sequence: int, taken: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The optional columns that were asked for, those of the logits and others."""
         starts = {STARTS: self._packed.document_starts(sequence)} if STARTS in self._config.columns else {}
-        return {**starts, **taken.values()}
+        return {**starts, **taken}
 
     def _follow(self, pushed: Iterable[tuple[Output, int]], begin: float) -> None:
         """Count sequences while they are handed over, and the bytes of their records; show the progress."""
@@ -322,7 +310,7 @@ def _devices(config: CacheConfig, ranks: Ranks) -> tuple[torch.device, list[int]
     return device, []
 
 
-def _draws_on_device(config: CacheConfig, device: torch.device, vocab_size: int) -> bool:
+def draws_on_device(config: CacheConfig, device: torch.device, vocab_size: int) -> bool:
     """Whether the teacher's device draws; the same in every run with these settings, since bytes depend on it."""
     places = config.rounds if config.draws else min(config.k or MAX_K, vocab_size)
     return device.type in gpu_sampler.DEVICES and config.seq_len * places <= gpu_sampler.MAX_PLACES
@@ -334,7 +322,7 @@ def _dtype(config: CacheConfig, device: torch.device) -> loading.Dtype:
     return config.dtype
 
 
-def _name_run(config: CacheConfig) -> str:
+def name_run(config: CacheConfig) -> str:
     """A cache is begun where nothing is; where shards are, finished or not, the capture compares their settings."""
     directory = config.directory
     if directory.exists() and not directory.is_dir():
@@ -361,21 +349,3 @@ def _begun(config: CacheConfig, header: Header) -> Header:
     """The header to write, given what is there already."""
     found = find_header(config.directory, config.url)
     return agree_on_versions(header, found, keep=config.keep_versions, place=str(config.out))
-
-
-def _cached(
-    config: CacheConfig, entries: Sequence[Entry], positions: int, parts: Sequence[tuple[int, int, float, float]]
-) -> Cached:
-    made, seconds = sum(part[0] for part in parts), max(part[2] for part in parts)
-    return Cached(
-        directory=config.out,
-        fingerprint=cache_fingerprint(entry.fingerprint for entry in entries),
-        sequences=sum(entry.num_sequences for entry in entries),
-        sequences_made=made,
-        positions=positions,
-        unique_tokens=sum(entry.num_records for entry in entries) / positions,
-        bytes_per_position=sum(entry.size_bytes for entry in entries) / positions,
-        seconds=seconds,
-        positions_per_second=sum(part[1] for part in parts) / seconds,
-        waited_share=sum(part[3] for part in parts) / sum(part[2] for part in parts) if made else 0.0,
-    )
