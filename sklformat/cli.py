@@ -317,7 +317,7 @@ def _long(config_type: type[Any], module: str, function: str) -> Callable[[str, 
 
 
 _AGAIN = "nothing was changed"
-_CACHE = _learning(CacheConfig, "teacher.caching", "cache_teacher", holds="directory")
+_CACHE = _learning(CacheConfig, "engines.serving", "cache", holds="directory")
 _TRAIN = _learning(TrainConfig, "student.training", "train", holds="out")
 _EVAL = _learning(EvalConfig, "student.measures.evaluation", "evaluate")
 _DEMO = _learning(DemoConfig, "demo.stages", "run_demo", holds="out")

@@ -122,6 +122,10 @@ class CaptureError(SklError):
     """The writer process failed; the message is its own."""
 
 
+class EngineError(SklError):
+    """An engine that runs a teacher is missing, has ended, or does not show what is needed; names its version."""
+
+
 class RemoteError(SklError):
     """A store behind a URL failed, or gives back other bytes than it was given; names the URL and what to do."""
 

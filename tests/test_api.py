@@ -10,19 +10,20 @@ import sklformat as skl
 from sklformat.cli import main
 
 NAMES = """
-    AlignmentError Cache CacheWriter Capture CaptureError CorruptError FormatError Header InUseError LocalCopies
-    MissingShardError Problem Recovered RemoteError ResumeError RingClosedError RingTimeoutError Sequence SettingsError
-    Shard ShardWriter SklError SparseTargets TruncatedError UnfinishedError UnreadableError UnsupportedError draw open
-    recover verify
+    AlignmentError Cache CacheWriter Capture CaptureError CorruptError EngineError FormatError Header InUseError
+    LocalCopies MissingShardError Problem Recovered RemoteError ResumeError RingClosedError RingTimeoutError Sequence
+    SettingsError Shard ShardWriter SklError SparseTargets TruncatedError UnfinishedError UnreadableError
+    UnsupportedError draw open recover verify
 """
 
 
 FLAGS = {
     "cache": """
-        adapter-base author batch-size bos columns dataset dataset-split device device-map dtype encoding exclude
-        field first-sequence include isolate-documents json k keep-versions max-unpack-ratio num-sequences on-bad-file
-        out p packing packing-seed proposal-temperature ring-mib rounds sampler seed seq-len sequences-per-shard
-        special-tokens store-tokens teacher text tokens truncate trust-remote-code unbiased-weights work-dir
+        adapter-base author batch-size bos columns dataset dataset-split device device-map dtype encoding
+        engine exclude field first-sequence gpu-memory include isolate-documents json k keep-versions
+        max-unpack-ratio num-sequences on-bad-file out p packing packing-seed proposal-temperature ring-mib
+        rounds sampler seed seq-len sequences-per-shard special-tokens store-tokens teacher tensor-parallel
+        text tokens truncate trust-remote-code unbiased-weights work-dir
     """,
     "estimate": """
         adapter-base batch-size calibration-sequences dataset dataset-split device disk-tb dtype encoding exclude

@@ -2,6 +2,7 @@
 What turns a cache into a trained student; torch lives here, and these are its public names.
 
 demo     the whole pipeline on two cores
+engines  other engines as teachers
 kernels  Triton: what runs on a GPU
 loader   from a cache to batches
 losses   losses and metrics on tensors

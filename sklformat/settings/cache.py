@@ -17,6 +17,16 @@ from sklformat.settings.text import Bos, Packing, SpecialTokens, Truncate
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+_OF_VLLM = ("tensor_parallel", "gpu_memory")
+# What engine vllm cannot do as it is asked, and why.
+_NOT_OF_VLLM = {
+    "isolate_documents": "needs a mask of attention within a sequence, which engine vllm has not",
+    "adapter_base": "belongs to an adapter, engine vllm runs whole models",
+    "batch_size": "is of a fixed grid of batches, engine vllm makes its own",
+    "device": "is not for engine vllm to choose: it runs on what it was built for",
+    "device_map": "is not for engine vllm: tensor_parallel divides a teacher between its devices",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(TextFiles):
@@ -110,6 +120,15 @@ class CacheConfig(TextFiles):
     device: str = "auto"
     """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one. Each process takes a GPU of its own, which draws counts itself."""  # noqa: E501
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the teacher; vllm: any model that vLLM serves, sooner, but no other run repeats the bytes (docs/engines.md)."""  # noqa: E501
+
+    tensor_parallel: int = 1
+    """With engine vllm: devices that one teacher is divided between."""
+
+    gpu_memory: float | None = None
+    """With engine vllm: share of a GPU's memory that it takes, in (0, 1]. None: what vLLM takes."""
+
     device_map: Literal["one", "auto"] = "one"
     """auto: spread a teacher that is too large for one GPU over all GPUs of the process (needs accelerate)."""
 
@@ -155,6 +174,18 @@ class CacheConfig(TextFiles):
         if self.work_dir is not None and ":/" in str(self.work_dir):
             raise ValueError(f"work_dir {self.work_dir} is a URL, must be a directory here")
         self._check_sampler()
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        check_least(self, 1, "tensor_parallel")
+        if self.gpu_memory is not None and not 0 < self.gpu_memory <= 1:
+            raise ValueError(f"gpu_memory must be in (0, 1], got {self.gpu_memory}")
+        names = _OF_VLLM if self.engine == "transformers" else _NOT_OF_VLLM
+        given = [f.name for f in dataclasses.fields(self) if f.name in names and getattr(self, f.name) != f.default]
+        if given and self.engine == "transformers":
+            raise ValueError(f"{given[0]} belongs to engine vllm, engine is transformers")
+        if given:
+            raise ValueError(f"{given[0]} {_NOT_OF_VLLM[given[0]]}; leave it out, or take engine transformers")
 
     def _check_sampler(self) -> None:
         if self.draws and not 1 <= self.rounds <= MAX_ROUNDS:

@@ -38,6 +38,23 @@ def why_not_asked(name: str) -> str:
     return "" if _is_reachable(hub.ENDPOINT) else f"the hub ({hub.ENDPOINT}) cannot be reached"
 
 
+def find_directory(name: str, *, revision: str | None, local: bool) -> Path:
+    """
+    Where the files of a model are: a directory as it is, of a name on the hub its snapshot, fetched if it must be.
+
+    Args:
+        name: Path or name.
+        revision: Of a name on the hub.
+        local: The hub must not be asked.
+
+    Raises:
+        OSError: It is not there.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=local))
+
+
 def _is_path(name: str) -> bool:
     """Whether the hub can have no such name, or it begins with a directory that is here."""
     if name[:1] in ("", ".", "~") or "\\" in name:

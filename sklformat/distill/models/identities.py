@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ _NOT_THE_MODEL = frozenset(
     {"_name_or_path", "_commit_hash", "_attn_implementation", "architectures", "dtype", "torch_dtype"}
     | {"transformers_version", "use_cache"}
 )
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_READ_BYTES = 16 << 20
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -37,6 +40,38 @@ def model_fingerprint(model: torch.nn.Module) -> str:
         for name, tensor in sorted(model.state_dict().items()):
             yield f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode()
             yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    return fingerprint_of(parts())
+
+
+def checkpoint_fingerprint(directory: Path, model: Any) -> str:
+    """
+    XXH3-128 of a model as it lies on disk, for whoever cannot load it: its config's fingerprint, then its weights.
+
+    The weights come as names, sizes and bytes of files in the order of names, so that other files of the same weights
+    have another fingerprint.
+
+    Args:
+        directory: Where its files are.
+        model: What has its ``config``.
+
+    Returns:
+        32 hexadecimal digits, never those of ``model_fingerprint``.
+
+    Raises:
+        FileNotFoundError: No file of weights.
+    """
+    files = sorted(path for path in directory.iterdir() if path.suffix in _WEIGHTS)
+    if not files:
+        raise FileNotFoundError(f"{directory}: holds no weights ({', '.join(_WEIGHTS)})")
+
+    def parts() -> Iterator[bytes]:
+        yield b"checkpoint:" + config_fingerprint(model).encode()
+        for path in files:
+            yield f"{path.name}:{path.stat().st_size};".encode()
+            with path.open("rb") as file:
+                while part := file.read(_READ_BYTES):
+                    yield part
 
     return fingerprint_of(parts())
 

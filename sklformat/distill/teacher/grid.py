@@ -8,11 +8,10 @@ Shape letters: B sequences, T positions, L = T + 1 tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sklformat.capture import ShardWork
 from sklformat.distill.teacher.forward import Teacher
@@ -28,13 +27,13 @@ class Output(NamedTuple):
         sequence: Its number.
         tokens: [T + 1].
         counted: Which positions get records, [T]; None: all.
-        made: What the teacher gave, [T, …].
+        made: What the teacher gave, [T, …]; its records, where an engine's worker drew them.
     """
 
     sequence: int
     tokens: NDArray[np.uint32]
     counted: NDArray[np.bool_] | None
-    made: Tensor
+    made: Any
 
     @property
     def num_counted(self) -> int:

@@ -41,6 +41,8 @@ def make_header(
     *,
     on_device: bool = False,
     kernel_versions: Mapping[str, str] | None = None,
+    fingerprint: str | None = None,
+    engine: Mapping[str, Any] | None = None,
 ) -> Header:
     """
     Everything a sequence's bytes depend on; what the text is, its fingerprint says, and the two numbers of it.
@@ -55,6 +57,9 @@ def make_header(
         device_type: Kind of device that it runs on.
         on_device: Draws are made on the teacher's device, not by C; then the header says so.
         kernel_versions: Of libraries that these draws depend on beside torch.
+        fingerprint: Of the teacher, where ``model`` is only its config; None: of the model.
+        engine: What ran the teacher, if not transformers: its name, version and what else of it matters. Then it makes
+            its own batches, and another run has other bytes.
 
     Raises:
         ValueError: Settings that contradict each other, or a vocabulary beyond every profile.
@@ -63,7 +68,12 @@ def make_header(
     if not Path(config.teacher_name).exists():
         teacher["name"] = config.teacher_name
         teacher["revision"] = getattr(model.config, "_commit_hash", None) or config.revision or "main"
-    fingerprint = model_fingerprint(model)
+    fingerprint = fingerprint or model_fingerprint(model)
+    versions = {**loading.versions(), **(kernel_versions or {}), "sklformat": sklformat.__version__}
+    ran: dict[str, Any] = {"batch_size": config.batch_size}
+    if engine is not None:
+        ran = {"engine": {k: v for k, v in engine.items() if k != "version"}, "repeatable": False}
+        versions[engine["name"]] = engine["version"]
     capture = {
         "teacher": teacher,
         **_author(config, fingerprint),
@@ -78,14 +88,14 @@ def make_header(
             **({"single": _single(packed)} if isinstance(packed, SingleSequences) else {}),
             **({"isolated": True} if packed.isolated else {}),
         },
-        "batch_size": config.batch_size,
+        **ran,
         "sampler": {
             "k": config.k,
             "p": config.p,
             "unbiased": config.unbiased_weights,
             **({"draws": "device"} if on_device else {}),
         },
-        "versions": {**loading.versions(), **(kernel_versions or {}), "sklformat": sklformat.__version__},
+        "versions": versions,
     }
     return Header(
         vocab_size=vocab_size,

@@ -209,8 +209,8 @@ def _note_other_teacher(config: EvalConfig, passages: Passages, teacher: Any) ->
     said = None if header is None else header.capture.get("teacher")
     if header is None or not isinstance(said, Mapping):
         return
-    # The fingerprint is that of the weights in one type; in another, only the config tells.
-    same_type = said.get("dtype") == config.dtype
+    # The fingerprint is that of the weights in one type, or of an engine's files; else only the config tells.
+    same_type = said.get("dtype") == config.dtype and "engine" not in header.capture
     known = header.teacher_fingerprint if same_type else said.get("config")
     if known != (model_fingerprint(teacher) if same_type else config_fingerprint(teacher)):
         say(

@@ -1,0 +1,164 @@
+"""
+The driving process's end of the line to a worker: it answers what the worker asks, and keeps what the worker sends.
+
+A thread of its own, so that a worker never waits for what the driving process does meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from dataclasses import asdict
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
+from types import TracebackType
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sklformat.distill.engines.assembly import Part
+from sklformat.distill.engines.messages import Line, Settings, Wanted
+
+
+class Records(NamedTuple):
+    """Some rows of a sequence, drawn."""
+
+    sequence: int
+    part: Part
+
+
+class Tested(NamedTuple):
+    """Some rows of a rehearsal: log-probs of the tokens that follow, and the greatest, [P] each, of ``width`` ids."""
+
+    sequence: int
+    first: int
+    labels: NDArray[np.float32]
+    greatest: NDArray[np.float32]
+    width: int
+    dtype: str
+
+
+class Refused(NamedTuple):
+    """What a worker cannot do."""
+
+    reason: str
+
+
+class Gone(NamedTuple):
+    """A worker has ended."""
+
+
+Arrived: TypeAlias = Records | Tested | Refused | Gone
+
+_Open: TypeAlias = tuple[NDArray[np.uint32], NDArray[np.bool_], Wanted]
+_NOTHING: _Open = np.empty(0, np.uint32), np.empty(0, np.bool_), "nothing"
+
+
+class Desk:
+    """
+    A context: entering begins to answer, leaving hangs up.
+
+    Args:
+        listener: Where workers connect.
+        settings: What they are told first.
+    """
+
+    def __init__(self, listener: socket.socket, settings: Settings) -> None:
+        self._listener, self._settings = listener, settings
+        self._open: dict[int, _Open] = {}
+        self._alone: tuple[int, int] | None = None
+        self._runs = 0
+        self._lock = Lock()
+        self._arrived: SimpleQueue[Arrived] = SimpleQueue()
+        self._lines: list[Line] = []
+
+    def __enter__(self) -> Desk:
+        Thread(target=self._accept, name="desk", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        for line in self._lines:
+            line.close()
+
+    def open(
+        self,
+        sequence: int,
+        tokens: NDArray[np.uint32],
+        counted: NDArray[np.bool_] | None,
+        wanted: Wanted = "records",
+    ) -> None:
+        """
+        Know a sequence, before its request goes to the engine.
+
+        Args:
+            sequence: Its number.
+            tokens: [T + 1].
+            counted: Which positions get records, [T]; None: all.
+            wanted: Of its rows.
+        """
+        mask = np.ones(tokens.size - 1, np.bool_) if counted is None else counted
+        with self._lock:
+            self._runs += 1
+            self._open[sequence], self._alone = (tokens, mask, wanted), (sequence, self._runs)
+
+    def close(self, sequence: int) -> None:
+        """Forget a sequence: nothing of it is wanted any more."""
+        with self._lock:
+            del self._open[sequence]
+            if self._alone is not None and self._alone[0] == sequence:
+                self._alone = None
+
+    def next(self, seconds: float) -> Arrived | None:
+        """What arrived next; None: nothing for this long."""
+        try:
+            return self._arrived.get(timeout=seconds) if seconds else self._arrived.get_nowait()
+        except Empty:
+            return None
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed on leaving
+            while True:
+                line = Line(self._listener.accept()[0])
+                self._lines.append(line)
+                Thread(target=self._serve, args=(line,), name="desk line", daemon=True).start()
+
+    def _serve(self, line: Line) -> None:
+        """Answer and keep until the worker ends."""
+        with contextlib.suppress(OSError, ValueError):  # a file that is closed under a read is a ValueError
+            line.send(asdict(self._settings))
+            while (message := line.receive()) is not None:
+                said, arrays = message
+                if "ask" in said:
+                    self._answer(line, said["ask"])
+                else:
+                    self._arrived.put(_arrived(said, arrays))
+        self._arrived.put(Gone())
+
+    def _answer(self, line: Line, asked: list[int] | None) -> None:
+        with self._lock:
+            if asked is None:
+                if self._alone is None:
+                    line.send({"sequence": None})
+                    return
+                sequence, run = self._alone
+                tokens, mask, wanted = self._open[sequence]
+                line.send({"sequence": sequence, "run": run, "wanted": wanted}, tokens, mask)
+                return
+            found = [self._open.get(sequence, _NOTHING) for sequence in asked]
+            arrays = [array for tokens, mask, _ in found for array in (tokens, mask)]
+            line.send({"wanted": [wanted for *_, wanted in found]}, *arrays)
+
+
+def _arrived(said: dict[str, Any], arrays: list[NDArray[Any]]) -> Arrived:
+    if "refused" in said:
+        return Refused(said["refused"])
+    if "tested" in said:
+        return Tested(said["tested"], said["first"], arrays[0], arrays[1], said["width"], said["type"])
+    lengths, token_ids, pairs, *columns = arrays
+    named = dict(zip(said["columns"], columns, strict=True))
+    return Records(said["rows"], Part(said["first"], lengths, token_ids, pairs, named))

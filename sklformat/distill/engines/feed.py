@@ -1,0 +1,153 @@
+"""
+Sequences into an engine, as many at once as keep it busy, and their records out of it in order.
+
+The engine may take them in any order, begin one again or lose one.  What is lost is run again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sklformat.distill.engines.assembly import Assembly
+from sklformat.distill.engines.desk import Desk, Gone, Records, Refused
+from sklformat.distill.teacher.grid import Output
+from sklformat.errors import CaptureError, EngineError
+
+_RUNS = 3  # of one request, at most
+_PATIENCE_SECONDS = 30.0  # in which an engine that has nothing to do sends nothing
+
+
+class Engine(Protocol):
+    """
+    What runs the teacher.
+
+    Attributes:
+        window: Sequences that it is given at once.
+        runs_alone: Whether a request must have ended before the next one is given.
+        is_busy: Whether it has requests that have not ended.
+    """
+
+    window: int
+    runs_alone: bool
+
+    @property
+    def is_busy(self) -> bool: ...
+
+    def submit(self, sequence: int, prompt: NDArray[np.uint32]) -> None:
+        """Begin a request; its id is the sequence's number."""
+
+    def step(self) -> None:
+        """
+        Let it work.
+
+        Raises:
+            EngineError: It has ended.
+        """
+
+
+class Feed:
+    """
+    Args:
+        engine: What runs the teacher.
+        desk: Where its worker sends records.
+        tokens_of: Tokens of a sequence, [T + 1].
+        counted_of: Which of its positions get records, [T]; None: all.
+        patience: Seconds without a word, of an engine that has nothing to do, after which what is missing is lost.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        desk: Desk,
+        tokens_of: Callable[[int], NDArray[np.uint32]],
+        counted_of: Callable[[int], NDArray[np.bool_] | None],
+        patience: float = _PATIENCE_SECONDS,
+    ) -> None:
+        self._engine, self._desk, self._patience = engine, desk, patience
+        self._tokens_of, self._counted_of = tokens_of, counted_of
+        self._assembly = Assembly()
+        self._waiting: deque[Output] = deque()
+        self._runs: dict[int, int] = {}
+
+    def records(self, sequences: Iterable[int]) -> Iterator[tuple[Output, Mapping[str, NDArray[Any]]]]:
+        """
+        Run the engine over sequences.
+
+        Yields:
+            In their order: each with its records as ``made``, and the columns that its logits gave.
+
+        Raises:
+            ValueError: Logits that may not be drawn from; names sequence and position.
+            EngineError: The engine has ended, or gives no rows of a sequence.
+            CaptureError: Its worker has ended.
+        """
+        numbers = iter(sequences)
+        while True:
+            while len(self._waiting) < self._engine.window and (sequence := next(numbers, None)) is not None:
+                self._begin(sequence)
+            if not self._waiting:
+                return
+            if self._engine.is_busy:
+                self._engine.step()
+            self._collect()
+            while self._waiting and self._is_done(self._waiting[0].sequence):
+                output = self._waiting.popleft()
+                self._desk.close(output.sequence)
+                del self._runs[output.sequence]
+                targets, columns = self._assembly.take(output.sequence)
+                yield output._replace(made=targets), columns
+
+    def _begin(self, sequence: int) -> None:
+        tokens, counted = self._tokens_of(sequence), self._counted_of(sequence)
+        self._waiting.append(Output(sequence, tokens, counted, None))
+        self._runs[sequence] = 0
+        self._run(self._waiting[-1])
+
+    def _run(self, output: Output) -> None:
+        sequence, tokens = output.sequence, output.tokens
+        self._runs[sequence] += 1
+        self._assembly.expect(sequence, tokens.size - 1)
+        self._desk.open(sequence, tokens, output.counted)
+        self._engine.submit(sequence, tokens[:-1])
+
+    def _is_done(self, sequence: int) -> bool:
+        return self._assembly.is_whole(sequence) and not (self._engine.runs_alone and self._engine.is_busy)
+
+    def _collect(self) -> None:
+        """Take what has arrived; of an engine without work, wait for the rest."""
+        while True:
+            is_idle = not self._engine.is_busy
+            wait = is_idle and not self._assembly.is_whole(self._waiting[0].sequence)
+            arrived = self._desk.next(self._patience if wait else 0.0)
+            if isinstance(arrived, Records):
+                self._assembly.add(arrived.sequence, arrived.part)
+            elif isinstance(arrived, Refused):
+                raise ValueError(arrived.reason)  # noqa: TRY004  of logits
+            elif isinstance(arrived, Gone):
+                raise CaptureError(
+                    "a worker of the engine has ended, its own messages are above; what was captured is kept, run the "
+                    "same command again to resume"
+                )
+            elif arrived is None:
+                if wait:
+                    self._run_again()
+                return
+
+    def _run_again(self) -> None:
+        """Run what the engine has lost."""
+        for output in self._waiting:
+            if self._assembly.is_whole(output.sequence):
+                continue
+            if self._runs[output.sequence] == _RUNS:
+                raise EngineError(
+                    f"the engine ended {_RUNS} requests without {self._assembly.describe(output.sequence)}; what was "
+                    "captured is kept; see its messages, then run the same command again to resume"
+                )
+            self._run(output)
+            if self._engine.runs_alone:
+                return

@@ -1,0 +1,264 @@
+"""
+Inside a worker of an engine: draws from the rows that it sees, and sends the records to the driving process.
+
+Knows no engine.  Rows come in the engine's order; what a row gives depends on its logits, the seed, the sequence and
+the position alone.
+Shape letters: P rows of one chunk, T positions of the sequence, K of them that count, V vocabulary, N rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from queue import Queue
+from threading import Thread
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sklformat.capture import merge_draws
+from sklformat.distill.engines import messages
+from sklformat.distill.engines.assembly import Part
+from sklformat.distill.engines.hooks import Step, logits_of
+from sklformat.distill.engines.messages import Line, Settings, Wanted
+from sklformat.distill.teacher.arrivals import Arrival, Draws
+from sklformat.distill.teacher.drawing import Drawer, on_host
+from sklformat.distill.teacher.gpu_sampler import DeviceSampler
+from sklformat.distill.teacher.logit_columns import LogitColumns
+from sklformat.errors import CaptureError
+from sklformat.format.columns import RECORD_LOGPROB
+from sklformat.format.records import SparseTargets
+
+_WAITING = 64  # chunks at most that are drawn and not sent
+_here: dict[str, Worker] = {}
+
+
+class _Known(NamedTuple):
+    """A sequence: its tokens [T + 1], which of its positions count, [T], and what is wanted of its rows."""
+
+    tokens: NDArray[np.uint32]
+    counted: NDArray[np.bool_]
+    wanted: Wanted
+
+
+class Worker:
+    """
+    Args:
+        line: To the driving process.
+
+    Raises:
+        CaptureError: There is nobody at its other end.
+    """
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        said, _ = self._answer()
+        self._settings = replace(Settings(**said), columns=tuple(said["columns"]))
+        how: dict[str, Any] = {"rounds": self._settings.rounds, **self._settings.sampling}
+        self._sampler = DeviceSampler(**how) if self._settings.on_device else None
+        self._drawer = Drawer(kind=self._settings.kind, rounds=self._settings.rounds, sampling=self._settings.sampling)
+        self._known: dict[int, _Known] = {}
+        self._alone: _Alone | None = None
+        self._lost = False
+        self._queue: Queue[Callable[[], None]] = Queue(_WAITING)
+        Thread(target=self._send, name="sklformat", daemon=True).start()
+
+    def show(self, step: Step) -> None:
+        """
+        Draw from all rows of a step.
+
+        Raises:
+            CaptureError: The driving process is gone.
+        """
+        self._ask(number for rows in step.rows if (number := number_of(rows.request)) not in self._known)
+        for block, logits_PV in logits_of(step):
+            assert logits_PV is not None
+            at = 0
+            for rows in block:
+                self._take(number_of(rows.request), rows.first, rows.prompt, logits_PV[at : at + rows.size])
+                at += rows.size
+
+    def show_layer(self, logits_PV: Tensor) -> None:
+        """
+        Draw from the logits of a layer that knows no request: there is one at a time, in one chunk.
+
+        The engine asks for the logits of its last row first, to go on from there, and then for those of its prompt.
+
+        Raises:
+            CaptureError: The driving process is gone.
+        """
+        said, arrays = self._answer({"ask": None})
+        if said["sequence"] is None:
+            return  # the engine tries itself out
+        run = said["sequence"], said["run"]
+        if self._alone is None or self._alone.run != run:
+            self._known[said["sequence"]] = _Known(arrays[0], arrays[1], said["wanted"])
+            self._alone = _Alone(run, logits_PV[:1].clone())
+            if len(logits_PV) > 1:
+                self._refuse(f"the layer showed {len(logits_PV)} rows first, 1 was expected")
+            logits_PV = logits_PV[1:]
+        alone, sequence = self._alone, said["sequence"]
+        prompt = arrays[0].size - 1
+        rows_PV = logits_PV[: max(0, prompt - 1 - alone.next)]
+        if len(rows_PV):
+            self._take(sequence, alone.next, prompt, rows_PV)
+            alone.next += len(rows_PV)
+        if alone.next == prompt - 1:
+            self._take(sequence, alone.next, prompt, alone.last_1V)
+            alone.next += 1
+
+    def _take(self, sequence: int, first: int, prompt: int, logits_PV: Tensor) -> None:
+        """Draw from rows of a sequence, and queue what comes of it."""
+        if self._lost:
+            raise CaptureError("the process that drives this capture is gone; the engine ends")
+        known = self._known[sequence]
+        end = first + len(logits_PV)
+        if end == prompt:  # begun again, it is asked for again
+            del self._known[sequence]
+        if known.wanted == "nothing":
+            return
+        if prompt != known.counted.size:
+            self._refuse(
+                f"sequence {sequence}: the engine's prompt has {prompt} tokens, it was given {known.counted.size}"
+            )
+            return
+        if known.wanted == "log-probs":
+            self._test(sequence, first, known, logits_PV)
+            return
+        within_T = np.zeros_like(known.counted)
+        within_T[first:end] = known.counted[first:end]
+        taken = LogitColumns(self._settings.columns, known.tokens)
+        columns = taken if self._settings.columns else None
+        slices = [(first, logits_PV[:, : self._settings.vocab_size])]
+        try:
+            if self._sampler is not None and within_T.any():
+                drawn: Arrival | SparseTargets = self._sampler.draw(sequence, prompt, slices, columns, within_T)
+            else:
+                drawn = self._drawer.draw(sequence, on_host(slices), columns, within_T)
+        except ValueError as error:
+            self._refuse(str(error))
+            return
+
+        def tell() -> None:
+            part = _part(first, end, drawn, taken, within_T)
+            said = {"rows": sequence, "first": first, "columns": list(part.columns)}
+            self._line.send(said, part.lengths, part.token_ids, part.pairs, *part.columns.values())
+
+        self._queue.put(tell)
+
+    def _test(self, sequence: int, first: int, known: _Known, logits_PV: Tensor) -> None:
+        """Send log-probs in place of records: of the tokens that follow, and the greatest of each row."""
+        scores_PV = logits_PV.float().log_softmax(-1)
+        labels_P = torch.from_numpy(known.tokens[first + 1 : first + 1 + len(logits_PV)].astype(np.int64))
+        labels = scores_PV.gather(1, labels_P.to(scores_PV.device)[:, None])[:, 0].cpu().numpy()
+        said = {"tested": sequence, "first": first, "width": logits_PV.shape[1], "type": str(logits_PV.dtype)}
+        self._line.send(said, labels, scores_PV.amax(-1).cpu().numpy())
+
+    def _refuse(self, reason: str) -> None:
+        self._queue.put(lambda: self._line.send({"refused": reason}))
+
+    def _send(self) -> None:
+        """Send what is queued, when its device has it; the thread of its own."""
+        while True:
+            tell = self._queue.get()
+            try:
+                tell()
+            except ValueError as error:  # logits that may not be drawn from
+                self._refuse_now(str(error))
+            except OSError:
+                self._lost = True
+
+    def _refuse_now(self, reason: str) -> None:
+        with contextlib.suppress(OSError):
+            self._line.send({"refused": reason})
+
+    def _ask(self, numbers: Iterable[int]) -> None:
+        """Learn what these sequences are."""
+        asked = list(dict.fromkeys(numbers))
+        if not asked:
+            return
+        said, arrays = self._answer({"ask": asked})
+        for at, (sequence, wanted) in enumerate(zip(asked, said["wanted"], strict=True)):
+            self._known[sequence] = _Known(arrays[2 * at], arrays[2 * at + 1], wanted)
+
+    def _answer(self, question: dict[str, Any] | None = None) -> messages.Message:
+        answer = None
+        with contextlib.suppress(OSError):
+            if question is not None:
+                self._line.send(question)
+            answer = self._line.receive()
+        if answer is None:
+            raise CaptureError("the process that drives this capture does not answer; the engine ends")
+        return answer
+
+
+class _Alone:
+    """The sequence that runs alone, in which run of it; the logits of its last row; the next row that comes."""
+
+    def __init__(self, run: tuple[int, int], last_1V: Tensor) -> None:
+        self.run, self.last_1V, self.next = run, last_1V, 0
+
+
+def worker_here() -> Worker | None:
+    """This process's worker, connected when it is first asked for; None where it belongs to no capture."""
+    address = messages.find_address()
+    if address is None:
+        return None
+    path = address[1]
+    if path not in _here:
+        _here.clear()
+        _here[path] = Worker(messages.dial(path))
+    return _here[path]
+
+
+def number_of(request: str) -> int:
+    """The sequence that a request is about; vLLM puts letters of its own behind the id that it was given."""
+    return int(request.partition("-")[0])
+
+
+def _part(
+    first: int, end: int, drawn: Arrival | SparseTargets, taken: LogitColumns, within_T: NDArray[np.bool_]
+) -> Part:
+    """
+    What came of rows first..end - 1, when the device has it.
+
+    Raises:
+        ValueError: Logits that ``skl.draw`` refuses.
+    """
+    if isinstance(drawn, Draws):
+        draws_KN = drawn.result()
+        merged, columns = merge_draws(draws_KN), taken.values()
+        if RECORD_LOGPROB in columns:  # of the first of equal draws
+            begins_KN = np.ones(draws_KN.shape, bool)
+            begins_KN[:, 1:] = draws_KN[:, 1:] != draws_KN[:, :-1]
+            columns[RECORD_LOGPROB] = columns[RECORD_LOGPROB].reshape(draws_KN.shape)[begins_KN]
+        lengths_T = np.zeros(within_T.size, np.int64)
+        lengths_T[within_T] = np.diff(merged.offsets)
+        return _of(first, lengths_T[first:end], merged, columns, end)
+    targets = drawn if isinstance(drawn, SparseTargets) else drawn.result()
+    columns = taken.values()
+    if not isinstance(drawn, SparseTargets) and RECORD_LOGPROB in columns:
+        columns[RECORD_LOGPROB] = drawn.record_logprob(columns[RECORD_LOGPROB])
+    return _of(first, np.diff(targets.offsets)[first:end], targets, columns, end)
+
+
+def _of(
+    first: int, lengths: NDArray[np.int64], targets: SparseTargets, columns: dict[str, NDArray[np.float16]], end: int
+) -> Part:
+    pairs = targets.counts if targets.counts is not None else targets.weights
+    assert pairs is not None
+    columns = {name: values if name == RECORD_LOGPROB else values[first:end] for name, values in columns.items()}
+    return Part(first, lengths, targets.token_ids, pairs, columns)
+
+
+def show_logits(step: Step, worker: Worker | None) -> None:
+    """A step to the worker that draws; another rank of the group takes part in the making of logits alone."""
+    if worker is not None:
+        worker.show(step)
+        return
+    for _ in logits_of(step):
+        pass
