@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
     "docs/capture.md",
+    "docs/engines.md",
     "docs/training.md",
     "docs/trainers.md",
     "docs/python.md",

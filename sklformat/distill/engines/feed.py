@@ -57,7 +57,7 @@ class Feed:
         desk: Where its worker sends records.
         tokens_of: Tokens of a sequence, [T + 1].
         counted_of: Which of its positions get records, [T]; None: all.
-        patience: Seconds without a word, of an engine that has nothing to do, after which what is missing is lost.
+        patience: Seconds of silence, of an engine that has nothing to do, after which what is missing is lost.
     """
 
     def __init__(

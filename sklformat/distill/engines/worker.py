@@ -86,7 +86,7 @@ class Worker:
         """
         Draw from the logits of a layer that knows no request: there is one at a time, in one chunk.
 
-        The engine asks for the logits of its last row first, to go on from there, and then for those of its prompt.
+        The engine asks for the logits of its last row first, to sample from them, and then for those of its prompt.
 
         Raises:
             CaptureError: The driving process is gone.
