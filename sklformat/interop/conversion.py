@@ -150,6 +150,8 @@ def _open_source(config: ConvertConfig, kind: str, progress: Progress | None) ->
     tokens = None if config.tokens is None else TokenFile(config.tokens)
     if kind == "skl":
         foreign = {
+            "--k": config.k,
+            "--seed": config.seed is not None,
             "--drop-last-row": config.drop_last_row,
             "--convention": config.convention,
             "--values": config.values,
@@ -167,6 +169,8 @@ def _open_source(config: ConvertConfig, kind: str, progress: Progress | None) ->
         vocab_size=config.vocab_size,
         rounds=config.rounds,
         sampler=config.sampler,
+        k=config.k,
+        seed=config.seed,
         kind=config.kind,
         convention=config.convention,
         values=config.values,

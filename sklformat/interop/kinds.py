@@ -9,7 +9,7 @@ from typing import Any
 from sklformat.format.layout import PARTIAL_SUFFIX, SHARD_SUFFIX
 from sklformat.interop.named import read_named
 from sklformat.interop.notes import Note, read_noted
-from sklformat.interop.readings import Asked, Reading
+from sklformat.interop.readings import Asked, Reading, refuse_flags
 from sklformat.interop.tables.files import SUFFIXES, open_table
 
 NEIGHBOURS: dict[str, str] = {
@@ -17,6 +17,7 @@ NEIGHBOURS: dict[str, str] = {
     "sglang": "responses",
 }
 """The module of ``neighbours`` that reads each kind."""
+_OF_TABLES = ("vocab_size", "rounds", "sampler", "convention", "values", "columns", "tokens", "drop_last_row")
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 
 
@@ -53,6 +54,7 @@ def open_reading(path: Path, kind: str, asked: Asked) -> tuple[Reading, Note | N
     """
     if kind in NEIGHBOURS:
         return _neighbour(NEIGHBOURS[kind]).read(path, kind, asked), None
+    refuse_flags(path, kind, asked, _OF_TABLES)
     table = open_table(path, kind)
     if table.note is not None and not asked.columns:
         return read_noted(path, table, asked)

@@ -7,8 +7,8 @@ mask leaves out, removes padding, and turns values into natural log-probs.  ``ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ class Asked:
 
     Attributes:
         vocab_size, rounds, sampler: Of the cache.
+        k, seed: Of draws from a source that holds whole distributions.
         kind: "counts" or "ratios", where the source holds both.
         convention: "next": row t describes token t + 1; "own": token t.
         values: A key of ``PROBABILITIES``.
@@ -43,6 +44,8 @@ class Asked:
     vocab_size: int | None = None
     rounds: int | None = None
     sampler: str | None = None
+    k: int | None = None
+    seed: int | None = None
     kind: str | None = None
     convention: str | None = None
     values: str | None = None
@@ -100,17 +103,27 @@ def require(path: Path, **settings: object) -> None:
         raise ValueError(f"{path}: does not say how its records were made; give {', '.join(missing)}")
 
 
-def refuse_flags(path: Path, kind: str, asked: Asked, *names: str) -> None:
+def refuse_flags(path: Path, kind: str, asked: Asked, takes: Collection[str]) -> None:
     """
-    The user must not have said these, attributes of ``Asked``, since a kind says them itself or has no such thing.
+    Of the flags that describe a source, a kind takes those that its files leave open.
+
+    Args:
+        path: The source.
+        kind: Its kind.
+        asked: What the user said.
+        takes: Names in ``Asked`` that mean something for this kind; ``kind`` always does, it is about the cache.
 
     Raises:
-        ValueError: Some are there; names the flags.
+        ValueError: Another one was given; names the flags.
     """
-    given = [name for name in names if getattr(asked, name) not in (None, False, {})]
+    others = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name not in ("kind", *takes)}
+    given = [
+        "--" + name.replace("_", "-")
+        for name, value in others.items()
+        if value not in (None, {}) and value is not False
+    ]
     if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{path}: {kind} says itself what this would say; leave out {flags}")
+        raise ValueError(f"{path}: {', '.join(given)}: of no use for {kind}; leave it out")
 
 
 def select(row: Row, records: NDArray[np.bool_]) -> Row:

@@ -64,6 +64,12 @@ class ConvertConfig:
     sampler: Literal["multinomial", "systematic", "topk", "topp", "thinned", "unknown"] | None = None
     """How records were taken; topk, topp: biased. Only for plain columns that do not come from sklformat."""
 
+    k: int | None = None
+    """Records to keep per position with sampler topk; only for a source of whole distributions, such as llama-cpp-kld."""  # noqa: E501
+
+    seed: int | None = None
+    """Seed of the draws from a source of whole distributions. None: 0."""
+
     drop_last_row: bool = False
     """Leave out the last row of records: for plain columns with as many rows as tokens."""
 
@@ -83,7 +89,8 @@ class ConvertConfig:
     """What to do with records that cannot be, such as NaN or ids outside the vocabulary: refuse, or drop and count."""
 
     def __post_init__(self) -> None:
-        check_least(self, 1, "sequences_per_shard", "vocab_size", "rounds")
+        check_least(self, 1, "sequences_per_shard", "vocab_size", "rounds", "k")
+        check_least(self, 0, "seed")
         for pair in self.columns:
             name, equals, source = pair.partition("=")
             if name not in COLUMN_NAMES or not equals or not source:

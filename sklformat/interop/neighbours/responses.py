@@ -48,7 +48,7 @@ def read(path: Path, kind: str, asked: Asked) -> Reading:
     Raises:
         ValueError: The user must say more, or says what the kind says itself.
     """
-    refuse_flags(path, kind, asked, "convention", "columns", "codec", "drop_last_row", "rounds", "kind")
+    refuse_flags(path, kind, asked, ("vocab_size", "sampler", "values", "tokens"))
     require(path, vocab_size=asked.vocab_size)
     assert asked.vocab_size is not None
     values = asked.values or "logprobs"

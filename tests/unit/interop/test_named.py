@@ -259,6 +259,7 @@ def test_rows_that_cannot_be_are_dropped_when_told(tmp_path):
         ),
         ({"columns": ("token_ids=deep[1]",)}, r"deep\[1\]: position 1 has no such list"),
         ({"tokens": "a.txt", "columns": ("input_ids=x",)}, "--columns input_ids=x: it has no 'x' among"),
+        ({"codec": "c.yaml", "k": 3, "seed": 0}, r"a\.jsonl: --k, --seed, --codec: of no use for jsonl; leave it out"),
         ({"sampler": None}, "does not say how its records were made; give --sampler"),
     ],
 )

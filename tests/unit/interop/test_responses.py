@@ -284,5 +284,5 @@ def test_answers_that_cannot_be(tmp_path, layout, spoil, message):
 
 def test_flags_that_the_answers_say(tmp_path):
     """What an answer says itself can't be said otherwise."""
-    with pytest.raises(ValueError, match="vllm says itself what this would say; leave out --convention"):
+    with pytest.raises(ValueError, match="--convention: of no use for vllm; leave it out"):
         run(tmp_path, vllm_request(Truth(0)), convention="next")
