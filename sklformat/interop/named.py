@@ -78,7 +78,7 @@ def read_named(path: Path, table: Table, asked: Asked) -> Reading:
         says = ["row t describes token t, given those before it; the row of the first token is left out"]
     elif asked.drop_last_row:
         says = [says[0] + "; the last row is left out"]
-    if not is_counts:
+    if kind != "logprobs":
         rest = ", normalised over the ids that are there" if kind == "logits" and "lse" not in sources else ""
         says.append(f"the values are {PROBABILITIES[kind]}{rest}")
     reader = _Reader(path, table, sources, values, kind, asked)

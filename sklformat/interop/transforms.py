@@ -127,11 +127,11 @@ class RatioLoss:
         assert exact.weights is not None
         assert coded.weights is not None
         before, after = _keys(exact), _keys(coded)
-        order = np.argsort(before)
-        found = order[np.searchsorted(before, after, sorter=order)]
+        old, new = np.argsort(before), np.argsort(after)
+        found = old[np.searchsorted(before, after[new], sorter=old)]  # in order, which is many times as fast
         weights = exact.weights[found].astype(np.float64)
         if weights.size:
-            self._largest = max(self._largest, float(np.abs(coded.weights / weights - 1).max()))
+            self._largest = max(self._largest, float(np.abs(coded.weights[new] / weights - 1).max()))
         self.records += exact.num_records
         self.left_out += exact.num_records - coded.num_records
 

@@ -31,6 +31,7 @@ PAGES = [
     "docs/troubleshooting.md",
     "docs/your-data.md",
     "docs/models.md",
+    "docs/converting.md",
     "docs/neighbours.md",
 ]
 # What is printed at a size for use, and its size here.
