@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -153,6 +154,7 @@ def linear_sparse_kl(
     position_weights_P: Tensor | None = None,
     normaliser: Tensor | float | None = None,
     chunk_positions: int | None = None,
+    accumulate: Literal["float32", "weight"] = "float32",
 ) -> Tensor:
     """
     ``sparse_kl`` of the logits that a head makes of hidden states, in chunks of positions; they never exist whole.
@@ -175,10 +177,14 @@ def linear_sparse_kl(
         chunk_positions: Positions per chunk, >= 1.  None: equal chunks of at most 2048 positions and about 1 GiB of
             logits, not below 256 positions; with Triton on a GPU of a quarter of the positions, at least 2048, at most
             8192 and about 2 GiB.
+        accumulate: In what the weight's gradient is summed over chunks.  "float32": float64 for float64.  "weight": in
+            the weight's own type, in the very tensor that becomes its gradient: of bfloat16 a third of the memory, of
+            float32 half; what is small beside the sum so far is lost in bfloat16, and the backward pass runs only once.
 
     Returns:
         Scalar as ``sparse_kl`` returns.  The gradients of weight and bias are summed over chunks in float32 (float64
-        for float64); for half precision on a CPU each chunk's product is rounded to that precision first.
+        for float64), unless ``accumulate`` says otherwise; for half precision on a CPU each chunk's product is rounded
+        to that precision first.
 
     Raises:
         ValueError: As ``sparse_kl``, or hidden states and head do not fit each other, or a part is a DTensor.
@@ -195,6 +201,10 @@ def linear_sparse_kl(
     elif chunk_positions < 1:
         raise ValueError(f"chunk_positions is {chunk_positions}; need at least 1")
     chunk_positions = max(1, min(chunk_positions, num_positions))
+    if accumulate not in ("float32", "weight"):
+        raise ValueError(f"accumulate is {accumulate!r}; one of 'float32', 'weight'")
+    if accumulate == "weight" and head.weight.dtype == torch.float16:
+        raise ValueError("accumulate='weight' of a float16 weight: sums over positions pass 65504; use 'float32'")
     hidden_PD, up_VK = head.widened(hidden_PD)
     enabled = torch.is_grad_enabled()
     inputs = (hidden_PD, head.weight, up_VK, head.bias)
@@ -214,6 +224,7 @@ def linear_sparse_kl(
         named(head.shard),
         chunk_positions,
         compute,
+        accumulate,
         [enabled and tensor is not None and tensor.requires_grad for tensor in inputs],
     )
     return loss

@@ -152,13 +152,14 @@ def linear_sparse_kl_operator(
     shard: str,
     chunk_positions: int,
     compute: torch.dtype,
+    accumulate: str,
     want_grads: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """
     Loss, what it was divided by, and the gradients before that division, empty where they are not wanted.
 
     Those are of hidden states, of the columns of weight and low-rank part that learn, and of the bias; ``want_grads``
-    says which, in the order of the first four arguments.
+    says which, in the order of the first four arguments, ``accumulate`` the type of the columns' sum.
     """
     with torch.autocast(hidden_PD.device.type, enabled=False):
         rows = LossRows(
@@ -175,11 +176,14 @@ def linear_sparse_kl_operator(
             shard=_SHARDS.get(shard),
             shape=Shape.of(OutputHead(weight_VD, bias_V, softcap, scale)),
         )
-        grad_hidden_PD, grad_columns_VX, grad_bias_V = _empty_grads(hidden_PD, weight_VD, bias_V, want_grads)
+        grad_hidden_PD, grad_columns_VX, grad_bias_V = _empty_grads(
+            hidden_PD, weight_VD, bias_V, accumulate, want_grads
+        )
         widths = _widths(hidden_PD, weight_VD, want_grads)
         width = weight_VD.shape[1]
         learning = slice(0 if want_grads[1] else width, hidden_PD.shape[1] if want_grads[2] else width)
-        grad_columns_VX.zero_()
+        if rows.num_positions == 0:  # else the first chunk writes it
+            grad_columns_VX.zero_()
         grad_bias_V.zero_()
         loss = torch.zeros((), dtype=rows.dtype, device=rows.device)
         weight_VX = joined(weight_VD, up_VK).to(compute)
@@ -192,7 +196,7 @@ def linear_sparse_kl_operator(
             if want_grads[0]:
                 grad_hidden_PD[span] = torch.mm(x_CV, weight_VX)
             if any(widths):
-                _add_product(grad_columns_VX, x_CV, hidden_CX[:, learning])
+                _add_product(grad_columns_VX, x_CV, hidden_CX[:, learning], is_first=span.start == 0)
             if want_grads[3]:
                 grad_bias_V += x_CV.sum(0, dtype=rows.dtype)
         if rows.shard is not None and want_grads[0]:  # each part of the head has its share of it
@@ -205,7 +209,7 @@ def _(
     hidden_PD: Tensor, weight_VD: Tensor, _up_VK: Tensor | None, bias_V: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     scalar = hidden_PD.new_empty((), dtype=_accumulation(hidden_PD))
-    return scalar, torch.empty_like(scalar), *_empty_grads(hidden_PD, weight_VD, bias_V, rest[-1])
+    return scalar, torch.empty_like(scalar), *_empty_grads(hidden_PD, weight_VD, bias_V, rest[-2], rest[-1])
 
 
 def _accumulation(like: Tensor) -> torch.dtype:
@@ -219,15 +223,16 @@ def _widths(hidden_PD: Tensor, weight_VD: Tensor, want_grads: Sequence[bool]) ->
 
 
 def _empty_grads(
-    hidden_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, want_grads: Sequence[bool]
+    hidden_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, accumulate: str, want_grads: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # The accumulation type, whatever the weight's: a sum over many chunks in half precision would stall.
+    # The accumulation type, unless memory counts more: a sum over many chunks in half precision loses what is small.
     dtype = _accumulation(hidden_PD)
+    of_columns = weight_VD.dtype if accumulate == "weight" else dtype
     columns = sum(_widths(hidden_PD, weight_VD, want_grads))
     bias = bias_V.shape if want_grads[3] and bias_V is not None else (0,)
     return (
         hidden_PD.new_empty(hidden_PD.shape if want_grads[0] else (0,)),
-        weight_VD.new_empty((weight_VD.shape[0], columns), dtype=dtype),
+        weight_VD.new_empty((weight_VD.shape[0], columns), dtype=of_columns),
         weight_VD.new_empty(bias, dtype=dtype),
     )
 
@@ -237,7 +242,7 @@ def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
-    ctx.want_grads = inputs[-1]
+    ctx.accumulate, ctx.want_grads = inputs[-2:]
     ctx.widths = _widths(hidden_PD, weight_VD, inputs[-1])
     ctx.dtypes = [None if part is None else part.dtype for part in (weight_VD, up_VK, bias_V)]
     ctx.num_inputs = len(inputs)
@@ -253,25 +258,31 @@ def _scale_grads(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
         grads: list[Tensor | None] = [grad_hidden_PD * scale if ctx.want_grads[0] else None]
         parts = [*grad_columns_VX.split(ctx.widths, 1), grad_bias_V]
         for part, dtype, wanted in zip(parts, ctx.dtypes, ctx.want_grads[1:], strict=True):
-            # Straight into the parameter's type: there is no second gradient in float32.
-            grads.append(torch.mul(part, scale, out=part.new_empty(part.shape, dtype=dtype)) if wanted else None)
+            if not wanted:
+                grads.append(None)
+            elif ctx.accumulate == "weight" and part.dtype == dtype and type(part) is Tensor:  # not traced
+                grads.append(part.mul_(scale))  # where it is; a second backward pass notices
+            else:  # straight into the parameter's type: there is no second gradient in float32
+                grads.append(torch.mul(part, scale, out=part.new_empty(part.shape, dtype=dtype)))
     return *(_without_second_derivative(grad) for grad in grads), *rest
 
 
 linear_sparse_kl_operator.register_autograd(_scale_grads, setup_context=_keep_grads)
 
 
-def _add_product(sum_VD: Tensor, x_CV: Tensor, hidden_CD: Tensor) -> None:
-    """sum_VD += x_CV^T hidden_CD, accumulated in the type of sum_VD."""
+def _add_product(sum_VD: Tensor, x_CV: Tensor, hidden_CD: Tensor, *, is_first: bool) -> None:
+    """sum_VD += x_CV^T hidden_CD, accumulated in the type of sum_VD; the first is written over whatever is there."""
+    beta = 0 if is_first else 1
     if x_CV.dtype == sum_VD.dtype:
-        sum_VD.addmm_(x_CV.t(), hidden_CD)
+        sum_VD.addmm_(x_CV.t(), hidden_CD, beta=beta)
     elif x_CV.device.type == "cuda":
-        torch.addmm(sum_VD, x_CV.t(), hidden_CD, out_dtype=sum_VD.dtype, out=sum_VD)
+        torch.addmm(sum_VD, x_CV.t(), hidden_CD, out_dtype=sum_VD.dtype, beta=beta, out=sum_VD)
     else:
         # No mixed product here: a chunk's product is rounded once to half precision, the sum over chunks is not.
         for start in range(0, len(sum_VD), _PRODUCT_ROWS):
             span = slice(start, start + _PRODUCT_ROWS)
-            sum_VD[span] += torch.mm(x_CV[:, span].t(), hidden_CD)
+            part = torch.mm(x_CV[:, span].t(), hidden_CD)
+            sum_VD[span] = part if is_first else sum_VD[span] + part
 
 
 class _NoSecondDerivative(torch.autograd.Function):

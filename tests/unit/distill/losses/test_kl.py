@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sklformat.distill.losses import operators
 from sklformat.distill.losses.kl import METHODS, DenseTargets, DenseTeacher, OutputHead, linear_sparse_kl, sparse_kl
 from sklformat.distill.losses.operators import linear_sparse_kl_operator, parts_of, sparse_kl_operator
 
@@ -307,6 +308,62 @@ def test_linear_in_low_precision(dtype):
     bound = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     for ours, exact in zip(actual, expected, strict=True):
         assert float((ours.double() - exact).norm() / exact.norm()) < bound
+
+
+@pytest.fixture
+def unwritten_is_nan():
+    """Memory that nobody has written holds no numbers."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk_positions", [8, 100])
+@pytest.mark.parametrize("accumulate", ["float32", "weight"])
+def test_the_first_chunk_writes_over_what_is_there(unwritten_is_nan, dtype, chunk_positions, accumulate):
+    """No gradient's memory is filled with zeros first; those of no position at all are zeros."""
+    assert torch.empty(1).isnan()
+    hidden_PD, weight_VD, targets, _ = linear_case(dtype)
+    bias_V = torch.randn(253, generator=generator(8)).requires_grad_()
+    for positions in (21, 0):
+        end = int(targets.offsets[positions])
+        some = Ragged(targets.token_ids[:end], targets.probs[:end], targets.offsets[: positions + 1])
+        head = OutputHead(weight_VD, bias_V)
+        loss = linear_sparse_kl(
+            hidden_PD[:positions], head, some, chunk_positions=chunk_positions, accumulate=accumulate
+        )
+        _, *grads = value_and_grads(loss, hidden_PD, weight_VD, bias_V)
+        assert all(grad.isfinite().all() and bool(grad.any()) == (positions > 0) for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_weights_gradient_is_summed_where_it_stays(dtype, monkeypatch):
+    """With accumulate="weight" it is of the weight's type from the first chunk on, in one tensor; then once only."""
+    hidden_PD, weight_VD, targets, _ = linear_case(dtype)
+    sums, real = [], operators._add_product
+    monkeypatch.setattr(operators, "_add_product", lambda to, *rest, **own: sums.append(to) or real(to, *rest, **own))
+    by_float32 = linear_sparse_kl(hidden_PD, weight_VD, targets, chunk_positions=8)
+    expected = value_and_grads(by_float32, hidden_PD, weight_VD)
+    assert {torch.float32} == {to.dtype for to in sums}
+    sums.clear()
+    hidden_PD.grad = weight_VD.grad = None
+    loss = linear_sparse_kl(hidden_PD, weight_VD, targets, chunk_positions=8, accumulate="weight") * 3
+    loss.backward(retain_graph=True)
+    assert {dtype} == {to.dtype for to in sums}
+    assert weight_VD.grad.data_ptr() == sums[0].data_ptr()
+    for ours, wanted in zip((hidden_PD.grad, weight_VD.grad), expected[1:], strict=True):
+        assert (ours - 3 * wanted).norm() <= {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype] * (3 * wanted).norm()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_ways_to_sum_that_there_are_not():
+    hidden_PD, weight_VD, targets, _ = linear_case(torch.float16)
+    with pytest.raises(ValueError, match="accumulate='weight' of a float16 weight: sums over positions pass 65504"):
+        linear_sparse_kl(hidden_PD, weight_VD, targets, accumulate="weight")
+    with pytest.raises(ValueError, match="accumulate is 'bfloat16'; one of 'float32', 'weight'"):
+        linear_sparse_kl(hidden_PD, weight_VD, targets, accumulate="bfloat16")
 
 
 def test_autocast_takes_its_type_and_returns_the_parameters_types():
@@ -714,19 +771,24 @@ def operator_cases(dtype=torch.float32):
         logits_PV = (hidden_PD @ weight_VD.T).detach().requires_grad_()
         yield sparse_kl_operator, (logits_PV, *parts, method, *rest, True)
         head = (hidden_PD, weight_VD, None, bias_V, 0.5, 3.0)
-        yield linear_sparse_kl_operator, (*head, *parts, method, *rest, 4, dtype, [True, True, False, True])
+        for accumulate in ("float32", "weight"):
+            settings = (4, dtype, accumulate, [True, True, False, True])
+            yield linear_sparse_kl_operator, (*head, *parts, method, *rest, *settings)
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(6))
 def test_operators_say_the_truth_of_themselves(number):
     """Schema, shapes without data, and gradients under tracing, as torch checks them."""
     operator, args = list(operator_cases())[number]
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    # Where it stays, a gradient is scaled in place, which the comparison below would meet; compiled losses have it.
+    if "weight" not in [arg for arg in args if isinstance(arg, str)]:
+        tests.append("test_aot_dispatch_static")
     torch.library.opcheck(operator, args, test_utils=tests)
 
 
-@pytest.mark.parametrize("method", ["random_sampling", "full"])
-def test_compiled_losses_are_the_losses(method):
+@pytest.mark.parametrize(("method", "accumulate"), [("random_sampling", "float32"), ("full", "weight")])
+def test_compiled_losses_are_the_losses(method, accumulate):
     """Whole in one graph: value and gradients are bit for bit those of the plain call."""
     P, V, D = 6, 40, 8
     hidden_PD, weight_VD, targets, _ = linear_case(torch.float32, P, V, D)
@@ -734,7 +796,7 @@ def test_compiled_losses_are_the_losses(method):
     given = teacher if method == "full" else targets
 
     def loss_of(hidden_PD, weight_VD):
-        return linear_sparse_kl(hidden_PD.tanh(), weight_VD, given, method=method) * 2
+        return linear_sparse_kl(hidden_PD.tanh(), weight_VD, given, method=method, accumulate=accumulate) * 2
 
     found = []
     for run in (loss_of, torch.compile(loss_of, backend="aot_eager", fullgraph=True)):
