@@ -148,11 +148,11 @@ def _rows(
     place = tl.load(places + number)
     if SYSTEMATIC:
         words = _uniforms(seed, sequence, place, rounds * 0)
-        x = (words.to(tl.float64) * 1.1102230246251565e-16 + rounds.to(tl.float64)) * (total / N)
+        all_points = (words.to(tl.float64) * 1.1102230246251565e-16 + rounds.to(tl.float64)) * (total / N)
     else:
         words = tl.where(rounds < N, _uniforms(seed, sequence, place, rounds), _LAST_WORD)
-        x = tl.sort(words).to(tl.float64) * 1.1102230246251565e-16 * total
-    tl.store(points + number * N + rounds, x, mask=rounds < N)
+        all_points = tl.sort(words).to(tl.float64) * 1.1102230246251565e-16 * total
+    tl.store(points + number * N + rounds, all_points, mask=rounds < N)
     tl.debug_barrier()
 
     last_block = tl.sum((cdf < total).to(tl.int32), 0)  # where the running sums come to the total, as in C
