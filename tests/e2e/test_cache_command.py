@@ -377,8 +377,12 @@ def test_a_column_that_there_is_not_is_refused(cache):
     assert "columns may be label_logprob, entropy, document_start, record_logprob, got logits" in err
 
 
-def test_estimate_measures_what_it_must(place):
-    """A calibration run gives vocabulary, records a position and speed; what was given stays as it is."""
+def test_estimate_measures_what_it_must(place, monkeypatch):
+    """A calibration run gives vocabulary, records a position and speed, and tokenises each document once."""
+    encode, encoded = tokenization.TextEncoder.__call__, []
+    monkeypatch.setattr(
+        tokenization.TextEncoder, "__call__", lambda self, texts: encoded.extend(texts) or encode(self, texts)
+    )
     config = EstimateConfig(
         positions=1e6, rounds=20, seq_len=SEQ_LEN, teacher=str(place / "teacher"), text=(place / "text",),
         calibration_sequences=4, batch_size=2,
@@ -388,6 +392,7 @@ def test_estimate_measures_what_it_must(place):
     assert 2 < measured.unique_tokens < 20
     assert measured.positions_per_second > 0
     assert estimate(measured).gpu_hours > 0
+    assert sorted(document.text for document in read_documents([place / "text"])) == sorted(encoded)
 
 
 def test_estimate_measures_a_dataset_without_end(place, monkeypatch):

@@ -11,6 +11,7 @@ from typing import Any
 
 from sklformat.cache.reader import open_cache
 from sklformat.distill.teacher.caching import cache_teacher
+from sklformat.distill.teacher.token_sources import TOKENS_NAME
 from sklformat.distill.text.chats import Chat, Text, read_dataset_texts
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.estimate import EstimateConfig
@@ -58,6 +59,7 @@ def calibrate(config: EstimateConfig) -> EstimateConfig:
                     adapter_base=config.adapter_base,
                 )
             )
+            given = {"tokens": out / TOKENS_NAME}  # the text is tokenised once
         with open_cache(out) as cache:
             vocab_size = cache.header.vocab_size
             is_ragged = cache.header.seq_len == 0
