@@ -33,6 +33,11 @@ def shard_path(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05d}.skl"
 
 
+def partial_path(shard: Path) -> Path:
+    """Where a shard lies until it is sealed."""
+    return shard.with_name(shard.name + layout.PARTIAL_SUFFIX)
+
+
 def shard_header(header: Header, number: int, first_sequence: int) -> Header:
     """The cache's settings with a shard's own place."""
     return dataclasses.replace(header, shard_number=number, first_sequence=first_sequence)

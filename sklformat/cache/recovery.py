@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sklformat.cache.contents import partial_path
 from sklformat.errors import CorruptError, FormatError, TruncatedError
 from sklformat.files.disk import Disk, lock_named
 from sklformat.format import layout
@@ -90,7 +91,7 @@ def recover(path: Path | str) -> Recovered:
     given = Path(path)
     partial = given
     if not given.name.endswith(layout.PARTIAL_SUFFIX):
-        partial = given.with_name(given.name + layout.PARTIAL_SUFFIX)
+        partial = partial_path(given)
     if not partial.exists():
         state = "a sealed shard is never cut, verify says whether it is sound" if given.exists() else "no such file"
         raise FileNotFoundError(f"{given}: {state}; there is no {partial.name} to recover")

@@ -18,6 +18,7 @@ from sklformat.cache.contents import (
     UNFINISHED_NAME,
     mark_unfinished,
     partial_files,
+    partial_path,
     shard_files,
     shard_header,
     shard_path,
@@ -28,7 +29,6 @@ from sklformat.cache.shard import Shard, describe
 from sklformat.cache.writer import ShardWriter, closed
 from sklformat.errors import SettingsError
 from sklformat.files.disk import locked_directory
-from sklformat.format import layout
 from sklformat.format.header import Header
 from sklformat.format.listing import Entry, check_contiguous, place_in_cache
 from sklformat.format.records import SparseTargets
@@ -111,8 +111,7 @@ class CacheWriter:
                 )
 
     def _partial(self) -> Path:
-        path = shard_path(self.directory, len(self._entries))
-        return path.with_name(path.name + layout.PARTIAL_SUFFIX)
+        return partial_path(shard_path(self.directory, len(self._entries)))
 
     def _begin(self) -> ShardWriter:
         number = len(self._entries)

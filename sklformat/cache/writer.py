@@ -14,6 +14,7 @@ from types import TracebackType
 
 from numpy.typing import ArrayLike
 
+from sklformat.cache.contents import partial_path
 from sklformat.cache.recovery import Recovered, keep, scan
 from sklformat.errors import FormatError, SettingsError, WriteError
 from sklformat.files.disk import Disk, lock_named
@@ -50,7 +51,7 @@ class ShardWriter:
 
     def __init__(self, path: Path | str, *, header: Header, resume: bool = False, disk: Disk | None = None) -> None:
         self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + layout.PARTIAL_SUFFIX)
+        self.partial = partial_path(self.path)
         self.header = header
         self._key = header.shard_key
         self._disk = disk or Disk()

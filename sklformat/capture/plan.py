@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sklformat.cache.contents import partial_files, shard_header, shard_path
+from sklformat.cache.contents import partial_files, partial_path, shard_header, shard_path
 from sklformat.cache.recovery import recover
 from sklformat.cache.sharding import other_settings
 from sklformat.capture.destinations import Target
@@ -178,7 +178,7 @@ def _check_found(target: Target, header: Header, place: ShardWork) -> Entry | No
 
 def _check_partial(path: Path, header: Header, place: ShardWork) -> None:
     """The settings of a place's ``.partial``, if it has one."""
-    partial = path.with_name(path.name + layout.PARTIAL_SUFFIX)
+    partial = partial_path(path)
     if not partial.exists():
         return
     head = read_start(partial, layout.HEADER_SIZE)
@@ -188,7 +188,7 @@ def _check_partial(path: Path, header: Header, place: ShardWork) -> None:
 
 def _kept(path: Path, place: ShardWork) -> tuple[int, str | None]:
     """How many sequences the place's ``.partial`` keeps, and what it does not, in words."""
-    partial = path.with_name(path.name + layout.PARTIAL_SUFFIX)
+    partial = partial_path(path)
     if not partial.exists():
         return 0, None
     recovered = recover(path)
