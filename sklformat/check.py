@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sklformat.cache.reader import Cache
 from sklformat.cache.tokens import Tokens, TokenSource
 from sklformat.checksums import alignment
-from sklformat.errors import AlignmentError, SettingsError, UnsupportedError
+from sklformat.errors import AlignmentError, UnsupportedError
 from sklformat.files.regular import check_exists
 from sklformat.format.header import Header
 from sklformat.settings.inspection import CheckConfig
@@ -100,37 +99,11 @@ def _open_tokens(path: Path, header: Header) -> TokenSource:
         array: TokenSource = np.load(path, mmap_mode="r", allow_pickle=False)
         return array
     if path.is_dir():
-        from sklformat.distill.text import corpus, singles  # noqa: PLC0415  needs the extra of training
+        from sklformat.distill.text import singles  # noqa: PLC0415  needs the extra of training
 
-        store: TokenSource | None = corpus.open_ninja(path)
+        store = singles.packed_as(path, header)
         if store is not None:
             return store
-        if corpus.is_token_store(path):
-            packed = header.capture.get("packing")
-            is_single = isinstance(packed, dict) and "single" in packed
-            if not isinstance(packed, dict) or "separator_id" not in packed or not (header.seq_len or is_single):
-                raise UnsupportedError(
-                    "the cache does not say how its tokens were packed (sklformat cache writes that); give the packed "
-                    "sequences as a .npy array or an mmap-ninja store",
-                    path=path,
-                )
-            way: dict[str, Any] = {"packing": "packed", "seq_len": header.seq_len}
-            if is_single:
-                way = {"packing": "single", **packed["single"]}
-            sequences = singles.open_sequences(
-                path,
-                **way,
-                separator_id=packed["separator_id"],
-                seed=header.packing_seed,
-                first=packed.get("first_sequence", 0),
-            )
-            there, captured = sequences.facts.bos, packed.get("bos", {"at": "none"})["at"]
-            if there != captured:
-                raise SettingsError(
-                    f"{path}: its tokens go with --bos {there}, the cache was captured with --bos {captured}; give the "
-                    "tokens that it was captured on"
-                )
-            return sequences
     raise UnsupportedError(
         "neither a .npy array, nor an mmap-ninja store, nor a token store; sklformat.check.check_tokens takes what "
         "Python can read",

@@ -33,6 +33,7 @@ from sklformat.settings.demo import DemoConfig
 from sklformat.settings.estimate import EstimateConfig
 from sklformat.settings.eval import EvalConfig
 from sklformat.settings.inspection import CheckConfig, InspectConfig, RecoverConfig, VerifyConfig
+from sklformat.settings.rescore import RescoreConfig
 from sklformat.settings.train import TrainConfig
 
 UNFINISHED, DAMAGED = 1, 3
@@ -193,7 +194,7 @@ def _cache_table(facts: dict[str, Any]) -> dict[str, str]:
     verdict = "yes" if facts["biased"] else "unknown"
     if header["sampler"] in UNBIASED_SAMPLERS:
         unbiased = is_unbiased(header["sampler"], header["proposal_temperature"], header["capture"])
-        verdict = "no" if unbiased else "slightly (importance weights are normalised)"
+        verdict = "no" if unbiased else f"slightly (importance weights are {_changed(header['capture'])})"
     prints = {name: header[f"{name}_fingerprint"] for name in ("tokenizer", "corpus", "teacher")}
     table = {
         "path": facts["path"],
@@ -213,6 +214,12 @@ def _cache_table(facts: dict[str, Any]) -> dict[str, str]:
     }
     table |= {name: value if value.strip("0") else "unknown" for name, value in prints.items()}
     return table | {f"capture.{key}": json.dumps(value) for key, value in header["capture"].items()}
+
+
+def _changed(capture: dict[str, Any]) -> str:
+    weighted = capture.get("weighted")
+    is_cut = isinstance(weighted, dict) and weighted.get("largest_weight") is not None
+    return "cut" if is_cut else "normalised"
 
 
 def _number(value: float | None) -> str:
@@ -283,7 +290,7 @@ class _Verb:
 
 
 def _learning(
-    config_type: type[Any], module: str, function: str, *, holds: str | None = None
+    config_type: type[Any], module: str, function: str, *, holds: str | None = None, positional: bool = False
 ) -> Callable[[str, list[str]], int]:
     """
     A verb of the learning side: its config, and the function that it calls; ``holds``: what its directory is there.
@@ -292,7 +299,7 @@ def _learning(
     """
 
     def run(name: str, arguments: list[str]) -> int:
-        config, as_json = parse(config_type, name, arguments)
+        config, as_json = parse(config_type, name, arguments, positional=positional)
         if holds is not None and os.environ.get("RANK", "0") == "0":  # no rank holds it before the first has come
             refuse_held(Path(getattr(config, holds)))
         result = getattr(importlib.import_module(f"sklformat.distill.{module}"), function)(config)
@@ -319,6 +326,7 @@ def _long(config_type: type[Any], module: str, function: str) -> Callable[[str, 
 _AGAIN = "nothing was changed"
 _CACHE = _learning(CacheConfig, "engines.serving", "cache", holds="directory")
 _TRAIN = _learning(TrainConfig, "student.training", "train", holds="out")
+_RESCORE = _learning(RescoreConfig, "rescoring.passes", "rescore", holds="out", positional=True)
 _EVAL = _learning(EvalConfig, "student.measures.evaluation", "evaluate")
 _DEMO = _learning(DemoConfig, "demo.stages", "run_demo", holds="out")
 _CHECK = _long(CheckConfig, "check", "check")
@@ -334,4 +342,5 @@ _VERBS = {
     "recover": _Verb("keep the whole sequences of an unfinished shard", RecoverConfig, _run_recover),
     "check": _Verb("prove that a cache and tokens belong together", CheckConfig, _CHECK, _AGAIN),
     "convert": _Verb("turn caches into plain columns (npz, Parquet, JSONL), and back", ConvertConfig, _CONVERT),
+    "rescore": _Verb("ask another teacher about the records of a cache", RescoreConfig, _RESCORE),
 }

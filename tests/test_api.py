@@ -31,6 +31,10 @@ FLAGS = {
         positions-per-second proposal-temperature rounds seq-len sequences-per-shard store-tokens teacher text
         trust-remote-code unique-tokens vocab-size
     """,
+    "rescore": """
+        adapter-base batch-size columns device device-map dtype json largest-weight out teacher tokens
+        trust-remote-code weights
+    """,
     "train": """
         accumulation adam-eps adapter-base batch-size best-by betas cache cache-weights ce-weight compile decay decode
         device dtype eval-cache eval-every eval-sequences gradient-checkpointing hidden-size hold-out isolate-documents

@@ -1,15 +1,16 @@
 """
 What turns a cache into a trained student; torch lives here, and these are its public names.
 
-demo     the whole pipeline on two cores
-engines  other engines as teachers
-kernels  Triton: what runs on a GPU
-loader   from a cache to batches
-losses   losses and metrics on tensors
-models   the door to transformers
-student  training and evaluation
-teacher  capture of a teacher
-text     documents, tokens, packing
+demo       the whole pipeline on two cores
+engines    other engines as teachers
+kernels    Triton: what runs on a GPU
+loader     from a cache to batches
+losses     losses and metrics on tensors
+models     the door to transformers
+rescoring  another teacher on the records of a cache
+student    training and evaluation
+teacher    capture of a teacher
+text       documents, tokens, packing
 """
 
 from typing import TYPE_CHECKING, Any

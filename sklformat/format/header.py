@@ -34,9 +34,24 @@ def is_unbiased(sampler: str | None, proposal_temperature: float, capture: Mappi
 
     Importance weights divided by their sum are not; that they were left as they are, a capture says.
     """
+    weighted = capture.get("weighted")
+    if isinstance(weighted, Mapping) and weighted.get("unbiased") is not True:
+        return False
     how = capture.get("sampler")
     undivided = isinstance(how, Mapping) and how.get("unbiased") is True
     return sampler in layout.UNBIASED_SAMPLERS and (proposal_temperature == 1 or undivided)
+
+
+def other_teacher(header: Header) -> str | None:
+    """
+    Fingerprint of the teacher that log-probs and entropies in the columns are of, where it is not the one that the
+    records are of, but was asked about them later; None: they are of the same.
+    """
+    rescored = header.capture.get("rescored")
+    teacher = rescored.get("teacher") if isinstance(rescored, Mapping) else None
+    if not isinstance(teacher, Mapping) or teacher.get("fingerprint") == header.teacher_fingerprint:
+        return None
+    return str(teacher.get("fingerprint"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

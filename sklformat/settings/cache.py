@@ -237,8 +237,7 @@ class CacheConfig(TextFiles):
 
     @property
     def _teacher(self) -> tuple[str, str | None]:
-        name, _, revision = self.teacher.partition("@")
-        return (self.teacher, None) if not revision or Path(self.teacher).exists() else (name, revision)
+        return name_and_revision(self.teacher)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -251,3 +250,9 @@ class CacheConfig(TextFiles):
             "seed": self.seed,
             "self_normalise": not self.unbiased_weights,
         }
+
+
+def name_and_revision(teacher: str) -> tuple[str, str | None]:
+    """A model's path or name, and the revision behind it, where there is one: of name@revision."""
+    name, _, revision = teacher.partition("@")
+    return (teacher, None) if not revision or Path(teacher).exists() else (name, revision)

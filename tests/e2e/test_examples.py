@@ -126,6 +126,9 @@ def place(tmp_path, monkeypatch):
         vocab_size=tokenization.num_ids(tokenizer), hidden_size=32, num_layers=1, num_heads=2, max_positions=64, seed=0
     )
     loading.save(teacher, tokenizer, tmp_path / "my-teacher")
+    with torch.no_grad():
+        teacher.lm_head.weight += 0.01 * torch.arange(32)
+    loading.save(teacher, tokenizer, tmp_path / "my-other-teacher")
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()

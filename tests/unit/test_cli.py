@@ -56,7 +56,19 @@ def test_help_names_every_verb(capfd):
     """--help, --version and a missing or wrong verb answer at once."""
     status, out, _ = run(capfd, "--help")
     assert 0 == status
-    for verb in ("cache", "estimate", "train", "eval", "demo", "inspect", "verify", "recover", "check", "convert"):
+    for verb in (
+        "cache",
+        "estimate",
+        "train",
+        "eval",
+        "demo",
+        "inspect",
+        "verify",
+        "recover",
+        "check",
+        "convert",
+        "rescore",
+    ):
         assert f"\n  {verb} " in out
     assert (0, f"sklformat {skl.__version__}\n", "") == run(capfd, "--version")
     for words in ((), ("chache",), ("--nosuch",)):

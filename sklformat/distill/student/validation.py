@@ -29,7 +29,7 @@ from sklformat.distill.losses.sums import EvaluationSums
 from sklformat.distill.models import heads, outputs
 from sklformat.errors import SettingsError
 from sklformat.format.columns import ENTROPY, LABEL_LOGPROB
-from sklformat.format.header import Header, is_unbiased
+from sklformat.format.header import Header, is_unbiased, other_teacher
 from sklformat.progress import say
 
 # Logits that exist at once where they are made of hidden states: 256 MiB in float32.
@@ -163,12 +163,14 @@ class HeldOut:
         return self.schedule.num_batches(0)
 
     def __iter__(self) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-        """Each batch, and of the columns ``entropy`` and ``label_logprob`` those that there are, [P] float32."""
+        """Each batch, and of the teacher's ``entropy`` and ``label_logprob`` those that there are, [P] float32."""
         for batch, (places, _) in zip(self._dataset, self.schedule.batches(0, 0), strict=True):
             yield batch, self._columns(places, batch.input_ids.shape[1])
 
     def _columns(self, places: NDArray[np.int64], width: int) -> dict[str, Tensor]:
-        names = [name for name in (ENTROPY, LABEL_LOGPROB) if name in self.cache.header.columns]
+        header = self.cache.header
+        own = header.columns if other_teacher(header) is None else ()  # else not of whom the records are of
+        names = [name for name in (ENTROPY, LABEL_LOGPROB) if name in own]
         values = {name: np.zeros((places.size, width), np.float32) for name in names}
         for row, place in enumerate(places.tolist() if names else ()):
             if place >= 0:

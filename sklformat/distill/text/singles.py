@@ -12,8 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat.distill.text.corpus import TokenStore
+from sklformat.cache.tokens import TokenSource
+from sklformat.distill.text.corpus import TokenStore, is_token_store, open_ninja
 from sklformat.distill.text.packing import PackedSequences, Sequences, paste
+from sklformat.errors import SettingsError, UnsupportedError
+from sklformat.format.header import Header
 from sklformat.format.order import permute
 from sklformat.settings.text import Packing, Truncate
 
@@ -144,6 +147,51 @@ def open_sequences(
     if packing == "single":
         return SingleSequences(store_path, truncate=truncate, bos_id=bos_id, **settings)
     return PackedSequences(store_path, **settings)
+
+
+def packed_as(path: Path, header: Header) -> TokenSource | None:
+    """
+    The sequences of a directory of tokens, packed as a cache's header says where they are not packed yet.
+
+    Args:
+        path: An mmap-ninja store of sequences, or a token store.
+        header: Of the cache.
+
+    Returns:
+        None where the directory is neither.
+
+    Raises:
+        SettingsError: A token store whose BOS stands elsewhere than the cache's.
+        UnsupportedError: A token store, and the cache does not say how it was packed.
+    """
+    store: TokenSource | None = open_ninja(path)
+    if store is not None or not is_token_store(path):
+        return store
+    packed = header.capture.get("packing")
+    is_single = isinstance(packed, dict) and "single" in packed
+    if not isinstance(packed, dict) or "separator_id" not in packed or not (header.seq_len or is_single):
+        raise UnsupportedError(
+            "the cache does not say how its tokens were packed (sklformat cache writes that); give the packed "
+            "sequences as a .npy array or an mmap-ninja store",
+            path=path,
+        )
+    way: dict[str, Any] = {"packing": "packed", "seq_len": header.seq_len}
+    if is_single:
+        way = {"packing": "single", **packed["single"]}
+    sequences = open_sequences(
+        path,
+        **way,
+        separator_id=packed["separator_id"],
+        seed=header.packing_seed,
+        first=packed.get("first_sequence", 0),
+    )
+    there, captured = sequences.facts.bos, packed.get("bos", {"at": "none"})["at"]
+    if there != captured:
+        raise SettingsError(
+            f"{path}: its tokens go with --bos {there}, the cache was captured with --bos {captured}; give the "
+            "tokens that it was captured on"
+        )
+    return sequences
 
 
 def _grouped(order: NDArray[np.int64], lengths: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
