@@ -1,5 +1,5 @@
 """
-``convert``: from a cache or a file of plain columns to another of them.
+``convert``: from a cache, plain columns or another system's files to one of these.
 
 Says what the values are and what was lost; refuses what would be silently wrong.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -29,10 +30,11 @@ from sklformat.format.columns import follow_records
 from sklformat.format.header import Header
 from sklformat.format.records import SparseTargets
 from sklformat.interop.columns import Row
-from sklformat.interop.kinds import find_kind, open_reading
+from sklformat.interop.kinds import EXPORTS, find_kind, open_export, open_reading
 from sklformat.interop.notes import check_agrees, make_note
 from sklformat.interop.readings import Asked
 from sklformat.interop.sources import CacheSource, Progress, RowsSource, Source
+from sklformat.interop.tables.exports import Export
 from sklformat.interop.tables.files import ColumnsWriter, check_absent
 from sklformat.interop.tokens import TokenFile
 from sklformat.interop.transforms import RatioLoss, quantised, target_header, to_counts, to_ratios
@@ -49,7 +51,7 @@ class Converted:
     Attributes:
         destination: The cache directory or file.
         sequences, positions, records: In it.
-        fingerprint: Of the cache; None for plain columns.
+        fingerprint: Of the cache; None for anything else.
         says: Sentences: the convention of rows, what the values are, whether they are biased, what was lost.
     """
 
@@ -102,7 +104,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Converte
         drop_tokens=config.drop_tokens,
         has_tokens=has_tokens,
     )
-    stream = _Stream(source, header, progress)
+    stream = _Stream(source, header, progress, coded=to_kind not in EXPORTS)
     if source.header.kind == "ratios" and header.kind == "counts":
         for _ in stream.take(0, source.count, "check"):  # refuse before anything is written
             pass
@@ -114,6 +116,10 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Converte
         facts = inspect(config.destination)
         numbers = {name: facts[name] for name in ("sequences", "positions", "records")}
         fingerprint = facts["fingerprint"]
+    elif to_kind in EXPORTS:
+        numbers, lost = _write_export(config, to_kind, stream)
+        fingerprint = None
+        says += lost
     else:
         numbers, fingerprint = _write_columns(config, to_kind, stream), None
     if stream.loss is not None:
@@ -143,6 +149,10 @@ def _destination_kind(config: ConvertConfig) -> str:
     unused += ["--drop-tokens"] if config.drop_tokens else []
     if kind != "skl" and unused:
         raise ValueError(f"{', '.join(unused)}: for a cache only, {path} is to be {kind}")
+    if kind in EXPORTS and config.kind is not None:
+        raise ValueError(f"--kind: {kind} has log-probabilities; leave it out")
+    if kind not in EXPORTS and config.top_k is not None:
+        raise ValueError(f"--top-k: for --to {', '.join(sorted(EXPORTS))}; {path} is to be {kind}, with all records")
     return kind
 
 
@@ -184,11 +194,11 @@ def _open_source(config: ConvertConfig, kind: str, progress: Progress | None) ->
 
 
 class _Stream:
-    """The source's sequences as the destination holds them."""
+    """The source's sequences as the destination holds them; ``coded``: ratios in 7-bit codes, else as they are."""
 
-    def __init__(self, source: Source, header: Header, progress: Progress | None) -> None:
-        self.source, self.header, self._progress = source, header, progress
-        self.loss = RatioLoss() if header.kind == "ratios" else None
+    def __init__(self, source: Source, header: Header, progress: Progress | None, *, coded: bool = True) -> None:
+        self.source, self.header, self._progress, self._coded = source, header, progress, coded
+        self.loss = RatioLoss() if header.kind == "ratios" and coded else None
         self._items, self._next = source.items(0), 0
 
     def take(self, start: int, count: int, doing: str = "convert") -> Iterator[tuple[Any, SparseTargets, Any]]:
@@ -223,6 +233,8 @@ class _Stream:
 
     def _converted(self, targets: SparseTargets) -> SparseTargets:
         old = self.source.header
+        if not self._coded:
+            return targets
         if self.header.kind == "counts":
             return targets if old.kind == "counts" else to_counts(targets, old)
         if old.kind == "counts":
@@ -293,18 +305,46 @@ def _write_columns(config: ConvertConfig, kind: str, stream: _Stream) -> dict[st
     header, source = stream.header, stream.source
     values = "counts" if header.kind == "counts" else "logprobs"
     note = make_note(header, source.count, source.shard_sequences)
-    numbers = dict.fromkeys(("sequences", "positions", "records"), 0)
+    numbers = _Numbers()
     with ColumnsWriter(config.destination, kind, values, header.columns, note) as writer:
         for tokens, targets, columns in stream.take(0, source.count):
-            flat: NDArray[Any]
-            if targets.counts is not None:
-                flat = targets.counts
-            else:
-                assert targets.weights is not None
-                flat = np.log(targets.weights.astype(np.float64))
+            flat = targets.counts if targets.counts is not None else _log_probs(targets, header)
             writer.append(Row(tokens, targets.token_ids, flat, targets.offsets, columns))
-            numbers["sequences"] += 1
-            numbers["positions"] += targets.num_positions
-            numbers["records"] += targets.num_records
+            numbers.add(targets)
         stream.finish()
-    return numbers
+    return dict(numbers)
+
+
+def _write_export(config: ConvertConfig, kind: str, stream: _Stream) -> tuple[dict[str, int], list[str]]:
+    """What was written, and sentences on what was lost."""
+    header, count = stream.header, stream.source.count
+    top_k = config.top_k
+    if top_k is None:
+        counts = (np.diff(targets.offsets).max(initial=0) for _, targets, _ in stream.take(0, count, "check"))
+        top_k = max(int(max(counts)), 1)
+    numbers = _Numbers()
+    with open_export(config.destination, kind, Export(header=header, count=count, top_k=top_k)) as writer:
+        for tokens, targets, columns in stream.take(0, count):
+            writer.append(Row(tokens, targets.token_ids, _log_probs(targets, header), targets.offsets, columns))
+            numbers.add(targets)
+        stream.finish()
+    says = [*writer.says]
+    if header.kind == "counts":
+        says.append(f"counts are written as log-probabilities, log(count / {header.rounds})")
+    return dict(numbers), says
+
+
+def _log_probs(targets: SparseTargets, header: Header) -> NDArray[np.float64]:
+    if targets.counts is not None:
+        return np.log(targets.counts / header.rounds)
+    assert targets.weights is not None
+    return np.log(targets.weights.astype(np.float64))
+
+
+class _Numbers(Counter[str]):
+    """How much was written."""
+
+    def add(self, targets: SparseTargets) -> None:
+        self["sequences"] += 1
+        self["positions"] += targets.num_positions
+        self["records"] += targets.num_records

@@ -1,4 +1,4 @@
-"""Kinds of sources: what a path is, where its name or content says so, and the reader of each kind."""
+"""Kinds of files: what a path is, where its name or content says so, and the reader and writer of each kind."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sklformat.format.layout import PARTIAL_SUFFIX, SHARD_SUFFIX
 from sklformat.interop.named import read_named
 from sklformat.interop.notes import Note, read_noted
 from sklformat.interop.readings import Asked, Reading, refuse_flags
+from sklformat.interop.tables.exports import Export, Exporter
 from sklformat.interop.tables.files import SUFFIXES, open_table
 
 NEIGHBOURS: dict[str, str] = {
@@ -18,6 +19,8 @@ NEIGHBOURS: dict[str, str] = {
 }
 """The module of ``neighbours`` that reads each kind."""
 _OF_TABLES = ("vocab_size", "rounds", "sampler", "convention", "values", "columns", "tokens", "drop_last_row")
+EXPORTS = {"distillkit-raw": "distillkit"}
+"""The module of ``neighbours`` that writes each kind."""
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 
 
@@ -59,6 +62,18 @@ def open_reading(path: Path, kind: str, asked: Asked) -> tuple[Reading, Note | N
     if table.note is not None and not asked.columns:
         return read_noted(path, table, asked)
     return read_named(path, table, asked), None
+
+
+def open_export(path: Path, kind: str, export: Export) -> Exporter:
+    """
+    What writes sequences for another system, of a kind of ``EXPORTS``.
+
+    Raises:
+        ValueError: The system can't hold them, or has no file of that name.
+        FileExistsError, OSError, ModuleNotFoundError: Of the writer.
+    """
+    exporter: Exporter = _neighbour(EXPORTS[kind]).open_export(path, kind, export)
+    return exporter
 
 
 def _neighbour(module: str) -> Any:

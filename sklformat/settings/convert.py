@@ -12,7 +12,7 @@ SourceKind = Literal[
     "auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors",
     "vllm", "sglang",
 ]  # fmt: skip
-DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl"]
+DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "distillkit-raw"]
 COLUMN_NAMES = (
     "input_ids", "token_ids", "counts", "logprobs", "lse", "mask", "document",
     "label_logprob", "entropy", "document_start", "record_logprob",
@@ -45,6 +45,9 @@ class ConvertConfig:
 
     profile: Literal["R24", "R24W", "R32"] | None = None
     """Record layout: 17-bit ids, 18-bit ids with at most 63 rounds, 24-bit ids. None: the source's, or the smallest."""
+
+    top_k: int | None = None
+    """Records of each position for systems that have the same number everywhere, as distillkit-raw: the most probable. None: as many as any position has."""  # noqa: E501
 
     drop_tokens: bool = False
     """Leave the tokens out of the cache, 2 or 3 bytes per position; training then needs them from elsewhere."""
@@ -89,7 +92,7 @@ class ConvertConfig:
     """What to do with records that cannot be, such as NaN or ids outside the vocabulary: refuse, or drop and count."""
 
     def __post_init__(self) -> None:
-        check_least(self, 1, "sequences_per_shard", "vocab_size", "rounds", "k")
+        check_least(self, 1, "sequences_per_shard", "top_k", "vocab_size", "rounds", "k")
         check_least(self, 0, "seed")
         for pair in self.columns:
             name, equals, source = pair.partition("=")

@@ -1,4 +1,5 @@
 """Files of other systems: each module reads the kinds of one of them, and writes some.
 
-responses  answers of vLLM and SGLang
+distillkit  DistillKit: raw rows, written
+responses   answers of vLLM and SGLang
 """

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from sklformat.interop.columns import offsets_of
+
+Columns = Mapping[str, tuple[DTypeLike, int]]
+"""Of columns that are written, by name: the type of the numbers, and how many lists are around each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 """
-Tables of any kind, in one file or several: their columns, their rows; and a writer of plain columns.
+Tables of any kind, in one file or several: their columns, their rows; and writers of tables and plain columns.
 
 A file that is written gets its name when it is whole.
 """
@@ -15,18 +15,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, Self
 
 from sklformat.files.disk import Disk, naming, write_atomically
-from sklformat.interop.columns import Row
+from sklformat.format.columns import RECORD_LOGPROB
+from sklformat.interop.columns import TYPES, Row
 from sklformat.interop.tables import jsonl
+from sklformat.interop.tables.cells import Cell, Columns
 
 
 class Sink(Protocol):
     """Where rows of one kind of file go."""
 
-    def append(self, row: Row) -> None:
-        """Add one sequence."""
+    def append(self, cells: Mapping[str, Cell]) -> None:
+        """Add one row: a cell for each column."""
 
     def finish(self) -> None:
         """Complete the file."""
@@ -147,15 +149,14 @@ def check_absent(path: Path) -> None:
         raise FileExistsError(f"{path}: exists already; choose another destination, or remove it first")
 
 
-class ColumnsWriter:
+class TableWriter:
     """
-    Write sequences into one file of plain columns; it gets its name when the context is left without an exception.
+    Write rows into one file; it gets its name when the context is left without an exception.
 
     Args:
         path: The file; must not exist.
-        kind: "npz", "parquet" or "jsonl".
-        values: "counts" or "logprobs".
-        columns: Optional columns that every row has.
+        kind: "npz", "parquet" or "jsonl"; npz takes plain columns only.
+        columns: Those of each row.
         note: Settings to carry along.
 
     Raises:
@@ -163,27 +164,26 @@ class ColumnsWriter:
         ModuleNotFoundError: Parquet without pyarrow.
     """
 
-    def __init__(self, path: Path, kind: str, values: str, columns: tuple[str, ...], note: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, kind: str, columns: Columns, note: Mapping[str, Any] | None = None) -> None:
         check_absent(path)
         self._path, self._kind = path, kind
         self._partial = path.with_name(path.name + ".partial")
-        self._note = json.dumps(note, sort_keys=True)
+        self._note = None if note is None else json.dumps(note, sort_keys=True)
         self._file = self._partial.open("wb")
-        names = ("input_ids", "token_ids", values, *columns)
         self._sink: Sink | None = None
         try:
-            self._sink = _open_sink(kind, self._file, names, self._note)
+            self._sink = _open_sink(kind, self._file, columns, self._note)
         except BaseException:
             self._discard()
             raise
 
-    def append(self, row: Row) -> None:
-        """Add one sequence; its arrays have the lengths that ``Row`` says."""
+    def append_cells(self, cells: Mapping[str, Cell]) -> None:
+        """Add one row, a cell for each column."""
         assert self._sink is not None
         with naming(self._path):
-            self._sink.append(row)
+            self._sink.append(cells)
 
-    def __enter__(self) -> ColumnsWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -197,7 +197,7 @@ class ColumnsWriter:
                     self._file.flush()
                     os.fsync(self._file.fileno())
                     self._file.close()
-                if self._kind == "jsonl":
+                if self._kind == "jsonl" and self._note is not None:
                     write_atomically(jsonl.note_path(self._path), self._note.encode() + b"\n")
                 Disk().rename(self._partial, self._path)
         finally:
@@ -212,8 +212,35 @@ class ColumnsWriter:
         self._partial.unlink(missing_ok=True)
 
 
-def _open_sink(kind: str, file: BinaryIO, names: tuple[str, ...], note: str) -> Sink:
+class ColumnsWriter(TableWriter):
+    """
+    Write sequences into one file of plain columns; as ``TableWriter``.
+
+    Args:
+        path: The file; must not exist.
+        kind: "npz", "parquet" or "jsonl".
+        values: "counts" or "logprobs".
+        columns: Optional columns that every row has.
+        note: Settings to carry along.
+    """
+
+    def __init__(self, path: Path, kind: str, values: str, columns: tuple[str, ...], note: Mapping[str, Any]) -> None:
+        nested = {"token_ids", values, RECORD_LOGPROB}
+        names = ("input_ids", "token_ids", values, *columns)
+        super().__init__(path, kind, {name: (TYPES[name], 2 if name in nested else 1) for name in names}, note)
+        self._values = values
+
+    def append(self, row: Row) -> None:
+        """Add one sequence; its arrays have the lengths that ``Row`` says."""
+        nested = {"token_ids": row.token_ids, self._values: row.values}
+        flat = {"input_ids": row.input_ids} | dict(row.columns)
+        nested |= {RECORD_LOGPROB: flat.pop(RECORD_LOGPROB)} if RECORD_LOGPROB in flat else {}
+        cells = {name: Cell(values) for name, values in flat.items()}
+        self.append_cells(cells | {name: Cell(values, (row.offsets,)) for name, values in nested.items()})
+
+
+def _open_sink(kind: str, file: BinaryIO, columns: Columns, note: str | None) -> Sink:
     if kind == "jsonl":  # has no place for a note
-        return jsonl.Sink(file, names)
-    sink: Sink = _kind_module(kind).Sink(file, names, note)
+        return jsonl.Sink(file, columns)
+    sink: Sink = _kind_module(kind).Sink(file, columns, note)
     return sink

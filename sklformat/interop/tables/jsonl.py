@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike
 
 from sklformat.errors import CorruptError, describe_bad_json
-from sklformat.format.columns import RECORD_LOGPROB, STARTS
-from sklformat.interop.columns import NOTE, Row, in_row, no_sequence
-from sklformat.interop.tables.cells import check_there, list_cell
+from sklformat.interop.columns import NOTE, in_row, no_sequence
+from sklformat.interop.tables.cells import Cell, Columns, check_there, list_cell
 
 _PEEK_BYTES = 1 << 26
 
@@ -94,23 +93,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 class Sink:
     """Writes rows line by line; as ``files.Sink``."""
 
-    def __init__(self, file: BinaryIO, names: tuple[str, ...]) -> None:
-        self._file, self._names = file, names
+    def __init__(self, file: BinaryIO, columns: Columns) -> None:
+        self._file, self._columns = file, columns
 
-    def append(self, row: Row) -> None:
-        bounds = list(itertools.pairwise(row.offsets.tolist()))
-
-        def nested(values: NDArray[Any]) -> list[Any]:
-            flat = values.tolist()
-            return [flat[begin:end] for begin, end in bounds]
-
-        line: dict[str, Any] = {"input_ids": row.input_ids.tolist()}
-        line |= {
-            name: nested(values) for name, values in zip(self._names[1:3], (row.token_ids, row.values), strict=True)
-        }
-        for name in self._names[3:]:
-            values = row.columns[name].astype(bool if name == STARTS else float)
-            line[name] = nested(values) if name == RECORD_LOGPROB else values.tolist()
+    def append(self, cells: Mapping[str, Cell]) -> None:
+        line = {name: _nested(cells[name], dtype) for name, (dtype, _) in self._columns.items()}
         self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
 
     def finish(self) -> None:
@@ -118,3 +105,10 @@ class Sink:
 
     def close(self) -> None:
         pass
+
+
+def _nested(cell: Cell, dtype: DTypeLike) -> list[Any]:
+    lists: list[Any] = cell.values.astype(dtype).tolist()
+    for offsets in reversed(cell.levels):
+        lists = [lists[begin:end] for begin, end in itertools.pairwise(offsets.tolist())]
+    return lists

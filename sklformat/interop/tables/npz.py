@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from sklformat.errors import CorruptError
 from sklformat.format.columns import STARTS
-from sklformat.interop.columns import NOTE, TYPES, Row, check_size, no_sequence
-from sklformat.interop.tables.cells import Cell, array_cell, check_there
+from sklformat.interop.columns import NOTE, check_size, no_sequence
+from sklformat.interop.tables.cells import Cell, Columns, array_cell, check_there
 
 
 def read_head(path: Path) -> tuple[set[str], str | None]:
@@ -117,28 +117,23 @@ def _checked_offsets(offsets: NDArray[Any], end: int, name: str) -> NDArray[np.i
 class Sink:
     """As ``files.Sink``. Columns grow in temporary files, since a zip file takes one member after the other."""
 
-    def __init__(self, file: BinaryIO, names: tuple[str, ...], note: str) -> None:
+    def __init__(self, file: BinaryIO, columns: Columns, note: str) -> None:
         self._file, self._note = file, note
-        self._types: dict[str, np.dtype[Any]] = {name: np.dtype(TYPES[name]) for name in names}
+        self._types: dict[str, np.dtype[Any]] = {name: np.dtype(dtype) for name, (dtype, _) in columns.items()}
         self._types |= dict.fromkeys(("sequence_offsets", "position_offsets"), np.dtype(np.int64))
         beside = Path(file.name).parent  # where there is room for the file there is room for its columns
         self._spools: dict[str, Any] = {}
         for name in self._types:
             self._spools[name] = tempfile.TemporaryFile(dir=beside)  # noqa: SIM115  close() does
         self._sizes = dict.fromkeys(self._types, 0)
-        self._values = names[2]
         self._add("sequence_offsets", np.zeros(1))
         self._add("position_offsets", np.zeros(1))
 
-    def append(self, row: Row) -> None:
-        records = self._sizes["token_ids"]
-        self._add("input_ids", row.input_ids)
-        self._add("token_ids", row.token_ids)
-        self._add(self._values, row.values)
+    def append(self, cells: Mapping[str, Cell]) -> None:
+        self._add("position_offsets", cells["token_ids"].levels[0][1:] + self._sizes["token_ids"])
+        for name, cell in cells.items():
+            self._add(name, cell.values)
         self._add("sequence_offsets", np.array([self._sizes["input_ids"]]))
-        self._add("position_offsets", row.offsets[1:] + records)
-        for name, values in row.columns.items():
-            self._add(name, values)
 
     def _add(self, name: str, values: NDArray[Any]) -> None:
         self._spools[name].write(values.astype(self._types[name]).tobytes())

@@ -1,9 +1,9 @@
-"""Tables in Parquet and Arrow files, some rows at a time; plain columns written as Parquet."""
+"""Tables in Parquet and Arrow files, some rows at a time; tables written as Parquet."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from sklformat.errors import CorruptError
 from sklformat.files import arrow
-from sklformat.format.columns import RECORD_LOGPROB
-from sklformat.interop.columns import NOTE, TYPES, Row, in_row, offsets_of
-from sklformat.interop.tables.cells import Cell, check_there
+from sklformat.interop.columns import NOTE, in_row, offsets_of
+from sklformat.interop.tables.cells import Cell, Columns, check_there
 
 _READ_ROWS = 16  # sequences decoded at once
 _GROUP_RECORDS = 1 << 20  # records of one row group, about
@@ -102,42 +101,29 @@ def _values(column: Any, name: str) -> list[Any]:
 
 
 class Sink:
-    """Writes plain columns in row groups; as ``files.Sink``."""
+    """Writes rows in row groups; as ``files.Sink``."""
 
-    def __init__(self, file: BinaryIO, names: tuple[str, ...], note: str) -> None:
-        self._names, self._rows, self._records = names, list[Row](), 0
-        self._nested = {*names[1:3], RECORD_LOGPROB}
-        columns = {name: (TYPES[name], 2 if name in self._nested else 1) for name in names}
-        self._writer = arrow.ListsWriter(file, columns, {NOTE: note})
+    def __init__(self, file: BinaryIO, columns: Columns, note: str | None) -> None:
+        self._columns, self._rows, self._records = columns, list[Mapping[str, Cell]](), 0
+        self._writer = arrow.ListsWriter(file, columns, {} if note is None else {NOTE: note})
 
-    def append(self, row: Row) -> None:
-        self._rows.append(row)
-        self._records += row.token_ids.size + row.offsets.size
+    def append(self, cells: Mapping[str, Cell]) -> None:
+        self._rows.append(cells)
+        self._records += max(cell.values.size + sum(level.size for level in cell.levels) for cell in cells.values())
         if self._records >= _GROUP_RECORDS:
             self._write_group()
 
     def _write_group(self) -> None:
         rows, self._rows, self._records = self._rows, [], 0
-
-        def lists(name: str, parts: list[NDArray[Any]]) -> Any:
-            return arrow.list_array(
-                np.concatenate(parts).astype(TYPES[name]), offsets_of([part.size for part in parts])
-            )
-
-        def nested(name: str, parts: list[NDArray[Any]]) -> Any:
-            inner = offsets_of(np.concatenate([np.diff(row.offsets) for row in rows]))
-            flat: NDArray[Any] = np.concatenate(parts).astype(TYPES[name])
-            outer = offsets_of([row.offsets.size - 1 for row in rows])
-            return arrow.list_array(arrow.list_array(flat, inner), outer)
-
-        arrays = [
-            lists("input_ids", [row.input_ids for row in rows]),
-            nested("token_ids", [row.token_ids for row in rows]),
-            nested(self._names[2], [row.values for row in rows]),
-        ]
-        for name in self._names[3:]:
-            made = nested if name in self._nested else lists
-            arrays.append(made(name, [row.columns[name] for row in rows]))
+        arrays = []
+        for name, (dtype, depth) in self._columns.items():
+            cells = [row[name] for row in rows]
+            made = np.concatenate([cell.values for cell in cells]).astype(dtype)
+            for level in reversed(range(depth - 1)):
+                lengths = np.concatenate([np.diff(cell.levels[level]) for cell in cells])
+                made = arrow.list_array(made, offsets_of(lengths))
+            outer = [cell.levels[0].size - 1 if cell.levels else cell.values.size for cell in cells]
+            arrays.append(arrow.list_array(made, offsets_of(outer)))
         self._writer.write_group(arrays)
 
     def finish(self) -> None:
