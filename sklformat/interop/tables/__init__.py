@@ -6,4 +6,5 @@ files    tables in one file or several, and the writers of tables
 jsonl    JSON lines
 npz      npz, and other stacked arrays
 parquet  Parquet and Arrow
+pickles  the only door to pickles: files of PyTorch, arrays of objects
 """
