@@ -16,6 +16,7 @@ from sklformat.interop.tables.files import SUFFIXES, open_table
 NEIGHBOURS: dict[str, str] = {
     "vllm": "responses",
     "sglang": "responses",
+    "llama-cpp-kld": "llama_cpp",
 }
 """The module of ``neighbours`` that reads each kind."""
 _OF_TABLES = ("vocab_size", "rounds", "sampler", "convention", "values", "columns", "tokens", "drop_last_row")

@@ -11,6 +11,7 @@ from sklformat.settings.limits import check_least
 SourceKind = Literal[
     "auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors",
     "vllm", "sglang",
+    "llama-cpp-kld",
 ]  # fmt: skip
 DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "distillkit-raw"]
 COLUMN_NAMES = (
