@@ -14,6 +14,7 @@ import torch
 from sklformat.cache.reader import Cache
 from sklformat.cache.reader import open_cache as open_shards
 from sklformat.distill.loader.contents import is_isolated
+from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.models import adapters, attention, heads, loading, outputs, tokenization
 from sklformat.distill.models.identities import model_fingerprint
 from sklformat.distill.student import streams
@@ -312,6 +313,17 @@ def _check_tokenizers(config: TrainConfig, stream: streams.Stream) -> None:
             f"{config.tokenizer or config.student}: {conflict}; records and logits are about ids, so give a teacher of "
             "the student's tokenizer, or start a new student with the teacher's"
         )
+
+
+def facts_of(stream: streams.Stream) -> dict[str, Any]:
+    """
+    What a run keeps beside its settings: the texts that its caches were captured from, by their fingerprints.
+
+    Of a token store the settings have it.
+    """
+    if not isinstance(stream.dataset, SparseLogitDataset):
+        return {}
+    return {"corpora": sorted({cache.header.corpus_fingerprint for cache in stream.dataset.caches})}
 
 
 def settings_of(

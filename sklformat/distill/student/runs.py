@@ -205,7 +205,12 @@ class Run:
 
 @contextlib.contextmanager
 def opened(
-    directory: Path | str, settings: Mapping[str, Any], *, writes: bool = True, grows: str | None = None
+    directory: Path | str,
+    settings: Mapping[str, Any],
+    *,
+    facts: Mapping[str, Any] | None = None,
+    writes: bool = True,
+    grows: str | None = None,
 ) -> Iterator[Run]:
     """
     Make or open the directory of a run and hold it until the block ends.
@@ -213,6 +218,7 @@ def opened(
     Args:
         directory: Made with its parents when it is not there.
         settings: What the run's result depends on; JSON values. A directory made with others is refused.
+        facts: What else ``run.json`` keeps; follows from the settings and is not compared, so that a run may be older.
         writes: False for the further processes of one run, which neither lock nor write.
         grows: The setting, a number, that may be greater than it was, as long as there is a checkpoint to resume.
 
@@ -227,16 +233,19 @@ def opened(
     if not writes:
         yield Run(directory)
         return
+    facts = facts or {}
+    kept = {**settings, **facts}
     with locked_directory(directory):
         path = directory / _SETTINGS
         if path.exists():
-            there, wanted = _read_json(path), json.loads(json.dumps(settings))
-            _compare_settings(directory, there, wanted, grows)
+            there, wanted = _read_json(path), json.loads(json.dumps(kept))
+            before, asked = ({name: each[name] for name in each if name not in facts} for each in (there, wanted))
+            _compare_settings(directory, before, asked, grows)
             if there != wanted:
-                write_json(path, settings)
+                write_json(path, kept)
         else:
             refuse_foreign(directory, (file.name for file in directory.iterdir()), "run", _LOCK)
-            write_json(path, settings)
+            write_json(path, kept)
         yield Run(directory)
 
 

@@ -21,6 +21,7 @@ from sklformat.distill.models import outputs
 from sklformat.distill.student import parallelism, processes, runs, streams
 from sklformat.distill.student.inputs import (
     check_measurable,
+    facts_of,
     load_student,
     load_teacher,
     open_held_out,
@@ -128,7 +129,8 @@ def _train(
             say(f"note: {note}")
     teacher = None if config.teacher is None else load_teacher(config, stream, student)
     settings = settings_of(config, stream, process.world_size, student, teacher)
-    with runs.opened(config.out, settings, writes=process.is_first, grows="steps") as run:
+    facts = facts_of(stream)
+    with runs.opened(config.out, settings, facts=facts, writes=process.is_first, grows="steps") as run:
         process.wait_for_others()  # they look at the directory after the first has checked it
         summary = run.summary() or {}
         finished = summary.get("steps") == config.steps

@@ -12,6 +12,7 @@ from typing import Any
 
 from sklformat.distill.student import runs
 from sklformat.errors import SettingsError
+from sklformat.progress import say
 
 _NO_FINGERPRINT = "0" * 32
 
@@ -89,6 +90,28 @@ class Origin:
             raise SettingsError(
                 f"{self.student} learnt from sequences 0:{learnt} of {where} ({self.directory / 'run.json'}), and "
                 f"{part.start}:{part.stop} are to be measured; {action}"
+            )
+
+    def warn_of_corpus(self, where: object, corpus_fingerprint: str, cache_fingerprint: str | None = None) -> None:
+        """
+        Say where a student is measured on a text that it learnt from, in part at least.
+
+        Which sequences these were is not known here: other caches of a text hold others of it, or the same again.
+
+        Args:
+            where: What is measured on, for the message.
+            corpus_fingerprint: Of its text.
+            cache_fingerprint: Where it is a cache; of one that the run learnt from all is known.
+        """
+        corpora = self.settings.get("corpora", ())
+        is_own = cache_fingerprint is not None and cache_fingerprint in self.settings.get("cache", ())
+        known = {*corpora, self.settings.get("corpus")} - {_NO_FINGERPRINT}
+        if not is_own and corpus_fingerprint in known:
+            own = ", or the run's own cache, whose held-out part is known" if corpora else ""
+            say(
+                f"note: {self.student} learnt from the text that {where} was made of (corpus {corpus_fingerprint} in "
+                f"{self.directory / 'run.json'}); where it saw the same parts, what is measured is too good: give "
+                f"other text{own}"
             )
 
     def check_corpus(self, where: object, corpus_fingerprint: str) -> None:

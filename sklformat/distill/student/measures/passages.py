@@ -65,7 +65,9 @@ class TextPassages:
 
     def __init__(self, config: EvalConfig, store: Path) -> None:
         self._config, self._path, self._store = config, store, TokenStore(store)
-        facts = self._store.facts
+        facts, origin = self._store.facts, Origin.of(config.student)
+        if origin is not None:
+            origin.warn_of_corpus(config.tokens or "the text", facts.corpus_fingerprint)
         self.name, self.made_by, self.bos = str(store), facts.made_by, facts.bos
         self.isolated, self.seq_len = config.isolate_documents, config.seq_len
 
@@ -206,4 +208,5 @@ def _choose_part(config: EvalConfig, cache: Cache) -> range:
     if origin is not None:
         origin.check_part(config.cache, cache.fingerprint, count, part)
         origin.check_corpus(config.cache, cache.header.corpus_fingerprint)
+        origin.warn_of_corpus(config.cache, cache.header.corpus_fingerprint, cache.fingerprint)
     return part

@@ -320,6 +320,32 @@ def test_what_a_run_held_out_is_measured_and_nothing_else(place, records, tmp_pa
         of_cache(place, records, student=str(tmp_path / "all"))
 
 
+def test_another_cache_of_the_text_learnt_from_is_said(place, records, tmp_path, capsys):
+    """A run knows the texts of its caches: measured on one of them through another cache, or as text, it says so."""
+    corpus, student = skl.open(records).header.corpus_fingerprint, str(place / "run")
+    of_cache(place, records, student=student)
+    assert "note: " not in capsys.readouterr().err
+    part = tmp_path / "part.skl"
+    with skl.ShardWriter(part, header=skl.open(records).header) as writer:
+        for number in (1, 2, 3):
+            sequence = skl.open(records)[number]
+            writer.append(sequence.tokens, sequence.targets, dict(sequence.columns))
+    run(place, tokens=None, seq_len=0, cache=part, student=student)
+    said = capsys.readouterr().err
+    assert f"learnt from the text that {part} was made of (corpus {corpus} in {place}/run/run.json); where" in said
+    assert "give other text, or the run's own cache, whose held-out part is known" in said
+    run(place, student=student)
+    assert f"run/model learnt from the text that {place}/tokens was made of" in capsys.readouterr().err
+    shutil.copytree(place / "run", tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(settings | {"corpora": ["1" * 32]}))
+    run(place, student=str(tmp_path / "run"))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"corpus": corpus}))
+    assert "note: " not in capsys.readouterr().err
+    run(place, student=str(tmp_path / "run"))
+    assert capsys.readouterr().err.rstrip().endswith("what is measured is too good: give other text")
+
+
 def test_a_cache_that_does_not_fit_is_refused(place, records, tmp_path):
     """Sequences that are not there, another length, a narrow model and another tokenizer are named with both values."""
     for part, asked in (

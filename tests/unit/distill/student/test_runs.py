@@ -113,6 +113,18 @@ def test_settings_that_differ_are_all_named(tmp_path):
     assert "method" not in str(caught.value)
 
 
+def test_facts_are_kept_and_not_compared(tmp_path):
+    """A run that began before they were kept resumes, and has them from then on."""
+    with runs.opened(tmp_path / "run", {"seed": 1}):
+        pass
+    with runs.opened(tmp_path / "run", {"seed": 1}, facts={"corpora": ["0a"]}):
+        pass
+    assert {"seed": 1, "corpora": ["0a"]} == runs.read_settings(tmp_path / "run")
+    with runs.opened(tmp_path / "run", {"seed": 1}, facts={"corpora": ["0b"]}):
+        pass
+    assert ["0b"] == runs.read_settings(tmp_path / "run")["corpora"]
+
+
 def test_damaged_settings_are_named(tmp_path):
     """Settings that are no JSON object are an error with their path."""
     for text, message in (("{", "not JSON: "), ("[]", "must hold one JSON object")):
