@@ -2,6 +2,7 @@
 What runs on a GPU in Triton; nothing of ours is known here, and torch operations elsewhere are its oracle.
 
 decode_counts  records of kind counts from their bytes to ids and probabilities, checked
+dense_rows     a row of logits becomes its loss against a teacher's row and, in place, its gradient
 draw_rows      draws from rows of logits by the law of csrc
 drawn          what draws from rows give
 loss_rows      a row of logits becomes its loss and, in place, its gradient
@@ -14,6 +15,9 @@ import importlib.util
 from functools import cache
 
 import torch
+
+AS_WRITTEN = {"enable_fp_fusion": False}
+"""How kernels are compiled: each operation rounds, as on the host, whatever a version of Triton does by itself."""
 
 
 @cache

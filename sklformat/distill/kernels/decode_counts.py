@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sklformat.distill.kernels import AS_WRITTEN
+
 _RECORDS = 32  # those of a position, mostly
 
 
@@ -85,6 +87,6 @@ def decode_counts(
     if num_records:
         _positions[(offsets.numel() - 1,)](
             records, offsets, ids, probs, fault, vocab_size, rounds,
-            ID_BITS=id_bits, SIZE=record_size, RECORDS=_RECORDS, num_warps=1,
+            ID_BITS=id_bits, SIZE=record_size, RECORDS=_RECORDS, num_warps=1, **AS_WRITTEN,
         )  # fmt: skip
     return ids, probs, fault

@@ -18,18 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sklformat.distill.kernels import AS_WRITTEN
+
 _NAMES = (("random_sampling", "topk"), ("topk_normalised",), ("label_smoothing",), ("ghost_token",), ("naive_fix",))
 METHODS = {name: number for number, names in enumerate(_NAMES) for name in names}
 """Number of each method that reads records."""
 
 _NORMALISED, _SMOOTHING, _GHOST, _NAIVE = (tl.constexpr(number) for number in (1, 2, 3, 4))
-_LOWEST = tl.constexpr(-1e30)  # stands for a logit of minus infinity where a product with 0 must be 0
+LOWEST = tl.constexpr(-1e30)  # stands for a logit of minus infinity where a product with 0 must be 0
 _LARGEST_BLOCK = 32768
 _RECORDS = 64
 
 
 @triton.jit
-def _bent(x, at, inside, bias, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+def bent(x, at, inside, bias, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
     """Logits of entries ``at`` of the product h Wᵀ."""
     if HAS_BIAS:
         x += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
@@ -44,7 +46,7 @@ def _bent(x, at, inside, bias, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: 
 
 
 @triton.jit
-def _unbent(grad, y, scale, softcap, HAS_CAP: tl.constexpr):
+def unbent(grad, y, scale, softcap, HAS_CAP: tl.constexpr):
     """The gradient of the product where that of its logits y is ``grad``."""
     if HAS_CAP:
         tanh = y / softcap
@@ -58,7 +60,7 @@ def _x_log_x(x):
 
 
 @triton.jit
-def _zero_row(row, V, BLOCK: tl.constexpr):
+def zero_row(row, V, BLOCK: tl.constexpr):
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
         tl.store(row + at, tl.zeros((BLOCK,), tl.float32).to(row.dtype.element_ty), mask=at < V)
@@ -77,7 +79,7 @@ def _sparse_rows(
     if weight == 0:  # whatever its logits are
         tl.store(losses + number, 0.0)
         if WANT_GRAD:
-            _zero_row(row, V, BLOCK)
+            zero_row(row, V, BLOCK)
         return
     first, last = tl.load(offsets + number), tl.load(offsets + number + 1)
 
@@ -89,7 +91,7 @@ def _sparse_rows(
         inside = n < last
         at = tl.load(ids + n, mask=inside, other=0).to(tl.int64)
         raw = tl.load(row + at, mask=inside, other=-float("inf")).to(tl.float32)
-        y = tl.where(inside, _bent(raw, at, inside, bias, scale, softcap, HAS_BIAS, HAS_CAP), -float("inf"))
+        y = tl.where(inside, bent(raw, at, inside, bias, scale, softcap, HAS_BIAS, HAS_CAP), -float("inf"))
         tl.store(logits_N + n, y, mask=inside)
         top = tl.maximum(top, tl.max(y, 0))
         total_t += tl.sum(tl.load(probs + n, mask=inside, other=0.0).to(tl.float32), 0)
@@ -97,10 +99,10 @@ def _sparse_rows(
     y_label = 0.0
     if HAS_LABEL:
         label = tl.load(labels + number).to(tl.int64)
-        y_label = _bent(tl.load(row + label).to(tl.float32), label, True, bias, scale, softcap, HAS_BIAS, HAS_CAP)
+        y_label = bent(tl.load(row + label).to(tl.float32), label, True, bias, scale, softcap, HAS_BIAS, HAS_CAP)
+    tl.debug_barrier()  # logits_N may be read by other threads than wrote it
     if METHOD == _GHOST:
         # With the records' entries out, the row sums to the mass outside K without the cancellation of 1 - P_K.
-        tl.debug_barrier()
         for start in range(first, last, RECORDS):
             n = start + tl.arange(0, RECORDS)
             at = tl.load(ids + n, mask=n < last, other=0).to(tl.int64)
@@ -114,13 +116,13 @@ def _sparse_rows(
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
         raw = tl.load(row + at, mask=at < V, other=-float("inf")).to(tl.float32)
-        y = _bent(raw, at, at < V, bias, scale, softcap, HAS_BIAS, HAS_CAP)
+        y = bent(raw, at, at < V, bias, scale, softcap, HAS_BIAS, HAS_CAP)
         y = tl.where((raw == -float("inf")) | (at >= V), -float("inf"), y)
         higher = tl.maximum(top, tl.max(y, 0))
         sum_e = sum_e * tl.exp(top - higher) + tl.sum(tl.exp(y - higher), 0)
         top = higher
         if METHOD == _SMOOTHING:
-            sum_y += tl.sum(tl.where(at < V, tl.maximum(y, _LOWEST), 0.0), 0)
+            sum_y += tl.sum(tl.where(at < V, tl.maximum(y, LOWEST), 0.0), 0)
     rest_e = sum_e
     if METHOD == _GHOST:
         for start in range(first, last, RECORDS):
@@ -138,7 +140,7 @@ def _sparse_rows(
         n = start + tl.arange(0, RECORDS)
         inside = n < last
         t = tl.load(probs + n, mask=inside, other=0.0).to(tl.float32)
-        log_p = tl.maximum(tl.load(logits_N + n, mask=inside, other=0.0) - log_sum, _LOWEST)
+        log_p = tl.maximum(tl.load(logits_N + n, mask=inside, other=0.0) - log_sum, LOWEST)
         is_label = inside & False
         if HAS_LABEL:
             is_label = inside & (tl.load(ids + n, mask=inside, other=-1).to(tl.int64) == label)
@@ -155,7 +157,7 @@ def _sparse_rows(
     a = total_t
     u = 0.0
     to_label = 0.0
-    log_p_label = tl.maximum(y_label - log_sum, _LOWEST)
+    log_p_label = tl.maximum(y_label - log_sum, LOWEST)
     if METHOD == _NORMALISED:
         a = 1.0
     if METHOD == _SMOOTHING:
@@ -185,15 +187,15 @@ def _sparse_rows(
         for start in range(0, V, BLOCK):
             at = start + tl.arange(0, BLOCK)
             raw = tl.load(row + at, mask=at < V, other=-float("inf")).to(tl.float32)
-            y = _bent(raw, at, at < V, bias, scale, softcap, HAS_BIAS, HAS_CAP)
+            y = bent(raw, at, at < V, bias, scale, softcap, HAS_BIAS, HAS_CAP)
             grad = (a * tl.exp(y - log_sum) + u) * weight
-            grad = _unbent(grad, y, scale, softcap, HAS_CAP)
+            grad = unbent(grad, y, scale, softcap, HAS_CAP)
             tl.store(row + at, grad.to(row.dtype.element_ty), mask=at < V)
         tl.debug_barrier()
         if HAS_LABEL:
-            grad = (a * tl.exp(log_p_label) + u + to_label) * weight
-            grad = _unbent(grad, y_label, scale, softcap, HAS_CAP)
-            tl.store(row + label, grad.to(row.dtype.element_ty), mask=has_label == 0)
+            grad_label = (a * tl.exp(log_p_label) + u + to_label) * weight
+            grad_label = unbent(grad_label, y_label, scale, softcap, HAS_CAP)
+            tl.store(row + label, grad_label.to(row.dtype.element_ty), mask=has_label == 0)
         for start in range(first, last, RECORDS):
             n = start + tl.arange(0, RECORDS)
             inside = n < last
@@ -216,79 +218,7 @@ def _sparse_rows(
             grad = own * p - t
             if HAS_LABEL:
                 grad = kept * grad + ce_weight * (p - tl.where(at == label, 1.0, 0.0))
-            grad = _unbent(grad * weight, y, scale, softcap, HAS_CAP)
-            tl.store(row + at, grad.to(row.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _dense_rows(
-    x, stride, V, teacher, teacher_stride, labels, weights, bias, teacher_bias, losses,
-    scale, softcap, teacher_scale, teacher_softcap, ce_weight,
-    HAS_LABEL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr, TEACHER_CAP: tl.constexpr,
-    WANT_GRAD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    number = tl.program_id(0).to(tl.int64)
-    row = x + number * stride
-    teachers = teacher + number * teacher_stride
-    weight = tl.load(weights + number)
-    if weight == 0:
-        tl.store(losses + number, 0.0)
-        if WANT_GRAD:
-            _zero_row(row, V, BLOCK)
-        return
-    label = tl.zeros((), tl.int64)
-    y_label = 0.0
-    if HAS_LABEL:
-        label = tl.load(labels + number).to(tl.int64)
-        y_label = _bent(tl.load(row + label).to(tl.float32), label, True, bias, scale, softcap, HAS_BIAS, HAS_CAP)
-
-    # Both rows at once; the teacher's mean of (its logit - the student's) is summed against its maximum so far.
-    top = -float("inf")
-    sum_e = 0.0
-    teacher_top = -float("inf")
-    teacher_e = 0.0
-    apart = 0.0
-    for start in range(0, V, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < V
-        y = _bent(tl.load(row + at, mask=inside, other=0.0).to(tl.float32), at, inside, bias, scale, softcap,
-                  HAS_BIAS, HAS_CAP)  # fmt: skip
-        z = _bent(tl.load(teachers + at, mask=inside, other=0.0).to(tl.float32), at, inside, teacher_bias,
-                  teacher_scale, teacher_softcap, TEACHER_BIAS, TEACHER_CAP)  # fmt: skip
-        y = tl.where(inside, y, -float("inf"))
-        z = tl.where(inside, z, -float("inf"))
-        higher = tl.maximum(top, tl.max(y, 0))
-        sum_e = sum_e * tl.exp(top - higher) + tl.sum(tl.exp(y - higher), 0)
-        top = higher
-        higher = tl.maximum(teacher_top, tl.max(z, 0))
-        shrunk = tl.exp(teacher_top - higher)
-        e = tl.exp(z - higher)
-        gap = tl.maximum(z, _LOWEST) - tl.maximum(y, _LOWEST)
-        apart = apart * shrunk + tl.sum(tl.where(e > 0, e * gap, 0.0), 0)
-        teacher_e = teacher_e * shrunk + tl.sum(e, 0)
-        teacher_top = higher
-    log_sum = top + tl.log(sum_e)
-    teacher_log_sum = teacher_top + tl.log(teacher_e)
-    kept = 1 - ce_weight
-    loss = kept * (apart / teacher_e - teacher_log_sum + log_sum)
-    if HAS_LABEL:
-        loss -= ce_weight * tl.maximum(y_label - log_sum, _LOWEST)
-    tl.store(losses + number, loss * weight)
-
-    if WANT_GRAD:
-        tl.debug_barrier()
-        for start in range(0, V, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            inside = at < V
-            y = _bent(tl.load(row + at, mask=inside, other=0.0).to(tl.float32), at, inside, bias, scale, softcap,
-                      HAS_BIAS, HAS_CAP)  # fmt: skip
-            z = _bent(tl.load(teachers + at, mask=inside, other=0.0).to(tl.float32), at, inside, teacher_bias,
-                      teacher_scale, teacher_softcap, TEACHER_BIAS, TEACHER_CAP)  # fmt: skip
-            grad = tl.exp(y - log_sum) - kept * tl.exp(z - teacher_log_sum)
-            if HAS_LABEL:
-                grad -= tl.where(at == label, ce_weight, 0.0)
-            grad = _unbent(grad * weight, y, scale, softcap, HAS_CAP)
+            grad = unbent(grad * weight, y, scale, softcap, HAS_CAP)
             tl.store(row + at, grad.to(row.dtype.element_ty), mask=inside)
 
 
@@ -339,62 +269,17 @@ def run_sparse(
             weights_C, x_CV if bias_V is None else bias_V, logits_N, losses_C,
             float(scale), 1.0 if softcap is None else float(softcap), float(ce_weight),
             METHOD=METHODS[method], HAS_LABEL=labels_C is not None, HAS_BIAS=bias_V is not None,
-            HAS_CAP=softcap is not None, WANT_GRAD=want_grad, RECORDS=_RECORDS, **_block_of(vocab_size),
+            HAS_CAP=softcap is not None, WANT_GRAD=want_grad, RECORDS=_RECORDS,
+            **launch(vocab_size, has_room=bias_V is None and softcap is None),
         )  # fmt: skip
     return losses_C
 
 
-def run_dense(
-    x_CV: Tensor,
-    teacher_CV: Tensor,
-    weights_C: Tensor,
-    *,
-    labels_C: Tensor | None = None,
-    ce_weight: float = 0.0,
-    bias_V: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    teacher_bias_V: Tensor | None = None,
-    teacher_scale: float = 1.0,
-    teacher_softcap: float | None = None,
-    want_grad: bool = True,
-) -> Tensor:
+def launch(vocab_size: int, *, has_room: bool) -> dict[str, Any]:
     """
-    The losses of rows against a teacher's whole rows; as ``run_sparse``.
+    Entries that a program has in hand at once, and its warps: 32 768 and 32 were the fastest measured on an H100.
 
-    Args:
-        x_CV: As for ``run_sparse``.
-        teacher_CV: The teacher's product, [C, V] of any of the types, rows contiguous; left as it is.
-        weights_C: As for ``run_sparse``.
-        labels_C: As for ``run_sparse``.
-        ce_weight: As for ``run_sparse``.
-        bias_V: As for ``run_sparse``.
-        scale: As for ``run_sparse``.
-        softcap: As for ``run_sparse``.
-        teacher_bias_V: Of the teacher's head.
-        teacher_scale: Of the teacher's head.
-        teacher_softcap: Of the teacher's head.
-        want_grad: Whether the rows of x_CV become gradients.
+    Of two rows, or with bias or cap, registers have no room for as many: the compiler spills up to 584 bytes.
     """
-    rows, vocab_size = x_CV.shape
-    losses_C = x_CV.new_empty(rows, dtype=torch.float32)
-    if rows == 0:
-        return losses_C
-    with torch.cuda.device_of(x_CV):
-        _dense_rows[(rows,)](
-            x_CV, x_CV.stride(0), vocab_size, teacher_CV, teacher_CV.stride(0),
-            labels_C.clamp(min=0) if labels_C is not None else weights_C,
-            weights_C, x_CV if bias_V is None else bias_V, x_CV if teacher_bias_V is None else teacher_bias_V, losses_C,
-            float(scale), 1.0 if softcap is None else float(softcap),
-            float(teacher_scale), 1.0 if teacher_softcap is None else float(teacher_softcap), float(ce_weight),
-            HAS_LABEL=labels_C is not None, HAS_BIAS=bias_V is not None, HAS_CAP=softcap is not None,
-            TEACHER_BIAS=teacher_bias_V is not None, TEACHER_CAP=teacher_softcap is not None,
-            WANT_GRAD=want_grad, **_block_of(vocab_size),
-        )  # fmt: skip
-    return losses_C
-
-
-def _block_of(vocab_size: int) -> dict[str, Any]:
-    """Entries that a program has in hand at once, and its warps: 32 768 and 32 were the fastest measured on an H100."""
-    block = min(_LARGEST_BLOCK, triton.next_power_of_2(vocab_size))
-    return {"BLOCK": block, "num_warps": min(32, max(4, block // 1024))}
+    block = min(_LARGEST_BLOCK if has_room else _LARGEST_BLOCK // 2, triton.next_power_of_2(vocab_size))
+    return {"BLOCK": block, "num_warps": min(32, max(4, block // 512)), **AS_WRITTEN}

@@ -102,7 +102,7 @@ class LossRows(Arguments):
             loss += self._run_block(block, x_CV[span], None if grad_CV is None else grad_CV[span])
 
     def _run_kernel(self, span: slice, x_CV: Tensor, grad_CV: Tensor | None) -> Tensor:
-        from sklformat.distill.kernels import loss_rows  # noqa: PLC0415  it loads Triton
+        from sklformat.distill.kernels import dense_rows, loss_rows  # noqa: PLC0415  they load Triton
 
         rows_CV = x_CV
         if grad_CV is not None and grad_CV is not x_CV:
@@ -124,7 +124,7 @@ class LossRows(Arguments):
         if self.teacher_shape is not None:
             bent = self.teacher_shape
             settings |= {"teacher_bias_V": bent.bias_V, "teacher_scale": bent.scale, "teacher_softcap": bent.softcap}
-        return loss_rows.run_dense(rows_CV, self._teacher_product(span), weights_C, **settings).sum()
+        return dense_rows.run_dense(rows_CV, self._teacher_product(span), weights_C, **settings).sum()
 
     def _run_block(self, block: tuple[int, int, int, int], x_RV: Tensor, grad_RV: Tensor | None) -> Tensor:
         start, stop, _, _ = block

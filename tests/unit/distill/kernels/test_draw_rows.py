@@ -78,12 +78,6 @@ def test_draws_from_a_proposal_carry_their_weights():
     check_as_c(drawn(logits, 12, temperature=1.4, systematic=True), logits, 12, sampler="systematic", temperature=1.4)
 
 
-def test_logits_are_scaled_and_capped_on_the_way():
-    logits = rows(2, 300, spread=20)
-    capped = 15 * torch.tanh(logits.double() * 0.5 / 15)
-    check_as_c(drawn(logits, 12, scale=0.5, softcap=15.0), capped.float(), 12)
-
-
 def test_more_rounds_than_counts_hold():
     logits = rows(1, 700)
     found, weights = (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sklformat.distill import kernels
-from sklformat.distill.kernels import loss_rows
+from sklformat.distill.kernels import dense_rows, loss_rows
 from sklformat.distill.losses.heads import OutputHead
 from sklformat.distill.losses.kl import METHODS, DenseTeacher, linear_sparse_kl, sparse_kl
 
@@ -33,9 +33,9 @@ def in_kernels(monkeypatch):
     """The losses go through the kernels on every device; a list that grows with each of their runs."""
     runs = []
     monkeypatch.setattr(kernels, "run_on", lambda _device: True)
-    for name in ("run_sparse", "run_dense"):
-        real = getattr(loss_rows, name)
-        monkeypatch.setattr(loss_rows, name, lambda *a, _real=real, **k: runs.append(1) or _real(*a, **k))
+    for module, name in ((loss_rows, "run_sparse"), (dense_rows, "run_dense")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _real=real, **k: runs.append(1) or _real(*a, **k))
     return runs
 
 
