@@ -45,11 +45,17 @@ class Refused(NamedTuple):
     reason: str
 
 
+class Synced(NamedTuple):
+    """Everything that the worker had to tell when it was asked has arrived."""
+
+    number: int
+
+
 class Gone(NamedTuple):
     """A worker has ended."""
 
 
-Arrived: TypeAlias = Records | Tested | Refused | Gone
+Arrived: TypeAlias = Records | Tested | Refused | Synced | Gone
 
 _Open: TypeAlias = tuple[NDArray[np.uint32], NDArray[np.bool_], Wanted]
 _NOTHING: _Open = np.empty(0, np.uint32), np.empty(0, np.bool_), "nothing"
@@ -113,6 +119,14 @@ class Desk:
             if self._alone is not None and self._alone[0] == sequence:
                 self._alone = None
 
+    def sync(self, number: int) -> None:
+        """Have ``Synced(number)`` arrive behind everything that workers have to tell now."""
+        if not self._lines:
+            self._arrived.put(Synced(number))
+        for line in self._lines:
+            with contextlib.suppress(OSError):  # it is gone, and arrives so
+                line.send({"sync": number})
+
     def next(self, seconds: float) -> Arrived | None:
         """What arrived next; None: nothing for this long."""
         try:
@@ -129,7 +143,7 @@ class Desk:
 
     def _serve(self, line: Line) -> None:
         """Answer and keep until the worker ends."""
-        with contextlib.suppress(OSError, ValueError):  # a file that is closed under a read is a ValueError
+        with contextlib.suppress(OSError):
             line.send(asdict(self._settings))
             while (message := line.receive()) is not None:
                 said, arrays = message
@@ -157,6 +171,8 @@ class Desk:
 def _arrived(said: dict[str, Any], arrays: list[NDArray[Any]]) -> Arrived:
     if "refused" in said:
         return Refused(said["refused"])
+    if "synced" in said:
+        return Synced(said["synced"])
     if "tested" in said:
         return Tested(said["tested"], said["first"], arrays[0], arrays[1], said["width"], said["type"])
     lengths, token_ids, pairs, *columns = arrays

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.distill.engines.assembly import Assembly
-from sklformat.distill.engines.desk import Desk, Gone, Records, Refused
+from sklformat.distill.engines.desk import Desk, Gone, Records, Refused, Synced
 from sklformat.distill.teacher.grid import Output
 from sklformat.errors import CaptureError, EngineError
 
 _RUNS = 3  # of one request, at most
-_PATIENCE_SECONDS = 30.0  # in which an engine that has nothing to do sends nothing
+_PATIENCE_SECONDS = 300.0  # its device may still have draws to make
 
 
 class Engine(Protocol):
@@ -57,7 +57,7 @@ class Feed:
         desk: Where its worker sends records.
         tokens_of: Tokens of a sequence, [T + 1].
         counted_of: Which of its positions get records, [T]; None: all.
-        patience: Seconds of silence, of an engine that has nothing to do, after which what is missing is lost.
+        patience: Seconds in which the worker of an engine that has nothing to do must answer.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Feed:
         self._assembly = Assembly()
         self._waiting: deque[Output] = deque()
         self._runs: dict[int, int] = {}
+        self._syncs = 0
 
     def records(self, sequences: Iterable[int]) -> Iterator[tuple[Output, Mapping[str, NDArray[Any]]]]:
         """
@@ -119,11 +120,13 @@ class Feed:
         return self._assembly.is_whole(sequence) and not (self._engine.runs_alone and self._engine.is_busy)
 
     def _collect(self) -> None:
-        """Take what has arrived; of an engine without work, wait for the rest."""
+        """Take what has arrived; of an engine without work, all that is on its way, and run the rest again."""
+        waits = not self._engine.is_busy and not self._is_done(self._waiting[0].sequence)
+        if waits:
+            self._syncs += 1
+            self._desk.sync(self._syncs)
         while True:
-            is_idle = not self._engine.is_busy
-            wait = is_idle and not self._assembly.is_whole(self._waiting[0].sequence)
-            arrived = self._desk.next(self._patience if wait else 0.0)
+            arrived = self._desk.next(self._patience if waits else 0.0)
             if isinstance(arrived, Records):
                 self._assembly.add(arrived.sequence, arrived.part)
             elif isinstance(arrived, Refused):
@@ -133,9 +136,16 @@ class Feed:
                     "a worker of the engine has ended, its own messages are above; what was captured is kept, run the "
                     "same command again to resume"
                 )
-            elif arrived is None:
-                if wait:
+            elif isinstance(arrived, Synced):
+                if waits and arrived.number == self._syncs:
                     self._run_again()
+                    return
+            elif arrived is None:
+                if waits:
+                    raise CaptureError(
+                        f"a worker of the engine has said nothing for {self._patience:g} seconds; what was captured is "
+                        "kept, end its processes and run the same command again to resume"
+                    )
                 return
 
     def _run_again(self) -> None:

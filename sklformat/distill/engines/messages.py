@@ -3,7 +3,8 @@ What the driving process of a capture and a worker of its engine say to each oth
 
 A message is a JSON object with arrays behind it; nothing is pickled.  The worker asks ``{"ask": [sequences]}``, or
 ``{"ask": null}`` for the sequence that runs alone, and waits for the answer; it tells ``{"rows": …}`` with records,
-``{"tested": …}`` with log-probs, ``{"refused": reason}``.  It is told the settings first.
+``{"tested": …}`` with log-probs, ``{"refused": reason}``.  It is told the settings first, and ``{"sync": number}``, to
+which it says ``{"synced": number}`` behind everything that it had to tell.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ ADDRESS = "SKLFORMAT_CAPTURE"
 
 Message: TypeAlias = tuple[dict[str, Any], list[NDArray[Any]]]
 
-_LENGTHS = struct.Struct("<II")  # bytes of the object, number of arrays
+_LENGTH = struct.Struct("<I")  # bytes of the object
 _TYPES = ("bool", "uint8", "float16", "float32", "uint32", "int64")
 
 
@@ -70,7 +71,6 @@ class Line:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
-        self._file = connection.makefile("rb")
         self._sending = Lock()
 
     def send(self, said: dict[str, Any], *arrays: NDArray[Any]) -> None:
@@ -85,7 +85,7 @@ class Line:
             OSError: The other end is gone.
         """
         text = json.dumps(said | {"arrays": [(array.dtype.name, array.size) for array in arrays]}).encode()
-        parts = [_LENGTHS.pack(len(text), len(arrays)), text, *(array.tobytes() for array in arrays)]
+        parts = [_LENGTH.pack(len(text)), text, *(array.tobytes() for array in arrays)]
         with self._sending:
             self._socket.sendall(b"".join(parts))
 
@@ -96,15 +96,25 @@ class Line:
         Raises:
             OSError: The connection broke.
         """
-        head = self._file.read(_LENGTHS.size)
-        if len(head) < _LENGTHS.size:
+        try:
+            said = json.loads(self._read(_LENGTH.unpack(self._read(_LENGTH.size))[0]))
+            arrays = []
+            for name, count in said.pop("arrays"):
+                assert name in _TYPES
+                arrays.append(np.frombuffer(self._read(count * np.dtype(name).itemsize), name, count))
+        except EOFError:
             return None
-        said = json.loads(self._file.read(_LENGTHS.unpack(head)[0]))
-        arrays = []
-        for name, count in said.pop("arrays"):
-            assert name in _TYPES
-            arrays.append(np.frombuffer(self._file.read(count * np.dtype(name).itemsize), name, count))
         return said, arrays
+
+    def _read(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view, at = memoryview(data), 0
+        while at < size:
+            count = self._socket.recv_into(view[at:])
+            if count == 0:
+                raise EOFError
+            at += count
+        return data
 
     def close(self) -> None:
         """Hang up; whoever waits for a message of the other end is told that it is gone."""

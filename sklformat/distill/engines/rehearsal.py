@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat.distill.engines.desk import Desk, Gone, Refused, Tested
+from sklformat.distill.engines.desk import Desk, Gone, Refused, Synced, Tested
 from sklformat.distill.engines.vllm import Served
 from sklformat.errors import EngineError
 
 _LENGTHS = 17, 11
-_PATIENCE_SECONDS = 60.0
+_PATIENCE_SECONDS = 120.0
 # Greatest difference of two log-probs; half precision rounds a logit of 32 to 1/8, and its products by their shapes.
 _TOLERANCE = {"torch.float32": 0.02}
 _TOLERANCE_OF_HALVES = 0.3
@@ -29,7 +29,7 @@ def rehearse(engine: Served, desk: Desk, vocab_size: int, seq_len: int, patience
         desk: Where its worker sends what it sees.
         vocab_size: Ids that mean something.
         seq_len: Positions of a sequence, at most.
-        patience: Seconds to wait for the worker.
+        patience: Seconds in which the worker must answer.
 
     Raises:
         EngineError: They differ, or there are none; names version and hook.
@@ -41,34 +41,34 @@ def rehearse(engine: Served, desk: Desk, vocab_size: int, seq_len: int, patience
         for number in group:
             desk.open(number, prompts[number], None, "log-probs")
         said = engine.log_probs({number: prompts[number][:-1] for number in group})
-        seen = _seen(engine, desk, {number: lengths[number] for number in group}, patience)
+        desk.sync(-1 - group[0])
+        seen = _seen(engine, desk, -1 - group[0], patience)
         for number in group:
-            _compare(engine, said[number], seen[number], vocab_size)
+            parts = [part for part in seen if part.sequence == number]
+            _compare(engine, said[number], parts, vocab_size)
             desk.close(number)
 
 
-def _seen(engine: Served, desk: Desk, lengths: dict[int, int], patience: float) -> dict[int, list[Tested]]:
-    """What the worker saw of each prompt, row after row."""
-    parts: dict[int, list[Tested]] = {number: [] for number in lengths}
-    missing = sum(lengths.values())
-    while missing:
+def _seen(engine: Served, desk: Desk, sync: int, patience: float) -> list[Tested]:
+    """What the worker saw, until it says that this was all."""
+    seen: list[Tested] = []
+    while True:
         arrived = desk.next(patience)
         if isinstance(arrived, Tested):
-            parts[arrived.sequence].append(arrived)
-            missing -= arrived.labels.size
-            continue
-        if isinstance(arrived, Refused):
+            seen.append(arrived)
+        elif isinstance(arrived, Refused):
             raise EngineError(f"{engine.described}: {arrived.reason}; {_ADVICE}")
-        what = (
-            "its worker has ended" if isinstance(arrived, Gone) else f"{missing} rows of two short prompts are missing"
-        )
-        raise EngineError(f"{engine.described}: {what}: it does not show the logits of prompts as is known; {_ADVICE}")
-    return parts
+        elif isinstance(arrived, Gone):
+            raise EngineError(f"{engine.described}: its worker has ended, its own messages are above; {_ADVICE}")
+        elif arrived is None:
+            raise EngineError(f"{engine.described}: its worker says nothing for {patience:g} seconds; {_ADVICE}")
+        elif isinstance(arrived, Synced) and arrived.number == sync:
+            return seen
 
 
 def _compare(engine: Served, said: NDArray[np.float32], seen: list[Tested], vocab_size: int) -> None:
-    """Log-probs of one prompt: [2, T], of tokens that follow (NaN for the last) and the greatest, and as they came."""
-    reached = 0
+    """Log-probs of one prompt, [2, T]: of tokens that follow (none for the last) and the greatest; and as they came."""
+    reached, positions = 0, said.shape[1]
     for part in seen:
         if part.first != reached:
             raise EngineError(
@@ -80,14 +80,20 @@ def _compare(engine: Served, said: NDArray[np.float32], seen: list[Tested], voca
                 f"{_ADVICE}"
             )
         reached += part.labels.size
-        own = np.stack([part.labels, part.greatest])
-        given = said[:, part.first : reached]
-        difference = np.nanmax(np.abs(own - given))
-        if not difference <= _TOLERANCE.get(part.dtype, _TOLERANCE_OF_HALVES):
+        differences = np.abs(np.stack([part.labels, part.greatest]) - said[:, part.first : reached])
+        if reached == positions:
+            differences[0, -1] = 0.0
+        difference = differences.max()
+        if not difference <= _TOLERANCE.get(part.dtype, _TOLERANCE_OF_HALVES):  # true for NaN
             raise EngineError(
                 f"{engine.described}: log-probs of a short prompt differ by {difference:.3g} nats from those that it "
                 f"says itself; {_ADVICE}"
             )
+    if reached != positions:
+        raise EngineError(
+            f"{engine.described}: {positions - reached} of the {positions} rows of a short prompt did not come: it "
+            f"does not show the logits of prompts as is known; {_ADVICE}"
+        )
 
 
 _ADVICE = "use another version of it (docs/engines.md says which are known), or --engine transformers"

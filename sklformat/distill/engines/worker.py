@@ -9,9 +9,10 @@ Shape letters: P rows of one chunk, T positions of the sequence, K of them that 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from queue import Queue
+from queue import Queue, SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -56,6 +57,11 @@ class Worker:
 
     def __init__(self, line: Line) -> None:
         self._line = line
+        self._answers: SimpleQueue[messages.Message | None] = SimpleQueue()
+        self._queue: Queue[Callable[[], None]] = Queue(_WAITING)
+        self._lost = False
+        for work in (self._listen, self._tell):
+            Thread(target=work, name="sklformat", daemon=True).start()
         said, _ = self._answer()
         self._settings = replace(Settings(**said), columns=tuple(said["columns"]))
         how: dict[str, Any] = {"rounds": self._settings.rounds, **self._settings.sampling}
@@ -63,9 +69,6 @@ class Worker:
         self._drawer = Drawer(kind=self._settings.kind, rounds=self._settings.rounds, sampling=self._settings.sampling)
         self._known: dict[int, _Known] = {}
         self._alone: _Alone | None = None
-        self._lost = False
-        self._queue: Queue[Callable[[], None]] = Queue(_WAITING)
-        Thread(target=self._send, name="sklformat", daemon=True).start()
 
     def show(self, step: Step) -> None:
         """
@@ -159,22 +162,31 @@ class Worker:
         self._line.send(said, labels, scores_PV.amax(-1).cpu().numpy())
 
     def _refuse(self, reason: str) -> None:
-        self._queue.put(lambda: self._line.send({"refused": reason}))
+        self._queue.put(functools.partial(self._line.send, {"refused": reason}))
 
-    def _send(self) -> None:
-        """Send what is queued, when its device has it; the thread of its own."""
+    def _tell(self) -> None:
+        """Tell what is queued, when its device has it; a thread of its own."""
         while True:
             tell = self._queue.get()
             try:
                 tell()
             except ValueError as error:  # logits that may not be drawn from
-                self._refuse_now(str(error))
+                with contextlib.suppress(OSError):
+                    self._line.send({"refused": str(error)})
             except OSError:
                 self._lost = True
 
-    def _refuse_now(self, reason: str) -> None:
+    def _listen(self) -> None:
+        """Take what the driving process says; a thread of its own."""
         with contextlib.suppress(OSError):
-            self._line.send({"refused": reason})
+            while (message := self._line.receive()) is not None:
+                number = message[0].get("sync")
+                if number is None:
+                    self._answers.put(message)
+                else:
+                    self._queue.put(functools.partial(self._line.send, {"synced": number}))
+        self._lost = True
+        self._answers.put(None)
 
     def _ask(self, numbers: Iterable[int]) -> None:
         """Learn what these sequences are."""
@@ -187,10 +199,11 @@ class Worker:
 
     def _answer(self, question: dict[str, Any] | None = None) -> messages.Message:
         answer = None
-        with contextlib.suppress(OSError):
-            if question is not None:
-                self._line.send(question)
-            answer = self._line.receive()
+        if not self._lost:
+            with contextlib.suppress(OSError):
+                if question is not None:
+                    self._line.send(question)
+                answer = self._answers.get()
         if answer is None:
             raise CaptureError("the process that drives this capture does not answer; the engine ends")
         return answer
