@@ -39,6 +39,7 @@ HANDED_ON = {
     "capture/scribe.py": ["f'sequence {frame.tag}: {error}'"],
     "capture/session.py": ["self._error"],
     "distill/demo/processes.py": ["text"],
+    "distill/engines/feed.py": ["arrived.reason"],
     "distill/models/loading.py": ["f'{path}: {error}'"],
     "distill/models/outputs.py": ["name"],
     "distill/student/measures/evaluation.py": ["f'{path}: {error}'"],

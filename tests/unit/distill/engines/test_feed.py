@@ -136,7 +136,7 @@ def test_a_worker_that_dies_ends_the_capture():
                 engine_data.worker_here()._line.close()
                 self._requests.clear()
 
-    with pytest.raises(CaptureError, match="a worker of the engine has ended, its own messages are above"):
+    with pytest.raises(CaptureError, match="the process that draws in the engine has ended"):
         captured(Killed(budget=20))
 
 
@@ -269,5 +269,5 @@ def test_rows_beyond_a_sequence():
     assembly.expect(4, 10)
     ids = np.arange(3, dtype=np.uint32)
     part = Part(8, np.ones(3, np.int64), ids, np.ones(3, np.uint8), {})
-    with pytest.raises(EngineError, match=r"rows 8\.\.10 of sequence 4, which has 10"):
+    with pytest.raises(EngineError, match=r"a worker sent rows 8\.\.10 of sequence 4, which has 10"):
         assembly.add(4, part)
