@@ -145,6 +145,7 @@ define NEIGHBOURS
 lightning|lightning==2.6.6
 trl|trl==1.16.0
 torchtitan|torchtitan==0.3.0 triton
+ray|ray==2.60.0
 axolotl|$(OF_AXOLOTL)|axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6
 endef
 export NEIGHBOURS

@@ -300,7 +300,8 @@ def _learning(
 
     def run(name: str, arguments: list[str]) -> int:
         config, as_json = parse(config_type, name, arguments, positional=positional)
-        if holds is not None and os.environ.get("RANK", "0") == "0":  # no rank holds it before the first has come
+        is_first = os.environ.get("RANK", "0") == "0" and getattr(config, "run", None) is None
+        if holds is not None and is_first:  # no rank holds it before the first has come
             refuse_held(Path(getattr(config, holds)))
         result = getattr(importlib.import_module(f"sklformat.distill.{module}"), function)(config)
         if os.environ.get("RANK", "0") == "0":  # torchrun's; every process has the same result

@@ -20,10 +20,10 @@ NAMES = """
 FLAGS = {
     "cache": """
         adapter-base author batch-size bos columns dataset dataset-split device device-map dtype encoding
-        engine exclude field first-sequence gpu-memory include isolate-documents json k keep-versions
-        max-unpack-ratio num-sequences on-bad-file out p packing packing-seed proposal-temperature ring-mib
-        rounds sampler seed seq-len sequences-per-shard special-tokens store-tokens teacher tensor-parallel
-        text tokens truncate trust-remote-code unbiased-weights work-dir
+        engine exclude field finish first-sequence gpu-memory include isolate-documents json k keep-versions
+        max-unpack-ratio num-sequences on-bad-file out p packing packing-seed proposal-temperature rank
+        ring-mib rounds run sampler seed seq-len sequences-per-shard special-tokens store-tokens teacher
+        tensor-parallel text tokens truncate trust-remote-code unbiased-weights work-dir world-size
     """,
     "estimate": """
         adapter-base batch-size calibration-sequences dataset dataset-split device disk-tb dtype encoding exclude

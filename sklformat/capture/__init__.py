@@ -9,6 +9,7 @@ memory        whether a ring finds room there
 outcome       what a capture did, for its user
 plan          which shards are not sealed yet, and how far each one is
 ring          frames in shared memory, from one process to another
+runs          ranks of any launcher, which never meet
 scribe        the writer process
 session       the teacher's side
 """

@@ -51,6 +51,72 @@ class Cached:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Contributed:
+    """
+    What one rank did of a run whose ranks never meet, where others have not ended.
+
+    Attributes:
+        directory: The cache, or its URL.
+        run: Name of the run.
+        rank, world_size: This process among its ranks.
+        sequences: Sequences of this rank, which are all there.
+        sequences_made: Of these, those that it added now.
+        positions_per_second: Positions that it added per second; 0 where there were none.
+        unsealed_shards: Shards that are not sealed.
+        waits_for: Ranks whose work these are.
+    """
+
+    directory: Path | str
+    run: str
+    rank: int
+    world_size: int
+    sequences: int
+    sequences_made: int
+    positions_per_second: float
+    unsealed_shards: int
+    waits_for: tuple[int, ...]
+
+    def __str__(self) -> str:
+        made = f"{self.sequences_made} made now at {self.positions_per_second:,.0f} positions/s"
+        return (
+            f"{self.directory}: rank {self.rank} of {self.world_size} is done with its {self.sequences} sequences "
+            f"({made if self.sequences_made else 'all there already'}); {self.unsealed_shards} shards of the ranks "
+            f"{', '.join(map(str, self.waits_for))} are not sealed, the rank that ends last writes the manifest"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """
+    A cache whose manifest was written after all ranks had ended.
+
+    Attributes:
+        directory: The cache, or its URL.
+        fingerprint: Identity of its content.
+        sequences: Sequences in it.
+        shards: Shards in it.
+    """
+
+    directory: Path | str
+    fingerprint: str
+    sequences: int
+    shards: int
+
+    def __str__(self) -> str:
+        return f"{self.directory}: {self.sequences} sequences in {self.shards} shards, all there"
+
+    @classmethod
+    def of(cls, place: Path | str, entries: Sequence[Entry]) -> Finished:
+        """What a manifest says."""
+        return cls(
+            directory=place,
+            fingerprint=cache_fingerprint(entry.fingerprint for entry in entries),
+            sequences=sum(entry.num_sequences for entry in entries),
+            shards=len(entries),
+        )
+
+
 def sum_up(
     place: Path | str, entries: Sequence[Entry], positions: int, parts: Sequence[tuple[int, int, float, float]]
 ) -> Cached:

@@ -123,6 +123,18 @@ def sealed_entries(target: Target, header: Header, num_sequences: int, sequences
     return entries
 
 
+def unsealed(target: Target, num_sequences: int, sequences_per_shard: int) -> list[int]:
+    """
+    Numbers of the shards that are not in their final place, by names alone.
+
+    Raises:
+        RemoteError: The store failed.
+    """
+    there = set(target.names())
+    places = places_of(num_sequences, sequences_per_shard)
+    return [place.number for place in places if shard_path(Path(), place.number).name not in there]
+
+
 def find_header(directory: Path, url: str | None = None) -> Header | None:
     """
     Settings of a cache that was begun, from any of its shards, sealed or not; None where there is none.

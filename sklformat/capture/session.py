@@ -69,6 +69,8 @@ class Capture:
             is not there yet.
         rank, world_size: This process among those that capture this cache, 0 <= rank < world_size.
         run: Name of the run that all its ranks share and no other run has; needed where there are several.
+        apart: Ranks start and end each at its own time; one that starts again waits for its own writer process of
+            before, and never for another rank's.
 
     Raises:
         ValueError: A number out of range.
@@ -97,6 +99,7 @@ class Capture:
         rank: int = 0,
         world_size: int = 1,
         run: str | None = None,
+        apart: bool = False,
     ) -> None:
         for name, value in (
             ("num_sequences", num_sequences),
@@ -124,6 +127,7 @@ class Capture:
         self._checkpoints = checkpoint_bytes, checkpoint_seconds
         self._url, self._rank, self._world_size = url, rank, world_size
         self._run = run or secrets.token_hex(8)
+        self._apart = apart
         self._works: list[ShardWork] = []
         self._todo: dict[int, ShardWork] = {}
         self._sealed_before = 0
@@ -137,7 +141,7 @@ class Capture:
     def __enter__(self) -> Capture:
         with contextlib.ExitStack() as held:
             held.enter_context(shared_directory(self.directory, self._run))
-            writer_lock = held.enter_context(self._after_old_writers())
+            writer_locks = held.enter_context(self._after_old_writers())
             self._works = survey(
                 self.directory,
                 self.header,
@@ -154,7 +158,7 @@ class Capture:
                 check_room(self._ring_bytes, "ring_bytes")
                 mark_unfinished(self.directory)
                 self._ring = held.enter_context(Ring.create(self._ring_bytes))
-                self._process = self._start(self._ring, writer_lock)
+                self._process = self._start(self._ring, writer_locks)
             self._held = held.pop_all()
         return self
 
@@ -269,31 +273,36 @@ class Capture:
         return self._sealed_before if self._ring is None else self._ring.durable
 
     @contextlib.contextmanager
-    def _after_old_writers(self) -> Iterator[int]:
+    def _after_old_writers(self) -> Iterator[list[int]]:
         """
         Wait until the writer processes of an interrupted run have ended, and hold their place.
 
         Their teachers are dead, else the directory would be held; they only write what their rings still held.
         """
+        runs = {_WRITER_LOCK: self._run}
+        if self._apart:
+            runs[f".writer-{self._rank:05d}.lock"] = secrets.token_hex(8)
         with contextlib.ExitStack() as held:
             try:
-                lock = held.enter_context(
-                    shared_directory(
-                        self.directory, self._run, name=_WRITER_LOCK, patience=_TAKEOVER_SECONDS, inherited=True
+                locks = [
+                    held.enter_context(
+                        shared_directory(self.directory, run, name=name, patience=_TAKEOVER_SECONDS, inherited=True)
                     )
-                )
+                    for name, run in runs.items()
+                ]
             except InUseError:
                 raise InUseError(
                     f"{self.directory}: the writer process of an interrupted capture is still writing; "
                     "wait for it, or end it"
                 ) from None
             try:
-                yield lock
+                yield locks
             finally:
                 if self._process is None or self._process.returncode is not None:
-                    let_go(lock, self.directory / _WRITER_LOCK)
+                    for lock, name in zip(locks, runs, strict=True):
+                        let_go(lock, self.directory / name)
 
-    def _start(self, ring: Ring, writer_lock: int) -> subprocess.Popen[bytes]:
+    def _start(self, ring: Ring, writer_locks: list[int]) -> subprocess.Popen[bytes]:
         """
         A fresh interpreter with this one's module path: nothing of the teacher's process is copied or run again.
 
@@ -309,7 +318,7 @@ class Capture:
         process = subprocess.Popen(  # noqa: S603  our own interpreter and code
             [sys.executable, "-c", _START, json.dumps(path), *map(str, descriptors)],
             stdin=subprocess.PIPE,
-            pass_fds=[*descriptors, writer_lock],
+            pass_fds=[*descriptors, *writer_locks],
             env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,
         )

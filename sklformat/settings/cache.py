@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from sklformat.settings.text import Bos, Packing, SpecialTokens, Truncate
 
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+_RUN_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OF_VLLM = ("tensor_parallel", "gpu_memory")
 # What engine vllm cannot do as it is asked, and why.
 _NOT_OF_VLLM = {
@@ -147,6 +149,18 @@ class CacheConfig(TextFiles):
     ring_mib: int = 64
     """Shared memory between the teacher and the writer process, MiB."""
 
+    run: str | None = None
+    """Of processes that no torchrun started, such as tasks of a Slurm array: name of the run, the same for all. They share --out (or --work-dir), start when they can, and are started again when they died."""  # noqa: E501
+
+    rank: int | None = None
+    """With --run: number of this process, from 0. Shard k is the work of rank k mod world_size."""
+
+    world_size: int | None = None
+    """With --run: number of processes, the same for all."""
+
+    finish: bool = False
+    """With --run, instead of --rank and --world-size: write the manifest if all ranks are done, which the last one does by itself, else say which are not."""  # noqa: E501
+
     keep_versions: bool = False
     """Resume a cache that other versions of torch, transformers or sklformat began: sound, but not repeatable bit for bit."""  # noqa: E501
 
@@ -175,6 +189,25 @@ class CacheConfig(TextFiles):
             raise ValueError(f"work_dir {self.work_dir} is a URL, must be a directory here")
         self._check_sampler()
         self._check_engine()
+        self._check_run()
+
+    def _check_run(self) -> None:
+        is_rank = self.rank is not None or self.world_size is not None
+        if self.run is None:
+            if is_rank or self.finish:
+                raise ValueError("rank, world_size and finish belong to a run: give run, its name")
+            return
+        if not _RUN_NAME.fullmatch(self.run):
+            raise ValueError(f"run must be 1 to 64 letters, digits, dots, dashes and underscores, got {self.run!r}")
+        if self.finish and is_rank:
+            raise ValueError("finish is not the work of a rank: leave out rank and world_size")
+        if self.finish:
+            return
+        if self.rank is None or self.world_size is None or not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"run {self.run} needs world_size, and rank in 0..world_size - 1; got rank {self.rank} and world_size "
+                f"{self.world_size}"
+            )
 
     def _check_engine(self) -> None:
         check_least(self, 1, "tensor_parallel")

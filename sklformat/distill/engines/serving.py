@@ -15,7 +15,8 @@ import torch
 
 from sklformat.capture import ShardWork
 from sklformat.capture.memory import check_room
-from sklformat.capture.outcome import Cached
+from sklformat.capture.outcome import Cached, Contributed, Finished
+from sklformat.capture.runs import finish_run
 from sklformat.distill import kernels
 from sklformat.distill.engines import messages
 from sklformat.distill.engines.desk import Desk
@@ -26,24 +27,23 @@ from sklformat.distill.engines.vllm import Plan
 from sklformat.distill.models import adapters, hub, loading, tokenization
 from sklformat.distill.models.guards import named
 from sklformat.distill.models.identities import checkpoint_fingerprint
-from sklformat.distill.teacher.caching import Part, cache_teacher, draws_on_device, name_run, write
+from sklformat.distill.teacher.caching import Part, cache_teacher, draws_on_device, name_run, run_of, write
 from sklformat.distill.teacher.grid import Output
 from sklformat.distill.teacher.provenance import make_header
 from sklformat.distill.teacher.ranks import Ranks, joined, stoppable
 from sklformat.distill.teacher.token_sources import TokenSource
 from sklformat.distill.text.fingerprints import vocabulary_fingerprint
 from sklformat.errors import EngineError, SettingsError
-from sklformat.files.disk import shared_directory
 from sklformat.progress import say
 from sklformat.settings.cache import CacheConfig
 
 
-def cache(config: CacheConfig) -> Cached:
+def cache(config: CacheConfig) -> Cached | Contributed | Finished:
     """
     Capture a teacher's sparse distributions over packed text into a cache directory.
 
     Args:
-        config: The settings; ``engine`` says what runs the teacher.
+        config: The settings; ``engine`` says what runs the teacher, ``finish`` that nothing does.
 
     Returns:
         What was done.
@@ -52,19 +52,22 @@ def cache(config: CacheConfig) -> Cached:
         EngineError: The engine is not there, does not serve the teacher, is not understood, or has ended.
         OSError, ValueError, SklError, KeyboardInterrupt: As ``cache_teacher``.
     """
+    if config.finish:
+        assert config.run is not None
+        return Finished.of(config.out, finish_run(config.directory, config.run, config.url))
     if config.engine == "transformers":
         return cache_teacher(config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun's
         raise EngineError(
             "engine vllm starts its own processes, one per device of tensor_parallel; start it without torchrun"
         )
-    with joined() as ranks, stoppable():
+    with joined(run_of(config)) as ranks, stoppable():
         return cache_by_vllm(config, ranks)
 
 
 def cache_by_vllm(
     config: CacheConfig, ranks: Ranks, *, step_tokens: int | None = None, hook: Hook | None = None
-) -> Cached:
+) -> Cached | Contributed:
     """
     The same with vLLM.
 
@@ -84,7 +87,7 @@ def cache_by_vllm(
     source = TokenSource(config, tokenizer)
     run = ranks.first(lambda: name_run(config))
     # Held from here on, so that a second run is refused before it works.
-    with shared_directory(config.directory, run), messages.listening() as (listener, path):
+    with ranks.held(config.directory, run), messages.listening() as (listener, path):
         model = _find_model(config)
         plan = Plan(
             model,

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cache.manifest import MANIFEST_NAME
-from sklformat.capture import Capture, ShardWork, find_header
+from sklformat.capture import Capture, ShardWork
 from sklformat.capture.estimates import block_size
 from sklformat.capture.memory import check_room
-from sklformat.capture.outcome import Cached, sum_up
+from sklformat.capture.outcome import Cached, Contributed, sum_up
+from sklformat.capture.runs import AGREEMENT_NAME, Run
 from sklformat.distill import kernels
 from sklformat.distill.models import attention, loading
 from sklformat.distill.models.devices import available_cores, find_device, own_devices
@@ -36,15 +37,14 @@ from sklformat.distill.teacher.forward import Teacher
 from sklformat.distill.teacher.gpu_sampler import DeviceSampler
 from sklformat.distill.teacher.grid import Output, outputs_of
 from sklformat.distill.teacher.logit_columns import LogitColumns
-from sklformat.distill.teacher.provenance import agree_on_versions, make_header
-from sklformat.distill.teacher.ranks import Ranks, joined, stoppable
+from sklformat.distill.teacher.provenance import make_header
+from sklformat.distill.teacher.ranks import Ranks, agree, joined, stoppable
 from sklformat.distill.teacher.token_sources import TOKENS_NAME, TokenSource
 from sklformat.distill.text.fingerprints import vocabulary_fingerprint
 from sklformat.distill.text.packing import Sequences
 from sklformat.errors import SettingsError
 from sklformat.files import remote
 from sklformat.files.directories import refuse_foreign
-from sklformat.files.disk import shared_directory
 from sklformat.format.columns import RECORD_LOGPROB, STARTS
 from sklformat.format.header import Header
 from sklformat.format.records import SparseTargets
@@ -55,13 +55,13 @@ from sklformat.settings.cache import CacheConfig
 _SHARD = re.compile(r"shard-\d{5,}\.skl(\.partial)?")
 # What a run leaves that stopped early; or whoever removed damaged shards, be it with their manifest or without.
 _BEFORE_SHARDS = re.compile(
-    rf"\.(writer\.)?lock|{re.escape(UNFINISHED_NAME)}|{TOKENS_NAME}(\.partial)?|\.?{re.escape(MANIFEST_NAME)}(\.tmp)?"
+    rf"\.((writer|turn|(rank|writer)-\d+)\.)?lock|\.?{re.escape(AGREEMENT_NAME)}(\.tmp)?|{re.escape(UNFINISHED_NAME)}|{TOKENS_NAME}(\.partial)?|\.?{re.escape(MANIFEST_NAME)}(\.tmp)?"
 )
 _PUBLISHED = re.compile(rf"{_SHARD.pattern}|{re.escape(MANIFEST_NAME)}")
 _DRAW_THREADS = 8  # at most; beside a GPU one core cannot keep up
 
 
-def cache_teacher(config: CacheConfig) -> Cached:
+def cache_teacher(config: CacheConfig) -> Cached | Contributed:
     """
     Capture a teacher's sparse distributions over packed text into a cache directory.
 
@@ -86,11 +86,11 @@ def cache_teacher(config: CacheConfig) -> Cached:
         RemoteError: The store behind the URL failed.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the message says what is kept.
     """
-    with joined() as ranks, stoppable():
+    with joined(run_of(config)) as ranks, stoppable():
         return _cache(config, ranks)
 
 
-def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
+def _cache(config: CacheConfig, ranks: Ranks) -> Cached | Contributed:
     check_room(config.ring_mib << 20, "ring_mib")
     device, over = _devices(config, ranks)
     named: loading.Named = {"revision": config.revision, **loading.named_of(config)}
@@ -98,9 +98,9 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached:
     source = TokenSource(config, tokenizer)
     run = ranks.first(lambda: name_run(config))
     # Held from here on, so that a second run is refused before it works.
-    with shared_directory(config.directory, run):
+    with ranks.held(config.directory, run):
         dtype = _dtype(config, device)
-        if ranks.rank == 0:
+        if ranks.rank == 0 or ranks.apart is not None:
             say(f"cache {config.directory.name}: loading the teacher {config.teacher}, then reading all tokens")
         model = loading.load_model(config.teacher_name, dtype=dtype, device=device, over=over, **named)
         if config.isolate_documents:
@@ -136,7 +136,7 @@ def write(
     packed: Sequences,
     header: Header,
     hand_over: Callable[[Part, Sequence[ShardWork]], Iterable[tuple[Output, int]]],
-) -> Cached:
+) -> Cached | Contributed:
     """
     Write what earlier runs have not left, whatever runs the teacher; the directory is held.
 
@@ -153,8 +153,7 @@ def write(
         SettingsError, InUseError, CaptureError, RemoteError, ValueError, OSError, KeyboardInterrupt: As
             ``cache_teacher``.
     """
-    _check_same(ranks, header)
-    header = ranks.first(lambda: _begun(config, header))
+    header = agree(config, ranks, header, len(packed))
     capture = Capture(
         config.directory,
         header=header,
@@ -165,9 +164,13 @@ def write(
         rank=ranks.rank,
         world_size=ranks.world_size,
         run=run,
+        apart=ranks.apart is not None,
     )
     part = Part(config, ranks, capture, packed)
     part.run(hand_over)
+    if ranks.apart is not None:
+        with ranks.apart.turn():
+            return _contributed(config, ranks.apart, packed, capture, part)
     ranks.wait()
     entries = ranks.first(lambda: capture.entries or capture.finish())
     if ranks.local_rank == 0:
@@ -305,7 +308,7 @@ def _devices(config: CacheConfig, ranks: Ranks) -> tuple[torch.device, list[int]
             f"device {config.device} is one GPU, this machine runs {ranks.local_world_size} processes; "
             "give device cuda, so that each takes one of its own"
         )
-    if device.type == "cuda" and ranks.world_size > 1:
+    if device.type == "cuda" and device.index is None and ranks.world_size > 1:
         device = find_device(f"cuda:{ranks.local_rank}")
     return device, []
 
@@ -332,20 +335,39 @@ def name_run(config: CacheConfig) -> str:
         refuse_foreign(directory, names, "cache", _BEFORE_SHARDS)
     if config.url is not None:
         refuse_foreign(config.url, remote.list_names(config.url), "cache", _PUBLISHED)
-    return secrets.token_hex(8)
+    return config.run or secrets.token_hex(8)
 
 
-def _check_same(ranks: Ranks, header: Header) -> None:
-    """Ranks whose teachers or texts differ would make shards that do not belong together."""
-    for rank, other in enumerate(ranks.gather(header)):
-        if other != header:
-            raise SettingsError(
-                f"rank {ranks.rank} and rank {rank} have other settings: {'; '.join(header.differences(other))}; "
-                "give every rank the same teacher, text and libraries"
-            )
+def run_of(config: CacheConfig) -> Run | None:
+    """The run that this process is a rank of, where its launcher is not torchrun."""
+    if config.run is None:
+        return None
+    assert config.rank is not None
+    assert config.world_size is not None
+    return Run(config.directory, config.run, config.rank, config.world_size)
 
 
-def _begun(config: CacheConfig, header: Header) -> Header:
-    """The header to write, given what is there already."""
-    found = find_header(config.directory, config.url)
-    return agree_on_versions(header, found, keep=config.keep_versions, place=str(config.out))
+def _contributed(
+    config: CacheConfig, run: Run, packed: Sequences, capture: Capture, part: Part
+) -> Cached | Contributed:
+    """What one of the ranks did that never meet; the last of them writes the manifest."""
+    agreed = run.begun()
+    did = part.made, part.positions, part.seconds, part.waited
+    # A run that has ended is forgotten: what was agreed on then, nobody waits for.
+    number, ranks = (0, ()) if agreed is None else run.waits_for(agreed, config.url)
+    if not number:
+        entries = capture.entries or capture.finish()
+        capture.unmark()
+        run.end()
+        return sum_up(config.out, entries, packed.num_positions(), [did])
+    return Contributed(
+        directory=config.out,
+        run=run.name,
+        rank=run.rank,
+        world_size=run.world_size,
+        sequences=capture.num_own_sequences,
+        sequences_made=part.made,
+        positions_per_second=part.positions / part.seconds,
+        unsealed_shards=number,
+        waits_for=ranks,
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sklformat.cache.reader import open_cache
+from sklformat.capture.outcome import Cached
 from sklformat.distill.teacher.caching import cache_teacher
 from sklformat.distill.teacher.token_sources import TOKENS_NAME
 from sklformat.distill.text.chats import Chat, Text, read_dataset_texts
@@ -60,6 +61,7 @@ def calibrate(config: EstimateConfig) -> EstimateConfig:
                 )
             )
             given = {"tokens": out / TOKENS_NAME}  # the text is tokenised once
+        assert isinstance(cached, Cached)  # no rank of a run
         with open_cache(out) as cache:
             vocab_size = cache.header.vocab_size
             is_ragged = cache.header.seq_len == 0

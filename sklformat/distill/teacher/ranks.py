@@ -1,7 +1,8 @@
 """
-The processes that capture one cache together: those that torchrun started, or this one alone.
+The processes that capture one cache together: those that torchrun started, those of any launcher, or this one alone.
 
-They exchange a few words at the beginning and at the end, over gloo wherever the teachers run; no tensor passes.
+Those of torchrun exchange a few words at the beginning and at the end, over gloo wherever the teachers run; no tensor
+passes.  Those of another launcher never meet.
 """
 
 from __future__ import annotations
@@ -13,12 +14,20 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from sklformat.errors import CaptureError
+from sklformat.cache.sharding import other_settings
+from sklformat.capture.plan import find_header
+from sklformat.capture.runs import Agreement, Run
+from sklformat.distill.teacher.provenance import agree_on_versions
+from sklformat.errors import CaptureError, SettingsError
+from sklformat.files.disk import shared_directory
+from sklformat.format.header import Header
+from sklformat.settings.cache import CacheConfig
 
 _Result = TypeVar("_Result")
 # One rank may tokenise, or end its last shard, long after the others. A process that is gone is noticed at once: its
@@ -36,12 +45,26 @@ class Ranks:
         world_size: Number of processes.
         local_rank: Place among the processes of this machine.
         local_world_size: Number of processes of this machine.
+        apart: The run, where its ranks never meet: what one asks of all others it asks of itself, and what the first
+            does for all each does for itself, in turn.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    apart: Run | None = None
+
+    @contextlib.contextmanager
+    def held(self, directory: Path, run: str) -> Iterator[None]:
+        """
+        Hold a directory together with the other ranks of this run, for the time of the block.
+
+        Raises:
+            InUseError: Another run has it, or another process this rank.
+        """
+        with shared_directory(directory, run), self.apart.taken() if self.apart else contextlib.nullcontext():
+            yield
 
     def wait(self) -> None:
         """
@@ -59,7 +82,7 @@ class Ranks:
         Raises:
             CaptureError: Another rank is gone.
         """
-        if self.world_size == 1:
+        if self.world_size == 1 or self.apart is not None:
             return [value]
         values: list[Any] = [None] * self.world_size
         with self._partners():
@@ -73,7 +96,7 @@ class Ranks:
         Raises:
             CaptureError: Another rank is gone; on rank 0 what ``work`` raises.
         """
-        return self.gather(work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        return self.gather(work() if self.rank == 0 or self.apart is not None else None)[0]  # type: ignore[return-value]
 
     def in_turn(self, work: Callable[[bool], _Result]) -> _Result:
         """
@@ -85,6 +108,9 @@ class Ranks:
         Raises:
             CaptureError: Another rank is gone; and what ``work`` raises.
         """
+        if self.apart is not None:
+            with self.apart.turn():
+                return work(self.apart.begun() is None)
         turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
         results = []
         for now in range(3 if self.world_size > 1 else 1):
@@ -106,16 +132,27 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(run: Run | None = None) -> Iterator[Ranks]:
     """
     Join the processes that torchrun started, for the time of the block; without torchrun this one is alone.
 
+    Args:
+        run: Of ranks that any other launcher started.
+
     Raises:
-        ValueError: torchrun's variables contradict each other.
+        ValueError: torchrun's variables contradict each other, or there is a run beside them.
     """
-    environment = {name: int(os.environ.get(name.upper(), "0")) for name in ("rank", "local_rank")}
-    sizes = {name: int(os.environ.get(name.upper(), "1")) for name in ("world_size", "local_world_size")}
-    ranks = Ranks(**environment, **sizes)
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    world_size, local_world_size = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    ranks = Ranks(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size)
+    if run is not None:
+        if ranks.world_size > 1:
+            raise ValueError(
+                f"run {run.name} says that this is rank {run.rank} of {run.world_size}, torchrun that it is rank "
+                f"{ranks.rank} of {ranks.world_size}; leave run out, or start the processes without torchrun"
+            )
+        yield Ranks(rank=run.rank, world_size=run.world_size, apart=run)
+        return
     if ranks.world_size == 1:
         yield Ranks()
         return
@@ -130,6 +167,53 @@ def joined() -> Iterator[Ranks]:
         yield ranks
     finally:
         dist.destroy_process_group()
+
+
+def agree(config: CacheConfig, ranks: Ranks, header: Header, num_sequences: int) -> Header:
+    """
+    The header to write, the same on all ranks, given what is there already.
+
+    Args:
+        config: The settings.
+        ranks: Of this run.
+        header: What this rank would write.
+        num_sequences: Of the whole cache, as this rank sees it.
+
+    Raises:
+        SettingsError: Another rank, or what is there, has other settings; shows both values.
+        CaptureError: Another rank is gone.
+        FormatError, RemoteError: What is there cannot be read.
+    """
+    how: dict[str, Any] = {"keep": config.keep_versions, "place": str(config.out)}
+    run = ranks.apart
+    if run is None:
+        _check_same(ranks, header)
+        return ranks.first(lambda: agree_on_versions(header, find_header(config.directory, config.url), **how))
+    with run.turn():
+        found = run.begun()
+        there = find_header(config.directory, config.url) if found is None else found.header
+        header = agree_on_versions(header, there, **how)
+        if found is None and there is not None and (differing := there.differences(header)):
+            raise other_settings(config.out, differing)
+        mine = Agreement(
+            run=run.name,
+            world_size=run.world_size,
+            num_sequences=num_sequences,
+            sequences_per_shard=config.sequences_per_shard,
+            header=header,
+        )
+        run.agree(mine)
+    return header
+
+
+def _check_same(ranks: Ranks, header: Header) -> None:
+    """Ranks whose teachers or texts differ would make shards that do not belong together."""
+    for rank, other in enumerate(ranks.gather(header)):
+        if other != header:
+            raise SettingsError(
+                f"rank {ranks.rank} and rank {rank} have other settings: {'; '.join(header.differences(other))}; "
+                "give every rank the same teacher, text and libraries"
+            )
 
 
 @contextlib.contextmanager

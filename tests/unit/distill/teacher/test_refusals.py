@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import sklformat as skl
-from sklformat.distill.teacher import caching, provenance
+from sklformat.distill.teacher import provenance, ranks
 from sklformat.settings.cache import CacheConfig
 
 
@@ -28,7 +28,7 @@ def test_ranks_of_other_settings():
     other = dataclasses.replace(header, sampling_seed=5)
     message = "rank 0 and rank 1 have other settings: sampling_seed: 0 != 5; give every rank the same teacher, text"
     with pytest.raises(skl.SettingsError, match=message):
-        caching._check_same(Company(other), header)
+        ranks._check_same(Company(other), header)
 
 
 def test_weights_beyond_the_scale():
