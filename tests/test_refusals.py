@@ -56,6 +56,7 @@ HANDED_ON = {
     "format/index.py": ["message"],
     "interop/columns.py": ["str(error)"],
     "interop/conversion.py": ["f'sequence {self._next}: {error}'"],
+    "interop/neighbours/distillkit.py": ["str(error)"],
     "interop/sources.py": ["row.reason"],
     "interop/tables/npz.py": ["f'npz: {error}'"],
     "interop/tables/parquet.py": ["f'{kind} table: {error}'"],

@@ -9,4 +9,5 @@ places       where a file lies: a path of this machine, or a URL
 regular      regular files and nothing else, opened or refused at once
 remote       the only door to fsspec: files behind URLs
 storage      the bytes of a sealed file: mapped, read piece by piece, or behind a URL
+yaml         the only door to PyYAML: settings in YAML and JSON
 """

@@ -14,6 +14,10 @@ from sklformat.interop.tables.exports import Export, Exporter
 from sklformat.interop.tables.files import SUFFIXES, open_table
 
 NEIGHBOURS: dict[str, str] = {
+    "distillkit": "distillkit",
+    "distillkit-legacy": "distillkit",
+    "distillkit-raw": "distillkit",
+    "open-instruct": "distillkit",
     "vllm": "responses",
     "sglang": "responses",
     "llama-cpp-kld": "llama_cpp",

@@ -8,7 +8,7 @@ mask leaves out, removes padding, and turns values into natural log-probs.  ``ch
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.format.columns import RECORD_LOGPROB, STARTS
-from sklformat.interop.columns import Row, offsets_of
+from sklformat.interop.columns import Row, check_size, offsets_of
 from sklformat.interop.tokens import TokenFile
 
 Values = Literal["counts", "logprobs"]
+NO_PROBABILITY = -500.0
+"""Log-probs below it are no teacher's: systems fill up with -inf, or -1000 and less, where they have no record."""
 PROBABILITIES = {"logprobs": "log-probabilities", "probs": "probabilities", "logits": "logits"}
 """What values of a file may be, by their name on the command line."""
 
@@ -137,6 +139,12 @@ def select(row: Row, records: NDArray[np.bool_]) -> Row:
     return Row(row.input_ids, row.token_ids[records], row.values[records], offsets, columns)
 
 
+def without_fillers(row: Row) -> Row:
+    """A row without the records whose log-prob says that they are none; NaN stays, for a check to see."""
+    with np.errstate(invalid="ignore"):
+        return select(row, ~(row.values < NO_PROBABILITY))
+
+
 def blank(row: Row, positions: NDArray[np.bool_]) -> Row:
     """A row without records, and so without numbers about them, at the positions [T] that are True."""
     if not positions.any():
@@ -205,6 +213,21 @@ def log_probs(values: NDArray[Any], offsets: NDArray[np.int64], kind: str) -> ND
         with np.errstate(divide="ignore", invalid="ignore"):  # of 0 and less, which a check refuses
             return np.log(values.astype(np.float64))
     return values.astype(np.float64)
+
+
+def within_documents(row: Row, documents: NDArray[Any]) -> Row:
+    """
+    A row with the numbers [L] of its tokens' documents kept as borders, 0 for padding.
+
+    A position has no records where the next token is of a different document, or padding.
+
+    Raises:
+        ValueError: There are not as many numbers as tokens.
+    """
+    check_size("attention_mask", documents, row.input_ids.size, "tokens")
+    outside = (documents[1:] != documents[:-1]) | (documents[1:] == 0)
+    row = blank(row, outside)
+    return replace(row, columns={**row.columns, STARTS: starts_of(documents)})
 
 
 def starts_of(segments: NDArray[Any]) -> NDArray[np.bool_]:

@@ -10,6 +10,7 @@ from sklformat.settings.limits import check_least
 
 SourceKind = Literal[
     "auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors",
+    "distillkit", "distillkit-legacy", "distillkit-raw", "open-instruct",
     "vllm", "sglang",
     "llama-cpp-kld",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Files of other systems: each module reads the kinds of one of them, and writes some.
 
-distillkit  DistillKit: raw rows, written
-llama_cpp   llama.cpp's base logits
-responses   answers of vLLM and SGLang
+distillkit   DistillKit and open-instruct: rows in a codec, or raw
+llama_cpp    llama.cpp's base logits
+polynomials  DistillKit's codecs
+responses    answers of vLLM and SGLang
 """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +52,7 @@ class Exporter(Protocol):
     def append(self, row: Row) -> None:
         """Add one sequence of L tokens with L - 1 rows about the next token; its values are natural log-probs."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Exporter: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -170,7 +170,7 @@ class EvenTable(ABC):
         """As ``Exporter``."""
         self._writer.append_cells(self.cells(row.input_ids, self._evener.even(row).with_last()))
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> EvenTable:
         self._writer.__enter__()
         return self
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, BinaryIO, Protocol
 
 from sklformat.files.disk import Disk, naming, write_atomically
 from sklformat.format.columns import RECORD_LOGPROB
@@ -85,6 +85,13 @@ class Table:
                 if not start:
                     yield row
                 start = max(start - 1, 0)
+
+
+def table_kind(path: Path) -> str | None:
+    """The kind of table that a path's name, or the names in a directory, say; None: none, or several."""
+    names = list(path.iterdir()) if path.is_dir() else [path]
+    kinds = {kind for kind, suffixes in SUFFIXES.items() if any(name.suffix in suffixes for name in names)}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def open_table(path: Path, kind: str) -> Table:
@@ -183,7 +190,7 @@ class TableWriter:
         with naming(self._path):
             self._sink.append(cells)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> TableWriter:
         return self
 
     def __exit__(
@@ -229,6 +236,9 @@ class ColumnsWriter(TableWriter):
         names = ("input_ids", "token_ids", values, *columns)
         super().__init__(path, kind, {name: (TYPES[name], 2 if name in nested else 1) for name in names}, note)
         self._values = values
+
+    def __enter__(self) -> ColumnsWriter:
+        return self
 
     def append(self, row: Row) -> None:
         """Add one sequence; its arrays have the lengths that ``Row`` says."""

@@ -1,0 +1,31 @@
+"""The only door to PyYAML: settings in a YAML or JSON file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sklformat.errors import CorruptError, describe_bad_json
+
+
+def read_settings(path: Path) -> Any:
+    """
+    What a file of settings holds; JSON, and no PyYAML, where its name ends in ``.json``.
+
+    Raises:
+        CorruptError: It is neither.
+        ModuleNotFoundError: YAML without PyYAML.
+        OSError: The system's own.
+    """
+    text = path.read_bytes()
+    try:
+        if path.suffix == ".json":
+            return json.loads(text)
+        import yaml  # noqa: PLC0415  an extra
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(describe_bad_json(error), path=path) from None
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise CorruptError(f"yaml: {' '.join(str(error).split())}", path=path) from None
