@@ -50,6 +50,12 @@ _COLUMNS = {
     "distillkit-legacy": ("packed_indices", "exact_values", "coeffs"),
     "distillkit-raw": ("token_ids", "top_values"),
 }
+_TAKES = {
+    "distillkit": ("codec",),
+    "open-instruct": ("codec",),
+    "distillkit-legacy": ("codec", "values"),
+    "distillkit-raw": ("values",),
+}
 _CODEC_FILES = ("compression_config.yaml", "compression_config.yml", "compression_config.json")
 _DOCUMENTS = "attention_mask"
 _Decoded = tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]
@@ -82,7 +88,7 @@ def read(path: Path, kind: str, asked: Asked) -> Reading:
         ValueError: The user must say more, or says what the kind says itself; the files are of another kind.
         CorruptError: Files are missing, or a row is damaged.
     """
-    refuse_flags(path, kind, asked, "rounds", "kind", "columns", "tokens", "convention", "drop_last_row")
+    refuse_flags(path, kind, asked, ("vocab_size", "sampler", *_TAKES[kind]))
     if path.is_dir() and (path / "dataset_dict.json").exists():
         splits = sorted(split.name for split in path.iterdir() if split.is_dir())
         raise ValueError(f"{path}: holds the splits {', '.join(splits)}; give the directory of one of them")
@@ -161,8 +167,7 @@ class _Form(ABC):
 class _Raw(_Form):
     """Ids and values as they are."""
 
-    def __init__(self, path: Path, kind: str, asked: Asked) -> None:
-        refuse_flags(path, kind, asked, "codec")
+    def __init__(self, path: Path, kind: str, asked: Asked) -> None:  # noqa: ARG002  as the others
         require(path, vocab_size=asked.vocab_size)
         assert asked.vocab_size is not None
         self.vocab_size, self.values = asked.vocab_size, asked.values or "logprobs"
@@ -181,7 +186,6 @@ class _Compressed(_Form):
     """Values and ids in bytes, by a codec."""
 
     def __init__(self, path: Path, kind: str, asked: Asked) -> None:
-        refuse_flags(path, kind, asked, "values")
         file, settings = _codec_settings(path, asked.codec, "logprob_compressor")
         with _in_codec(file):
             self._codec = codec = Codec(settings)

@@ -272,8 +272,8 @@ def test_wrong_legacy_rows(tmp_path):
     [
         ({}, "its codec says d = 301, for which DistillKit takes one more"),
         ({"vocab_size": 513}, "has ids beyond the 9 bits of its codec, d = 301"),
-        ({"vocab_size": V, "values": "logits"}, "distillkit says itself what this would say; leave out --values"),
-        ({"vocab_size": V, "convention": "own"}, "leave out --convention"),
+        ({"vocab_size": V, "values": "logits"}, "--values: of no use for distillkit; leave it out"),
+        ({"vocab_size": V, "convention": "own"}, "--convention: of no use for distillkit"),
         ({"vocab_size": V, "from_": "distillkit-raw"}, "is no distillkit-raw, it has no column token_ids"),
         ({"vocab_size": V, "codec": "none"}, "compression_config.yaml is beside it; give --codec FILE"),
     ],
