@@ -6,6 +6,7 @@ Knows nothing of files.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -61,10 +62,22 @@ class Dropped:
         return "dropped: " + ("; ".join(parts) or "nothing")
 
 
-class _Given(NamedTuple):
-    row: Row
-    positions: NDArray[np.int64]  # [nnz] of each record
-    header: Header
+class _Given:
+    """A row, and what several checks need of it."""
+
+    def __init__(self, row: Row, header: Header) -> None:
+        self.row, self.header = row, header
+
+    @functools.cached_property
+    def positions(self) -> NDArray[np.int64]:
+        """[nnz] of each record."""
+        return np.repeat(np.arange(self.row.offsets.size - 1), np.diff(self.row.offsets))
+
+    @functools.cached_property
+    def order(self) -> NDArray[np.intp]:
+        """[nnz] what sorts the records of each position by id."""
+        keys = (self.positions.astype(np.int64) << 32) | self.row.token_ids.astype(np.int64)
+        return np.argsort(keys, kind="stable")
 
 
 class _Fault(NamedTuple):
@@ -96,18 +109,19 @@ def check_row(row: Row, header: Header, values: str, *, trusted: bool, dropped: 
         checks += [_find_false_counts, _find_false_totals]
     else:
         checks += [_find_false_logprobs] if trusted else [_find_false_logprobs, _find_false_sums]
+    given = _Given(row, header)
     for find in checks:
-        positions = np.repeat(np.arange(row.offsets.size - 1), np.diff(row.offsets))
-        fault = find(_Given(row, positions, header))
+        fault = find(given)
         if fault is None:
             continue
         if dropped is None:
-            raise ValueError(f"position {positions[np.argmax(fault.bad)]}: {fault.message}")
+            raise ValueError(f"position {given.positions[np.argmax(fault.bad)]}: {fault.message}")
         marked = np.zeros(row.offsets.size - 1, np.bool_)
-        marked[positions[fault.bad]] = True
+        marked[given.positions[fault.bad]] = True
         dropped.rows[fault.reason] += int(marked.sum())
         row = blank(row, marked)
-    targets = _targets(row, header, values)
+        given = _Given(row, header)
+    targets = _targets(given, values)
     return Item(row.input_ids.astype(np.uint32), targets, _columns(row, targets))
 
 
@@ -141,9 +155,9 @@ def _find_strangers(given: _Given) -> _Fault | None:
 
 
 def _find_twins(given: _Given) -> _Fault | None:
-    row, positions = given.row, given.positions
-    order = np.argsort(_keys(row, positions), kind="stable")
-    twice = np.flatnonzero((np.diff(row.token_ids[order]) == 0) & (np.diff(positions[order]) == 0))
+    row, positions, order = given.row, given.positions, given.order
+    ids = row.token_ids[order]
+    twice = np.flatnonzero((ids[1:] == ids[:-1]) & (positions[1:] == positions[:-1]))
     if not twice.size:
         return None
     bad = np.zeros(positions.size, np.bool_)
@@ -161,7 +175,7 @@ def _find_false_counts(given: _Given) -> _Fault | None:
 
 
 def _find_false_totals(given: _Given) -> _Fault | None:
-    row, positions, header = given
+    row, positions, header = given.row, given.positions, given.header
     sums = np.diff(np.concatenate([[0], np.cumsum(row.values, dtype=np.int64)])[row.offsets])
     bad = sums[positions] != header.rounds
     if not bad.any():
@@ -197,14 +211,8 @@ def _find_false_sums(given: _Given) -> _Fault | None:
     return _Fault(bad, "with probabilities that sum to more than 1", message)
 
 
-def _keys(row: Row, positions: NDArray[Any]) -> NDArray[np.int64]:
-    keys: NDArray[np.int64] = (positions.astype(np.int64) << 32) | row.token_ids.astype(np.int64)
-    return keys
-
-
-def _targets(row: Row, header: Header, values: str) -> SparseTargets:
-    positions = np.repeat(np.arange(row.offsets.size - 1), np.diff(row.offsets))
-    order = np.argsort(_keys(row, positions), kind="stable")
+def _targets(given: _Given, values: str) -> SparseTargets:
+    row, header, order = given.row, given.header, given.order
     ids, ordered = row.token_ids[order].astype(np.uint32), row.values[order]
     if values == "counts":
         return SparseTargets(token_ids=ids, counts=ordered, offsets=row.offsets)
