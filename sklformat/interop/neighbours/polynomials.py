@@ -12,6 +12,7 @@ that the residuals were taken from.  Reads no file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,7 @@ class Codec:
         """Of an id."""
         return id_bits(self.size)
 
-    def decode_ids(self, packed: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    def decode_ids(self, packed: NDArray[np.uint8]) -> NDArray[np.unsignedinteger[Any]]:
         """Ids [T, k] of bytes [T, id_bytes]."""
         return unpack(packed, self.bits, self.k)
 
@@ -191,21 +192,28 @@ class LegacyCodec:
             return np.concatenate([exact.astype(np.float64), coefficients.astype(np.float64) @ self._curves], axis=1)
 
 
-def unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint64]:
-    """Integers [T, count] of some bits each, 0 to 64, in bytes [T, n]: one behind the other, highest bit first."""
-    begins = np.arange(count, dtype=np.int64) * bits
-    first, ends = begins // 8, begins + bits
-    spanned = (7 + bits + 7) // 8  # bytes that one may lie in
-    dtype = np.uint32 if bits + 7 <= 32 else np.uint64
-    padded = np.zeros((len(packed), packed.shape[1] + spanned), dtype)
+def unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.unsignedinteger[Any]]:
+    """
+    Integers [T, count] of some bits each, 0 to 64, in bytes [T, n]: one behind the other, highest bit first.
+
+    As uint32 where they fit, else as uint64.
+    """
+    dtype: Any = np.uint32 if bits <= 32 else np.uint64
+    period = 8 // math.gcd(bits, 8)  # integers, after which one begins with a byte again
+    groups, size = -(-count // period), bits * period // 8
+    padded = np.zeros((len(packed), groups * size), np.uint8)
     padded[:, : packed.shape[1]] = packed
-    values = np.zeros((len(packed), count), dtype)
-    for number in range(spanned):
-        shift = ends - 8 * (first + number + 1)  # of this byte to the left; bits behind the integer go right, and out
-        taken = padded[:, first + number]
-        left, right = (np.clip(each, 0, 63).astype(dtype) for each in (shift, -shift))
-        values |= np.where(shift >= 0, taken << left, np.where(shift > -8, taken >> right, dtype(0)))
-    return (values & dtype((1 << bits) - 1)).astype(np.uint64)
+    planes: list[NDArray[Any]] = [padded[:, place::size].astype(dtype) for place in range(size)]
+    values: NDArray[np.unsignedinteger[Any]] = np.zeros((len(packed), groups, period), dtype)
+    for number in range(period if bits else 0):
+        end = (number + 1) * bits
+        last, behind = (end - 1) // 8, -end % 8
+        value: NDArray[Any] = np.zeros_like(planes[0])
+        for plane in planes[number * bits // 8 : last]:
+            value = (value << 8) | plane  # what does not belong to it leaves on the left
+        values[:, :, number] = (value << (8 - behind)) | (planes[last] >> behind)
+    values &= dtype((1 << bits) - 1)
+    return values.reshape(len(packed), -1)[:, :count]
 
 
 def rounded(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[np.floating[Any]]:
@@ -233,11 +241,11 @@ def linspace(count: int, dtype: str) -> NDArray[np.floating[Any]]:
     return np.where(np.arange(count) < count // 2, points, rounded(1 - points[::-1], dtype))
 
 
-def _centred(codes: NDArray[np.uint64], bits: int) -> NDArray[np.float32]:
+def _centred(codes: NDArray[np.unsignedinteger[Any]], bits: int) -> NDArray[np.float32]:
     """Residuals in units of the scale; one bit says -1 or 1, as DistillKit reads it."""
     if bits == 1:
         return codes.astype(np.float32) * 2 - 1
-    return (codes - np.uint64(1 << (bits - 1))).view(np.int64).astype(np.float32)
+    return (codes.astype(np.uint64) - np.uint64(1 << (bits - 1))).view(np.int64).astype(np.float32)
 
 
 def _integer(settings: Mapping[str, Any], name: str, least: int) -> int:
