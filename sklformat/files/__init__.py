@@ -10,4 +10,5 @@ regular      regular files and nothing else, opened or refused at once
 remote       the only door to fsspec: files behind URLs
 storage      the bytes of a sealed file: mapped, read piece by piece, or behind a URL
 yaml         the only door to PyYAML: settings in YAML and JSON
+zstd         the only door to zstandard: streams of bytes, packed and unpacked
 """

@@ -6,6 +6,6 @@ json_rows  rows of .jsonl, a line each, and of .json, an array of them
 prose      plain text: one text per file, or parts of a large one
 rows       the rows of all files that a user chose
 selection  which files these are
-streams    bytes of files, unpacked, and their text; the only door to zstandard
+streams    bytes of files, unpacked, and their text
 tables     rows of Parquet and Arrow files
 """

@@ -1,5 +1,5 @@
 """
-Bytes of files, unpacked, and their text, piece by piece; the only door to zstandard.
+Bytes of files, unpacked, and their text, piece by piece.
 
 Knows no rows.
 """
@@ -11,6 +11,8 @@ import gzip
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from sklformat.files import zstd
 
 PIECE_BYTES = 1 << 18
 _ZSTD_BYTES = 1 << 9  # packed; at once these can unpack to 16 MiB (blocks of 4 bytes are 128 KiB of one byte)
@@ -111,24 +113,7 @@ def _unpack_gzip(path: Path) -> Iterator[bytes]:
 
 
 def _unpack_zstd(path: Path) -> Iterator[bytes]:
-    import zstandard  # noqa: PLC0415  an extra, needed only here
-
-    # The reader that zstandard has for streams takes a file that was cut short for a whole one; this tells.
-    frame = None
-    for piece in _pieces(path, _ZSTD_BYTES):
-        packed = piece
-        while packed:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                unpacked = frame.decompress(packed)
-            except zstandard.ZstdError as error:
-                raise ValueError(f"cannot be unpacked as Zstandard: {error}") from None
-            packed = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-            if unpacked:
-                yield unpacked
-    if frame is not None:
-        raise ValueError("cannot be unpacked as Zstandard: it ends too early")
+    return zstd.unpack(_pieces(path, _ZSTD_BYTES))
 
 
 def _decoded(pieces: Iterable[bytes], encoding: str) -> Iterator[str]:
