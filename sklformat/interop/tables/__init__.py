@@ -1,10 +1,12 @@
-"""Tables of any kind as rows of numbers, and plain columns written.
+"""
+Tables of any kind as rows of numbers, and plain columns written.
 
-cells    one row's lists of numbers
-exports  sequences as files of other systems have them
-files    tables in one file or several, and the writers of tables
-jsonl    JSON lines
-npz      npz, and other stacked arrays
-parquet  Parquet and Arrow
-pickles  the only door to pickles: files of PyTorch, arrays of objects
+cells        one row's lists of numbers
+exports      sequences as files of other systems have them
+files        tables in one file or several, and the writers of tables
+jsonl        JSON lines
+npz          npz, and other stacked arrays
+parquet      Parquet and Arrow
+pickles      the only door to pickles: files of PyTorch, arrays of objects
+safetensors  arrays of safetensors files
 """

@@ -38,9 +38,9 @@ def read_cells(path: Path, names: Sequence[str], start: int = 0) -> Iterator[dic
             yield from stacked_rows(path, arrays, start)
 
 
-def stacked_rows(path: Path, arrays: Mapping[str, NDArray[Any]], start: int = 0) -> Iterator[dict[str, Any]]:
+def stacked_rows(path: Path, arrays: Mapping[str, Any], start: int = 0) -> Iterator[dict[str, Any]]:
     """
-    Rows of arrays [S, …], one row each, as ``files.Table.rows``.
+    Rows of arrays [S, …], or what gives them when it is indexed, one row each, as ``files.Table.rows``.
 
     Raises:
         ValueError: They have not the same number of rows.
