@@ -22,9 +22,10 @@ NEIGHBOURS: dict[str, str] = {
     "sglang": "responses",
     "llama-cpp-kld": "llama_cpp",
 }
+NEIGHBOURS = {"megatron": "megatron"}
 """The module of ``neighbours`` that reads each kind."""
 _OF_TABLES = ("vocab_size", "rounds", "sampler", "convention", "values", "columns", "tokens", "drop_last_row")
-EXPORTS = {"distillkit-raw": "distillkit"}
+EXPORTS = {"distillkit-raw": "distillkit", "megatron": "megatron"}
 """The module of ``neighbours`` that writes each kind."""
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 

@@ -15,6 +15,8 @@ SourceKind = Literal[
     "llama-cpp-kld",
 ]  # fmt: skip
 DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "distillkit-raw"]
+SourceKind = Literal["auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors", "megatron"]
+DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "distillkit-raw", "megatron"]
 COLUMN_NAMES = (
     "input_ids", "token_ids", "counts", "logprobs", "lse", "mask", "document",
     "label_logprob", "entropy", "document_start", "record_logprob",

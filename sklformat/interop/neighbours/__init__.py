@@ -1,7 +1,9 @@
 """Files of other systems: each module reads the kinds of one of them, and writes some.
 
 distillkit   DistillKit and open-instruct: rows in a codec, or raw
+distillkit  DistillKit: raw rows, written
 llama_cpp    llama.cpp's base logits
+megatron    Megatron: top-k log-probs in tars, read and written
 polynomials  DistillKit's codecs
 responses    answers of vLLM and SGLang
 """

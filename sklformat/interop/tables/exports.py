@@ -86,6 +86,7 @@ class Evener:
 
     Args:
         export: Says k.
+        filler: The log-prob of a record that is none.
 
     Attributes:
         cut: Records left out, since their position had more than k.
@@ -93,7 +94,8 @@ class Evener:
         empty: Positions that have no record.
     """
 
-    def __init__(self, export: Export) -> None:
+    def __init__(self, export: Export, filler: float = FILLER) -> None:
+        self._filler = filler
         self._top_k, self._vocab_size = export.top_k, export.header.vocab_size
         self.cut = self.fillers = self.empty = 0
         self._left_out = 0.0
@@ -106,7 +108,7 @@ class Evener:
         ranks = np.arange(order.size) - np.repeat(row.offsets[:-1], lengths)
         kept = ranks < k
         ids = self._spare_ids(positions[kept], row.token_ids[order][kept], np.minimum(lengths, k))
-        logs = np.full(ids.shape, FILLER)
+        logs = np.full(ids.shape, self._filler)
         places = positions[kept], ranks[kept]
         ids[places], logs[places] = row.token_ids[order][kept], row.values[order][kept]
         real = np.arange(k) < lengths[:, None]
@@ -136,7 +138,7 @@ class Evener:
             )
         if self.fillers:
             said.append(
-                f"each position has {self._top_k} entries: {self.fillers} were put in, with log-prob {FILLER:g}, "
+                f"each position has {self._top_k} entries: {self.fillers} were put in, with log-prob {self._filler:g}, "
                 f"probability 0; {self.empty} positions have no other"
             )
         return said

@@ -12,6 +12,7 @@ import re
 import tokenize
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,6 +78,21 @@ def read_torch(path: Path, content: bytes | None = None) -> Any:
         raise CorruptError(
             f"torch.load(weights_only=True) refuses it: {reason or type(error).__name__}", path=path
         ) from None
+
+
+def pack_torch(content: Mapping[str, Any]) -> bytes:
+    """
+    What ``torch.save`` writes, always the same for the same version of PyTorch; arrays as tensors.
+
+    Raises:
+        ModuleNotFoundError: PyTorch is missing.
+    """
+    import torch  # noqa: PLC0415  an extra, needed only here
+
+    file = io.BytesIO()
+    is_array = {name: isinstance(value, np.ndarray) for name, value in content.items()}
+    torch.save({name: torch.from_numpy(value) if is_array[name] else value for name, value in content.items()}, file)
+    return file.getvalue()
 
 
 def read_npy(file: BinaryIO, path: Path) -> NDArray[Any]:
