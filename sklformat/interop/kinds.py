@@ -20,6 +20,7 @@ NEIGHBOURS: dict[str, str] = {
     "open-instruct": "distillkit",
     "vllm": "responses",
     "sglang": "responses",
+    "eullm": "eullm",
     "llama-cpp-kld": "llama_cpp",
 }
 NEIGHBOURS = {"megatron": "megatron"}

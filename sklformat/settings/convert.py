@@ -13,6 +13,7 @@ SourceKind = Literal[
     "distillkit", "distillkit-legacy", "distillkit-raw", "open-instruct",
     "vllm", "sglang",
     "llama-cpp-kld",
+    "eullm", "llama-cpp-kld",
 ]  # fmt: skip
 DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "distillkit-raw"]
 SourceKind = Literal["auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors", "megatron"]

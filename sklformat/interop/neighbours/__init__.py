@@ -2,7 +2,9 @@
 
 distillkit   DistillKit and open-instruct: rows in a codec, or raw
 distillkit  DistillKit: raw rows, written
+eullm       eullm's teacher cache
 llama_cpp    llama.cpp's base logits
+llama_cpp   llama.cpp's base logits
 megatron    Megatron: top-k log-probs in tars, read and written
 polynomials  DistillKit's codecs
 responses    answers of vLLM and SGLang

@@ -22,14 +22,14 @@ from sklformat.interop.tables.cells import Cell, Columns, array_cell, check_ther
 
 def read_head(path: Path) -> tuple[set[str], str | None]:
     """Names of the arrays, and the note."""
-    with _opened(path) as arrays:
+    with opened(path) as arrays:
         names = set(arrays.files)
         return names, str(arrays[NOTE]) if NOTE in names else None
 
 
 def read_cells(path: Path, names: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
     """As ``files.Table.rows``: of flat arrays with offsets, as written here, or of arrays that are stacked rows."""
-    with _opened(path) as file:
+    with opened(path) as file:
         check_there(names, file.files)
         if "sequence_offsets" in file.files and "position_offsets" in file.files:
             yield from _flat_rows(path, file, names, start)
@@ -61,8 +61,8 @@ def _flat_rows(path: Path, file: Any, names: Sequence[str], start: int) -> Itera
         if array.ndim != 1:
             raise ValueError(f"{name} has {array.ndim} axes beside position_offsets, which go with flat arrays")
     num_tokens, num_records = (file[name].size for name in ("input_ids", "token_ids"))
-    tokens = _checked_offsets(file["sequence_offsets"], num_tokens, "sequence_offsets")
-    records = _checked_offsets(file["position_offsets"], num_records, "position_offsets")
+    tokens = checked_offsets(file["sequence_offsets"], num_tokens, "sequence_offsets")
+    records = checked_offsets(file["position_offsets"], num_records, "position_offsets")
     positions, count = records.size - 1, tokens.size - 1
     if count < 1:
         raise no_sequence(path)
@@ -94,7 +94,14 @@ def _flat_rows(path: Path, file: Any, names: Sequence[str], start: int) -> Itera
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """
+    The arrays of an npz file, as numpy gives them; each is read whole when it is asked for.
+
+    Raises:
+        CorruptError: It is no such file, what is read of it inside the context is damaged or pickled, or a ValueError.
+        OSError: The system's own.
+    """
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
             raise CorruptError("not an npz file", path=path)
@@ -105,7 +112,13 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CorruptError(f"npz: {error}", path=path) from None
 
 
-def _checked_offsets(offsets: NDArray[Any], end: int, name: str) -> NDArray[np.int64]:
+def checked_offsets(offsets: NDArray[Any], end: int, name: str) -> NDArray[np.int64]:
+    """
+    Offsets of lists, from 0 to ``end`` and never falling.
+
+    Raises:
+        ValueError: They are not.
+    """
     if offsets.ndim != 1 or offsets.size < 1 or offsets.dtype.kind not in "iu":
         raise ValueError(f"{name} is not a list of integers")
     offsets = offsets.astype(np.int64)

@@ -4,10 +4,9 @@ import struct
 
 import numpy as np
 import pytest
+from converted import run
 
 import sklformat as skl
-from sklformat.interop import convert
-from sklformat.settings.convert import ConvertConfig
 
 V, N_CTX, CHUNKS = 37, 10, 3
 FIRST = N_CTX // 2
@@ -54,10 +53,6 @@ def dense():
 @pytest.fixture
 def source(tmp_path, dense):
     return write_kld(tmp_path / "base.kld", *dense)
-
-
-def run(source, destination, **settings):
-    return convert(ConvertConfig(source=source, destination=destination, **settings))
 
 
 def test_top_probabilities(tmp_path, dense, source):
