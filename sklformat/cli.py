@@ -46,6 +46,7 @@ _EXTRAS = {
     "tqdm": "cli",
     "fsspec": "remote",
     "pyarrow": "interop",
+    "h5py": "interop",
     "yaml": "interop",
     "matplotlib": "plot",
     "torch": "train",

@@ -13,17 +13,18 @@ from sklformat.interop.readings import Asked, Reading, refuse_flags
 from sklformat.interop.tables.exports import Export, Exporter
 from sklformat.interop.tables.files import SUFFIXES, open_table
 
-NEIGHBOURS: dict[str, str] = {
+NEIGHBOURS = {
     "distillkit": "distillkit",
     "distillkit-legacy": "distillkit",
     "distillkit-raw": "distillkit",
     "open-instruct": "distillkit",
-    "vllm": "responses",
-    "sglang": "responses",
+    "megatron": "megatron",
+    "miniplm": "miniplm",
     "eullm": "eullm",
     "llama-cpp-kld": "llama_cpp",
+    "vllm": "responses",
+    "sglang": "responses",
 }
-NEIGHBOURS = {"megatron": "megatron"}
 """The module of ``neighbours`` that reads each kind."""
 _OF_TABLES = ("vocab_size", "rounds", "sampler", "convention", "values", "columns", "tokens", "drop_last_row")
 EXPORTS = {"distillkit-raw": "distillkit", "megatron": "megatron"}

@@ -11,12 +11,11 @@ from sklformat.settings.limits import check_least
 SourceKind = Literal[
     "auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors",
     "distillkit", "distillkit-legacy", "distillkit-raw", "open-instruct",
-    "vllm", "sglang",
-    "llama-cpp-kld",
+    "megatron",
+    "miniplm",
     "eullm", "llama-cpp-kld",
+    "vllm", "sglang",
 ]  # fmt: skip
-DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "distillkit-raw"]
-SourceKind = Literal["auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors", "megatron"]
 DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "distillkit-raw", "megatron"]
 COLUMN_NAMES = (
     "input_ids", "token_ids", "counts", "logprobs", "lse", "mask", "document",

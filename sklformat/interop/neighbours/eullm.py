@@ -129,11 +129,11 @@ def _rows(
 def _read_shard(path: Path, provenance: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     with opened(path) as file:
         if missing := [name for name in _MEMBERS if name not in file.files]:
-            raise CorruptError(f"lacks the array {missing[0]}", path=path)
+            raise CorruptError(f"has no {missing[0]} among its arrays", path=path)
         shard = {name: file[name] for name in _MEMBERS}
         for name, (axes, kinds) in _SHAPES.items():
             if shard[name].ndim != axes or shard[name].dtype.kind not in kinds:
-                raise CorruptError(f"{name} is {shard[name].dtype} with {shard[name].ndim} axes", path=path)
+                raise CorruptError(f"{name} has {shard[name].ndim} axes of {shard[name].dtype}", path=path)
         positions, k = shard["topk_ids"].shape
         wanted = {
             "topk_ids": (positions, provenance["top_k"]),

@@ -4,6 +4,7 @@ Tables of any kind as rows of numbers, and plain columns written.
 cells        one row's lists of numbers
 exports      sequences as files of other systems have them
 files        tables in one file or several, and the writers of tables
+hdf5         arrays of HDF5 files
 jsonl        JSON lines
 npz          npz, and other stacked arrays
 parquet      Parquet and Arrow

@@ -135,11 +135,11 @@ def test_manifests_that_cannot_be(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("logz", None, "shard-00000.npz: lacks the array logz"),
+        ("logz", None, "shard-00000.npz: has no logz among its arrays"),
         ("offsets", np.array([0, 4, 9]), "npz: offsets does not rise from 0 to 8"),
         ("offsets", np.array([0, 3, 8]), "row 0: 5 tokens and 3 rows of records"),
         ("offsets", np.array([0, 8]), "offsets and token_offsets are of different numbers of sequences"),
-        ("topk_logits", np.zeros((8, K), np.float32), "topk_logits is float32 with 2 axes"),
+        ("topk_logits", np.zeros((8, K), np.float32), "topk_logits has 2 axes of float32"),
         ("topk_logits", np.zeros((8, K), np.uint32), "topk_logits is uint32, must be the bits of bfloat16"),
         ("logz", np.full((8, 2), np.nan, np.float32), "row 0: position 0: logprob nan of id"),
         ("logz", np.full((8, 2), -9, np.float32), "row 0: position 0: logprob .* cannot be"),
