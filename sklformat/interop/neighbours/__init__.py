@@ -1,6 +1,6 @@
 """Files of other systems: each module reads the kinds of one of them, and writes some.
 
-distillkit   DistillKit: raw rows, written
+distillkit   DistillKit and open-instruct: rows in a codec, or raw
 eullm        eullm's teacher cache
 llama_cpp    llama.cpp's base logits
 megatron     Megatron: top-k log-probs in tars, read and written
