@@ -24,6 +24,10 @@ NEIGHBOURS = {
     "llama-cpp-kld": "llama_cpp",
     "vllm": "responses",
     "sglang": "responses",
+NEIGHBOURS: dict[str, str] = {
+    "easydistill": "lines",
+    "nemo-aligner": "lines",
+    "slime": "lines",
 }
 """The module of ``neighbours`` that reads each kind."""
 _OF_TABLES = ("vocab_size", "rounds", "sampler", "convention", "values", "columns", "tokens", "drop_last_row")

@@ -15,6 +15,7 @@ SourceKind = Literal[
     "miniplm",
     "eullm", "llama-cpp-kld",
     "vllm", "sglang",
+    "easydistill", "eullm", "llama-cpp-kld", "miniplm", "nemo-aligner", "slime",
 ]  # fmt: skip
 DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "distillkit-raw", "megatron"]
 COLUMN_NAMES = (
