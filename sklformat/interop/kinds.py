@@ -15,19 +15,18 @@ from sklformat.interop.tables.files import SUFFIXES, open_table
 
 NEIGHBOURS = {
     "distillkit": "distillkit",
-    "distillkit-legacy": "distillkit",
     "distillkit-raw": "distillkit",
+    "distillkit-legacy": "distillkit",
     "open-instruct": "distillkit",
     "megatron": "megatron",
     "miniplm": "miniplm",
-    "eullm": "eullm",
+    "nemo-aligner": "lines",
     "llama-cpp-kld": "llama_cpp",
+    "eullm": "eullm",
     "vllm": "responses",
     "sglang": "responses",
-NEIGHBOURS: dict[str, str] = {
-    "easydistill": "lines",
-    "nemo-aligner": "lines",
     "slime": "lines",
+    "easydistill": "lines",
 }
 """The module of ``neighbours`` that reads each kind."""
 _OF_TABLES = ("vocab_size", "rounds", "sampler", "convention", "values", "columns", "tokens", "drop_last_row")

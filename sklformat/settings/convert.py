@@ -10,12 +10,8 @@ from sklformat.settings.limits import check_least
 
 SourceKind = Literal[
     "auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors",
-    "distillkit", "distillkit-legacy", "distillkit-raw", "open-instruct",
-    "megatron",
-    "miniplm",
-    "eullm", "llama-cpp-kld",
-    "vllm", "sglang",
-    "easydistill", "eullm", "llama-cpp-kld", "miniplm", "nemo-aligner", "slime",
+    "distillkit", "distillkit-raw", "distillkit-legacy", "open-instruct", "megatron", "miniplm", "nemo-aligner",
+    "llama-cpp-kld", "eullm", "vllm", "sglang", "slime", "easydistill",
 ]  # fmt: skip
 DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "distillkit-raw", "megatron"]
 COLUMN_NAMES = (

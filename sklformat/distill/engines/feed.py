@@ -133,8 +133,8 @@ class Feed:
                 raise ValueError(arrived.reason)  # noqa: TRY004  of logits
             elif isinstance(arrived, Gone):
                 raise CaptureError(
-                    "the process that draws in the engine has ended, its messages are above; what was captured is kept, "
-                    "run the same command again to resume"
+                    "the process that draws in the engine has ended, its messages are above; what was captured is "
+                    "kept, run the same command again to resume"
                 )
             elif isinstance(arrived, Synced):
                 if waits and arrived.number == self._syncs:

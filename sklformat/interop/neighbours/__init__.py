@@ -1,15 +1,11 @@
 """Files of other systems: each module reads the kinds of one of them, and writes some.
 
 distillkit   DistillKit and open-instruct: rows in a codec, or raw
-distillkit  DistillKit: raw rows, written
 eullm        eullm's teacher cache
-eullm       eullm's teacher cache
-lines       JSON lines of NeMo-Aligner, slime and EasyDistill
+lines        JSON lines of NeMo-Aligner, slime and EasyDistill
 llama_cpp    llama.cpp's base logits
-llama_cpp   llama.cpp's base logits
 megatron     Megatron: top-k log-probs in tars, read and written
 miniplm      MiniPLM's sparse KD fork
-miniplm     MiniPLM's sparse KD fork
 polynomials  DistillKit's codecs
 responses    answers of vLLM and SGLang
 """
