@@ -43,7 +43,7 @@ class Kernel:
         run: Calls it.
         reference: The same by torch operations.
         rounding: Of the largest value of each float result, how far it may be from the reference's, by type; integers
-            are equal, draws but for one in a thousand.
+            are equal, draws but for one in two hundred at most.
         bytes_moved: What it must read and write at least.
     """
 
@@ -70,7 +70,7 @@ class Kernel:
             assert ours.shape == truth.shape, name
             if not ours.is_floating_point():
                 share = float((ours == truth).double().mean()) if ours.numel() else 1.0
-                assert share >= (0.999 if name == "ids" else 1.0), (name, share)
+                assert share >= (0.995 if name == "ids" else 1.0), (name, share)
             elif ours.numel():
                 apart = float((ours.double() - truth.double()).abs().max())
                 assert apart <= self.rounding[dtype] * float(truth.double().abs().max()) + 1e-30, (name, apart)

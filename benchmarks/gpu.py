@@ -1,10 +1,10 @@
 """
-What draws, losses, capture and training take on a GPU, beside what else does the same there.
+What kernels, draws, losses, records, capture and training take on a GPU, beside what else does the same there.
 
 Everything is made here; nothing is loaded from a network.  Each result is checked before it is timed.  Peers that are
 not installed (FlashInfer, Liger, cut-cross-entropy) are left out.  About five minutes on an H100:
 
-    python benchmarks/gpu.py [--only draws losses capture training]
+    python benchmarks/gpu.py [--only kernels draws losses records capture training]
 
 ``--device cpu --tiny`` shows on a machine without a GPU that it runs; its figures mean nothing.
 """
@@ -20,13 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from declared import DECODE, KERNELS
 from sparse_kl_step import Records, sparse_records
 from torch.nn import functional
 
 import sklformat as skl
+from sklformat import native
 from sklformat.capture import Capture
 from sklformat.distill import DenseTeacher, SparseLogitDataset, kernels, linear_sparse_kl, run_to_head
 from sklformat.distill.models import loading
+from sklformat.distill.models.devices import to_device
 from sklformat.distill.teacher.forward import Teacher
 from sklformat.distill.teacher.gpu_sampler import DeviceSampler
 from sklformat.format.header import Header
@@ -37,6 +40,7 @@ ROUNDS = 50
 @dataclass(frozen=True)
 class Sizes:
     vocab_size: int = 128_256
+    decoded: int = 1 << 18
     draw_rows: int = 2048
     losses: tuple = ((8192, 1024), (8192, 4096), (32_768, 4096))
     teacher: dict = field(default_factory=lambda: {"hidden_size": 3072, "num_layers": 28, "num_heads": 24})
@@ -50,6 +54,7 @@ class Sizes:
 
 TINY = Sizes(
     vocab_size=600,
+    decoded=20,
     draw_rows=3,
     losses=((16, 8),),
     teacher={"hidden_size": 16, "num_layers": 1, "num_heads": 2},
@@ -86,7 +91,7 @@ class Bench:
         return statistics.median(times)
 
     def peak_gib(self, run):
-        """What a run holds at most beside what was there before and what it leaves."""
+        """What a run holds at most beside what was there before, its results included."""
         if not self.on_gpu:
             return float("nan")
         self.wait()
@@ -107,6 +112,30 @@ def peer(module, name):
         return getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def each_kernel(bench, _directory):
+    """As they are declared: checked on a few rows of full width in each type, timed whole in one of the halves."""
+    table("kernels, against a copy of as many bytes", "ms", "GB/s", "of a copy")
+    if not kernels.run_on(bench.device):
+        line("none runs here")
+        return
+    for name, kernel in KERNELS.items():
+        variant, few = next(iter(kernel.variants)), {axis: min(size, 64) for axis, size in kernel.full.items()}
+        few |= {axis: kernel.full[axis] for axis in ("V", "K") if axis in few}
+        for dtype in kernel.dtypes:
+            kernel.check(few, dtype, str(bench.device), variant)
+        dtype, settings = kernel.dtypes[min(1, len(kernel.dtypes) - 1)], kernel.variants[variant]
+        given = kernel.given(kernel.full, dtype, str(bench.device), settings)
+        taken = bench.seconds(lambda given=given, kernel=kernel, settings=settings: kernel.run(**given, **settings))
+        moved = kernel.bytes_moved(kernel.full, dtype)
+        source = torch.empty(moved // 2, dtype=torch.uint8, device=bench.device)
+        target = torch.empty_like(source)
+        copied = bench.seconds(lambda source=source, target=target: target.copy_(source))
+        line(f"{name}, {variant}", f"{1e3 * taken:.2f}", f"{moved / taken / 1e9:,.0f}", f"{copied / taken:.2f}")
 
 
 # --- draws -----------------------------------------------------------------------------------------------------------
@@ -201,6 +230,9 @@ def loss_of(bench, positions, width):
                 Records(labels.int(), torch.ones(positions, device=device), torch.arange(positions + 1, device=device)),
             )
         ),
+        "sparse KL, sum in the weight's type": step(
+            lambda: linear_sparse_kl(hidden, weight, records, accumulate="weight")
+        ),
         "dense teacher": step(lambda: linear_sparse_kl(hidden, weight, teacher, method="full")),
     }
     if hasattr(functional, "linear_cross_entropy"):
@@ -210,6 +242,10 @@ def loss_of(bench, positions, width):
     liger = peer("liger_kernel.transformers.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
     if liger is not None:
         ways["Liger FLCE"] = step(lambda: liger()(weight, hidden, labels))
+    divergence = peer("liger_kernel.transformers.fused_linear_kl_div", "LigerFusedLinearKLDivLoss")
+    if divergence is not None and positions <= 8192:
+        probs = (teacher.hidden_PD @ teacher.head.T).float().softmax(1).to(hidden.dtype)
+        ways["Liger fused linear KL"] = step(lambda: divergence()(hidden, weight, probs))
     cut = peer("cut_cross_entropy", "linear_cross_entropy")
     if cut is not None:
         ways["cut cross-entropy"] = step(lambda: cut(hidden, weight, labels))
@@ -239,6 +275,40 @@ def check_loss(hidden, weight, records, device):
     found, expected = loss.item(), value.item()
     assert abs(found - expected) < 2e-2 * abs(expected), (found, expected)
     assert float((ours.grad - exact.grad).abs().max()) < 2e-2 * float(exact.grad.abs().max())
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def records(bench, _directory):
+    """What decoding costs a step: the way of the bytes and the device's work, or the host's work and a longer way."""
+    shape, settings = {"P": bench.sizes.decoded, "K": 24}, DECODE.variants["R24"]
+    on_host = DECODE.given(shape, torch.uint8, "cpu", settings)
+    if bench.on_gpu:
+        on_host = {name: tensor.pin_memory() for name, tensor in on_host.items()}
+    on_device = {name: tensor.to(bench.device) for name, tensor in on_host.items()}
+    num_records = int(on_host["offsets"][-1])
+    numbers = on_host["offsets"].diff().numpy().astype("<u2").view(np.uint8)
+    payload = np.concatenate([numbers, on_host["records"].numpy(), np.zeros(64, np.uint8)])
+    of_payload = native.Shape(1, 1, 2, 0, 0, settings["vocab_size"], settings["rounds"], shape["P"], num_records)
+    decoded = [torch.empty(num_records, dtype=dtype) for dtype in (torch.int32, torch.float32)]
+    decoded = [tensor.pin_memory() if bench.on_gpu else tensor for tensor in decoded]
+
+    def move(*tensors):
+        return [tensor.to(bench.device, non_blocking=True) for tensor in tensors]
+
+    ways = {
+        "stored bytes to the device": lambda: move(*on_host.values()),
+        "decoded there, torch operations": lambda: DECODE.reference(**on_device, **settings),
+        "decoded by C on one core": lambda: native.decode(of_payload, payload),
+        "ids and probabilities to the device": lambda: move(*decoded, on_host["offsets"]),
+    }
+    if kernels.run_on(bench.device):
+        ways["decoded there, kernel"] = lambda: DECODE.run(**on_device, **settings)
+    table(f"records: {shape['P']:,} positions, R24", "ms", "M positions/s")
+    for name, run in ways.items():
+        taken = bench.seconds(run)
+        line(name, f"{1e3 * taken:.2f}", f"{shape['P'] / taken / 1e6:.1f}")
 
 
 # --- capture and training --------------------------------------------------------------------------------------------
@@ -278,6 +348,7 @@ def capture_into(teacher, tokens, size, directory):
 
         run_teacher(teacher, tokens, size, take)
         push()
+    return writer.wait_seconds
 
 
 def capture(bench, directory):
@@ -288,7 +359,7 @@ def capture(bench, directory):
         for _ in teacher.logits(output):
             pass
 
-    times = {"the teacher with its head": [], "capture": []}
+    times, waited = {"the teacher with its head": [], "capture": []}, 0.0
     run_teacher(teacher, tokens[: size.batch], size, alone)
     capture_into(teacher, tokens[: size.batch], size, directory / "warm")
     for number in range(min(size.rounds, 3)):
@@ -298,15 +369,20 @@ def capture(bench, directory):
         bench.wait()
         times["the teacher with its head"].append(time.perf_counter() - begin)
         begin = time.perf_counter()
-        capture_into(teacher, tokens, size, directory / f"cache-{number}")
+        waited += capture_into(teacher, tokens, size, directory / f"cache-{number}")
         times["capture"].append(time.perf_counter() - begin)
     positions = tokens.shape[0] * size.seq_len
-    table(f"capture: {size.sequences} sequences of {size.seq_len}, batches of {size.batch}", "positions/s", "of alone")
+    table(
+        f"capture: {size.sequences} sequences of {size.seq_len}, batches of {size.batch}",
+        "positions/s",
+        "of alone",
+        "for the ring",
+    )
     alone_seconds = statistics.median(times["the teacher with its head"])
     for name, taken in times.items():
         seconds = statistics.median(taken)
-        line(name, f"{positions / seconds:,.0f}", f"{alone_seconds / seconds:.3f}")
-    return directory / "cache-0"
+        share = waited / sum(taken) if name == "capture" else 0.0
+        line(name, f"{positions / seconds:,.0f}", f"{alone_seconds / seconds:.3f}", f"{share:.1%}")
 
 
 def training(bench, directory):
@@ -315,7 +391,7 @@ def training(bench, directory):
     if not cache.exists():
         capture(bench, directory)
     teacher = llama(bench, size.teacher, seed=0).eval()
-    table(f"training: a student of {size.student}, batches of {size.batch}", "tokens/s", "of CE", "loader's share")
+    table(f"training: a student of {size.student}, batches of {size.batch}", "tokens/s", "of CE", "for data")
     of_ce = None
     for name in ("CE", "random sampling", "FullKD"):
         taken, waited = train_steps(bench, cache, teacher, name)
@@ -329,7 +405,8 @@ def train_steps(bench, cache, teacher, name):
     size, device = bench.sizes, bench.device
     student = llama(bench, size.student, seed=1).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=bench.on_gpu)
-    batches = stream(SparseLogitDataset(cache, batch_size=size.batch, seed=0, tail="wrap"))
+    decode = "cuda" if bench.on_gpu else "cpu"
+    batches = stream(SparseLogitDataset(cache, batch_size=size.batch, seed=0, tail="wrap", decode=decode))
     waited = begin = 0.0
     for number in range(size.steps + 2):
         if number == 2:  # after those that warm up
@@ -338,7 +415,7 @@ def train_steps(bench, cache, teacher, name):
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
-        batch = (batch.pin_memory() if bench.on_gpu else batch).to(device, non_blocking=True)
+        batch = to_device(batch, device)
         targets, labels = batch.targets, batch.labels.flatten()
         if name == "CE":
             places = torch.arange(len(labels) + 1, device=device)
@@ -350,6 +427,7 @@ def train_steps(bench, cache, teacher, name):
         hidden, head, _ = run_to_head(student, batch.input_ids)
         method = "full" if name == "FullKD" else "random_sampling"
         linear_sparse_kl(hidden, head, targets, method=method).backward()
+        batch.check()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     bench.wait()
@@ -370,14 +448,17 @@ def table(title, *columns):
 
 
 def line(name, *values):
-    print(f"  {name:<32}" + "".join(f"{value:>14}" for value in values), flush=True)
+    print(f"  {name:<37}" + "".join(f"{value:>14}" for value in values), flush=True)
 
 
-PARTS = {"draws": draws, "losses": losses, "capture": capture, "training": training}
+PARTS = {
+    "kernels": each_kernel, "draws": draws, "losses": losses, "records": records, "capture": capture,
+    "training": training,
+}  # fmt: skip
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draws, losses, capture and training on a GPU.")
+    parser = argparse.ArgumentParser(description="Kernels, draws, losses, capture and training on a GPU.")
     parser.add_argument("--only", nargs="+", choices=list(PARTS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shapes that a CPU can do; shows only that it runs")
