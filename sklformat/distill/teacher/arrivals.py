@@ -79,6 +79,9 @@ class DrawnRatios(_Arrival):
     """
     The draws of one sequence, to become records with weights.
 
+    The host merges them: 0.26 ms for 1024 positions of 50 draws on one core, while the device is at the next sequence,
+    which takes a teacher of 3.6 B parameters 15 ms on an H100.  The device would save a copy of 300 kB, 6 us.
+
     Args:
         sampled: int32 [K * N + 1], or [2 * K * N + 1] where each draw has a weight of its own, whose bits follow ids.
         bad_V: As above.
