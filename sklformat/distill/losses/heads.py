@@ -153,7 +153,7 @@ class Shape:
         """None: the product is the logits."""
         if head.bias is None and head.scale == 1 and head.softcap is None:
             return None
-        return cls(None if head.bias is None else head.bias.detach(), head.scale, head.softcap)
+        return cls(None if head.bias is None else head.bias.detach().contiguous(), head.scale, head.softcap)
 
     def bend(self, z_RV: Tensor) -> Tensor | None:
         """Turn the product into logits, in place; what ``unbend`` needs of it, [R, V], or None."""

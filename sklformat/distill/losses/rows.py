@@ -119,7 +119,7 @@ class LossRows(Arguments):
         weights_C = self.weights_P[span]
         if self.ragged is not None:
             offsets = self.ragged.offsets[span.start : span.stop + 1].to(self.device, non_blocking=True)
-            records = self.ragged.token_ids, self.ragged.probs, offsets
+            records = self.ragged.token_ids.contiguous(), self.ragged.probs.contiguous(), offsets.contiguous()
             return loss_rows.run_sparse(rows_CV, *records, weights_C, method=self.method, **settings).sum()
         if self.teacher_shape is not None:
             bent = self.teacher_shape

@@ -156,6 +156,16 @@ def test_logits_that_are_given_stay_as_they_are(method, in_kernels, monkeypatch)
     assert value.item() == pytest.approx(with_gradient.item(), rel=1e-6)
 
 
+def test_records_and_bias_may_lie_apart(in_kernels, monkeypatch):
+    """As columns of other tensors."""
+    hidden, weight, targets, _ = case(6, 50, 4, torch.float32)
+    apart = Targets(*(torch.stack([part, 0 * part], 1)[:, 0] for part in vars(targets).values()))
+    bias = torch.stack([seeded(6, 50), seeded(7, 50)], 1)[:, 0].to(DEVICE)
+    assert not any(part.is_contiguous() for part in (*vars(apart).values(), bias))
+    check(lambda h, w: linear_sparse_kl(h, OutputHead(w, bias.to(h)), apart), [hidden, weight], monkeypatch)
+    assert in_kernels
+
+
 def test_rows_that_do_not_count_are_not_looked_at(in_kernels):
     hidden, weight, targets, _ = case(8, 50, 4, torch.float32)
     hidden[0] = float("nan")  # it has no record
