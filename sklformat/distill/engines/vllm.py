@@ -61,10 +61,10 @@ class Plan:
         dtype: As above, decided.
         config: The teacher's, of transformers.
         width: Ids that the config says.
+        whole: vLLM's config of the engine.
 
     Raises:
-        EngineError: vLLM is not installed, or does not load our plug-in.
-        OSError: It refuses the model; the reason is its own.
+        EngineError: vLLM is not installed, does not load our plug-in, or refuses the model; the reason is its own.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Plan:
             if self.hook == "layer":
                 alone = {"max_num_seqs": 1, "max_num_batched_tokens": seq_len + 1, "enable_chunked_prefill": False}
                 whole = EngineArgs(**given | alone).create_engine_config()
-        self._whole = whole
+        self.whole = whole
         self.config: Any = whole.model_config.hf_config
         self.width = int(whole.model_config.get_vocab_size())
 
@@ -120,17 +120,17 @@ class Plan:
     @contextlib.contextmanager
     def started(self, path: str) -> Iterator[Served]:
         """
-        The engine, for the time of the block; its workers connect to a socket.
+        The engine, for the time of the block; its workers connect to the socket at a path, unless that is empty.
 
         Raises:
-            OSError: It does not start; the reason is its own.
+            EngineError: It does not start; the reason is its own.
         """
         from vllm.v1.engine.llm_engine import LLMEngine  # noqa: PLC0415
 
         with messages.announced(self.hook, path):
             hook_in(self.hook)  # for the worker that is this process, where vLLM has loaded its plug-ins already
-            with _refusing(self._whole.model_config.model):
-                engine = LLMEngine.from_vllm_config(self._whole, disable_log_stats=True)
+            with _refusing(self.whole.model_config.model):
+                engine = LLMEngine.from_vllm_config(self.whole, disable_log_stats=True)
             try:
                 yield Served(engine, self)
             finally:
@@ -160,9 +160,14 @@ class Served:
         """Whether it has requests that have not ended."""
         return bool(self._engine.has_unfinished_requests())
 
-    def submit(self, sequence: int, prompt: NDArray[np.uint32]) -> None:
-        """Begin a request whose id is the sequence's number."""
-        self._add(sequence, prompt, prompt_logprobs=0 if self.runs_alone else None)
+    def submit(self, sequence: int, prompt: NDArray[np.uint32], **wanted: Any) -> None:
+        """Begin a request whose id is the sequence's number; ``wanted``: what vLLM itself is to say of it."""
+        from vllm import SamplingParams  # noqa: PLC0415
+
+        if self.runs_alone:  # else the layer would not see the rows of a prompt
+            wanted = {"prompt_logprobs": 0} | wanted
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **wanted)
+        self._engine.add_request(str(sequence), {"prompt_token_ids": prompt.tolist()}, params)
 
     def step(self) -> None:
         """
@@ -187,7 +192,7 @@ class Served:
             EngineError: It has ended.
         """
         for number, prompt in prompts.items():
-            self._add(number, prompt, prompt_logprobs=1, logprobs=1)
+            self.submit(number, prompt, prompt_logprobs=1, logprobs=1)
         said = {}
         while self.is_busy:
             for output in self._outputs():
@@ -197,12 +202,6 @@ class Served:
                 greatest = [max(entry.logprob for entry in row.values()) for row in rows]
                 said[int(output.request_id)] = np.array([[*labels, np.nan], greatest], np.float32)
         return said
-
-    def _add(self, sequence: int, prompt: NDArray[np.uint32], **wanted: Any) -> None:
-        from vllm import SamplingParams  # noqa: PLC0415
-
-        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **wanted)
-        self._engine.add_request(str(sequence), {"prompt_token_ids": prompt.tolist()}, params)
 
     def _outputs(self) -> list[Any]:
         from vllm.v1.engine.exceptions import EngineDeadError  # noqa: PLC0415

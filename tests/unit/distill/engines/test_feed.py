@@ -229,6 +229,19 @@ def test_columns_and_draws_by_the_device(on_device, changes):
         np.testing.assert_allclose(of_records.numpy(), columns["record_logprob"], atol=0.01)
 
 
+@pytest.mark.gpu
+def test_draws_on_a_gpu(monkeypatch):
+    """Logits on a GPU are drawn from there, behind the engine's back; most draws are those of C."""
+    head = engine_data.head
+    monkeypatch.setattr(engine_data, "head", lambda states: head(states).cuda())
+    found = captured(FakeEngine(budget=300), columns=NAMES, on_device=True)
+    monkeypatch.setattr(engine_data, "head", head)
+    for sequence, (targets, _) in found.items():
+        expected = drawn_at_once(sequence)
+        np.testing.assert_array_equal(expected.offsets > 0, targets.offsets > 0)
+        assert targets.num_records == pytest.approx(expected.num_records, rel=0.02, abs=3)
+
+
 @pytest.mark.parametrize(("rows_of_prompt", "at_once"), [(-1, 1024), (None, 16), (-1, 7)])
 def test_the_layer_alone(rows_of_prompt, at_once):
     """One request at a time: a row to sample from, then the prompt's, perhaps in pieces."""
