@@ -1,5 +1,6 @@
 """vLLM 0.32 itself, its CPU build, as the teacher's engine: make vllm."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -207,7 +208,9 @@ def test_both_runners_are_known(method):
 
 def test_the_second_runner_is_shown():
     """It needs a GPU; its own method is called here with a step as it would get one, and says nothing of its own."""
-    owner = type("Worker", (vllm._find(hooks.SECOND_RUNNER),), {"finish_step": SecondRunner.finish_step})
+    own = vllm._find(hooks.SECOND_RUNNER)
+    unwrapped = {hooks.SECOND_RUNNER.name: inspect.unwrap(own.compute_prompt_logprobs)}
+    owner = type("Worker", (own,), unwrapped | {"finish_step": SecondRunner.finish_step})
     shown = []
     hooks.wrap(hooks.SECOND_RUNNER, owner, shown.append)
     worker = owner(64, torch.device("cpu"))

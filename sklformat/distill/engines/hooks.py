@@ -18,6 +18,8 @@ from torch import Tensor
 ROWS_AT_ONCE = {"cpu": 128, "cuda": 1024}
 """Rows whose logits are there at once, by kind of device."""
 
+_SHOWN = "is_shown_to_sklformat"
+
 
 class Rows(NamedTuple):
     """
@@ -133,7 +135,7 @@ def is_known(method: Method, owner: Any) -> bool:
 def wrap(method: Method, owner: Any, show: Show) -> None:
     """Have each call of a method shown first; the second time nothing is done."""
     original = getattr(owner, method.name)
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, _SHOWN):
         return
 
     @functools.wraps(original)
@@ -142,6 +144,7 @@ def wrap(method: Method, owner: Any, show: Show) -> None:
         show(method.read(*bound.args))
         return original(*arguments, **named)
 
+    setattr(shown, _SHOWN, True)
     setattr(owner, method.name, shown)
 
 

@@ -2,6 +2,7 @@
 
 import engine_data
 import pytest
+import torch
 
 from sklformat.distill.engines import hooks
 
@@ -30,6 +31,8 @@ def test_a_method_is_wrapped_once():
     """A plug-in is called several times; each call of the method is shown once, arguments named or not."""
     shown = []
     runner_class = type("Runner", (engine_data.FirstRunner,), {})
+    decorated = torch.inference_mode()(runner_class._get_prompt_logprobs_dict)  # as vLLM may have it
+    runner_class._get_prompt_logprobs_dict = decorated
     for _ in range(2):
         hooks.wrap(hooks.FIRST_RUNNER, runner_class, shown.append)
     engine = engine_data.FakeEngine()
