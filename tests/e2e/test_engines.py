@@ -102,6 +102,8 @@ def test_the_command(config, place, tmp_path, capfd):
     flags = ("--engine", "vllm", "--teacher", place / "teacher", "--text", place / "text", "--out", tmp_path / "cache")
     assert 0 == main(["cache", *map(str, (*flags, "--seq-len", SEQ_LEN, "--num-sequences", 3))])
     assert 0 == main(["inspect", str(tmp_path / "cache")])
+    assert 0 == main(["verify", str(tmp_path / "cache")])
+    assert 0 == main(["check", str(tmp_path / "cache"), "--tokens", str(tmp_path / "cache" / "tokens")])
     out, err = capfd.readouterr()
     assert "3 made now" in out
     assert "capture.repeatable" in out

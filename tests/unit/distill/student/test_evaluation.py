@@ -277,6 +277,22 @@ def test_a_part_of_a_cache_is_measured_by_records_and_teacher(place, records, tm
     assert f"note: the records of {records} were made by a model that is not {place}/student" in capfd.readouterr().err
 
 
+def test_records_of_an_engine_are_known_by_their_config(place, tmp_path, capfd):
+    """An engine's cache has the fingerprint of the teacher's files, which no loaded model has."""
+    teacher = loading.load_model(place / "teacher")
+    tokenizer = loading.load_tokenizer(place / "student")
+    packed = PackedSequences(place / "tokens", seq_len=16, separator_id=tokenization.separator_id(tokenizer), seed=0)
+    capture = {"teacher": {"dtype": "float32", "config": config_fingerprint(teacher)}, "engine": {"name": "vllm"}}
+    settings = {
+        "tokenizer_fingerprint": packed.facts.tokenizer_fingerprint,
+        "teacher_fingerprint": "1" * 32,
+        "capture": capture,
+    }
+    path = write_cache(tmp_path / "records.skl", teacher, [packed[i] for i in range(3)], settings=settings)
+    of_cache(place, path, sequences="0:3", teacher=str(place / "teacher"))
+    assert "note" not in capfd.readouterr().err
+
+
 def test_text_is_measured_by_the_teacher_too(place):
     """With a teacher, text has its exact divergence and its own LM loss; of records nothing is said."""
     found = run(place, teacher=str(place / "teacher"), num_sequences=3)
