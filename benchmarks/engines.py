@@ -56,16 +56,25 @@ def run_draws(engine, prompts, desk):
     assert len(prompts) == sum(1 for _ in feed.records(range(len(prompts))))
 
 
-def rates(ways, positions, repeats):
+def measured(ways, positions, repeats):
+    """Of each way: positions/s, and the worker's own µs per position, which busy neighbours change less; medians."""
+    import psutil
+
+    [worker] = [p for p in psutil.Process().children(recursive=True) if "Worker" in " ".join(p.cmdline())]
+
+    def spent():
+        times = worker.cpu_times()
+        return times.user + times.system
+
     for run in ways.values():
         run()
-    times = {name: [] for name in ways}
+    found = {name: [] for name in ways}
     for _ in range(repeats):
         for name, run in ways.items():
-            begin = time.perf_counter()
+            begin, before = time.perf_counter(), spent()
             run()
-            times[name].append(time.perf_counter() - begin)
-    return {name: positions / statistics.median(seconds) for name, seconds in times.items()}
+            found[name].append((positions / (time.perf_counter() - begin), (spent() - before) / positions * 1e6))
+    return {name: tuple(map(statistics.median, zip(*runs, strict=True))) for name, runs in found.items()}
 
 
 def cost_of_a_draw(arguments):
@@ -108,7 +117,7 @@ def main():
         plan = vllm.Plan(Path(directory), dtype="float32", seq_len=arguments.seq_len)
         plan.whole.model_config.max_logprobs = 64
         with plan.started("") as engine:
-            found = rates(
+            found = measured(
                 {
                     "prefill alone": lambda: run_plain(engine, prompts),
                     "prompt_logprobs=64": lambda: run_plain(engine, prompts, prompt_logprobs=64),
@@ -118,7 +127,7 @@ def main():
                 arguments.repeats,
             )
         with messages.listening() as (listener, path), plan.started(path) as drawing, Desk(listener, settings) as desk:
-            found |= rates(
+            found |= measured(
                 {
                     # Nothing is known of these sequences, so the head runs over their rows and nothing is drawn.
                     "head over every row": lambda: run_plain(drawing, prompts),
@@ -130,12 +139,10 @@ def main():
     cost = cost_of_a_draw(arguments)
     sizes = f"{arguments.num_layers} layers of {arguments.hidden_size}, {arguments.vocab_size:,} ids, float32"
     print(f"{processor()}; {plan.described}; {sizes}; {arguments.sequences} sequences of {arguments.seq_len} positions")
-    for name, rate in found.items():
-        print(f"{name:<26}{rate:10,.0f} positions/s  {1e6 / rate:8.1f} µs per position")
-    share = found["head over every row"] / found["head and draws"] - 1
-    print(
-        f"draws beside the pass that they are part of: {share:+.1%}; {ROUNDS} draws of a row alone: {cost * 1e6:.1f} µs"
-    )
+    for name, (rate, own) in found.items():
+        print(f"{name:<22}{rate:8,.0f} positions/s{own:10.1f} µs of the worker's own time per position")
+    share = cost * 1e6 / found["prefill alone"][1]
+    print(f"{ROUNDS} draws of a row by themselves: {cost * 1e6:.1f} µs, {share:.1%} of its prefill")
 
 
 if __name__ == "__main__":
