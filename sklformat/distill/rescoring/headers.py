@@ -16,7 +16,7 @@ from typing import Any
 import sklformat
 from sklformat.cache.reader import Cache
 from sklformat.distill.models import loading
-from sklformat.distill.models.identities import config_fingerprint, model_fingerprint
+from sklformat.distill.models.identities import config_fingerprint
 from sklformat.errors import SettingsError
 from sklformat.format.columns import RECORD_LOGPROB, STARTS
 from sklformat.format.header import Header, is_unbiased, other_teacher
@@ -26,10 +26,12 @@ from sklformat.settings.rescore import RescoreConfig
 _TEACHER, _RESCORED, _WEIGHTED = "teacher", "rescored", "weighted"
 
 
-def describe_teacher(config: RescoreConfig, model: Any, dtype: str, device_type: str) -> dict[str, Any]:
+def describe_teacher(
+    config: RescoreConfig, model: Any, fingerprint: str, dtype: str, device_type: str
+) -> dict[str, Any]:
     """The second teacher, as a header knows it: by its fingerprint, and a name from the hub."""
     teacher = {
-        "fingerprint": model_fingerprint(model),
+        "fingerprint": fingerprint,
         "dtype": dtype,
         "device": device_type,
         "config": config_fingerprint(model),
@@ -40,22 +42,23 @@ def describe_teacher(config: RescoreConfig, model: Any, dtype: str, device_type:
     return teacher
 
 
-def scored_header(config: RescoreConfig, cache: Cache, teacher: Mapping[str, Any], sequences_per_shard: int) -> Header:
+def scored_header(config: RescoreConfig, cache: Cache, how: Mapping[str, Any], sequences_per_shard: int) -> Header:
     """
     Of a cache with the records of ``cache`` and another teacher's columns.
+
+    Args:
+        config: The settings.
+        cache: What is scored.
+        how: By whom, and what else the scores depend on.
+        sequences_per_shard: Of what is written.
 
     Raises:
         ValueError: The capture has become too long for a header.
     """
     source = cache.header
     columns = (*source.columns, *config.columns, RECORD_LOGPROB)
-    said = {
-        "teacher": dict(teacher),
-        "cache": cache.fingerprint,
-        "batch_size": config.batch_size,
-        "sequences_per_shard": sequences_per_shard,
-        "versions": {**loading.versions(), "sklformat": sklformat.__version__},
-    }
+    versions = {**loading.versions(), "sklformat": sklformat.__version__}
+    said = {"versions": versions, "cache": cache.fingerprint, "sequences_per_shard": sequences_per_shard, **how}
     return dataclasses.replace(source, columns=columns, capture={**source.capture, _RESCORED: said})
 
 

@@ -32,27 +32,22 @@ from sklformat.cache.sharding import other_settings
 from sklformat.cache.writer import ShardWriter
 from sklformat.capture.destinations import Target
 from sklformat.capture.plan import ShardWork, find_header, sealed_entries, survey
-from sklformat.distill.models import attention, loading
-from sklformat.distill.models.devices import find_device, own_devices
 from sklformat.distill.rescoring.headers import (
     check_weighable,
-    describe_teacher,
     scored_columns,
     scored_header,
     weighted_header,
 )
 from sklformat.distill.rescoring.questions import Questions
-from sklformat.distill.rescoring.scores import Scorer, TeacherScorer
+from sklformat.distill.rescoring.scores import Scorer, load_scorer
 from sklformat.distill.rescoring.weights import importance_weights
 from sklformat.distill.teacher.ranks import stoppable
-from sklformat.distill.text.fingerprints import MadeBy
-from sklformat.errors import SettingsError
 from sklformat.files.directories import refuse_foreign
 from sklformat.files.disk import locked_directory
 from sklformat.format.columns import RECORD_LOGPROB, STARTS, follow_records
 from sklformat.format.header import Header
 from sklformat.format.records import Sequence, SparseTargets
-from sklformat.progress import say, show
+from sklformat.progress import show
 from sklformat.settings.rescore import RescoreConfig
 
 _SCORES = (
@@ -66,7 +61,7 @@ _OWN = re.compile(
 _MOST_SCALE_LOG2 = 8
 
 _Written: TypeAlias = tuple[NDArray[np.uint32], SparseTargets, dict[str, NDArray[Any]]]
-_Make: TypeAlias = Callable[[ShardWork], Iterator[_Written]]
+_Make: TypeAlias = Callable[[list[ShardWork]], Iterator[_Written]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,48 +128,9 @@ def rescore(config: RescoreConfig) -> Rescored:
         with questions.cache:
             if config.weights != "none":
                 check_weighable(questions.cache)
-            scorer, header = _load(config, questions)
+            scorer, how = load_scorer(config, questions)
+            header = scored_header(config, questions.cache, how, questions.sequences_per_shard)
             return _Passes(config, questions, header).run(scorer)
-
-
-def _load(config: RescoreConfig, questions: Questions) -> tuple[Scorer, Header]:
-    """The teacher, sure to know the cache's ids, and the header of what is scored by it."""
-    device = find_device(config.device)
-    over: list[int] = []
-    if config.device_map == "auto":
-        if device.type != "cuda" or device.index is not None:
-            raise ValueError(f"device_map auto needs several CUDA devices, device is {config.device}; leave both out")
-        over = own_devices(0, 1)
-    cache = questions.cache
-    named: loading.Named = {"revision": config.revision, **loading.named_of(config)}
-    tokenizer = loading.load_tokenizer(config.teacher_name, **named)
-    said = cache.header.capture.get("tokenizer")
-    vocabulary = said.get("vocabulary") if isinstance(said, dict) else None
-    maker = MadeBy(cache.header.tokenizer_fingerprint, cache.header.vocab_size, vocabulary or "")
-    if conflict := maker.conflict(tokenizer):
-        raise SettingsError(
-            f"{cache.path}: made by a different tokenizer from that of {config.teacher}: {conflict}; a teacher can "
-            "only be asked about ids that it knows"
-        )
-    dtype: loading.Dtype = "float32" if device.type == "cpu" else "bfloat16"
-    if config.dtype != "auto":
-        dtype = config.dtype
-    say(f"rescore {config.out.name}: loading the teacher {config.teacher}")
-    model = loading.load_model(config.teacher_name, dtype=dtype, device=device, over=over, **named)
-    if questions.isolated:
-        attention.check_isolates(model)
-    width = loading.check_fit(tokenizer, model, seq_len=cache.header.seq_len or None)
-    if width != cache.header.vocab_size:
-        raise SettingsError(
-            f"{cache.path}: vocab_size {cache.header.vocab_size}, and {config.teacher} has {width} ids in common with "
-            "its tokenizer; probabilities over other ids cannot be compared, take a teacher of the same vocabulary"
-        )
-    packing = cache.header.capture.get("packing")
-    filler = packing.get("separator_id", 0) if isinstance(packing, dict) else 0
-    header = scored_header(
-        config, cache, describe_teacher(config, model, dtype, device.type), questions.sequences_per_shard
-    )
-    return TeacherScorer(model, width, filler), header
 
 
 class _Passes:
@@ -196,12 +152,12 @@ class _Passes:
     def run(self, scorer: Scorer) -> Rescored:
         out, weighted = self._config.out, self._config.weights != "none"
         if not weighted:
-            self._write(out, self._scored, lambda work: self._score(scorer, work))
+            self._write(out, self._scored, lambda works: self._score(scorer, works))
         elif not self._has_weighted():
-            self._write(out / _SCORES, self._scored, lambda work: self._score(scorer, work))
+            self._write(out / _SCORES, self._scored, lambda works: self._score(scorer, works))
             with closing(Cache(out / _SCORES)) as scores:
                 header = weighted_header(self._config, self._questions.cache.header, self._scored, self._scale(scores))
-                self._write(out, header, lambda work: self._weight(scores, work))
+                self._write(out, header, lambda works: self._weight(scores, works))
             shutil.rmtree(out / _SCORES)
         with closing(Cache(out)) as cache:
             return Rescored(
@@ -237,11 +193,12 @@ class _Passes:
         there = self._count - sum(work.end - work.next_sequence for work in works)
         try:
             with show(name, self._count, unit="sequence", first=there) as reach:
+                made = make(works)
                 for work in works:
                     placed = shard_header(header, work.number, work.first_sequence)
                     with ShardWriter(shard_path(directory, work.number), header=placed, resume=True) as writer:
-                        for tokens, targets, columns in make(work):
-                            writer.append(tokens, targets, columns)
+                        for _ in range(work.next_sequence, work.end):
+                            writer.append(*next(made))
                             there += 1
                             reach(there)
         except KeyboardInterrupt:
@@ -252,33 +209,21 @@ class _Passes:
         write_manifest(directory, sealed_entries(Target(directory), header, self._count, self._per_shard))
         unmark_unfinished(directory)
 
-    def _score(self, scorer: Scorer, work: ShardWork) -> Iterator[_Written]:
-        """
-        What a shard still needs of the first pass.
+    def _score(self, scorer: Scorer, works: list[ShardWork]) -> Iterator[_Written]:
+        """What shards still need of the first pass."""
+        names = scored_columns(self._scored)
+        for question, columns in scorer.answers(works, self._questions.read, names):
+            self._sequences_scored += 1
+            sequence = question.sequence
+            kept = {name: sequence.columns[name] for name in self._scored.columns if name == STARTS}
+            yield question.tokens, sequence.targets, {**kept, **columns}
 
-        Logits depend in their last bits on the shape of a batch, so batches are a fixed grid within the shard.
-        """
-        size, names = self._config.batch_size, scored_columns(self._scored)
-        for first in range(work.first_sequence, work.end, size):
-            last = min(first + size, work.end)
-            if last <= work.next_sequence:
-                continue
-            read = [self._questions.read(number) for number in range(first, last)]
-            scores = scorer.score([question for _, question in read], names)
-            for number, (sequence, question), columns in zip(range(first, last), read, scores, strict=True):
-                if number < work.next_sequence:
-                    continue
-                self._sequences_scored += 1
-                kept = {name: sequence.columns[name] for name in self._scored.columns if name == STARTS}
-                yield question.tokens, sequence.targets, {**kept, **columns}
-
-    def _weight(self, scores: Cache, work: ShardWork) -> Iterator[_Written]:
-        """What a shard still needs of the second pass."""
+    def _weight(self, scores: Cache, works: list[ShardWork]) -> Iterator[_Written]:
+        """What shards still need of the second pass."""
         cut = self._config.largest_weight
-        for number in range(work.next_sequence, work.end):
-            sequence, question = self._questions.read(number)
-            scored = scores[number]
-            weights = self._weights(sequence, scored, cut)
+        for number in (number for work in works for number in range(work.next_sequence, work.end)):
+            question, scored = self._questions.read(number), scores[number]
+            weights = self._weights(question.sequence, scored, cut)
             before, after = scored.targets, weights
             columns = follow_records(
                 scored.columns, (before.offsets, before.token_ids), (after.offsets, after.token_ids)

@@ -8,7 +8,7 @@ Shape letters: T positions, nnz records of a sequence.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from sklformat.cache.reader import Cache
 from sklformat.cache.tokens import Tokens, TokenSource
 from sklformat.distill.loader.conflicts import check_borders
 from sklformat.distill.loader.contents import is_isolated
+from sklformat.distill.text.fingerprints import MadeBy
 from sklformat.distill.text.packing import places_of
 from sklformat.distill.text.singles import packed_as
 from sklformat.errors import SettingsError
@@ -33,12 +34,16 @@ class Question(NamedTuple):
     What a teacher is asked of one sequence.
 
     Attributes:
+        number: Of the sequence.
+        sequence: What the cache holds of it.
         tokens: [T + 1].
         position_ids: [T], each input's place in its document, where documents do not see each other; else None.
         offsets: [T + 1]; position p is asked about token_ids[offsets[p] : offsets[p + 1]].
         token_ids: [nnz], below the vocabulary's size.
     """
 
+    number: int
+    sequence: Sequence
     tokens: NDArray[np.uint32]
     position_ids: NDArray[np.int64] | None
     offsets: NDArray[np.int64]
@@ -99,9 +104,35 @@ class Questions:
             )
         return Tokens(source)
 
-    def read(self, number: int) -> tuple[Sequence, Question]:
+    def check_ids(self, tokenizer: Any, width: int, teacher: str) -> None:
         """
-        A sequence and what is asked of it.
+        Make sure that a teacher knows the ids that it is asked about, and no more.
+
+        Args:
+            tokenizer: The teacher's.
+            width: Ids that teacher and tokenizer have in common.
+            teacher: Its name, for the message.
+
+        Raises:
+            SettingsError: It does not; says both values.
+        """
+        header = self.cache.header
+        said = header.capture.get("tokenizer")
+        vocabulary = said.get("vocabulary") if isinstance(said, dict) else None
+        if conflict := MadeBy(header.tokenizer_fingerprint, header.vocab_size, vocabulary or "").conflict(tokenizer):
+            raise SettingsError(
+                f"{self.cache.path}: made by a different tokenizer from that of {teacher}: {conflict}; a teacher can "
+                "only be asked about ids that it knows"
+            )
+        if width != header.vocab_size:
+            raise SettingsError(
+                f"{self.cache.path}: vocab_size {header.vocab_size}, and {teacher} has {width} ids in common with its "
+                "tokenizer; probabilities over other ids cannot be compared, take a teacher of the same vocabulary"
+            )
+
+    def read(self, number: int) -> Question:
+        """
+        What is asked of a sequence.
 
         Raises:
             AlignmentError: The records are not about the tokens that were given.
@@ -115,7 +146,7 @@ class Questions:
             tokens = given.astype(np.uint32)
         assert tokens is not None
         places = places_of(sequence.columns[STARTS][:-1]) if self.isolated else None
-        return sequence, Question(tokens, places, sequence.targets.offsets, sequence.targets.token_ids)
+        return Question(number, sequence, tokens, places, sequence.targets.offsets, sequence.targets.token_ids)
 
     @property
     def sequences_per_shard(self) -> int:

@@ -7,17 +7,23 @@ Shape letters: B sequences, T positions, V vocabulary, P positions of a slice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sklformat.distill.rescoring.questions import Question
-from sklformat.distill.teacher.drawing import counted_places
+from sklformat.capture import ShardWork
+from sklformat.distill.models import attention, loading
+from sklformat.distill.models.devices import find_device, own_devices
+from sklformat.distill.models.identities import model_fingerprint
+from sklformat.distill.rescoring.headers import describe_teacher
+from sklformat.distill.rescoring.questions import Question, Questions
 from sklformat.distill.teacher.forward import Teacher
 from sklformat.distill.teacher.logit_columns import LogitColumns
+from sklformat.progress import say
+from sklformat.settings.rescore import RescoreConfig
 
 Scores = dict[str, NDArray[np.float16]]
 """By name of the column: record_logprob [nnz], label_logprob and entropy [T], 0 where a position is not asked about."""
@@ -26,12 +32,15 @@ Scores = dict[str, NDArray[np.float16]]
 class Scorer(Protocol):
     """Whatever runs a teacher over tokens and says the log-probs of ids."""
 
-    def score(self, batch: Sequence[Question], names: tuple[str, ...]) -> list[Scores]:
+    def answers(
+        self, works: Sequence[ShardWork], read: Callable[[int], Question], names: tuple[str, ...]
+    ) -> Iterator[tuple[Question, Scores]]:
         """
-        What the teacher says of each sequence of a batch.
+        What the teacher says of each sequence that shards still need, in their order.
 
         Args:
-            batch: B questions.
+            works: The shards.
+            read: What is asked of a sequence.
             names: Of the columns that are wanted, of record_logprob, label_logprob and entropy.
         """
 
@@ -43,14 +52,31 @@ class TeacherScorer:
     Args:
         model: A causal language model in eval mode.
         vocab_size: Logits beyond it are padding and left out.
+        batch_size: Sequences of one forward pass.
         filler: Token that shorter sequences of a batch are filled up with.
     """
 
-    def __init__(self, model: Any, vocab_size: int, filler: int = 0) -> None:
-        self._teacher, self._filler = Teacher(model, vocab_size), filler
+    def __init__(self, model: Any, vocab_size: int, batch_size: int, filler: int = 0) -> None:
+        self._teacher, self._batch_size, self._filler = Teacher(model, vocab_size), batch_size, filler
+
+    def answers(
+        self, works: Sequence[ShardWork], read: Callable[[int], Question], names: tuple[str, ...]
+    ) -> Iterator[tuple[Question, Scores]]:
+        """
+        As ``Scorer``; logits of no more than a slice of positions are there at once.
+
+        They depend in their last bits on the shape of a batch, so batches are a fixed grid within the shard.
+        """
+        for work in works:
+            for first in range(work.first_sequence, work.end, self._batch_size):
+                last = min(first + self._batch_size, work.end)
+                if last > work.next_sequence:
+                    batch = [read(number) for number in range(first, last)]
+                    new = max(0, work.next_sequence - first)
+                    yield from zip(batch[new:], self.score(batch, names)[new:], strict=True)
 
     def score(self, batch: Sequence[Question], names: tuple[str, ...]) -> list[Scores]:
-        """As ``Scorer``; logits of no more than a slice of positions are there at once."""
+        """What the teacher says of each sequence of a batch."""
         width = max(question.tokens.size for question in batch) - 1
         # No token sees a later one, so what shorter rows are filled up with is seen by none that counts.
         inputs_BT = np.full((len(batch), width), self._filler, np.uint32)
@@ -66,15 +92,38 @@ class TeacherScorer:
 
     def _taken(self, question: Question, output: torch.Tensor, names: tuple[str, ...]) -> LogitColumns:
         taken, counted_T = LogitColumns(names, question.tokens), question.counted
-        offsets, lengths_T = question.offsets, np.diff(question.offsets)
         for first, logits_PV in self._teacher.logits(output[: counted_T.size], counted_T):
-            places = counted_places(counted_T, first, len(logits_PV))
-            device = logits_PV.device
-            kept_PV = logits_PV
-            if places.size < len(logits_PV):
-                kept_PV = logits_PV[torch.from_numpy(places - first).to(device)]
-            rows = np.repeat(np.arange(places.size), lengths_T[places])
-            ids = question.token_ids[offsets[first] : offsets[first + len(logits_PV)]].astype(np.int64)
-            taken.add(places, kept_PV, torch.from_numpy(rows).to(device), torch.from_numpy(ids).to(device))
+            taken.add_given(first, logits_PV, question.offsets, question.token_ids)
         taken.fetch()
         return taken
+
+
+def load_scorer(config: RescoreConfig, questions: Questions) -> tuple[Scorer, dict[str, Any]]:
+    """
+    A teacher of transformers, sure to know the cache's ids, and what a header says of it.
+
+    Raises:
+        OSError, ValueError, SettingsError: As ``rescore``.
+    """
+    device = find_device(config.device)
+    over: list[int] = []
+    if config.device_map == "auto":
+        if device.type != "cuda" or device.index is not None:
+            raise ValueError(f"device_map auto needs several CUDA devices, device is {config.device}; leave both out")
+        over = own_devices(0, 1)
+    header = questions.cache.header
+    named: loading.Named = {"revision": config.revision, **loading.named_of(config)}
+    tokenizer = loading.load_tokenizer(config.teacher_name, **named)
+    dtype: loading.Dtype = "float32" if device.type == "cpu" else "bfloat16"
+    if config.dtype != "auto":
+        dtype = config.dtype
+    say(f"rescore {config.out.name}: loading the teacher {config.teacher}")
+    model = loading.load_model(config.teacher_name, dtype=dtype, device=device, over=over, **named)
+    if questions.isolated:
+        attention.check_isolates(model)
+    width = loading.check_fit(tokenizer, model, seq_len=header.seq_len or None)
+    questions.check_ids(tokenizer, width, config.teacher)
+    packing = header.capture.get("packing")
+    filler = packing.get("separator_id", 0) if isinstance(packing, dict) else 0
+    teacher = describe_teacher(config, model, model_fingerprint(model), dtype, device.type)
+    return TeacherScorer(model, width, config.batch_size, filler), {"teacher": teacher, "batch_size": config.batch_size}

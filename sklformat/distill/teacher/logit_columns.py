@@ -79,6 +79,29 @@ class LogitColumns:
         halves = {name: values.half() for name, values in made.items()}
         self._parts[int(places[0]) if places.size else 0] = places, halves
 
+    def add_given(
+        self, first: int, logits_PV: Tensor, offsets: NDArray[np.int64], token_ids: NDArray[np.uint32]
+    ) -> None:
+        """
+        Take what is wanted of a slice at given ids.
+
+        Args:
+            first: Position of its first row.
+            logits_PV: Any float type.
+            offsets: [T + 1]; position p is asked about token_ids[offsets[p] : offsets[p + 1]], and counts where that
+                is something.
+            token_ids: [n], of all positions.
+        """
+        end, device = first + len(logits_PV), logits_PV.device
+        lengths_P = np.diff(offsets[first : end + 1])
+        counted = np.flatnonzero(lengths_P)
+        rows = np.repeat(np.arange(counted.size), lengths_P[counted])
+        ids = token_ids[offsets[first] : offsets[end]].astype(np.int64)
+        kept_PV = logits_PV
+        if counted.size < len(logits_PV):
+            kept_PV = logits_PV[torch.from_numpy(counted).to(device)]
+        self.add(first + counted, kept_PV, torch.from_numpy(rows).to(device), torch.from_numpy(ids).to(device))
+
     @torch.inference_mode()
     def fetch(self) -> None:
         """Begin to copy what was taken to the host, behind what its device has to do now."""
