@@ -32,8 +32,8 @@ FLAGS = {
         trust-remote-code unique-tokens vocab-size
     """,
     "rescore": """
-        adapter-base batch-size columns device device-map dtype json largest-weight out teacher tokens
-        trust-remote-code weights
+        adapter-base batch-size columns device device-map dtype engine gpu-memory json largest-weight out teacher
+        tensor-parallel tokens trust-remote-code weights
     """,
     "train": """
         accumulation adam-eps adapter-base batch-size best-by betas cache cache-weights ce-weight compile decay decode

@@ -188,7 +188,7 @@ class CacheConfig(TextFiles):
         if self.work_dir is not None and ":/" in str(self.work_dir):
             raise ValueError(f"work_dir {self.work_dir} is a URL, must be a directory here")
         self._check_sampler()
-        self._check_engine()
+        check_engine(self)
         self._check_run()
 
     def _check_run(self) -> None:
@@ -208,17 +208,6 @@ class CacheConfig(TextFiles):
                 f"run {self.run} needs world_size, and rank in 0..world_size - 1; got rank {self.rank} and world_size "
                 f"{self.world_size}"
             )
-
-    def _check_engine(self) -> None:
-        check_least(self, 1, "tensor_parallel")
-        if self.gpu_memory is not None and not 0 < self.gpu_memory <= 1:
-            raise ValueError(f"gpu_memory must be in (0, 1], got {self.gpu_memory}")
-        names = _OF_VLLM if self.engine == "transformers" else _NOT_OF_VLLM
-        given = [f.name for f in dataclasses.fields(self) if f.name in names and getattr(self, f.name) != f.default]
-        if given and self.engine == "transformers":
-            raise ValueError(f"{given[0]} belongs to engine vllm, engine is transformers")
-        if given:
-            raise ValueError(f"{given[0]} {_NOT_OF_VLLM[given[0]]}; leave it out, or take engine transformers")
 
     def _check_sampler(self) -> None:
         if self.draws and not 1 <= self.rounds <= MAX_ROUNDS:
@@ -289,3 +278,22 @@ def name_and_revision(teacher: str) -> tuple[str, str | None]:
     """A model's path or name, and the revision behind it, where there is one: of name@revision."""
     name, _, revision = teacher.partition("@")
     return (teacher, None) if not revision or Path(teacher).exists() else (name, revision)
+
+
+def check_engine(config: Any) -> None:
+    """
+    Make sure that settings are of the engine that a verb runs its teacher by.
+
+    Raises:
+        ValueError: One belongs to another engine.
+    """
+    check_least(config, 1, "tensor_parallel")
+    if config.gpu_memory is not None and not 0 < config.gpu_memory <= 1:
+        raise ValueError(f"gpu_memory must be in (0, 1], got {config.gpu_memory}")
+    names = _OF_VLLM if config.engine == "transformers" else _NOT_OF_VLLM
+    fields = [f for f in dataclasses.fields(config) if f.name in names]
+    given = [f.name for f in fields if getattr(config, f.name) != f.default]
+    if given and config.engine == "transformers":
+        raise ValueError(f"{given[0]} belongs to engine vllm, engine is transformers")
+    if given:
+        raise ValueError(f"{given[0]} {_NOT_OF_VLLM[given[0]]}; leave it out, or take engine transformers")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from sklformat.format.columns import RECORD_LOGPROB, STARTS, check_names
 from sklformat.format.layout import COLUMNS
-from sklformat.settings.cache import ModelDtype, name_and_revision
+from sklformat.settings.cache import ModelDtype, check_engine, name_and_revision
 from sklformat.settings.limits import check_least
 
 Weights = Literal["none", "unbiased", "normalised"]
@@ -54,6 +54,15 @@ class RescoreConfig:
     device: str = "auto"
     """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one."""
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the teacher; vllm: any model that vLLM serves, sooner, but no other run repeats the bytes (docs/engines.md)."""  # noqa: E501
+
+    tensor_parallel: int = 1
+    """With engine vllm: devices that one teacher is divided between."""
+
+    gpu_memory: float | None = None
+    """With engine vllm: share of a GPU's memory that it takes, in (0, 1]. None: what vLLM takes."""
+
     device_map: Literal["one", "auto"] = "one"
     """auto: spread a teacher that is too large for one GPU over all of them (needs accelerate)."""
 
@@ -70,6 +79,7 @@ class RescoreConfig:
             raise ValueError(f"columns: {STARTS} is no teacher's to say; where the cache has it, it is kept")
         object.__setattr__(self, "columns", tuple(name for name in COLUMNS if name in names - {RECORD_LOGPROB}))
         check_least(self, 1, "batch_size")
+        check_engine(self)
         if self.largest_weight is not None:
             if self.weights != "unbiased":
                 raise ValueError(f"largest_weight belongs to weights unbiased, weights is {self.weights}")

@@ -57,8 +57,29 @@ class Gone(NamedTuple):
 
 Arrived: TypeAlias = Records | Tested | Refused | Synced | Gone
 
-_Open: TypeAlias = tuple[NDArray[np.uint32], NDArray[np.bool_], Wanted]
-_NOTHING: _Open = np.empty(0, np.uint32), np.empty(0, np.bool_), "nothing"
+
+class Given(NamedTuple):
+    """Ids that a sequence is asked about: those of position p are token_ids[offsets[p] : offsets[p + 1]]."""
+
+    offsets: NDArray[np.int64]
+    token_ids: NDArray[np.uint32]
+
+
+class _Open(NamedTuple):
+    """A sequence: what is wanted of its rows, and the arrays that a worker is told."""
+
+    wanted: Wanted
+    tokens: NDArray[np.uint32]
+    counted: NDArray[np.bool_]
+    given: Given
+
+    @property
+    def arrays(self) -> list[NDArray[Any]]:
+        return [self.tokens, self.counted, *self.given]
+
+
+_NO_IDS = Given(np.empty(0, np.int64), np.empty(0, np.uint32))
+_NOTHING = _Open("nothing", np.empty(0, np.uint32), np.empty(0, np.bool_), _NO_IDS)
 
 
 class Desk:
@@ -97,6 +118,7 @@ class Desk:
         tokens: NDArray[np.uint32],
         counted: NDArray[np.bool_] | None,
         wanted: Wanted = "records",
+        given: Given = _NO_IDS,
     ) -> None:
         """
         Know a sequence, before its request goes to the engine.
@@ -106,11 +128,12 @@ class Desk:
             tokens: [T + 1].
             counted: Which positions get records, [T]; None: all.
             wanted: Of its rows.
+            given: The ids, where columns at these are wanted.
         """
         mask = np.ones(tokens.size - 1, np.bool_) if counted is None else counted
         with self._lock:
             self._runs += 1
-            self._open[sequence], self._alone = (tokens, mask, wanted), (sequence, self._runs)
+            self._open[sequence], self._alone = _Open(wanted, tokens, mask, given), (sequence, self._runs)
 
     def close(self, sequence: int) -> None:
         """Forget a sequence: nothing of it is wanted any more."""
@@ -160,12 +183,12 @@ class Desk:
                     line.send({"sequence": None})
                     return
                 sequence, run = self._alone
-                tokens, mask, wanted = self._open[sequence]
-                line.send({"sequence": sequence, "run": run, "wanted": wanted}, tokens, mask)
+                known = self._open[sequence]
+                line.send({"sequence": sequence, "run": run, "wanted": known.wanted}, *known.arrays)
                 return
             found = [self._open.get(sequence, _NOTHING) for sequence in asked]
-            arrays = [array for tokens, mask, _ in found for array in (tokens, mask)]
-            line.send({"wanted": [wanted for *_, wanted in found]}, *arrays)
+            arrays = [array for known in found for array in known.arrays]
+            line.send({"wanted": [known.wanted for known in found]}, *arrays)
 
 
 def _arrived(said: dict[str, Any], arrays: list[NDArray[Any]]) -> Arrived:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.distill.engines.assembly import Assembly
-from sklformat.distill.engines.desk import Desk, Gone, Records, Refused, Synced
+from sklformat.distill.engines.desk import Desk, Given, Gone, Records, Refused, Synced
 from sklformat.distill.teacher.grid import Output
 from sklformat.errors import CaptureError, EngineError
 
@@ -57,6 +57,7 @@ class Feed:
         desk: Where its worker sends records.
         tokens_of: Tokens of a sequence, [T + 1].
         counted_of: Which of its positions get records, [T]; None: all.
+        given_of: Ids that it is asked about, which are its records then, each counted once; None: records are drawn.
         patience: Seconds in which the worker of an engine that has nothing to do must answer.
     """
 
@@ -66,10 +67,11 @@ class Feed:
         desk: Desk,
         tokens_of: Callable[[int], NDArray[np.uint32]],
         counted_of: Callable[[int], NDArray[np.bool_] | None],
+        given_of: Callable[[int], Given] | None = None,
         patience: float = _PATIENCE_SECONDS,
     ) -> None:
         self._engine, self._desk, self._patience = engine, desk, patience
-        self._tokens_of, self._counted_of = tokens_of, counted_of
+        self._tokens_of, self._counted_of, self._given_of = tokens_of, counted_of, given_of
         self._assembly = Assembly()
         self._waiting: deque[Output] = deque()
         self._runs: dict[int, int] = {}
@@ -113,7 +115,10 @@ class Feed:
         sequence, tokens = output.sequence, output.tokens
         self._runs[sequence] += 1
         self._assembly.expect(sequence, tokens.size - 1)
-        self._desk.open(sequence, tokens, output.counted)
+        if self._given_of is None:
+            self._desk.open(sequence, tokens, output.counted)
+        else:
+            self._desk.open(sequence, tokens, output.counted, "given", self._given_of(sequence))
         self._engine.submit(sequence, tokens[:-1])
 
     def _is_done(self, sequence: int) -> bool:

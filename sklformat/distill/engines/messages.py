@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 Hook: TypeAlias = Literal["runner", "layer"]
 """Where a worker sees rows: in its model runner, or in the layer that makes logits."""
 
-Wanted: TypeAlias = Literal["records", "log-probs", "nothing"]
-"""Of the rows of a sequence: what a cache is made of, what a rehearsal compares, or nothing any more."""
+Wanted: TypeAlias = Literal["records", "given", "log-probs", "nothing"]
+"""Of the rows of a sequence: what a cache is made of, the columns at ids that are given, what a rehearsal compares, or
+nothing any more."""
 
 ADDRESS = "SKLFORMAT_CAPTURE"
 """Variable of the environment by which the processes of an engine know whose capture they belong to: hook:path."""

@@ -36,6 +36,7 @@ from sklformat.distill.text.fingerprints import vocabulary_fingerprint
 from sklformat.errors import EngineError, SettingsError
 from sklformat.progress import say
 from sklformat.settings.cache import CacheConfig
+from sklformat.settings.rescore import RescoreConfig
 
 
 def cache(config: CacheConfig) -> Cached | Contributed | Finished:
@@ -88,7 +89,7 @@ def cache_by_vllm(
     run = ranks.first(lambda: name_run(config))
     # Held from here on, so that a second run is refused before it works.
     with ranks.held(config.directory, run), messages.listening() as (listener, path):
-        model = _find_model(config)
+        model = find_model(config)
         plan = Plan(
             model,
             dtype=config.dtype,
@@ -143,8 +144,14 @@ def cache_by_vllm(
             return write(config, ranks, run, packed, header, hand_over)
 
 
-def _find_model(config: CacheConfig) -> Path:
-    """The directory of the teacher, which is no adapter."""
+def find_model(config: CacheConfig | RescoreConfig) -> Path:
+    """
+    The directory of the teacher, which is no adapter.
+
+    Raises:
+        SettingsError: It is one.
+        OSError: It is not there.
+    """
     with named(config.teacher_name, "model") as local:
         adapter = adapters.find_adapter(config.teacher_name, revision=config.revision, local=local)
         if adapter is None:

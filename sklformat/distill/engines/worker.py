@@ -34,16 +34,22 @@ from sklformat.errors import CaptureError
 from sklformat.format.columns import RECORD_LOGPROB
 from sklformat.format.records import SparseTargets
 
+_OF_ONE = 4  # arrays that tell of one sequence
 _WAITING = 64  # chunks at most that are drawn and not sent
 _here: dict[str, Worker] = {}
 
 
 class _Known(NamedTuple):
-    """A sequence: its tokens [T + 1], which of its positions count, [T], and what is wanted of its rows."""
+    """
+    A sequence: what is wanted of its rows, its tokens [T + 1], which of its positions count, [T]; and where ids are
+    given, [T + 1] offsets of each position's, and the ids.
+    """
 
+    wanted: Wanted
     tokens: NDArray[np.uint32]
     counted: NDArray[np.bool_]
-    wanted: Wanted
+    offsets: NDArray[np.int64]
+    token_ids: NDArray[np.uint32]
 
 
 class Worker:
@@ -99,7 +105,7 @@ class Worker:
             return  # the engine tries itself out
         run = said["sequence"], said["run"]
         if self._alone is None or self._alone.run != run:
-            self._known[said["sequence"]] = _Known(arrays[0], arrays[1], said["wanted"])
+            self._known[said["sequence"]] = _Known(said["wanted"], *arrays)
             self._alone = _Alone(run, logits_PV[:1].clone())
             if len(logits_PV) > 1:
                 self._refuse(f"the layer showed {len(logits_PV)} rows first, 1 was expected")
@@ -138,8 +144,12 @@ class Worker:
         columns = taken if self._settings.columns else None
         slices = [(first, logits_PV[:, : self._settings.vocab_size])]
         try:
-            if self._sampler is not None and within_T.any():
-                drawn: Arrival | SparseTargets = self._sampler.draw(sequence, prompt, slices, columns, within_T)
+            if known.wanted == "given":
+                drawn: Arrival | SparseTargets = _asked(known, first, end)
+                taken.add_given(*slices[0], known.offsets, known.token_ids)
+                taken.fetch()
+            elif self._sampler is not None and within_T.any():
+                drawn = self._sampler.draw(sequence, prompt, slices, columns, within_T)
             else:
                 drawn = self._drawer.draw(sequence, on_host(slices), columns, within_T)
         except ValueError as error:
@@ -195,7 +205,7 @@ class Worker:
             return
         said, arrays = self._answer({"ask": asked})
         for at, (sequence, wanted) in enumerate(zip(asked, said["wanted"], strict=True)):
-            self._known[sequence] = _Known(arrays[2 * at], arrays[2 * at + 1], wanted)
+            self._known[sequence] = _Known(wanted, *arrays[_OF_ONE * at : _OF_ONE * (at + 1)])
 
     def _answer(self, question: dict[str, Any] | None = None) -> messages.Message:
         answer = None
@@ -257,6 +267,13 @@ def _part(
     if not isinstance(drawn, SparseTargets) and RECORD_LOGPROB in columns:
         columns[RECORD_LOGPROB] = drawn.record_logprob(columns[RECORD_LOGPROB])
     return _of(first, np.diff(targets.offsets)[first:end], targets, columns, end)
+
+
+def _asked(known: _Known, first: int, end: int) -> SparseTargets:
+    """The ids that rows first..end - 1 are asked about, each drawn once, as records of all positions."""
+    offsets = np.clip(known.offsets, known.offsets[first], known.offsets[end])
+    token_ids = known.token_ids[offsets[0] : offsets[-1]]
+    return SparseTargets(token_ids=token_ids, counts=np.ones(token_ids.size, np.uint8), offsets=offsets - offsets[0])
 
 
 def _of(

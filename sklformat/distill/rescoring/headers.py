@@ -20,7 +20,7 @@ from sklformat.distill.models.identities import config_fingerprint
 from sklformat.errors import SettingsError
 from sklformat.format.columns import RECORD_LOGPROB, STARTS
 from sklformat.format.header import Header, is_unbiased, other_teacher
-from sklformat.format.layout import UNBIASED_SAMPLERS
+from sklformat.format.layout import COLUMNS, UNBIASED_SAMPLERS
 from sklformat.settings.rescore import RescoreConfig
 
 _TEACHER, _RESCORED, _WEIGHTED = "teacher", "rescored", "weighted"
@@ -121,6 +121,7 @@ def check_weighable(cache: Cache) -> None:
         )
 
 
-def scored_columns(header: Header) -> tuple[str, ...]:
-    """The columns that a teacher is asked for."""
-    return tuple(name for name in header.columns if name != STARTS)
+def scored_columns(config: RescoreConfig, source: Header) -> tuple[str, ...]:
+    """The columns that a teacher is asked for, in the order of the format."""
+    names = {*source.columns, *config.columns, RECORD_LOGPROB} - {STARTS}
+    return tuple(name for name in COLUMNS if name in names)

@@ -7,6 +7,7 @@ Source: Anshumann et al. 2025 (arXiv 2503.16870), section 6.1.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import shutil
@@ -114,6 +115,7 @@ def rescore(config: RescoreConfig) -> Rescored:
 
     Raises:
         OSError: Teacher or disk; as the operating system reports it.
+        EngineError: The engine is not there, is not understood, or has ended.
         SettingsError: The teacher has another tokenizer or vocabulary; the cache stores no tokens and none are given;
             weights need log-probs that it has not got; ``out`` holds something else.
         AlignmentError: The tokens given are not those of the cache.
@@ -128,9 +130,21 @@ def rescore(config: RescoreConfig) -> Rescored:
         with questions.cache:
             if config.weights != "none":
                 check_weighable(questions.cache)
-            scorer, how = load_scorer(config, questions)
-            header = scored_header(config, questions.cache, how, questions.sequences_per_shard)
-            return _Passes(config, questions, header).run(scorer)
+            with _asked(config, questions) as (scorer, how):
+                header = scored_header(config, questions.cache, how, questions.sequences_per_shard)
+                return _Passes(config, questions, header).run(scorer)
+
+
+@contextlib.contextmanager
+def _asked(config: RescoreConfig, questions: Questions) -> Iterator[tuple[Scorer, dict[str, Any]]]:
+    """Whatever runs the teacher, and what a header says of it."""
+    if config.engine == "transformers":
+        yield load_scorer(config, questions)
+        return
+    from sklformat.distill.rescoring.served import served_scorer  # noqa: PLC0415  it loads what engines need
+
+    with served_scorer(config, questions, scored_columns(config, questions.cache.header)) as found:
+        yield found
 
 
 class _Passes:
@@ -211,7 +225,7 @@ class _Passes:
 
     def _score(self, scorer: Scorer, works: list[ShardWork]) -> Iterator[_Written]:
         """What shards still need of the first pass."""
-        names = scored_columns(self._scored)
+        names = scored_columns(self._config, self._questions.cache.header)
         for question, columns in scorer.answers(works, self._questions.read, names):
             self._sequences_scored += 1
             sequence = question.sequence

@@ -149,6 +149,11 @@ class Questions:
         return Question(number, sequence, tokens, places, sequence.targets.offsets, sequence.targets.token_ids)
 
     @property
+    def longest(self) -> int:
+        """Positions of the longest sequence."""
+        return max(int(shard.index.num_positions.max(initial=1)) for shard in self.cache.shards())
+
+    @property
     def sequences_per_shard(self) -> int:
         """As many as the first shard has."""
         return int(self.cache.starts[1]) if self.cache.starts.size > 1 else len(self.cache)
