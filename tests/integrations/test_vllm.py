@@ -22,8 +22,10 @@ from sklformat.distill.engines import hooks, vllm
 from sklformat.distill.engines.serving import cache_by_vllm
 from sklformat.distill.models import loading, tokenization
 from sklformat.distill.models.identities import config_fingerprint
+from sklformat.distill.rescoring.passes import rescore
 from sklformat.distill.teacher.ranks import Ranks
 from sklformat.errors import EngineError
+from sklformat.settings.rescore import RescoreConfig
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
@@ -128,6 +130,22 @@ def test_the_header_says_who_made_it(place, whole):
     assert capture["versions"]["vllm"].startswith("0.32")
     assert capture["repeatable"] is False
     assert config_fingerprint(loading.load_model(place / "teacher")) == capture["teacher"]["config"]
+
+
+def test_given_ids_are_scored(place, whole, tmp_path):
+    """A second teacher's log-probs at the records of a cache, and its other columns, are those of transformers."""
+    model = loading.load_model(place / "teacher")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.7)
+    loading.save(model, loading.load_tokenizer(place / "teacher"), tmp_path / "second")
+    given = {"cache": str(whole.directory), "teacher": str(tmp_path / "second")}
+    for engine in ("transformers", "vllm"):
+        rescore(RescoreConfig(out=tmp_path / engine, engine=engine, **given))
+    for ours, theirs in zip(skl.open(tmp_path / "vllm"), skl.open(tmp_path / "transformers"), strict=True):
+        assert theirs.targets == ours.targets
+        for name in NAMES:
+            np.testing.assert_allclose(ours.columns[name], theirs.columns[name], rtol=2**-9, atol=0.01, err_msg=name)
+    assert [] == skl.verify(tmp_path / "vllm")
 
 
 def run(place, out, whom, after):

@@ -24,6 +24,7 @@ from sklformat.format.layout import COLUMNS, UNBIASED_SAMPLERS
 from sklformat.settings.rescore import RescoreConfig
 
 _TEACHER, _RESCORED, _WEIGHTED = "teacher", "rescored", "weighted"
+_RAN_BY = ("engine", "repeatable")
 
 
 def describe_teacher(
@@ -42,6 +43,11 @@ def describe_teacher(
     return teacher
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that scores depend on."""
+    return {**loading.versions(), "sklformat": sklformat.__version__}
+
+
 def scored_header(config: RescoreConfig, cache: Cache, how: Mapping[str, Any], sequences_per_shard: int) -> Header:
     """
     Of a cache with the records of ``cache`` and another teacher's columns.
@@ -57,8 +63,7 @@ def scored_header(config: RescoreConfig, cache: Cache, how: Mapping[str, Any], s
     """
     source = cache.header
     columns = (*source.columns, *config.columns, RECORD_LOGPROB)
-    versions = {**loading.versions(), "sklformat": sklformat.__version__}
-    said = {"versions": versions, "cache": cache.fingerprint, "sequences_per_shard": sequences_per_shard, **how}
+    said = {"versions": versions(), "cache": cache.fingerprint, "sequences_per_shard": sequences_per_shard, **how}
     return dataclasses.replace(source, columns=columns, capture={**source.capture, _RESCORED: said})
 
 
@@ -76,9 +81,12 @@ def weighted_header(config: RescoreConfig, source: Header, scored: Header, scale
     said = dict(capture.pop(_RESCORED))
     teacher = dict(said.pop(_TEACHER))
     fingerprint = teacher.pop("fingerprint")
+    # What ran a teacher stands beside it: the first one's moves away with it, the second one's comes.
+    ran_first = {name: capture.pop(name) for name in _RAN_BY if name in capture}
+    ran_second = {name: said.pop(name) for name in _RAN_BY if name in said}
     was_unbiased = is_unbiased(source.sampler, source.proposal_temperature, source.capture)
     said |= {
-        "drawn_by": {"fingerprint": source.teacher_fingerprint, _TEACHER: source.capture.get(_TEACHER)},
+        "drawn_by": {"fingerprint": source.teacher_fingerprint, _TEACHER: source.capture.get(_TEACHER), **ran_first},
         "weights": config.weights,
         "largest_weight": config.largest_weight,
         "unbiased": was_unbiased and config.weights == "unbiased" and config.largest_weight is None,
@@ -90,7 +98,7 @@ def weighted_header(config: RescoreConfig, source: Header, scored: Header, scale
         record_count_size=None,
         scale_log2=scale_log2,
         teacher_fingerprint=fingerprint,
-        capture={**capture, _TEACHER: teacher, _WEIGHTED: said},
+        capture={**capture, **ran_second, _TEACHER: teacher, _WEIGHTED: said},
     )
 
 

@@ -22,7 +22,7 @@ from sklformat.distill.engines.serving import find_model
 from sklformat.distill.engines.vllm import Plan
 from sklformat.distill.models import loading, tokenization
 from sklformat.distill.models.identities import checkpoint_fingerprint
-from sklformat.distill.rescoring.headers import describe_teacher
+from sklformat.distill.rescoring.headers import describe_teacher, versions
 from sklformat.distill.rescoring.questions import Question, Questions
 from sklformat.distill.rescoring.scores import Scorer, Scores
 from sklformat.errors import SettingsError
@@ -111,7 +111,8 @@ def served_scorer(
         fingerprint = checkpoint_fingerprint(directory, teacher)
         how = {
             "teacher": describe_teacher(config, teacher, fingerprint, plan.dtype, plan.device),
-            "engine": {"name": "vllm", "version": plan.version, "hook": plan.hook},
+            "engine": {"name": "vllm", "hook": plan.hook, "tensor_parallel": config.tensor_parallel},
+            "versions": {**versions(), "vllm": plan.version},
             "repeatable": False,
         }
         with plan.started(path) as engine, Desk(listener, settings) as desk:

@@ -93,7 +93,17 @@ def test_the_verb_asks_the_engine(tmp_path, monkeypatch):
         expected = said[positions, ours.targets.token_ids]
         np.testing.assert_allclose(ours.columns["record_logprob"].astype(float), expected, rtol=2**-10, atol=1e-3)
     said = scored.header.capture["rescored"]
-    assert ({"name": "vllm", "version": "0.0", "hook": "runner"}, False) == (said["engine"], said["repeatable"])
+    engine = {"name": "vllm", "hook": "runner", "tensor_parallel": 1}
+    assert (engine, False, "0.0") == (said["engine"], said["repeatable"], said["versions"]["vllm"])
+    columns = CacheConfig(out=tmp_path / "columns", num_sequences=2, columns=("record_logprob",), **common)
+    cache_teacher(columns)
+    weigh = given | {"cache": str(columns.out), "weights": "normalised"}
+    capture = skl.open(rescore(RescoreConfig(out=tmp_path / "weighted", **weigh)).directory).header.capture
+    assert (engine, False) == (capture["engine"], capture["repeatable"])
+    back = weigh | {"cache": str(tmp_path / "weighted"), "engine": "transformers"}
+    capture = skl.open(rescore(RescoreConfig(out=tmp_path / "back", **back)).directory).header.capture
+    assert "engine" not in capture
+    assert engine == capture["weighted"]["drawn_by"]["engine"]
     isolated = CacheConfig(out=tmp_path / "isolated", num_sequences=2, isolate_documents=True, **common)
     cache_teacher(isolated)
     with pytest.raises(SettingsError, match="its documents do not see each other, and engine vllm has no mask"):
