@@ -331,6 +331,8 @@ def _write_export(config: ConvertConfig, kind: str, stream: _Stream) -> tuple[di
     says = [*writer.says]
     if header.kind == "counts":
         says.append(f"counts are written as log-probabilities, log(count / {header.rounds})")
+    if header.columns:
+        says.append(f"lost: {', '.join(header.columns)}, for which {kind} has no place")
     return dict(numbers), says
 
 

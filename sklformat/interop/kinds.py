@@ -19,6 +19,7 @@ NEIGHBOURS = {
     "distillkit-legacy": "distillkit",
     "open-instruct": "distillkit",
     "megatron": "megatron",
+    "axolotl": "axolotl",
     "miniplm": "miniplm",
     "nemo-aligner": "lines",
     "llama-cpp-kld": "llama_cpp",
@@ -30,7 +31,7 @@ NEIGHBOURS = {
 }
 """The module of ``neighbours`` that reads each kind."""
 _OF_TABLES = ("vocab_size", "rounds", "sampler", "convention", "values", "columns", "tokens", "drop_last_row")
-EXPORTS = {"distillkit-raw": "distillkit", "megatron": "megatron"}
+EXPORTS = {"axolotl": "axolotl", "distillkit-raw": "distillkit", "megatron": "megatron"}
 """The module of ``neighbours`` that writes each kind."""
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 

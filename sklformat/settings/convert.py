@@ -10,10 +10,10 @@ from sklformat.settings.limits import check_least
 
 SourceKind = Literal[
     "auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors",
-    "distillkit", "distillkit-raw", "distillkit-legacy", "open-instruct", "megatron", "miniplm", "nemo-aligner",
-    "llama-cpp-kld", "eullm", "vllm", "sglang", "slime", "easydistill",
+    "distillkit", "distillkit-raw", "distillkit-legacy", "open-instruct", "megatron", "axolotl", "miniplm",
+    "nemo-aligner", "llama-cpp-kld", "eullm", "vllm", "sglang", "slime", "easydistill",
 ]  # fmt: skip
-DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "distillkit-raw", "megatron"]
+DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "axolotl", "distillkit-raw", "megatron"]
 COLUMN_NAMES = (
     "input_ids", "token_ids", "counts", "logprobs", "lse", "mask", "document",
     "label_logprob", "entropy", "document_start", "record_logprob",
@@ -48,7 +48,7 @@ class ConvertConfig:
     """Record layout: 17-bit ids, 18-bit ids with at most 63 rounds, 24-bit ids. None: the source's, or the smallest."""
 
     top_k: int | None = None
-    """Records of each position for systems that have the same number everywhere, as distillkit-raw: the most probable. None: as many as any position has."""  # noqa: E501
+    """Records of each position for systems that have the same number everywhere, as axolotl and distillkit-raw: the most probable. None: as many as any position has."""  # noqa: E501
 
     drop_tokens: bool = False
     """Leave the tokens out of the cache, 2 or 3 bytes per position; training then needs them from elsewhere."""

@@ -1,5 +1,6 @@
 """Files of other systems: each module reads the kinds of one of them, and writes some.
 
+axolotl      Axolotl's data sets for distillation
 distillkit   DistillKit and open-instruct: rows in a codec, or raw
 eullm        eullm's teacher cache
 lines        JSON lines of NeMo-Aligner, slime and EasyDistill

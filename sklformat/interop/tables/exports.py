@@ -165,6 +165,11 @@ class EvenTable(ABC):
         """The columns of a sequence of L tokens [L] with L rows of records, the last without a real one."""
 
     @property
+    def fillers(self) -> int:
+        """Entries that are no records, but for those of the last rows."""
+        return self._evener.fillers
+
+    @property
     def says(self) -> Sequence[str]:
         return self._evener.says()
 

@@ -125,3 +125,27 @@ def test_a_failed_export_leaves_nothing(tmp_path, cache, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         export(cache, tmp_path / "out.jsonl", "distillkit-raw")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache"]
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.jsonl"])
+@pytest.mark.parametrize("k", [None, 2])
+def test_axolotl(tmp_path, cache, name, k):
+    """A prepared data set: equal k, a row for each token, every filler and the last row masked, labels to match."""
+    made = export(cache, tmp_path / name, "axolotl", top_k=k)
+    for row, (tokens, records) in zip(rows_of(tmp_path / name), SEQUENCES, strict=True):
+        assert row["input_ids"] == tokens
+        assert row["attention_mask"] == [1] * len(tokens)
+        assert_even(row["target_token_ids"], row["target_logprobs"], records, k or 3)
+        assert [sum(mask) for mask in row["target_mask"]] == [min(len(r), k or 3) for r in [*records, {}]]
+        assert all(mask == sorted(mask, reverse=True) for mask in row["target_mask"])
+        assert row["labels"] == [tokens[0]] + [t if r else -100 for t, r in zip(tokens[1:], records, strict=True)]
+    assert any("the last row is masked" in sentence for sentence in made.says)
+    assert any("kd_normalize_topk: false" in sentence for sentence in made.says)
+
+
+def test_columns_that_are_lost_are_said(tmp_path):
+    """Columns of the cache for which another system has no place."""
+    row = {"input_ids": [1, 2], "token_ids": [[3]], "logprobs": [[-1.0]], "entropy": [1.5]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    made = export(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "axolotl", vocab_size=V, sampler="topk")
+    assert "lost: entropy, for which axolotl has no place" in made.says
