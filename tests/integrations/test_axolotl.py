@@ -1,5 +1,6 @@
 """Axolotl 0.19.0 itself, by its own command line, with the plugin of ``sklformat.integrations.axolotl``."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,8 +12,11 @@ import torch
 import yaml
 from loader_data import VOCAB, write_cache
 
+import sklformat as skl
 from sklformat.distill import SparseLogitDataset, linear_sparse_kl, output_head
 from sklformat.errors import SettingsError
+from sklformat.interop import convert
+from sklformat.settings.convert import ConvertConfig
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 OFFLINE = {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
@@ -175,3 +179,31 @@ def test_settings_are_checked(place):
     cfg.sparse_kd |= {"holdout": 3}
     with pytest.raises(ValidationError, match="holdout"):
         load_plugin(PLUGIN).load_datasets(cfg)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_axolotl_takes_an_export_as_it_is(place, tmp_path, suffix):
+    """What is exported is a tokenized data set, of which Axolotl's own collator makes the cache's targets."""
+    import datasets
+    from axolotl.integrations.kd.collator import DataCollatorForKD
+    from axolotl.utils.data.wrappers import _is_dataset_already_tokenized
+    from transformers import AutoTokenizer
+
+    convert(ConvertConfig(source=place / "cache", destination=tmp_path / f"out{suffix}", to="axolotl"))
+    kind, file = {".parquet": "parquet", ".jsonl": "json"}[suffix], str(tmp_path / f"out{suffix}")
+    rows = datasets.load_dataset(kind, data_files=file, split="train", cache_dir=str(tmp_path))
+    assert _is_dataset_already_tokenized(rows)
+    tokenizer = AutoTokenizer.from_pretrained(place / "student", pad_token="<|endoftext|>")
+    batch = DataCollatorForKD(tokenizer)([rows[i] for i in range(4)])
+    cache = skl.open(place / "cache")
+    for i in range(4):
+        targets = cache[i].targets
+        dense = torch.zeros(targets.num_positions, VOCAB)
+        for t, (begin, end) in enumerate(itertools.pairwise(targets.offsets.tolist())):
+            ids = torch.tensor(targets.token_ids[begin:end].astype("int64"))
+            dense[t, ids] = torch.tensor(targets.counts[begin:end] / cache.header.rounds, dtype=torch.float32)
+        probs = batch["target_logprobs"][i].exp() * batch["target_mask"][i]
+        found = torch.zeros(len(probs), VOCAB).scatter_add_(1, batch["target_token_ids"][i], probs)
+        torch.testing.assert_close(found[: len(dense)], dense)
+        assert not found[len(dense) :].any()
+        assert batch["input_ids"][i, : len(dense) + 1].tolist() == cache[i].tokens.tolist()
