@@ -105,7 +105,10 @@ def read(path: Path, kind: str, asked: Asked) -> Reading:
         vocab_size=asked.vocab_size,
         sampler=asked.sampler or "topk",
         provenance={"system": "axolotl", "form": form},
-        says=(f"row t describes {about}; rows belong to the last tokens", f"the values are {named}"),
+        says=(
+            f"row t describes {about}; rows belong to the last tokens",
+            f"the values are {named}; their temperature is not in the files, 1 is taken",
+        ),
         renormalised=True if values == "logits" else None,
     )
 

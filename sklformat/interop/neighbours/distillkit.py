@@ -116,7 +116,7 @@ def read(path: Path, kind: str, asked: Asked) -> Reading:
         sampler=asked.sampler or "topk",
         columns=(STARTS,) if _DOCUMENTS in table.names else (),
         provenance=form.provenance,
-        says=(f"row t describes token t + 1{borders}", *form.says),
+        says=(f"row t describes token t + 1{borders}", *form.says, "temperature 1, as DistillKit captures"),
         renormalised=True if form.values == "logits" else None,
     )
 

@@ -79,6 +79,7 @@ def test_texts(tmp_path, form, write, convention, begin, bare):
     assert header.capture["converted"]["source"] == {"system": "axolotl", "form": form}
     moved = "token t, and is moved to the one before" if convention == "own" else "token t + 1"
     assert f"row t describes {moved}; rows belong to the last tokens" in made.says
+    assert any("their temperature is not in the files" in sentence for sentence in made.says)
 
 
 def test_one_row_less_than_tokens(tmp_path):

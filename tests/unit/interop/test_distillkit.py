@@ -80,6 +80,7 @@ def test_compressed(tmp_path):
     assert found["source"] == {"system": "distillkit", "k": 6, "exact": 6, "approximate": 0, "d": PADDED}
     assert found["values"] == "log-probabilities"
     assert "row t describes token t + 1" in made.says
+    assert "temperature 1, as DistillKit captures" in made.says
     assert "the values are log-probabilities of the 6 most likely tokens" in made.says
 
 
@@ -231,6 +232,16 @@ def test_bad_rows(tmp_path):
     assert any("1 positions with an id twice" in sentence for sentence in made.says)
 
 
+def test_infinite_values_are_no_records(tmp_path):
+    """An exact log-prob of -inf is a probability of 0."""
+    source = parts(tmp_path / "logits", EXACT, files=1)
+    row = compressed_row(teacher(0, 7, 6), EXACT, 6)
+    row["compressed_logprobs"][2][-4:] = [0, 0, 0x80, 0xFF]
+    write_parquet(source / "data_0.parquet", [row])
+    run(source, tmp_path / "cache", vocab_size=V)
+    assert np.diff(skl.open(tmp_path / "cache")[0].targets.offsets).tolist() == [6, 6, 5, 6, 6, 6]
+
+
 def test_wrong_rows(tmp_path):
     """Bytes that the codec does not fit, and columns that do not fit each other, name the row."""
     source = parts(tmp_path / "logits", EXACT, files=1)
@@ -315,6 +326,10 @@ def test_half_a_directory(tmp_path):
     saved = write_saved(tmp_path / "saved", rows, files=3)
     codec_file(saved, EXACT)
     (saved / "state.json").unlink()
+    whole = (saved / "data-00001-of-00003.arrow").read_bytes()
+    (saved / "data-00001-of-00003.arrow").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorruptError, match=r"data-00001-of-00003\.arrow: arrow table: "):
+        run(saved, tmp_path / "cache", vocab_size=V)
     (saved / "data-00002-of-00003.arrow").unlink()
     with pytest.raises(CorruptError, match=r"data-00002-of-00003\.arrow is missing"):
         run(saved, tmp_path / "cache", vocab_size=V)

@@ -4,11 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from strategies import make_listed_cache
 
 import sklformat as skl
 from sklformat.format.records import SparseTargets
 from sklformat.interop import convert
+from sklformat.interop.columns import Row
+from sklformat.interop.tables.exports import Evener, Export
 from sklformat.settings.convert import ConvertConfig
 
 V = 40
@@ -149,3 +153,27 @@ def test_columns_that_are_lost_are_said(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     made = export(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "axolotl", vocab_size=V, sampler="topk")
     assert "lost: entropy, for which axolotl has no place" in made.says
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.integers(0, 11), st.floats(-9, 0), max_size=12), min_size=1, max_size=6),
+    k=st.integers(1, 12),
+)
+def test_any_rows_become_even(rows, k):
+    """Whatever the records and k: the most likely stay, no id comes twice, the rest is probability 0, all is counted."""
+    offsets = np.cumsum([0, *(len(row) for row in rows)])
+    ids = np.array([i for row in rows for i in row], np.uint32)
+    logs = np.array([log for row in rows for log in row.values()], np.float64)
+    header = skl.Header(vocab_size=12, seq_len=0, kind="ratios", rounds=0, sampler="topk")
+    evener = Evener(Export(header=header, count=1, top_k=k))
+    evened = evener.even(Row(np.zeros(len(rows) + 1, np.uint32), ids, logs, offsets)).with_last()
+    for got_ids, got, real, row in zip(*evened, [*rows, {}], strict=True):
+        kept = min(len(row), k)
+        assert len(set(got_ids.tolist())) == k
+        assert real.tolist() == [True] * kept + [False] * (k - kept)
+        assert got[:kept].tolist() == sorted(row.values(), reverse=True)[:kept]
+        assert all(row[i] == log for i, log in zip(got_ids[:kept].tolist(), got[:kept].tolist(), strict=True))
+        assert got[kept:].tolist() == [FILLER] * (k - kept)
+    assert evener.cut == sum(max(len(row) - k, 0) for row in rows)
+    assert evener.fillers == sum(max(k - len(row), 0) for row in rows)
+    assert evener.empty == rows.count({})
