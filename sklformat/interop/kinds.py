@@ -20,6 +20,7 @@ NEIGHBOURS = {
     "open-instruct": "distillkit",
     "megatron": "megatron",
     "axolotl": "axolotl",
+    "sampledkd": "sampledkd",
     "miniplm": "miniplm",
     "nemo-aligner": "lines",
     "llama-cpp-kld": "llama_cpp",

@@ -11,6 +11,7 @@ from sklformat.settings.limits import check_least
 SourceKind = Literal[
     "auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors",
     "distillkit", "distillkit-raw", "distillkit-legacy", "open-instruct", "megatron", "axolotl", "miniplm",
+    "distillkit", "distillkit-raw", "distillkit-legacy", "open-instruct", "megatron", "sampledkd", "miniplm",
     "nemo-aligner", "llama-cpp-kld", "eullm", "vllm", "sglang", "slime", "easydistill",
 ]  # fmt: skip
 DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "axolotl", "distillkit-raw", "megatron"]

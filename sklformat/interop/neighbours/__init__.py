@@ -9,4 +9,5 @@ megatron     Megatron: top-k log-probs in tars, read and written
 miniplm      MiniPLM's sparse KD fork
 polynomials  DistillKit's codecs
 responses    answers of vLLM and SGLang
+sampledkd    SampledKD: draws in torch files, found by their tokens
 """
