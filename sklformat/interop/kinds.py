@@ -29,6 +29,8 @@ NEIGHBOURS = {
     "sglang": "responses",
     "slime": "lines",
     "easydistill": "lines",
+    "whittle": "tensors",
+    "automodel": "tensors",
 }
 """The module of ``neighbours`` that reads each kind."""
 _OF_TABLES = ("vocab_size", "rounds", "sampler", "convention", "values", "columns", "tokens", "drop_last_row")

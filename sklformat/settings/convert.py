@@ -12,7 +12,8 @@ SourceKind = Literal[
     "auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors",
     "distillkit", "distillkit-raw", "distillkit-legacy", "open-instruct", "megatron", "axolotl", "miniplm",
     "distillkit", "distillkit-raw", "distillkit-legacy", "open-instruct", "megatron", "sampledkd", "miniplm",
-    "nemo-aligner", "llama-cpp-kld", "eullm", "vllm", "sglang", "slime", "easydistill",
+    "nemo-aligner", "llama-cpp-kld", "eullm", "vllm", "sglang", "slime", "easydistill", "whittle",
+    "automodel",
 ]  # fmt: skip
 DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "axolotl", "distillkit-raw", "megatron"]
 COLUMN_NAMES = (

@@ -10,4 +10,5 @@ miniplm      MiniPLM's sparse KD fork
 polynomials  DistillKit's codecs
 responses    answers of vLLM and SGLang
 sampledkd    SampledKD: draws in torch files, found by their tokens
+tensors      stacked tensors of Whittle and NeMo Automodel
 """
