@@ -124,6 +124,15 @@ def test_as_many_tokens_as_rows(tmp_path):
             run(source, given, destination=tmp_path / "out")
 
 
+def test_names_with_a_rank_that_says_nothing(tmp_path):
+    """Tensors of whole sequences may still be named as of the first context-parallel rank."""
+    tokens, ids, logs = data.teacher(4)
+    source = WRITERS["iterations"](tmp_path / "a", ids, logs, dp=2)
+    for file in list(source.iterdir()):
+        file.rename(source / f"cp0_{file.name}")
+    assert_equal(run(source, tokens).destination, tokens, ids, logs)
+
+
 def test_what_was_replaced_is_left_out_and_said(tmp_path):
     """Tars that Megatron put aside, or had not finished, are no part of it."""
     tokens, ids, logs = data.teacher(4)
