@@ -35,12 +35,12 @@ def unpack(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 def pack(content: bytes) -> bytes:
     """
-    One frame, always the same for the same version of zstandard; says its content's size.
+    One frame with its content's size and checksum, always the same for the same version of zstandard.
 
     Raises:
         ModuleNotFoundError: zstandard is missing.
     """
     import zstandard  # noqa: PLC0415  an extra, needed only here
 
-    packed: bytes = zstandard.ZstdCompressor(level=3).compress(content)
+    packed: bytes = zstandard.ZstdCompressor(level=3, write_checksum=True).compress(content)
     return packed

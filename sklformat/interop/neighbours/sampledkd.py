@@ -3,7 +3,7 @@ SampledKD: draws of each position in 12 slots of an id and a 7-bit probability, 
 
 ``manifest.json`` says in which ``shard_*.pt``, a pickled list, the item of each key is.  The count of an id is
 certain where not all slots are filled, so that no id was left out, and the nearest counts sum to the rounds.
-One shard is read at a time, mapped; tokens in an order of their own take longer.
+The keys are in memory, the shards are mapped; tokens in an order of their own take longer.
 """
 
 from __future__ import annotations
@@ -157,15 +157,22 @@ class _Item:
     Attributes:
         key: SHA-1 of its tokens.
         valid: [L - 1] whether a position is about a token that is no padding.
-        slots: [L - 1, U] uint32, an id in the lower 17 bits, its probability above.
+        packed: [L - 1, U, 3] bytes of the slots, mapped.
         rounds, vocab_size: Of the capture.
     """
 
     key: str
     valid: NDArray[np.bool_]
-    slots: NDArray[np.uint32]
+    packed: NDArray[np.uint8]
     rounds: int
     vocab_size: int
+
+    @property
+    def slots(self) -> NDArray[np.uint32]:
+        """[L - 1, U] an id in the lower 17 bits, its probability above."""
+        data = self.packed.astype(np.uint32)
+        slots: NDArray[np.uint32] = data[..., 0] | data[..., 1] << np.uint32(8) | data[..., 2] << np.uint32(16)
+        return slots
 
 
 def _parse(item: Any, path: Path, number: int) -> _Item:
@@ -173,10 +180,9 @@ def _parse(item: Any, path: Path, number: int) -> _Item:
         stored = item["rs"]
         if (stored["id_bits"], stored["prob_bits"]) != (_ID_BITS, 7):
             raise ValueError(f"{stored['id_bits']} and {stored['prob_bits']} bits, not 17 and 7")  # noqa: TRY301
-        valid = item["valid_mask"].astype(bool)
-        data = stored["packed"].reshape(valid.size, int(stored["U"]), 3).astype(np.uint32)
-        slots = data[..., 0] | data[..., 1] << 8 | data[..., 2] << 16
-        return _Item(item["key"], valid, slots, int(stored["N"]), int(stored["sentinel_id"]))
+        valid = item["valid_mask"].astype(bool, copy=False)
+        packed = stored["packed"].reshape(valid.size, int(stored["U"]), 3).astype(np.uint8, copy=False)
+        return _Item(item["key"], valid, packed, int(stored["N"]), int(stored["sentinel_id"]))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise CorruptError(f"item {number}: not what SampledKD writes: {error}", path=path) from None
 
@@ -197,7 +203,7 @@ def _survey(items: _Items) -> _Facts:
     positions = certain = full = 0
     for number, (path, _) in enumerate(items.shards):
         for item in items.shard(number):
-            its = item.rounds, item.vocab_size, item.slots.shape[1]
+            its = item.rounds, item.vocab_size, item.packed.shape[1]
             common = common or its
             if its != common:
                 raise CorruptError(

@@ -385,6 +385,14 @@ def test_there_and_back(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert "each position has 5 entries: 7 were put in, with log-prob -1000, probability 0; 1 positions" in str(made)
     assert "load them with --logits-load-ignore-hash" in str(made)
+    tar = tmp_path / "m" / "dp0__2-4.tar"
+    damaged = bytearray(tar.read_bytes())
+    damaged[damaged.index(b"\x28\xb5\x2f\xfd") + 200] ^= 1
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "dp0__0-2.tar").write_bytes((tmp_path / "m" / "dp0__0-2.tar").read_bytes())
+    (tmp_path / "damaged" / tar.name).write_bytes(damaged)
+    with pytest.raises(skl.CorruptError, match=r"dp0__2-4\.tar: samples 2 to 2: .* cannot be unpacked as Zstandard"):
+        run(tmp_path / "damaged", tokens)
     back = convert(
         ConvertConfig(
             source=tmp_path / "m",
