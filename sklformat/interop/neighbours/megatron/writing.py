@@ -7,7 +7,6 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +96,7 @@ class _Directory:
         if self._tar is not None:
             self._tar.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> _Directory:
         self._directory = self._stack.enter_context(published(self._path))
         self._tokens = self._stack.enter_context((self._directory / _TOKENS).open("wb"))
         self._stack.callback(self._close_tar)
