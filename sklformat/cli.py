@@ -47,6 +47,7 @@ _EXTRAS = {
     "fsspec": "remote",
     "pyarrow": "interop",
     "h5py": "interop",
+    "array_record": "maxtext",
     "yaml": "interop",
     "matplotlib": "plot",
     "torch": "train",

@@ -23,6 +23,7 @@ NEIGHBOURS = {
     "sampledkd": "sampledkd",
     "miniplm": "miniplm",
     "nemo-aligner": "lines",
+    "maxtext": "maxtext",
     "llama-cpp-kld": "llama_cpp",
     "eullm": "eullm",
     "vllm": "responses",

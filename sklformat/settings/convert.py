@@ -14,6 +14,8 @@ SourceKind = Literal[
     "distillkit", "distillkit-raw", "distillkit-legacy", "open-instruct", "megatron", "sampledkd", "miniplm",
     "nemo-aligner", "llama-cpp-kld", "eullm", "vllm", "sglang", "slime", "easydistill", "whittle",
     "automodel",
+    "distillkit", "distillkit-raw", "distillkit-legacy", "open-instruct", "megatron", "miniplm", "nemo-aligner",
+    "maxtext", "llama-cpp-kld", "eullm", "vllm", "sglang", "slime", "easydistill",
 ]  # fmt: skip
 DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "axolotl", "distillkit-raw", "megatron"]
 COLUMN_NAMES = (

@@ -5,6 +5,7 @@ distillkit   DistillKit and open-instruct: rows in a codec, or raw
 eullm        eullm's teacher cache
 lines        JSON lines of NeMo-Aligner, slime and EasyDistill
 llama_cpp    llama.cpp's base logits
+maxtext      MaxText's ArrayRecord files
 megatron     Megatron: top-k log-probs in tars, read and written
 miniplm      MiniPLM's sparse KD fork
 polynomials  DistillKit's codecs
