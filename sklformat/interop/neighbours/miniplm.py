@@ -352,7 +352,10 @@ class _Hdf5:
         positions = size // k
         if part == "sparse":
             positions = self._arrays.length("sparse/token_offsets", "iu") - 1
-        bounds = checked_offsets(self._arrays.read(f"{part}/seq_offsets"), positions * k, f"{part}/seq_offsets")
+        try:
+            bounds = checked_offsets(self._arrays.read(f"{part}/seq_offsets"), positions * k, f"{part}/seq_offsets")
+        except ValueError as error:
+            raise CorruptError(f"offsets of sequences: {error}", path=self._path) from None
         if (bounds % k).any() or positions * k > size:
             raise CorruptError(f"topk/seq_offsets does not count {k} records for each position", path=self._path)
         bounds = bounds // k

@@ -48,7 +48,9 @@ class Arrays:
         Raises:
             CorruptError: There is none of this name, or what is read of it is damaged.
         """
-        return np.asarray(self._get(name)[begin:end])
+        array = self._get(name)
+        with _damage(self._path):
+            return np.asarray(array[begin:end])
 
     def attribute(self, group: str, name: str) -> int:
         """
@@ -57,13 +59,15 @@ class Arrays:
         Raises:
             CorruptError: There is none.
         """
-        found = self._file[group].attrs.get(name)
+        with _damage(self._path):
+            found = self._file[group].attrs.get(name)
         if not isinstance(found, int | np.integer):
             raise CorruptError(f"{group} has {name} {found!r}, must be an integer", path=self._path)
         return int(found)
 
     def _get(self, name: str) -> Any:
-        array = self._file.get(name)
+        with _damage(self._path):
+            array = self._file.get(name)
         if not isinstance(array, h5py.Dataset):
             raise CorruptError(f"has no array named {name}", path=self._path)
         if array.is_virtual or array.external or array.file != self._file:
@@ -77,13 +81,21 @@ def opened(path: Path) -> Iterator[Arrays]:
     The arrays of an HDF5 file.
 
     Raises:
-        CorruptError: It is no such file, or what is read of it inside the context is damaged.
+        CorruptError: It is no such file, or is damaged.
         OSError: The system's own.
     """
     with path.open("rb"):  # the system's own errors, which h5py words differently
         pass
+    with _damage(path):
+        file = h5py.File(path, "r")
+    with file:
+        yield Arrays(file, path)
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Say that it is the file that h5py complains of."""
     try:
-        with h5py.File(path, "r") as file:
-            yield Arrays(file, path)
+        yield
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise CorruptError(f"hdf5: {error}", path=path) from None

@@ -319,7 +319,10 @@ def test_objects_are_never_run(tmp_path):
         ({"sparse/counts_flat": None}, "has no array named sparse/counts_flat"),
         ({"sparse/counts_flat": np.ones(3, np.uint8)}, "sparse/counts_flat is not as long as sparse/token_ids_flat"),
         ({"sparse/counts_flat": np.ones(3)}, "sparse/counts_flat is float64 with 1 axes"),
-        ({"sparse/seq_offsets": np.array([0, 4, 9])}, "hdf5: sparse/seq_offsets does not rise from 0 to 8"),
+        (
+            {"sparse/seq_offsets": np.array([0, 4, 9])},
+            "shard_0.h5: offsets of sequences: sparse/seq_offsets does not rise from 0 to 8",
+        ),
         (
             {"sparse/seq_offsets": np.array([0, 8])},
             "holds 1 sequences, metadata.json says 2; nothing in it tells which",
@@ -412,6 +415,22 @@ def test_what_flags_cannot_be(tmp_path):
         run(source, tmp_path / "out", vocab_size=V)
     with pytest.raises(ValueError, match="has both draws and the largest probabilities; choose with --kind counts or"):
         run(source, tmp_path / "out", **asked)
+    for number in (1, 3):
+        short = write_tokens(tmp_path / f"{number}.jsonl", (sequences * 2)[:number])
+        message = "--tokens ends before its sequence 1" if number == 1 else "--tokens holds more sequences"
+        for form in FORMS:
+            WRITERS[form](tmp_path / f"one_0.{form}", sequences)
+            with pytest.raises(ValueError, match=f"^[^:]*: {message}"):
+                run(
+                    tmp_path / f"one_0.{form}",
+                    tmp_path / "out",
+                    vocab_size=V,
+                    tokens=short,
+                    kind="counts",
+                    from_="miniplm",
+                )
+    with pytest.raises(ValueError, match=r"^[^:]*one_0\.h5: has both draws and the largest"):
+        run(tmp_path / "one_0.h5", tmp_path / "out", **asked, from_="miniplm")
     with pytest.raises(ValueError, match="says rounds 20, --rounds says 50; leave --rounds out"):
         run(source, tmp_path / "out", **asked, kind="counts", rounds=50)
     with pytest.raises(ValueError, match="says sampler topk, --sampler says multinomial"):
