@@ -52,6 +52,7 @@ def read(path: Path, kind: str, asked: Asked) -> Reading:
     refuse_flags(path, kind, asked, ("vocab_size", "rounds", "sampler", "k", "seed"))
     require(path, sampler=asked.sampler)
     drawing = _drawing(path, asked)
+    draw(np.zeros((1, 1), np.float32), **drawing, sequence=0)  # refuses here what it can't be asked for
     head = _read_head(path)
     check_agrees(path, "vocab_size", asked.vocab_size, head.vocab_size)
     is_top = drawing["sampler"] == "topk"
