@@ -23,6 +23,18 @@ def records(cache, i):
     return found
 
 
+def patch_zip(path, field, number):
+    """Set 16 bits, "flags" or "method", in the head of each member of a zip file, and in its list of them."""
+    place = {"flags": 6, "method": 8}[field]
+    data = bytearray(path.read_bytes())
+    for mark, shift in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
+        at = data.find(mark)
+        while at >= 0:
+            data[at + place + shift : at + place + shift + 2] = number.to_bytes(2, "little")
+            at = data.find(mark, at + 1)
+    path.write_bytes(data)
+
+
 def assert_probs(cache, i, ids, probs, rtol=0.05):
     """Sequence i has these ids [T][k] with these probabilities, as nearly as the ratio code keeps them."""
     found = records(cache, i)

@@ -219,7 +219,7 @@ def _log_probs(words: NDArray[np.uint16], vocab_size: int, position: int) -> NDA
     """
     sides = _sides(words)
     scale, least = sides[:, 0], sides[:, 1]
-    bad = ~(np.isfinite(sides).all(1) & (scale >= 0) & (scale * _STEPS < _CLIP_NATS * 1.001) & (least <= 0))
+    bad = ~(np.isfinite(sides).all(1) & (scale >= 0) & (scale < _CLIP_NATS * 1.001 / _STEPS) & (least <= 0))
     if bad.any():
         place = int(np.argmax(bad))
         raise ValueError(f"position {position + place}: scale {scale[place]} and least {least[place]} cannot be")

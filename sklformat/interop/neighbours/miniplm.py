@@ -226,7 +226,7 @@ def _opened_npz(path: Path) -> Iterator[_Npz]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield _Npz(archive, path)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise CorruptError(f"npz of objects: {error}", path=path) from None
 
 

@@ -27,7 +27,8 @@ class Arrays:
         self._file, self._path = file, path
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file
+        with _damage(self._path):
+            return name in self._file
 
     def length(self, name: str, kinds: str) -> int:
         """

@@ -5,7 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from converted import assert_probs, run
+from converted import assert_probs, patch_zip, run
 
 import sklformat as skl
 
@@ -172,6 +172,18 @@ def test_stopped_runs_and_damage(tmp_path):
     (source / "manifest.json").write_text("{")
     with pytest.raises(skl.CorruptError, match=r"manifest\.json"):
         run(source, tmp_path / "out", from_="eullm")
+
+
+@pytest.mark.parametrize(
+    ("field", "number", "message"),
+    [("method", 99, "npz: That compression method is not supported"), ("flags", 1, "npz: .* is encrypted")],
+)
+def test_zip_files_of_another_kind(tmp_path, field, number, message):
+    """A member that is packed in an unknown way, or encrypted, can't be read."""
+    source = write(tmp_path / "eullm", [sequence(0, 5, (1.0, 2.0))])
+    patch_zip(source / "shard-00000.npz", field, number)
+    with pytest.raises(skl.CorruptError, match=message):
+        run(source, tmp_path / "out")
 
 
 def test_what_flags_cannot_be(tmp_path):

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from converted import assert_probs, records, run
+from converted import assert_probs, patch_zip, records, run
 
 import sklformat as skl
 
@@ -371,6 +371,35 @@ def test_hdf5_of_another_kind(tmp_path):
     write_h5(path, sequences, **{"topk/seq_offsets": np.array([0, 21, 40])})
     with pytest.raises(skl.CorruptError, match="topk/seq_offsets does not count 5 records for each position"):
         run(path, tmp_path / "out", **(asked | {"kind": "ratios"}))
+
+
+def test_damage_anywhere(tmp_path):
+    """A changed byte of an HDF5 file's own structures is refused by the file's name, or changes nothing of them."""
+    pytest.importorskip("h5py")
+    sequences = [teach(seed, 4) for seed in range(2)]
+    asked = {"tokens": write_tokens(tmp_path / "t.jsonl", sequences), "vocab_size": V, "from_": "miniplm"}
+    path = tmp_path / "shard_0.h5"
+    write_h5(path, sequences)
+    data, refused = path.read_bytes(), []
+    for place in range(0, 2400, 48):
+        path.write_bytes(data[:place] + bytes(byte ^ 0xFF for byte in data[place : place + 8]) + data[place + 8 :])
+        try:
+            run(path, tmp_path / f"out-{place}", kind="counts", **asked)
+        except skl.CorruptError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert all("shard_0.h5" in message for message in refused)
+
+
+@pytest.mark.parametrize(("field", "number"), [("method", 99), ("flags", 1)])
+def test_zip_files_of_another_kind(tmp_path, field, number):
+    """A member that is packed in an unknown way, or encrypted, can't be read."""
+    sequences = [teach(seed, 4) for seed in range(2)]
+    write_npz(tmp_path / "data_0.npz", sequences)
+    patch_zip(tmp_path / "data_0.npz", field, number)
+    asked = {"tokens": write_tokens(tmp_path / "t.jsonl", sequences), "vocab_size": V, "kind": "counts"}
+    with pytest.raises(skl.CorruptError, match=r"data_0\.npz: npz of objects: .*(not supported|encrypted)"):
+        run(tmp_path / "data_0.npz", tmp_path / "out", **asked)
 
 
 def test_half_a_directory(tmp_path):
