@@ -10,12 +10,9 @@ from sklformat.settings.limits import check_least
 
 SourceKind = Literal[
     "auto", "skl", "npz", "parquet", "arrow", "jsonl", "safetensors",
-    "distillkit", "distillkit-raw", "distillkit-legacy", "open-instruct", "megatron", "axolotl", "miniplm",
-    "distillkit", "distillkit-raw", "distillkit-legacy", "open-instruct", "megatron", "sampledkd", "miniplm",
-    "nemo-aligner", "llama-cpp-kld", "eullm", "vllm", "sglang", "slime", "easydistill", "whittle",
-    "automodel",
-    "distillkit", "distillkit-raw", "distillkit-legacy", "open-instruct", "megatron", "miniplm", "nemo-aligner",
-    "maxtext", "llama-cpp-kld", "eullm", "vllm", "sglang", "slime", "easydistill",
+    "distillkit", "distillkit-raw", "distillkit-legacy", "open-instruct", "megatron", "axolotl", "sampledkd",
+    "miniplm", "nemo-aligner", "maxtext", "llama-cpp-kld", "eullm", "vllm", "sglang", "slime", "easydistill",
+    "whittle", "automodel",
 ]  # fmt: skip
 DestinationKind = Literal["auto", "skl", "npz", "parquet", "jsonl", "axolotl", "distillkit-raw", "megatron"]
 COLUMN_NAMES = (
