@@ -70,7 +70,7 @@ def export(kind: str, ending: str = "", **settings: Any) -> Maker:
 
     def make(given: Given) -> dict[str, Any]:
         path = given.directory / f"source{ending}"
-        more = {"top_k": given.k} if kind == "megatron" else {}
+        more = {"k": given.k} if kind == "megatron" else {}
         convert(ConvertConfig(source=given.cache, destination=path, to=kind, **more))
         return {"source": path, "from_": kind, **settings}
 

@@ -30,7 +30,7 @@ from sklformat.format.columns import follow_records
 from sklformat.format.header import Header
 from sklformat.format.records import SparseTargets
 from sklformat.interop.columns import Row
-from sklformat.interop.kinds import EXPORTS, find_kind, open_export, open_reading
+from sklformat.interop.kinds import EXPORTS, WHOLE, find_kind, open_export, open_reading
 from sklformat.interop.notes import check_agrees, make_note
 from sklformat.interop.readings import Asked
 from sklformat.interop.sources import CacheSource, Progress, RowsSource, Source
@@ -95,7 +95,7 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Converte
         _check_directory(config.destination)
     else:
         check_absent(config.destination)
-    source = _open_source(config, from_kind, progress)
+    source = _open_source(config, from_kind, to_kind, progress)
     has_tokens = from_kind != "skl" or source.header.store_tokens or config.tokens is not None
     header = target_header(
         source.header,
@@ -151,16 +151,14 @@ def _destination_kind(config: ConvertConfig) -> str:
         raise ValueError(f"{', '.join(unused)}: for a cache only, {path} is to be {kind}")
     if kind in EXPORTS and config.kind is not None:
         raise ValueError(f"--kind: {kind} has log-probabilities; leave it out")
-    if kind not in EXPORTS and config.top_k is not None:
-        raise ValueError(f"--top-k: for --to {', '.join(sorted(EXPORTS))}; {path} is to be {kind}, with all records")
     return kind
 
 
-def _open_source(config: ConvertConfig, kind: str, progress: Progress | None) -> Source:
+def _open_source(config: ConvertConfig, kind: str, to_kind: str, progress: Progress | None) -> Source:
     tokens = None if config.tokens is None else TokenFile(config.tokens)
     if kind == "skl":
         foreign = {
-            "--k": config.k,
+            "--k": config.k is not None and to_kind not in EXPORTS,
             "--seed": config.seed is not None,
             "--drop-last-row": config.drop_last_row,
             "--convention": config.convention,
@@ -179,7 +177,7 @@ def _open_source(config: ConvertConfig, kind: str, progress: Progress | None) ->
         vocab_size=config.vocab_size,
         rounds=config.rounds,
         sampler=config.sampler,
-        k=config.k,
+        k=config.k if to_kind not in EXPORTS or kind in WHOLE else None,
         seed=config.seed,
         kind=config.kind,
         convention=config.convention,
@@ -318,12 +316,12 @@ def _write_columns(config: ConvertConfig, kind: str, stream: _Stream) -> dict[st
 def _write_export(config: ConvertConfig, kind: str, stream: _Stream) -> tuple[dict[str, int], list[str]]:
     """What was written, and sentences on what was lost."""
     header, count = stream.header, stream.source.count
-    top_k = config.top_k
-    if top_k is None:
+    k = config.k
+    if k is None:
         counts = (np.diff(targets.offsets).max(initial=0) for _, targets, _ in stream.take(0, count, "check"))
-        top_k = max(int(max(counts)), 1)
+        k = max(int(max(counts)), 1)
     numbers = _Numbers()
-    with open_export(config.destination, kind, Export(header=header, count=count, top_k=top_k)) as writer:
+    with open_export(config.destination, kind, Export(header=header, count=count, k=k)) as writer:
         for tokens, targets, columns in stream.take(0, count):
             writer.append(Row(tokens, targets.token_ids, _log_probs(targets, header), targets.offsets, columns))
             numbers.add(targets)

@@ -37,6 +37,8 @@ NEIGHBOURS = {
 _OF_TABLES = ("vocab_size", "rounds", "sampler", "convention", "values", "columns", "tokens", "drop_last_row")
 EXPORTS = {"axolotl": "axolotl", "distillkit-raw": "distillkit", "megatron": "megatron"}
 """The module of ``neighbours`` that writes each kind."""
+WHOLE = ("llama-cpp-kld", "whittle")
+"""Kinds that hold, or may hold, whole distributions, from which records are taken."""
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 
 

@@ -24,14 +24,14 @@ COLUMN_NAMES = (
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
     """
-    Convert a cache, or a file of plain columns, to another of them.
+    Convert a cache, plain columns, or files of another system, into a cache or files.
 
     Plain columns are input_ids (L ids), token_ids (L - 1 lists of ids) and counts or logprobs (lists beside them).
     Counts become ratios with a small loss, which is stated; ratios become counts only where nothing is lost.
     """
 
     source: Path
-    """Cache directory, .skl shard, or file of plain columns."""
+    """Cache directory, .skl shard, or file or directory of another system."""
 
     destination: Path
     """Cache directory or file to make; must not exist. A cache that a stopped run left is resumed."""
@@ -48,9 +48,6 @@ class ConvertConfig:
     profile: Literal["R24", "R24W", "R32"] | None = None
     """Record layout: 17-bit ids, 18-bit ids with at most 63 rounds, 24-bit ids. None: the source's, or the smallest."""
 
-    top_k: int | None = None
-    """Records of each position for systems that have the same number everywhere, as axolotl and distillkit-raw: the most probable. None: as many as any position has."""  # noqa: E501
-
     drop_tokens: bool = False
     """Leave the tokens out of the cache, 2 or 3 bytes per position; training then needs them from elsewhere."""
 
@@ -61,16 +58,16 @@ class ConvertConfig:
     """Sequences in one file of a cache. None: as in the source, or 1024."""
 
     vocab_size: int | None = None
-    """Ids are below it; only for plain columns that do not come from sklformat."""
+    """Ids are below it. None: the source says it."""
 
     rounds: int | None = None
-    """Draws per position, the sum of its counts; only for plain columns that do not come from sklformat."""
+    """Draws per position, the sum of its counts. None: the source says it."""
 
     sampler: Literal["multinomial", "systematic", "topk", "topp", "thinned", "unknown"] | None = None
-    """How records were taken; topk, topp: biased. Only for plain columns that do not come from sklformat."""
+    """How records were taken; topk, topp: biased. None: the source says it."""
 
     k: int | None = None
-    """Records to keep per position with sampler topk; only for a source of whole distributions, such as llama-cpp-kld."""  # noqa: E501
+    """Records to keep per position, the most probable: of a source of whole distributions with sampler topk; for a system that has the same number everywhere, where None is as many as any position has."""  # noqa: E501
 
     seed: int | None = None
     """Seed of the draws from a source of whole distributions. None: 0."""
@@ -94,7 +91,7 @@ class ConvertConfig:
     """What to do with records that cannot be, such as NaN or ids outside the vocabulary: refuse, or drop and count."""
 
     def __post_init__(self) -> None:
-        check_least(self, 1, "sequences_per_shard", "top_k", "vocab_size", "rounds", "k")
+        check_least(self, 1, "sequences_per_shard", "vocab_size", "rounds", "k")
         check_least(self, 0, "seed")
         for pair in self.columns:
             name, equals, source = pair.partition("=")

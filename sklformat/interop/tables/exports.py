@@ -29,13 +29,13 @@ class Export:
     Attributes:
         header: Of the source.
         count: Sequences.
-        top_k: Records of each position, where a system has the same number everywhere: as many as any position has,
+        k: Records of each position, where a system has the same number everywhere: as many as any position has,
             or what the user asks for.
     """
 
     header: Header
     count: int
-    top_k: int
+    k: int
 
 
 class Exporter(Protocol):
@@ -96,13 +96,13 @@ class Evener:
 
     def __init__(self, export: Export, filler: float = FILLER) -> None:
         self._filler = filler
-        self._top_k, self._vocab_size = export.top_k, export.header.vocab_size
+        self._k, self._vocab_size = export.k, export.header.vocab_size
         self.cut = self.fillers = self.empty = 0
         self._left_out = 0.0
 
     def even(self, row: Row) -> Evened:
         """The records of a row, whose values are log-probs."""
-        lengths, k = np.diff(row.offsets), self._top_k
+        lengths, k = np.diff(row.offsets), self._k
         positions = np.repeat(np.arange(lengths.size), lengths)
         order = np.lexsort((row.token_ids, -row.values, positions))
         ranks = np.arange(order.size) - np.repeat(row.offsets[:-1], lengths)
@@ -120,7 +120,7 @@ class Evener:
 
     def _spare_ids(self, positions: NDArray[Any], ids: NDArray[Any], lengths: NDArray[Any]) -> NDArray[np.int64]:
         """[T, k] for each position the smallest ids that it has not, from its number of records on."""
-        k = self._top_k
+        k = self._k
         taken = np.zeros((lengths.size, min(2 * k, self._vocab_size)), np.bool_)
         small = ids < taken.shape[1]
         taken[positions[small], ids[small]] = True
@@ -133,12 +133,12 @@ class Evener:
         said = []
         if self.cut:
             said.append(
-                f"lost: {self.cut} records of positions with more than {self._top_k}; their probabilities sum to "
+                f"lost: {self.cut} records of positions with more than {self._k}; their probabilities sum to "
                 f"{self._left_out:.4g}"
             )
         if self.fillers:
             said.append(
-                f"each position has {self._top_k} entries: {self.fillers} were put in, with log-prob {self._filler:g}, "
+                f"each position has {self._k} entries: {self.fillers} were put in, with log-prob {self._filler:g}, "
                 f"probability 0; {self.empty} positions have no other"
             )
         return said

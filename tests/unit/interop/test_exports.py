@@ -63,7 +63,7 @@ def assert_even(ids, values, rows, k):
 @pytest.mark.parametrize("k", [None, 2, 1])
 def test_distillkit_raw(tmp_path, cache, name, k):
     """Equal k, a row for each token, and a label of -100 where DistillKit is to leave row t out."""
-    made = export(cache, tmp_path / name, "distillkit-raw", top_k=k)
+    made = export(cache, tmp_path / name, "distillkit-raw", k=k)
     rows = rows_of(tmp_path / name)
     assert len(rows) == 2
     for row, (tokens, records) in zip(rows, SEQUENCES, strict=True):
@@ -110,7 +110,7 @@ def test_small_vocabulary(tmp_path):
     [
         ("out.npz", {"to": "distillkit-raw"}, "is to be Parquet or JSON lines; end its name in .parquet or .jsonl"),
         ("out.jsonl", {"to": "distillkit-raw", "kind": "counts"}, "--kind: distillkit-raw has log-probabilities"),
-        ("out.jsonl", {"to": "jsonl", "top_k": 2}, "jsonl, with all records"),
+        ("out.jsonl", {"to": "jsonl", "k": 2}, "--k: "),
         ("out.jsonl", {"to": "distillkit-raw", "profile": "R32"}, "--profile: for a cache only"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, cache, monkeypatch):
 @pytest.mark.parametrize("k", [None, 2])
 def test_axolotl(tmp_path, cache, name, k):
     """A prepared data set: equal k, a row for each token, every filler and the last row masked, labels to match."""
-    made = export(cache, tmp_path / name, "axolotl", top_k=k)
+    made = export(cache, tmp_path / name, "axolotl", k=k)
     for row, (tokens, records) in zip(rows_of(tmp_path / name), SEQUENCES, strict=True):
         assert row["input_ids"] == tokens
         assert row["attention_mask"] == [1] * len(tokens)
@@ -160,12 +160,12 @@ def test_columns_that_are_lost_are_said(tmp_path):
     k=st.integers(1, 12),
 )
 def test_any_rows_become_even(rows, k):
-    """Whatever the records and k: the most likely stay, no id comes twice, the rest is probability 0, all is counted."""
+    """Whatever the records and k: the most likely stay, no id comes twice, the rest is 0, all is counted."""
     offsets = np.cumsum([0, *(len(row) for row in rows)])
     ids = np.array([i for row in rows for i in row], np.uint32)
     logs = np.array([log for row in rows for log in row.values()], np.float64)
     header = skl.Header(vocab_size=12, seq_len=0, kind="ratios", rounds=0, sampler="topk")
-    evener = Evener(Export(header=header, count=1, top_k=k))
+    evener = Evener(Export(header=header, count=1, k=k))
     evened = evener.even(Row(np.zeros(len(rows) + 1, np.uint32), ids, logs, offsets)).with_last()
     for got_ids, got, real, row in zip(*evened, [*rows, {}], strict=True):
         kept = min(len(row), k)

@@ -46,7 +46,7 @@ class _Directory:
         self._has_documents = STARTS in export.header.columns
         identifiers = {"seed": None, "train_samples": export.count, "blend": {"kind": "sklformat", "name": path.name}}
         compact = json.dumps(identifiers, separators=(",", ":")).encode()
-        saver = {"k": export.top_k, "p": None, "min_k": 1, "save_dtype": "fp32", "format_version": 2}
+        saver = {"k": export.k, "p": None, "min_k": 1, "save_dtype": "fp32", "format_version": 2}
         saver |= {"mbs_save": 1, "dp_size_save": 1, "gbs_save": 1}
         digest = hashlib.md5(compact, usedforsecurity=False).hexdigest()
         meta = {"hash": digest, "identifiers": identifiers, "saver": saver}
