@@ -15,13 +15,14 @@ def place(tmp_path_factory):
     return write_place(tmp_path_factory.mktemp("decoding"))
 
 
-def test_a_run_is_the_same(place, tmp_path, monkeypatch):
-    """Bit for bit, with several micro-batches to a step and a worker process; each batch is asked for once."""
+def test_a_run_is_the_same(place, tmp_path, monkeypatch, capsys):
+    """Bit for bit, with several micro-batches to a step and a worker process; each batch is asked for once; and the log says it."""
     changes = {"accumulation": 2, "batch_size": 2, "steps": 6, "num_workers": 1}
     train(config_of(place, tmp_path / "host", **changes), report=silent)
     marks = decode_on_device(monkeypatch)
     train(config_of(place, tmp_path / "device", **changes), report=silent)
     assert losses_of(tmp_path / "host") == losses_of(tmp_path / "device")
+    assert "note: decoded on the device" in capsys.readouterr().err
     assert [1] * 12 == [mark.waited for mark in marks]
 
 
