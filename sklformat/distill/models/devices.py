@@ -46,16 +46,16 @@ def find_device(name: str) -> torch.device:
 
 def to_device(values: _Carried, device: torch.device) -> _Carried:
     """
-    A copy on a device that waits for nothing that the device still does.
+    A copy on a device, which on a GPU waits for nothing that it still does.
 
     Args:
         values: On the host: a tensor, or what pins its memory and moves as one.
         device: Where to.
     """
     carried: Any = values
+    is_gpu = device.type == "cuda"
     # From memory that may be paged out a copy begins once all that was queued before it is done, and the host waits.
-    carried = carried.pin_memory() if device.type == "cuda" else carried
-    moved: _Carried = carried.to(device, non_blocking=True)
+    moved: _Carried = (carried.pin_memory() if is_gpu else carried).to(device, non_blocking=is_gpu)
     return moved
 
 

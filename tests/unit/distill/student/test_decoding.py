@@ -16,7 +16,7 @@ def place(tmp_path_factory):
 
 
 def test_a_run_is_the_same(place, tmp_path, monkeypatch, capsys):
-    """Bit for bit, with several micro-batches to a step and a worker process; each batch is asked for once; and the log says it."""
+    """Bit for bit, with micro-batches and a worker process; each batch is asked for once, and the log says it."""
     changes = {"accumulation": 2, "batch_size": 2, "steps": 6, "num_workers": 1}
     train(config_of(place, tmp_path / "host", **changes), report=silent)
     marks = decode_on_device(monkeypatch)
