@@ -190,9 +190,10 @@ def shared_directory(
                 return
         # A process of the same run holds the lock alone for the moment in which it comes first.
         limit = patience if joined is False else max(patience, _ALONE_SECONDS)
-        if time.monotonic() - begin > limit:
+        waited = time.monotonic() - begin
+        if waited > limit:
             raise _in_use(directory)
-        time.sleep(_POLL_SECONDS)
+        time.sleep(min(max(_POLL_SECONDS, waited / 10), 1.0))  # of many that wait long, none asks often
 
 
 def let_go(fd: int, path: Path) -> None:

@@ -97,6 +97,17 @@ def test_at_the_same_time_and_one_is_killed(place, tmp_path):
     check_whole(place, out)
 
 
+def test_into_a_store(place, tmp_path):
+    """Ranks that upload to one URL meet in their work directory; the manifest follows the last shard."""
+    url, work = f"file://{tmp_path}/store/cache", tmp_path / "work"
+    done = [capture(place, url, work_dir=work, run="a", rank=rank, world_size=2) for rank in (1, 0)]
+    assert (3, (0,)) == (done[0].unsealed_shards, done[0].waits_for)
+    assert (SEQUENCES, skl.open(place / "whole").fingerprint) == (done[1].sequences, skl.open(url).fingerprint)
+    assert {"tokens"} == {path.name for path in work.iterdir()}
+    assert 0 == main(["cache", "--teacher", "t", "--text", str(place), "--out", url, "--work-dir", str(work),
+                      "--run", "a", "--finish"])  # fmt: skip
+
+
 @pytest.mark.integration
 def test_the_script_for_slurm(place, tmp_path):
     """Two jobs of an array, one after the other, make the cache."""

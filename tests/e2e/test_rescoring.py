@@ -8,6 +8,7 @@ import forked
 import numpy as np
 import pytest
 import torch
+import transformers
 from capture_data import shard_bytes
 from system import complaint
 from teacher_data import SEQ_LEN, make_teacher, write_teacher, write_text
@@ -22,6 +23,7 @@ from sklformat.distill.student.validation import HeldOut
 from sklformat.distill.teacher.caching import cache_teacher
 from sklformat.errors import AlignmentError, SettingsError
 from sklformat.format.header import is_unbiased
+from sklformat.integrations.transformers import SparseKDTrainer
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.rescore import RescoreConfig
 from sklformat.settings.train import TrainConfig
@@ -132,6 +134,12 @@ def test_weights_are_the_ratio_and_a_student_takes_them(place, scored, tmp_path)
         )
     )  # fmt: skip
     assert np.isfinite(trained.loss)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "trainer"), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = SparseKDTrainer(model=loading.load_model(place / "second"), args=arguments, cache=done.directory)
+    assert np.isfinite(trainer.train().training_loss)
 
 
 def keyed(targets, values):
