@@ -19,6 +19,7 @@ from sklformat.errors import CorruptError
 
 _BUFFER_BYTES = 1 << 20  # of a column that is read; without a buffer all of a row group's column is in memory
 _ARROW_MAGIC = b"ARROW1"  # of a file with an index at its end; else it is a stream of batches
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # which a writer puts when it closes a stream
 
 
 @contextlib.contextmanager
@@ -69,7 +70,14 @@ def opened_batches(path: Path, max_rows: int) -> Iterator[tuple[list[str], Itera
                 yield file.schema.names, slices(file.get_batch(i) for i in range(file.num_record_batches))
         else:
             with pa.ipc.open_stream(source) as batches:
-                yield batches.schema.names, slices(batches)
+                yield batches.schema.names, slices(_whole(batches, mapped[-len(_STREAM_END) :], path))
+
+
+def _whole(batches: Iterable[Any], end: bytes, path: Path) -> Iterator[Any]:
+    """The batches of a stream, which was cut between two of them if its file does not end as a stream does."""
+    yield from batches
+    if end != _STREAM_END:
+        raise CorruptError("arrow: the stream has no end, so batches may be missing; copy the file again", path=path)
 
 
 @contextlib.contextmanager

@@ -335,6 +335,18 @@ def test_half_a_directory(tmp_path):
         run(saved, tmp_path / "cache", vocab_size=V)
 
 
+def test_a_stream_cut_between_batches(tmp_path):
+    """A saved file that ends after a whole batch has no mark of its end, so sequences are missing."""
+    rows = [compressed_row(teacher(s, n, 6), EXACT, n) for s, n in SEQUENCES]
+    saved = write_saved(tmp_path / "saved", rows, files=1)
+    codec_file(saved, EXACT)
+    file = saved / "data-00000-of-00001.arrow"
+    run(saved, tmp_path / "whole", vocab_size=V)
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CorruptError, match="the stream has no end, so batches may be missing; copy the file again"):
+        run(saved, tmp_path / "cache", vocab_size=V)
+
+
 def test_splits(tmp_path):
     """A data set of several splits is not one source."""
     rows = [compressed_row(teacher(s, n, 6), EXACT, n) for s, n in SEQUENCES]

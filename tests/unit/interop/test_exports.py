@@ -160,7 +160,7 @@ def test_columns_that_are_lost_are_said(tmp_path):
     k=st.integers(1, 12),
 )
 def test_any_rows_become_even(rows, k):
-    """Whatever the records and k: the most likely stay, no id comes twice, the rest is 0, all is counted."""
+    """Whatever the records and k: the most likely stay, no id comes twice, the rest is 0, and all is counted."""
     offsets = np.cumsum([0, *(len(row) for row in rows)])
     ids = np.array([i for row in rows for i in row], np.uint32)
     logs = np.array([log for row in rows for log in row.values()], np.float64)
