@@ -4,7 +4,8 @@ Kinds that are lines of JSON, one sequence in each: NeMo-Aligner's, slime's and 
 * nemo-aligner: ``tokens``, ``labels`` and ``loss_mask`` [T], ``topk_token_ids`` and ``topk_logits`` [T][k], and
   ``log_sum_exp_logits`` [T]; row t is about ``labels[t]``.
 * slime: a first line of metadata; then ``tokens`` of prompt and response, and ``teacher_top_k_ids`` and
-  ``teacher_top_k_logprobs`` of the response's ``response_length`` tokens, each row about its own token.
+  ``teacher_top_k_logprobs`` of the response's ``response_length`` tokens, each row about its own token, of which
+  ``teacher_log_probs`` may be there.
 * easydistill: a list of {id: probability} of each token of a response; the tokens come from the user, and each must be
   among the ids of its row.
 """
@@ -115,15 +116,18 @@ def _read_slime(path: Path, parts: tuple[Path, ...], asked: Asked) -> Reading:
     if len(known) > 1:
         raise CorruptError(f"its files have different top_k: {', '.join(map(str, sorted(known)))}", path=path)
     (k,) = known
+    labelled = b'"teacher_log_probs"' in next(_lines(parts[0], 1), ("", b""))[1]
     return Reading(
-        rows=lambda start: _rows(path, parts, start, functools.partial(_slime_row, k=k), heads=1),
+        rows=lambda start: _rows(path, parts, start, functools.partial(_slime_row, k=k, labelled=labelled), heads=1),
         values="logprobs",
         vocab_size=asked.vocab_size,
         sampler="topk",
+        columns=("label_logprob",) if labelled else (),
         provenance={"k": k, "tail": "known"},
         says=(
             "row r describes token r of the response, given all before it; the prompt's positions have no records",
             "the values are log-probabilities over the whole vocabulary",
+            *(("teacher_log_probs are kept as label_logprob",) if labelled else ()),
         ),
     )
 
@@ -141,7 +145,7 @@ def _slime_metadata(path: Path) -> int:
     return k
 
 
-def _slime_row(line: Any, k: int) -> Row:
+def _slime_row(line: Any, k: int, *, labelled: bool) -> Row:
     tokens = _ids(line, "tokens")
     ids, values, offsets = _lists(line, "teacher_top_k_ids", "teacher_top_k_logprobs")
     rows, prompt = offsets.size - 1, tokens.size - (offsets.size - 1)
@@ -152,7 +156,12 @@ def _slime_row(line: Any, k: int) -> Row:
     if rows and (np.diff(offsets) != k).any():
         r = int(np.argmax(np.diff(offsets) != k))
         raise ValueError(f"row {r} of the response has {offsets[r + 1] - offsets[r]} ids, not {k}, the top_k")
-    return Row(tokens, ids, values, np.concatenate([np.zeros(prompt - 1, np.int64), offsets]))
+    columns = {}
+    if labelled:
+        label_logprob = _flat(line, "teacher_log_probs")
+        check_size("teacher_log_probs", label_logprob, rows, "rows")
+        columns["label_logprob"] = np.concatenate([np.zeros(prompt - 1), label_logprob])
+    return Row(tokens, ids, values, np.concatenate([np.zeros(prompt - 1, np.int64), offsets]), columns)
 
 
 def _read_easydistill(path: Path, parts: tuple[Path, ...], asked: Asked) -> Reading:

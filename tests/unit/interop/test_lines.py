@@ -52,7 +52,7 @@ def slime_lines(taughts, responses, **metadata):
                 "tokens": tokens.tolist(),
                 "response": "text",
                 "response_length": number,
-                "teacher_log_probs": [-1.0] * number,
+                "teacher_log_probs": np.linspace(-1, 0, number).tolist(),
                 "teacher_top_k_ids": ids[rows].tolist(),
                 "teacher_top_k_logprobs": np.log(probs[rows]).tolist(),
             }
@@ -119,9 +119,19 @@ def test_slime(tmp_path):
         assert skl.open(tmp_path / "out")[i].tokens.tolist() == tokens.tolist()
         expected = ([[]] * empty + list(values[empty:24]) for values in (ids, probs))
         assert_probs(tmp_path / "out", i, *expected)
+        label_logprob = skl.open(tmp_path / "out")[i].columns["label_logprob"]
+        np.testing.assert_allclose(label_logprob, [0] * empty + list(np.linspace(-1, 0, number)), rtol=1e-3)
     header = skl.open(tmp_path / "out").header
     assert header.biased
     assert header.capture["converted"]["source"] == {"k": K, "tail": "known"}
+
+
+def test_slime_without_log_probs_of_tokens(tmp_path):
+    """The response's own log-probs may be left out."""
+    lines = slime_lines([teach(0, 9)], [4])
+    del lines[1]["teacher_log_probs"]
+    run(write(tmp_path / "a.jsonl", lines), tmp_path / "out", vocab_size=V)
+    assert skl.open(tmp_path / "out").header.columns == ()
 
 
 def test_easydistill(tmp_path):
@@ -199,6 +209,12 @@ def test_several_files_from_any_sequence(tmp_path, kind):
         ("nemo-aligner", {"topk_token_ids": [[1]] * 5}, "position 0: 1 token_ids, but 4 topk_logits"),
         ("nemo-aligner", {"topk_token_ids": [[1]], "topk_logits": [[0.0]]}, "topk_token_ids has 1 rows for 5 tokens"),
         ("slime", {"response_length": 2}, "has 3 rows for a response_length of 2"),
+        ("slime", {"teacher_log_probs": [-1.0]}, "teacher_log_probs has 1 values for 3 rows"),
+        (
+            "slime",
+            {"teacher_log_probs": [0.5] * 3},
+            "column label_logprob holds 0.5 at position 2; a log-probability is",
+        ),
         ("slime", {"tokens": [1, 2, 3]}, "has 3 tokens for a response of 3 behind a prompt"),
         ("slime", {"teacher_top_k_ids": [[1], [2], [3]]}, "position 0: 1 token_ids, but 4 teacher_top_k_logprobs"),
         (
