@@ -5,7 +5,7 @@ be interpreted.
     python tests/compiled_kernels.py [--assemble] [CAPABILITY]
 
 Prints a line of JSON for each call: kernel, variant and type, and with --assemble of each of its programs the shared
-memory, and the registers that had no room.
+memory, and the registers that had no room; without it last how many programs there are for draws by unlike seeds.
 """
 
 import contextlib
@@ -22,6 +22,8 @@ from declared import KERNELS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 from triton.runtime import driver, jit
+
+from sklformat.distill.kernels.draw_rows import draw_rows
 
 
 class NoCard:
@@ -44,10 +46,14 @@ class ReadError(Exception):
     """A kernel is a program in Triton's language; no machine's is made of it."""
 
 
+SEEDS = [(0, 0), (1, 1), (16, 32), (2**40, 2**33), (2**63 + 5, 2**64 - 1)]
+"""Of draws, with sequences: numbers that Triton would make programs of their own for."""
+
+
 def compile_for(capability, *, assemble):
     """(kernel, variant, type, and what ``assembled`` says) of each; CompilationError names the line that is wrong."""
     driver.set_active(NoCard(capability))
-    run, make_ir, programs = jit.JITFunction.run, compiler.ASTSource.make_ir, []
+    run, make_ir, programs, read_so_far = jit.JITFunction.run, compiler.ASTSource.make_ir, [], []
 
     def warm(function, *args, grid, warmup, **settings):
         # With no data there is nothing to wait for; the wrapper goes on as if the kernel had run.
@@ -57,6 +63,7 @@ def compile_for(capability, *, assemble):
 
     def read(source, *args):
         make_ir(source, *args)
+        read_so_far.append((source.name, *source.signature.values(), str(source.attrs)))
         raise ReadError
 
     patches = [mock.patch.object(jit.JITFunction, "run", warm)]
@@ -73,6 +80,12 @@ def compile_for(capability, *, assemble):
                     programs.clear()
                     kernel.run(**kernel.given(few, dtype, "cpu", settings), **settings)
                     yield name, variant, str(dtype), [assembled(program) for program in programs]
+        if not assemble:
+            read_so_far.clear()
+            for seed, sequence in SEEDS:
+                draw_rows(torch.empty(2, 300), torch.arange(2), rounds=5, seed=seed, sequence=sequence)
+            assert len(read_so_far) == 2 * len(SEEDS)
+            yield "draw_rows", "seeds", "", len(set(read_so_far))
 
 
 def assembled(program):

@@ -27,8 +27,10 @@ def compiled(*words):
 
 
 def test_kernels_are_programs_in_tritons_language():
-    """Every variant is read to its end as for an H100: each name has one shape and one type."""
-    assert VARIANTS == {(kernel, variant) for kernel, variant, *_ in compiled("90")}
+    """Every variant is read to its end as for an H100; draws take their two programs for all seeds and sequences."""
+    *lines, (_, _, _, of_seeds) = compiled("90")
+    assert VARIANTS == {(kernel, variant) for kernel, variant, *_ in lines}
+    assert of_seeds == 2
 
 
 @pytest.mark.soak
