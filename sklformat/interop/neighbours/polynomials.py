@@ -188,8 +188,11 @@ class LegacyCodec:
 
     def decode_values(self, exact: NDArray[Any], coefficients: NDArray[Any]) -> NDArray[np.float64]:
         """Values [T, k] of exact ones [T, exact_k] and coefficients [T, terms]."""
+        rest = np.zeros((len(exact), self.k - self.exact_k))
         with np.errstate(all="ignore"):
-            return np.concatenate([exact.astype(np.float64), coefficients.astype(np.float64) @ self._curves], axis=1)
+            for number, curve in enumerate(self._curves):  # in one order on every machine, which a product has not
+                rest += coefficients[:, number : number + 1].astype(np.float64) * curve
+        return np.concatenate([exact.astype(np.float64), rest], axis=1)
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.unsignedinteger[Any]]:
