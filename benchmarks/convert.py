@@ -151,6 +151,7 @@ SOURCES: dict[str, Maker] = {
     "plain columns, npz of stacked arrays": make_stacked,
     "distillkit": make_distillkit,
     "distillkit-raw": export("distillkit-raw", ".parquet", **TOPK),
+    "axolotl, prepared": export("axolotl", ".parquet", **TOPK),
     "megatron": export("megatron", vocab_size=VOCAB_SIZE),
     "eullm": make_eullm,
 }
