@@ -84,7 +84,7 @@ def _whole(batches: Iterable[Any], end: bytes, path: Path) -> Iterator[Any]:
 def _named(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of names of columns
         raise CorruptError(f"{kind}: {error}", path=path) from None
     except OSError as error:
         if error.errno is not None:  # the system's own; pyarrow's, of a damaged file, has no number

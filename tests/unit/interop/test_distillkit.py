@@ -335,6 +335,15 @@ def test_half_a_directory(tmp_path):
         run(saved, tmp_path / "cache", vocab_size=V)
 
 
+def test_damaged_names(tmp_path):
+    """A byte of a column's name that is no text is damage of that file, not a fault of its own."""
+    source = parts(tmp_path / "logits", EXACT, files=1)
+    file = source / "data_0.parquet"
+    file.write_bytes(file.read_bytes().replace(b"input_ids", b"i\xf3put_ids"))
+    with pytest.raises(CorruptError, match=r"data_0\.parquet: parquet: 'utf-8' codec can't decode"):
+        run(source, tmp_path / "cache", from_="distillkit", vocab_size=V)
+
+
 def test_a_stream_cut_between_batches(tmp_path):
     """A saved file that ends after a whole batch has no mark of its end, so sequences are missing."""
     rows = [compressed_row(teacher(s, n, 6), EXACT, n) for s, n in SEQUENCES]
