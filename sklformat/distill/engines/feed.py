@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sklformat.distill.engines.assembly import Assembly
 from sklformat.distill.engines.desk import Desk, Given, Gone, Records, Refused, Synced
-from sklformat.distill.teacher.grid import Output
+from sklformat.distill.teacher.forward import Output
 from sklformat.errors import CaptureError, EngineError
 
 _RUNS = 3  # of one request, at most

@@ -28,7 +28,7 @@ from sklformat.distill.models import adapters, hub, loading, tokenization
 from sklformat.distill.models.guards import named
 from sklformat.distill.models.identities import checkpoint_fingerprint
 from sklformat.distill.teacher.caching import Part, cache_teacher, draws_on_device, name_run, run_of, write
-from sklformat.distill.teacher.grid import Output
+from sklformat.distill.teacher.forward import Output
 from sklformat.distill.teacher.provenance import make_header
 from sklformat.distill.teacher.ranks import Ranks, joined, stoppable
 from sklformat.distill.teacher.token_sources import TokenSource

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sklformat.distill.models.devices import to_host
+from sklformat.distill.teacher.parts import Part
 from sklformat.distill.teacher.row_draws import SMALLEST_WEIGHT
 from sklformat.format.records import SparseTargets
 from sklformat.sampler import draw
@@ -28,10 +29,11 @@ class _Arrival:
         numbers: int32 [n + 1] on the device; the last: the first position that may not be drawn from, or -1.
         bad_V: The logits of that position, on the device.
         sequence: Global number of the sequence.
+        part: Where processes have parts of the rows: that of this one, of which ``bad_V`` is.
     """
 
-    def __init__(self, numbers: Tensor, bad_V: Tensor, sequence: int) -> None:
-        self._bad_V, self._sequence = bad_V, sequence
+    def __init__(self, numbers: Tensor, bad_V: Tensor, sequence: int, part: Part | None = None) -> None:
+        self._bad_V, self._sequence, self._part = bad_V, sequence, part
         self._host, self._copied = to_host(numbers)
 
     def _wait(self) -> NDArray[np.int32]:
@@ -45,7 +47,8 @@ class _Arrival:
             self._copied.synchronize()
         numbers: NDArray[np.int32] = self._host.numpy()
         if numbers[-1] >= 0:
-            draw(self._bad_V.cpu()[None], rounds=1, sequence=self._sequence, first_position=int(numbers[-1]))
+            row_V = self._bad_V if self._part is None else self._part.whole_row(self._bad_V)
+            draw(row_V.cpu()[None], rounds=1, sequence=self._sequence, first_position=int(numbers[-1]))
             raise AssertionError("C draws from a row that was refused here")
         return numbers[:-1]
 
@@ -59,10 +62,11 @@ class Draws(_Arrival):
         bad_V: As above.
         sequence: As above.
         rounds: N.
+        part: As above.
     """
 
-    def __init__(self, sampled: Tensor, bad_V: Tensor, sequence: int, rounds: int) -> None:
-        super().__init__(sampled, bad_V, sequence)
+    def __init__(self, sampled: Tensor, bad_V: Tensor, sequence: int, rounds: int, part: Part | None = None) -> None:
+        super().__init__(sampled, bad_V, sequence, part)
         self._rounds = rounds
 
     def result(self) -> NDArray[np.int32]:
@@ -88,12 +92,19 @@ class DrawnRatios(_Arrival):
         sequence: As above.
         rounds: N.
         counted_T: The positions that count.
+        part: As above.
     """
 
     def __init__(
-        self, sampled: Tensor, bad_V: Tensor, sequence: int, rounds: int, counted_T: NDArray[np.bool_]
+        self,
+        sampled: Tensor,
+        bad_V: Tensor,
+        sequence: int,
+        rounds: int,
+        counted_T: NDArray[np.bool_],
+        part: Part | None = None,
     ) -> None:
-        super().__init__(sampled, bad_V, sequence)
+        super().__init__(sampled, bad_V, sequence, part)
         self._rounds, self._counted_T = rounds, counted_T
         self._kept: NDArray[np.int64] | None = None
 
@@ -134,12 +145,19 @@ class Tops(_Arrival):
         sequence: As above.
         records: int32 [2, room]: ids, and the bits of their weights; with more room than there are records.
         counted_T: The positions that count.
+        part: As above.
     """
 
     def __init__(
-        self, lengths: Tensor, bad_V: Tensor, sequence: int, records: Tensor, counted_T: NDArray[np.bool_]
+        self,
+        lengths: Tensor,
+        bad_V: Tensor,
+        sequence: int,
+        records: Tensor,
+        counted_T: NDArray[np.bool_],
+        part: Part | None = None,
     ) -> None:
-        super().__init__(lengths, bad_V, sequence)
+        super().__init__(lengths, bad_V, sequence, part)
         self._records, self._counted_T = records, counted_T
         self._weights = np.empty(0, np.float32)
 

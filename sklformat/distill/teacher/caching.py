@@ -33,9 +33,8 @@ from sklformat.distill.models.devices import available_cores, find_device, own_d
 from sklformat.distill.teacher import gpu_sampler
 from sklformat.distill.teacher.arrivals import Arrival, Draws
 from sklformat.distill.teacher.drawing import Drawer, on_host
-from sklformat.distill.teacher.forward import Teacher
+from sklformat.distill.teacher.forward import Output, Teacher, outputs_of
 from sklformat.distill.teacher.gpu_sampler import DeviceSampler
-from sklformat.distill.teacher.grid import Output, outputs_of
 from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.distill.teacher.provenance import make_header
 from sklformat.distill.teacher.ranks import Ranks, agree, joined, stoppable

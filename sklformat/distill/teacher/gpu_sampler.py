@@ -28,8 +28,9 @@ from sklformat.distill.teacher import row_draws
 from sklformat.distill.teacher.arrivals import Arrival, DrawnRatios, Draws, Tops
 from sklformat.distill.teacher.drawing import counted_places
 from sklformat.distill.teacher.logit_columns import LogitColumns
+from sklformat.distill.teacher.parts import Found, Part
 from sklformat.distill.teacher.row_draws import RowDraws
-from sklformat.format.columns import ENTROPY
+from sklformat.format.columns import ENTROPY, LABEL_LOGPROB, RECORD_LOGPROB
 from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, check_rounds, check_temperature
 
 _Given: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # ids, log_sum and entropy of a slice
@@ -53,6 +54,8 @@ class DeviceSampler:
         k: As of ``skl.draw``.
         p: As of ``skl.draw``.
         self_normalise: As of ``skl.draw``.
+        part: Where processes have parts of the rows: that of this one.  All of them draw together then, by torch
+            operations; it gives the same on each.
 
     Raises:
         ValueError: No such sampler, or rounds or temperature out of range; k, p and seed are taken as checked.
@@ -68,6 +71,7 @@ class DeviceSampler:
         k: int | None = None,
         p: float | None = None,
         self_normalise: bool = True,
+        part: Part | None = None,
     ) -> None:
         if sampler not in ("multinomial", "systematic", "topk", "topp"):
             raise ValueError(f"a device draws by multinomial, systematic, topk or topp, got sampler {sampler!r}")
@@ -84,6 +88,7 @@ class DeviceSampler:
             "self_normalise": self_normalise,
         }
         self._row_draws = RowDraws(**self._law)
+        self._part = part
 
     @torch.inference_mode()
     def draw(
@@ -101,7 +106,8 @@ class DeviceSampler:
             sequence: Its global number, 0..2**64 - 1.
             positions: T, >= 1.
             slices: (First position, logits [P, V] of float32, float16 or bfloat16), all on one device, that together
-                are positions 0..T - 1; one may be left out where it has no position that counts.
+                are positions 0..T - 1; one may be left out where it has no position that counts.  Of a part, of the
+                ids that are here, and the same slices in all processes.
             columns: Take optional columns from logits and draws.
             counted_T: Which positions are drawn from, [T]; None: all.
 
@@ -120,17 +126,7 @@ class DeviceSampler:
             logits_PV, places_P = slice_PV, queue.places_K[first:last]
             if last - first < len(slice_PV):
                 logits_PV = slice_PV.index_select(0, places_P - start)
-            want_entropy = columns is not None and ENTROPY in columns.names
-            if isinstance(queue, _TopQueue):
-                sums = self._sums(logits_PV, want_entropy)
-                queue.put(first, logits_PV, sums, self._p)
-                given: _Given = None, sums.log_sum(), sums.entropy
-            else:
-                drawn = self._drawn(logits_PV, places_P, sequence, want_entropy)
-                queue.put(first, drawn, logits_PV)
-                given = drawn.ids, drawn.log_sum, drawn.entropy
-            if columns is not None:
-                columns.add(places_K[first:last], logits_PV, None, *given)
+            self._take(queue, first, logits_PV, places_P, places_K[first:last], sequence, columns)
         if queue is None:
             queue = self._queue(places_K, torch.empty(0, 1))
             if columns is not None:
@@ -141,17 +137,78 @@ class DeviceSampler:
             columns.fetch()
         return arrival
 
+    def _take(
+        self,
+        queue: _DrawQueue | _TopQueue,
+        first: int,
+        logits_PV: Tensor,
+        places_P: Tensor,
+        places: NDArray[np.int64],
+        sequence: int,
+        columns: LogitColumns | None,
+    ) -> None:
+        """Queue what a slice gives, and its columns."""
+        want_entropy = columns is not None and ENTROPY in columns.names
+        if self._part is not None:
+            self._take_part(queue, first, logits_PV, places_P, places, sequence, columns)
+            return
+        if isinstance(queue, _TopQueue):
+            sums = self._sums(logits_PV, want_entropy)
+            queue.put(first, logits_PV, sums, self._p)
+            given: _Given = None, sums.log_sum(), sums.entropy
+        else:
+            drawn = self._drawn(logits_PV, places_P, sequence, want_entropy)
+            queue.put(first, drawn, logits_PV)
+            given = drawn.ids, drawn.log_sum, drawn.entropy
+        if columns is not None:
+            columns.add(places, logits_PV, None, *given)
+
+    def _take_part(
+        self,
+        queue: _DrawQueue | _TopQueue,
+        first: int,
+        logits_PV: Tensor,
+        places_P: Tensor,
+        places: NDArray[np.int64],
+        sequence: int,
+        columns: LogitColumns | None,
+    ) -> None:
+        """The same of the ids that are here."""
+        assert self._part is not None
+        names = () if columns is None else columns.names
+        wanted: dict[str, Any] = {"want_entropy": ENTROPY in names}
+        if columns is not None and LABEL_LOGPROB in names:
+            wanted["labels_P"] = columns.labels(places, logits_PV.device)
+        if isinstance(queue, _TopQueue):
+            some = max(1, row_draws.KEYS_AT_ONCE // queue.places)
+            if len(logits_PV) > some:
+                for at in range(0, len(logits_PV), some):
+                    span = slice(at, at + some)
+                    given = logits_PV[span], places_P[span], places[span]
+                    self._take_part(queue, first + at, *given, sequence, columns)
+                return
+            found = self._part.tops(logits_PV, queue.places, **wanted)
+            queue.put_keys(first, logits_PV, found, self._p)
+        else:
+            wanted["want_logits"] = RECORD_LOGPROB in names
+            found = self._part.draw(self._row_draws, logits_PV, places_P, sequence, **wanted)
+            assert found.drawn is not None
+            queue.put(first, found.drawn, logits_PV)
+        if columns is not None:
+            columns.add_known(places, found.sums.log_sum(), found.sums.entropy, found.label, found.logits)
+
     def _queue(self, places_K: NDArray[np.int64], logits_PV: Tensor) -> _DrawQueue | _TopQueue:
         if self._is_top:
-            return _TopQueue(places_K, logits_PV, min(self._k, logits_PV.shape[1]))
+            vocab_size = logits_PV.shape[1] if self._part is None else self._part.vocab_size
+            return _TopQueue(places_K, logits_PV, min(self._k, vocab_size))
         return _DrawQueue(places_K, logits_PV, self._rounds, tempered=self._law["temperature"] != 1)
 
     def _arrival(self, queue: _DrawQueue | _TopQueue, sequence: int, counted_T: NDArray[np.bool_]) -> Arrival:
         if isinstance(queue, _TopQueue):
-            return Tops(queue.numbers, queue.bad_V, sequence, queue.records, counted_T)
+            return Tops(queue.numbers, queue.bad_V, sequence, queue.records, counted_T, self._part)
         if self._law["temperature"] == 1 and self._rounds <= MAX_COUNT_ROUNDS:
-            return Draws(queue.numbers, queue.bad_V, sequence, self._rounds)
-        return DrawnRatios(queue.numbers, queue.bad_V, sequence, self._rounds, counted_T)
+            return Draws(queue.numbers, queue.bad_V, sequence, self._rounds, self._part)
+        return DrawnRatios(queue.numbers, queue.bad_V, sequence, self._rounds, counted_T, self._part)
 
     def _drawn(self, logits_PV: Tensor, places_P: Tensor, sequence: int, want_entropy: bool) -> Drawn:
         if kernels.run_on(logits_PV.device):
@@ -221,12 +278,13 @@ class _TopQueue(_Queue):
     Records of the most probable ids, one after the other; the numbers are those of the positions.
 
     Attributes:
+        places: M.
         records: int32 [2, K * M + 1]: ids, and bits of weights; the last is for what is not kept.
     """
 
     def __init__(self, places_K: NDArray[np.int64], logits_PV: Tensor, places: int) -> None:
         super().__init__(places_K, logits_PV, places_K.size)
-        self._places = places
+        self.places = places
         self.records = logits_PV.new_empty((2, places_K.size * places + 1), dtype=torch.int32)
         self._used = logits_PV.new_zeros((), dtype=torch.int64)
 
@@ -236,11 +294,19 @@ class _TopQueue(_Queue):
         some = max(1, row_draws.KEYS_AT_ONCE // vocab_size)
         for at in range(0, positions, some):
             end = min(positions, at + some)
-            ids_PM, weights_PM = row_draws.keep_tops(logits_PV[at:end], sums.of_rows(at, end), self._places, p)
-            kept_PM = weights_PM >= row_draws.SMALLEST_WEIGHT
-            self.numbers[first + at : first + end] = kept_PM.sum(1)
-            count = kept_PM.flatten().cumsum(0)
-            to = torch.where(kept_PM.flatten(), self._used + count - 1, self.records.shape[1] - 1)
-            self.records[0].scatter_(0, to, ids_PM.flatten().int())
-            self.records[1].scatter_(0, to, weights_PM.view(torch.int32).flatten())
-            self._used = self._used + count[-1]
+            self._put(first + at, *row_draws.keep_tops(logits_PV[at:end], sums.of_rows(at, end), self.places, p))
+
+    def put_keys(self, first: int, logits_PV: Tensor, found: Found, p: float) -> None:
+        """The same where the most probable ids are known."""
+        assert found.keys is not None
+        self._note_bad(first, found.sums.is_bad, logits_PV)
+        self._put(first, *row_draws.keep_of_keys(found.keys, found.sums, p))
+
+    def _put(self, at: int, ids_PM: Tensor, weights_PM: Tensor) -> None:
+        kept_PM = weights_PM >= row_draws.SMALLEST_WEIGHT
+        self.numbers[at : at + len(ids_PM)] = kept_PM.sum(1)
+        count = kept_PM.flatten().cumsum(0)
+        to = torch.where(kept_PM.flatten(), self._used + count - 1, self.records.shape[1] - 1)
+        self.records[0].scatter_(0, to, ids_PM.flatten().int())
+        self.records[1].scatter_(0, to, weights_PM.view(torch.int32).flatten())
+        self._used = self._used + count[-1]

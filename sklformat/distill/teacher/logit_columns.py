@@ -64,7 +64,7 @@ class LogitColumns:
         total_P1 = x_PV.logsumexp(-1, keepdim=True) if log_sum_P is None else log_sum_P[:, None]
         made = {}
         if LABEL_LOGPROB in wanted:
-            labels_P = to_device(torch.from_numpy(self._labels[places]), x_PV.device)
+            labels_P = self.labels(places, x_PV.device)
             made[LABEL_LOGPROB] = (x_PV.gather(1, labels_P[:, None]).float() - total_P1)[:, 0].clamp(_LEAST, 0.0)
         if RECORD_LOGPROB in wanted and ids is not None:
             if rows is None:
@@ -76,6 +76,43 @@ class LogitColumns:
             if entropy_P is None:
                 entropy_P = torch.special.entr((x_PV - total_P1).exp_()).sum(-1)
             made[ENTROPY] = entropy_P
+        self._keep(places, made)
+
+    @torch.inference_mode()
+    def add_known(
+        self,
+        places: NDArray[np.int64],
+        log_sum_P: Tensor,
+        entropy_P: Tensor | None,
+        label_P: Tensor | None,
+        logits_PN: Tensor | None,
+    ) -> None:
+        """
+        The same of rows that are not here.
+
+        Args:
+            places: As of ``add``.
+            log_sum_P: As of ``add``.
+            entropy_P: float32, where the column is wanted.
+            label_P: float32, the logits of the labels, where their column is wanted.
+            logits_PN: float32, of N draws of each row; None: record_logprob is not taken.
+        """
+        made = {}
+        if LABEL_LOGPROB in self.names:
+            assert label_P is not None
+            made[LABEL_LOGPROB] = (label_P - log_sum_P).clamp(_LEAST, 0.0)
+        if RECORD_LOGPROB in self.names and logits_PN is not None:
+            made[RECORD_LOGPROB] = (logits_PN - log_sum_P[:, None]).clamp(_LEAST, 0.0)
+        if ENTROPY in self.names:
+            assert entropy_P is not None
+            made[ENTROPY] = entropy_P
+        self._keep(places, made)
+
+    def labels(self, places: NDArray[np.int64], device: torch.device) -> Tensor:
+        """int64 ids that follow these positions, on a device."""
+        return to_device(torch.from_numpy(self._labels[places]), device)
+
+    def _keep(self, places: NDArray[np.int64], made: dict[str, Tensor]) -> None:
         halves = {name: values.half() for name, values in made.items()}
         self._parts[int(places[0]) if places.size else 0] = places, halves
 

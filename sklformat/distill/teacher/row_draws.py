@@ -30,8 +30,12 @@ SMALLEST_WEIGHT = 2.0**-126
 KEYS_AT_ONCE = 1 << 24
 """The most keys of 64 bits in memory at once."""
 
-_BLOCK = 256  # ids whose exponentials make one sum
+BLOCK = 256
+"""Ids whose exponentials make one sum."""
+
 _SMALLEST = 2.0**-126  # exponentials below it are 0, here as in C
+_LOG2_E = 1.4426950408889634
+_LN_2 = (0.693359375, -2.1219444005469057e-4)  # the first of 9 bits
 _POINTS = 1 << 24  # points in memory at once
 _SECOND_LEVEL = 1 << 22  # float64 running sums in memory at once
 _MASK = (1 << 32) - 1
@@ -68,7 +72,7 @@ class RowDraws:
             places_P: int64, each row's position in its sequence, on the same device.
             sequence: Its global number.
         """
-        some = max(1, _POINTS // self._rounds)
+        some = self.rows_at_once
         parts = [
             self._draw_some(logits_PV[at : at + some], places_P[at : at + some], sequence)
             for at in range(0, len(logits_PV), some)
@@ -83,36 +87,100 @@ class RowDraws:
         )
 
     def _draw_some(self, logits_PV: Tensor, places_P: Tensor, sequence: int) -> Drawn:
-        positions, vocab_size = logits_PV.shape
         largest_P1 = logits_PV.amax(-1, keepdim=True).float()
         total_p_P1 = None
-        if self._temperature != 1 and not self._self_normalise:
+        if self.is_unbiased:
             total_p_P1 = _exponentials(logits_PV, largest_P1).sum(-1).sum(-1, keepdim=True, dtype=torch.float64)
-        e_PCW = _exponentials(logits_PV, largest_P1, self._temperature)
+        e_PCW, offset_P1 = self.powers(logits_PV, largest_P1)
+        block_PN, share_PN, total_P1 = self.locate(e_PCW.sum(-1).double(), places_P, sequence)
+        # A bad row's may lie beyond the vocabulary.
+        ids_PN = self.find(e_PCW, block_PN, share_PN).clamp_(max=logits_PV.shape[1] - 1)
+        weights_PN = None
+        if self.is_tempered:
+            apart_PN = logits_PV.gather(1, ids_PN).float() - largest_P1
+            weights_PN = self.weigh(apart_PN, total_p_P1, self.against(total_P1, offset_P1, largest_P1))
+        return Drawn(ids_PN, weights_PN, bad_rows(largest_P1), None, None)
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows' points may be in memory at once."""
+        return max(1, _POINTS // self._rounds)
+
+    @property
+    def is_tempered(self) -> bool:
+        """Whether draws carry weights."""
+        return self._temperature != 1
+
+    @property
+    def is_unbiased(self) -> bool:
+        """Whether they do, and these are not divided by their sum."""
+        return self.is_tempered and not self._self_normalise
+
+    def powers(self, logits_PV: Tensor, largest_P1: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        What is drawn in proportion to: exponentials of the logits times the temperature, over a power of two.
+
+        Those over two powers differ by a power of two, exactly, unless they become 0: so the parts of a row may each
+        have the power that fits their own largest logit, and are the same row.
+
+        Returns:
+            e_PCW: float32, exp(y) / 2^offset, y = logit times temperature; 0 beyond the row and below C's.
+            offset_P1: float32, the integer nearest to the y / ln 2 of the largest logit.
+        """
+        positions, vocab_size = logits_PV.shape
+        temperature = largest_P1.new_full((1, 1), self._temperature)  # a tensor, so that the product is of float32
+        lowest = -2 * LARGEST_LOGIT * self._temperature
+        e_PCW = largest_P1.new_empty((positions, -(-vocab_size // BLOCK), BLOCK))
+        e_PV = e_PCW.view(positions, -1)
+        torch.mul(logits_PV, temperature, out=e_PV[:, :vocab_size])
+        e_PV[:, vocab_size:] = -math.inf
+        e_PV.clamp_(min=lowest)
+        offset_P1 = ((largest_P1 * temperature).clamp_(min=lowest) * _LOG2_E).round_()
+        # y = whole ln 2 + rest; the first product is exact, so that the difference is.
+        whole_PV = (e_PV * _LOG2_E).round_()
+        e_PV -= whole_PV * _LN_2[0]
+        e_PV -= whole_PV * _LN_2[1]
+        shift_PV = whole_PV.sub_(offset_P1).clamp_(min=-127).int()
+        e_PV.exp_().mul_(((shift_PV + 127) << 23).view(torch.float32))
+        torch.nn.functional.threshold(e_PCW, _SMALLEST, 0.0, inplace=True)
+        return e_PCW, offset_P1
+
+    def against(self, total_P1: Tensor, offset_P1: Tensor, largest_P1: Tensor) -> Tensor:
+        """Totals of ``powers`` as those of exponentials against the largest logit."""
+        return total_P1 * (offset_P1.double() * math.log(2) - self._temperature * largest_P1.double()).exp()
+
+    def locate(self, mass_PC: Tensor, places_P: Tensor, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        The block of each draw, and its share of that block, given the float64 sums of ``powers`` over blocks.
+
+        Returns:
+            block_PN: int64, ascending.
+            share_PN: float64, in [0, 1).
+            total_P1: Of the sums.
+        """
+        positions, blocks = mass_PC.shape
         # A column of zeros before the sums; and a row after them, since torch scans a tensor of one row alone by
         # another algorithm, whose sums are not the same each time on CUDA.
-        sums = e_PCW.new_zeros((positions + 1, e_PCW.shape[1] + 1), dtype=torch.float64)
-        sums[:positions, 1:] = e_PCW.sum(-1)
+        sums = mass_PC.new_zeros((positions + 1, blocks + 1))
+        sums[:positions, 1:] = mass_PC
         cdf_PC = _running(sums)[:positions]
         total_P1 = cdf_PC[:, -1:]
         points_PN = self._points(sequence, places_P)
         x_PN = _below(points_PN * (total_P1 / self._rounds if self._systematic else total_P1), total_P1)
-        block_PN = (torch.searchsorted(cdf_PC, x_PN, right=True) - 1).clamp_(0, e_PCW.shape[1] - 1)
+        block_PN = (torch.searchsorted(cdf_PC, x_PN, right=True) - 1).clamp_(0, blocks - 1)
         begin_PN, end_PN = cdf_PC.gather(1, block_PN), cdf_PC.gather(1, block_PN + 1)
-        share_PN = (x_PN - begin_PN) / (end_PN - begin_PN)
-        some = max(1, _SECOND_LEVEL // (self._rounds * _BLOCK))
+        return block_PN, (x_PN - begin_PN) / (end_PN - begin_PN), total_P1
+
+    def find(self, e_PCW: Tensor, block_PN: Tensor, share_PN: Tensor) -> Tensor:
+        """int64 [P, N] ids at these shares of these blocks."""
+        some = max(1, _SECOND_LEVEL // (self._rounds * BLOCK))
         parts = [
             _find(e_PCW[at : at + some], block_PN[at : at + some], share_PN[at : at + some])
-            for at in range(0, positions, some)
+            for at in range(0, len(e_PCW), some)
         ]
-        # A bad row's may lie beyond the vocabulary.
-        ids_PN = (block_PN * _BLOCK + torch.cat(parts)).clamp_(max=vocab_size - 1)
-        weights_PN = None
-        if self._temperature != 1:
-            weights_PN = self._weights(logits_PV.gather(1, ids_PN).float() - largest_P1, total_p_P1, total_P1)
-        return Drawn(ids_PN, weights_PN, _bad_rows(largest_P1), None, None)
+        return block_PN * BLOCK + torch.cat(parts)
 
-    def _weights(self, apart_PN: Tensor, total_p_P1: Tensor | None, total_q_P1: Tensor) -> Tensor:
+    def weigh(self, apart_PN: Tensor, total_p_P1: Tensor | None, total_q_P1: Tensor) -> Tensor:
         """float32 [P, N] importance weights p / q of draws, given their logits' distances from the row's largest."""
         # Up to a factor of the row; 0 where the id's own probability is, as in C.
         ratio_PN = torch.where(apart_PN.exp() >= _SMALLEST, (apart_PN * (1 - self._temperature)).exp(), 0.0).double()
@@ -162,7 +230,7 @@ def sum_rows(logits_PV: Tensor) -> Sums:
     """What kernels/draw_rows.py takes in its first pass, without entropies; P at least 1."""
     largest_P1 = logits_PV.amax(-1, keepdim=True).float()
     total_P = _exponentials(logits_PV, largest_P1).sum(-1).sum(-1, dtype=torch.float64)
-    return Sums(largest_P1[:, 0], total_P, _bad_rows(largest_P1), None)
+    return Sums(largest_P1[:, 0], total_P, bad_rows(largest_P1), None)
 
 
 def keep_tops(logits_PV: Tensor, sums: Sums, places: int, p: float) -> tuple[Tensor, Tensor]:
@@ -179,10 +247,19 @@ def keep_tops(logits_PV: Tensor, sums: Sums, places: int, p: float) -> tuple[Ten
         ids_PM: int64, those that are kept in ascending order, then others.
         weights_PM: float32 probabilities, below ``SMALLEST_WEIGHT`` or NaN where an id is not kept.
     """
+    return keep_of_keys(top_keys(logits_PV, places), sums, p)
+
+
+def top_keys(logits_PV: Tensor, places: int, first_id: int = 0) -> Tensor:
+    """int64 [P, M] keys of the most probable ids, which are counted from ``first_id`` on, the largest first."""
     rank_PV = (logits_PV.float() + 0.0).view(torch.int32)
     rank_PV = rank_PV ^ ((rank_PV >> 31) & 0x7FFFFFFF)  # integers in the order of the logits
-    ids_V = torch.arange(logits_PV.shape[1], device=logits_PV.device)
-    keys_PM = ((rank_PV.long() << 32) | (_MASK - ids_V)).topk(places, dim=1).values
+    ids_V = torch.arange(first_id, first_id + logits_PV.shape[1], device=logits_PV.device)
+    return ((rank_PV.long() << 32) | (_MASK - ids_V)).topk(places, dim=1).values
+
+
+def keep_of_keys(keys_PM: Tensor, sums: Sums, p: float) -> tuple[Tensor, Tensor]:
+    """``keep_tops`` of the M largest keys of each row, the largest first."""
     ids_PM, rank_PM = _MASK - (keys_PM & _MASK), (keys_PM >> 32).int()
     logit_PM = (rank_PM ^ ((rank_PM >> 31) & 0x7FFFFFFF)).view(torch.float32)
     e_PM = (logit_PM - sums.largest[:, None]).exp()
@@ -201,21 +278,19 @@ def keep_tops(logits_PV: Tensor, sums: Sums, places: int, p: float) -> tuple[Ten
     return sorted_PM >> 32, (sorted_PM & _MASK).int().view(torch.float32)
 
 
-def _bad_rows(largest_P1: Tensor) -> Tensor:
+def bad_rows(largest_P1: Tensor) -> Tensor:
     """[P] bool: rows that C refuses, by their largest logits as amax has them."""
     # Both comparisons are false for NaN, which amax hands on.
     return ~((largest_P1 > -LARGEST_LOGIT) & (largest_P1 <= LARGEST_LOGIT))[:, 0]
 
 
-def _exponentials(logits_PV: Tensor, largest_P1: Tensor, temperature: float = 1.0) -> Tensor:
-    """float32 [P, C, W] of logits against the row's largest, times a temperature; 0 beyond the row and below C's."""
+def _exponentials(logits_PV: Tensor, largest_P1: Tensor) -> Tensor:
+    """float32 [P, C, W] of logits against the row's largest; 0 beyond the row and below C's."""
     positions, vocab_size = logits_PV.shape
-    e_PCW = largest_P1.new_empty((positions, -(-vocab_size // _BLOCK), _BLOCK))
+    e_PCW = largest_P1.new_empty((positions, -(-vocab_size // BLOCK), BLOCK))
     e_PV = e_PCW.view(positions, -1)
     torch.sub(logits_PV, largest_P1, out=e_PV[:, :vocab_size])
     e_PV[:, vocab_size:] = -math.inf
-    if temperature != 1:
-        e_PV *= temperature
     torch.nn.functional.threshold(e_PV.exp_(), _SMALLEST, 0.0, inplace=True)
     return e_PCW
 
@@ -236,8 +311,8 @@ def _below(x: Tensor, total: Tensor) -> Tensor:
 
 def _find(e_PCW: Tensor, block_PN: Tensor, share_PN: Tensor) -> Tensor:
     """int64 [P, N] places in their blocks of the ids at these shares of the blocks' float64 totals."""
-    index_PNW = block_PN[:, :, None].expand(-1, -1, _BLOCK)
+    index_PNW = block_PN[:, :, None].expand(-1, -1, BLOCK)
     running_PNW = _running(e_PCW.gather(1, index_PNW).double())
     total_PN1 = running_PNW[:, :, -1:]
     target_PN1 = _below(share_PN[:, :, None] * total_PN1, total_PN1)
-    return torch.searchsorted(running_PNW, target_PN1, right=True)[:, :, 0].clamp_(max=_BLOCK - 1)
+    return torch.searchsorted(running_PNW, target_PN1, right=True)[:, :, 0].clamp_(max=BLOCK - 1)
