@@ -126,7 +126,7 @@ class CacheConfig(TextFiles):
     """What runs the teacher; vllm: any model that vLLM serves, sooner, but no other run repeats the bytes (docs/engines.md)."""  # noqa: E501
 
     tensor_parallel: int = 1
-    """With engine vllm: devices that one teacher is divided between."""
+    """Parts that one teacher is divided into: on as many processes of torchrun; with engine vllm on as many devices."""
 
     gpu_memory: float | None = None
     """With engine vllm: share of a GPU's memory that it takes, in (0, 1]. None: what vLLM takes."""
@@ -188,7 +188,9 @@ class CacheConfig(TextFiles):
         if self.work_dir is not None and ":/" in str(self.work_dir):
             raise ValueError(f"work_dir {self.work_dir} is a URL, must be a directory here")
         self._check_sampler()
-        check_engine(self)
+        check_engine(self, divides=True)
+        if self.engine == "transformers" and self.tensor_parallel > 1 and self.device_map != "one":
+            raise ValueError("tensor_parallel divides a teacher among processes, device_map among GPUs; give one")
         self._check_run()
 
     def _check_run(self) -> None:
@@ -280,9 +282,13 @@ def name_and_revision(teacher: str) -> tuple[str, str | None]:
     return (teacher, None) if not revision or Path(teacher).exists() else (name, revision)
 
 
-def check_engine(config: Any) -> None:
+def check_engine(config: Any, *, divides: bool = False) -> None:
     """
     Make sure that settings are of the engine that a verb runs its teacher by.
+
+    Args:
+        config: The settings.
+        divides: Whether the verb divides a teacher of transformers too.
 
     Raises:
         ValueError: One belongs to another engine.
@@ -290,7 +296,7 @@ def check_engine(config: Any) -> None:
     check_least(config, 1, "tensor_parallel")
     if config.gpu_memory is not None and not 0 < config.gpu_memory <= 1:
         raise ValueError(f"gpu_memory must be in (0, 1], got {config.gpu_memory}")
-    names = _OF_VLLM if config.engine == "transformers" else _NOT_OF_VLLM
+    names = _OF_VLLM[divides:] if config.engine == "transformers" else _NOT_OF_VLLM
     fields = [f for f in dataclasses.fields(config) if f.name in names]
     given = [f.name for f in fields if getattr(config, f.name) != f.default]
     if given and config.engine == "transformers":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import transformers
 from safetensors import SafetensorError
@@ -99,3 +100,19 @@ def _reason(path: Path | str, not_asked: str, error: Exception) -> str:
         return f"; there is no such directory, and the Hugging Face hub does not give it ({reason})"
     inside = Path(path) / "model"  # of a directory that sklformat train made
     return (f"; did you mean {inside}?" if (inside / "config.json").exists() else "") + f" ({reason})"
+
+
+def division(processes: int) -> Any:
+    """
+    What tells transformers to give each process a part of a model.
+
+    Raises:
+        RefusedError: It is too old.
+    """
+    try:
+        return transformers.distributed.DistributedConfig(tp_size=processes)
+    except (AttributeError, TypeError):
+        raise RefusedError(
+            f"transformers {transformers.__version__} does not divide models as tensor_parallel needs it; install a "
+            "newer one"
+        ) from None

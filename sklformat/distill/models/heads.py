@@ -12,9 +12,10 @@ import weakref
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from sklformat.distill.losses.heads import OutputHead
+from sklformat.distill.losses.heads import OutputHead, Shard
 from sklformat.distill.models import outputs
 from sklformat.errors import is_memory_short
 
@@ -138,6 +139,58 @@ def output_head(model: Any) -> OutputHead:
     return _scaled(head, _scales[plain])
 
 
+def divided_head(model: Any, vocab_size: int) -> OutputHead:
+    """
+    This process's part of the head of a model that transformers divided among all processes, for its logits alone.
+
+    All of them call this at once.  A head that is whole on each of them is divided here.
+
+    Args:
+        model: As ``load_model`` gives it with ``tensor_parallel``.
+        vocab_size: Ids beyond it are padding and left out.
+
+    Raises:
+        ValueError: As ``output_head``; or the head is divided otherwise than by ids.
+    """
+    layer = model.get_output_embeddings()
+    _check_matrix(model, layer)
+    weight_VD, first = _own_rows(model, layer.weight, vocab_size)
+    bias_V = None if layer.bias is None else _own_rows(model, layer.bias, vocab_size)[0]
+    softcap, scale = _bent(model)
+    head = OutputHead(weight_VD, bias_V, softcap, scale, shard=Shard(first, vocab_size))
+    # Each process tries all of them, so that they meet as often.
+    candidates = [_scaled(head, scale) for scale in _possible_scales(head)]
+    tried: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(tried, [_tried_well(model, candidate) for candidate in candidates])
+    found: OutputHead | None = next((head for head, *well in zip(candidates, *tried, strict=True) if all(well)), None)
+    if found is None:
+        raise ValueError(
+            f"parts of the head of a {type(model).__name__} do not give the logits that the model gives; leave "
+            "tensor_parallel out"
+        )
+    return found
+
+
+def _own_rows(model: Any, tensor: Tensor, vocab_size: int) -> tuple[Tensor, int]:
+    """The rows that this process has, or is to have, up to the vocabulary's end; and the id of the first."""
+    rank, number = dist.get_rank(), dist.get_world_size()
+    if hasattr(tensor, "to_local"):
+        own = tensor.to_local()
+        counts: list[Any] = [None] * number
+        dist.all_gather_object(counts, len(own))
+        if sum(counts) != len(tensor):
+            raise ValueError(
+                f"the head of {type(model).__name__} is divided into {counts} of {len(tensor)} rows; need parts that "
+                "are ids and together all of them: leave tensor_parallel out"
+            )
+        first = min(sum(counts[:rank]), vocab_size)
+    else:
+        rows = -(-vocab_size // number)
+        first = min(rank * rows, vocab_size)
+        own = tensor[first : first + rows]
+    return own.detach()[: vocab_size - first], first
+
+
 def _is_sharded(model: Any) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
@@ -163,13 +216,21 @@ def _without_peft(model: Any) -> Any:
 
 def _described(model: Any) -> OutputHead:
     """The head as config and layers describe it."""
-    name, layer = type(model).__name__, model.get_output_embeddings()
+    layer = model.get_output_embeddings()
     if hasattr(layer, "modules_to_save"):
         layer = layer.modules_to_save[layer.active_adapters[0]]
     low_rank: tuple[tuple[Tensor, Tensor, float], ...] = ()
     if hasattr(layer, "base_layer"):
         low_rank = _adapters(model, layer)
         layer = layer.base_layer
+    _check_matrix(model, layer)
+    softcap, scale = _bent(model)
+    return OutputHead(layer.weight, layer.bias, softcap, scale, low_rank)
+
+
+def _check_matrix(model: Any, layer: Any) -> None:
+    """Refuse a head that is no matrix of numbers."""
+    name = type(model).__name__
     is_linear = isinstance(layer, torch.nn.Linear)
     if not is_linear:
         raise ValueError(f"the head of {name} is a {type(layer).__name__}, not one matrix; use sparse_kl of its logits")
@@ -181,6 +242,10 @@ def _described(model: Any) -> OutputHead:
             f"the head of {name} is quantised ({type(layer).__name__}, {weight.dtype}) and gives no gradient; leave it "
             "out of the quantisation, or use sparse_kl of the model's logits"
         )
+
+
+def _bent(model: Any) -> tuple[float | None, float]:
+    """Cap and scale of the logits as a config names them."""
     config = model.config.get_text_config()
     caps = [value for value in (getattr(config, key, None) for key in _CAPS) if value]
     scale = 1.0
@@ -188,7 +253,7 @@ def _described(model: Any) -> OutputHead:
         scale *= getattr(config, key, None) or 1
     for key in _DIVISORS:
         scale /= getattr(config, key, None) or 1
-    return OutputHead(weight, layer.bias, caps[0] if caps else None, scale, low_rank)
+    return caps[0] if caps else None, scale
 
 
 def _adapters(model: Any, layer: Any) -> tuple[tuple[Tensor, Tensor, float], ...]:
@@ -228,7 +293,8 @@ def plain_weight(model: Any) -> Tensor | None:
 
 @torch.no_grad()
 def _tried_well(model: Any, head: OutputHead) -> bool:
-    ids_BT = torch.arange(_PROBE_TOKENS, device=outputs.input_device(model))[None] % head.weight.shape[0]
+    vocab_size = len(head.weight) if head.shard is None else head.shard.vocab_size
+    ids_BT = torch.arange(_PROBE_TOKENS, device=outputs.input_device(model))[None] % vocab_size
     try:
         with outputs.evaluated(model):
             return _is_product(model, head, ids_BT)
@@ -248,6 +314,8 @@ def _is_product(model: Any, head: OutputHead, ids_BT: Tensor) -> bool:
     )
     inputs = [hidden_BTD, hidden_BTD * factor, torch.zeros_like(hidden_BTD)]
     found += [outputs.head_logits(model, given_BTD) for given_BTD in inputs[1:]]
+    if head.shard is not None:
+        found = [whole[..., head.shard.first : head.shard.first + len(head.weight)] for whole in found]
     relative = 1e-4 if head.weight.dtype == torch.float32 else 0.02  # bfloat16 has 8 bits
     for given_BTD, found_BTV in zip(inputs, found, strict=True):
         # A model may be spread over devices.

@@ -18,7 +18,7 @@ from sklformat.checksums import fingerprint, fingerprint_of
 # Of a config, what does not change the logits or is stored elsewhere: names, library versions, the type in memory.
 _NOT_THE_MODEL = frozenset(
     {"_name_or_path", "_commit_hash", "_attn_implementation", "architectures", "dtype", "torch_dtype"}
-    | {"transformers_version", "use_cache"}
+    | {"transformers_version", "use_cache", "distributed_config"}
 )
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _READ_BYTES = 16 << 20
@@ -38,6 +38,8 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     def parts() -> Iterator[bytes | memoryview]:
         yield config_fingerprint(model).encode()
         for name, tensor in sorted(model.state_dict().items()):
+            if hasattr(tensor, "full_tensor"):
+                tensor = tensor.full_tensor()  # noqa: PLW2901  one after the other is whole
             yield f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode()
             yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 

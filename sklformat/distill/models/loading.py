@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sklformat.distill.models import adapters, outputs, tokenization
 from sklformat.distill.models.attention import check_causal
-from sklformat.distill.models.guards import RefusedError, named, quiet, writing
+from sklformat.distill.models.guards import RefusedError, division, named, quiet, writing
 from sklformat.files.directories import published
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -95,6 +95,7 @@ def load_model(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     over: Sequence[int] = (),
+    tensor_parallel: int = 1,
     trust_remote_code: bool = False,
     adapter_base: str | None = None,
 ) -> PreTrainedModel:
@@ -110,6 +111,7 @@ def load_model(
         device: "cpu", "cuda", "cuda:1", …
         revision: Of a name on the hub: branch, tag or commit.
         over: Numbers of GPUs to spread its layers over, instead of ``device``; needs accelerate.
+        tensor_parallel: Processes of ``torch.distributed``; more than 1: each has a part, by the plan of transformers.
         trust_remote_code: Whether code that came with the model may be run. A type that transformers itself knows needs
             none.
         adapter_base: Where ``path`` is an adapter: the model that it belongs to; None: as the adapter says.
@@ -120,7 +122,8 @@ def load_model(
     Raises:
         OSError: No model there, or a library missing that its weights are quantised by.
         ValueError: The files lack some of the model's weights, or hold some of another shape; it does not fit ``over``;
-            it is no causal language model; it needs code that came with it; the model of an adapter is not there.
+            it cannot be divided; it is no causal language model; it needs code that came with it; the model of an
+            adapter is not there.
         ModuleNotFoundError: ``over`` is given and accelerate is not installed; an adapter, and peft is not.
     """
     if over and importlib.util.find_spec("accelerate") is None:  # transformers would say so in several lines
@@ -129,7 +132,9 @@ def load_model(
     with quiet(), named(path, "model") as local:
         adapter = adapters.find_adapter(path, revision=revision, local=local)
     if adapter is None:
-        model = _load_whole(path, dtype, device, revision, over, trust_remote_code)
+        model = _load_whole(path, dtype, device, revision, over, tensor_parallel, trust_remote_code)
+    elif tensor_parallel > 1:
+        raise ValueError(f"{path}: an adapter, which is merged into a whole model; save that, and divide it")
     else:
         adapters.require_peft()
         base = adapters.base_of(path, adapter, adapter_base)
@@ -202,6 +207,7 @@ def _load_whole(
     device: torch.device | str,
     revision: str | None,
     over: Sequence[int],
+    tensor_parallel: int,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     """A model that is no adapter, on its devices."""
@@ -209,7 +215,9 @@ def _load_whole(
         source = {"revision": revision or "main", "local_files_only": local, "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(path, **source)
         placed: dict[str, object] = {}
-        if over:
+        if tensor_parallel > 1:
+            placed = {"distributed_config": division(tensor_parallel)}
+        elif over:
             memory = {number: torch.cuda.mem_get_info(number)[0] * 9 // 10 for number in over}
             placed = {"device_map": "auto", "max_memory": memory}
         elif getattr(config, "quantization_config", None) is not None:  # such weights cannot be moved later
@@ -227,6 +235,8 @@ def _load_whole(
             f"{path}: does not fit the CUDA devices {', '.join(map(str, over))}, a part would lie on "
             f"{', '.join(elsewhere)}; give it more devices, or a smaller dtype"
         )
+    if tensor_parallel > 1 and not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise ValueError(f"{path}: transformers has no plan by which a {type(model).__name__} is divided; run it whole")
     return model if placed else model.to(device)
 
 

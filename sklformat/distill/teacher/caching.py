@@ -12,6 +12,7 @@ import re
 import secrets
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -66,7 +67,7 @@ def cache_teacher(config: CacheConfig) -> Cached | Contributed:
 
     Whatever stops it, run it again with the same settings: sealed shards are kept, an unfinished one is resumed,
     and the finished cache has the bytes of an undisturbed run, on any number of ranks. Under torchrun each process has
-    a teacher of its own and every world_size-th shard.
+    a teacher of its own and every world_size-th shard, or a part of one teacher; then rank 0 writes.
 
     Args:
         config: The settings.
@@ -85,11 +86,12 @@ def cache_teacher(config: CacheConfig) -> Cached | Contributed:
         RemoteError: The store behind the URL failed.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the message says what is kept.
     """
-    with joined(run_of(config)) as ranks, stoppable():
+    with joined(run_of(config), tensors=config.tensor_parallel > 1) as ranks, stoppable():
         return _cache(config, ranks)
 
 
 def _cache(config: CacheConfig, ranks: Ranks) -> Cached | Contributed:
+    divided = ranks.are_divided(config.tensor_parallel)
     check_room(config.ring_mib << 20, "ring_mib")
     device, over = _devices(config, ranks)
     named: loading.Named = {"revision": config.revision, **loading.named_of(config)}
@@ -101,7 +103,8 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached | Contributed:
         dtype = _dtype(config, device)
         if ranks.rank == 0 or ranks.apart is not None:
             say(f"cache {config.directory.name}: loading the teacher {config.teacher}, then reading all tokens")
-        model = loading.load_model(config.teacher_name, dtype=dtype, device=device, over=over, **named)
+        placed: dict[str, Any] = {"device": device, "over": over, "tensor_parallel": config.tensor_parallel}
+        model = loading.load_model(config.teacher_name, dtype=dtype, **placed, **named)
         if config.isolate_documents:
             attention.check_isolates(model)
         vocab_size = loading.check_fit(tokenizer, model, seq_len=config.seq_len)
@@ -117,15 +120,17 @@ def _cache(config: CacheConfig, ranks: Ranks) -> Cached | Contributed:
             dtype,
             device.type,
             on_device=on_device,
-            kernel_versions=kernels.versions(device) if on_device else {},
+            kernel_versions=kernels.versions(device) if on_device and not divided else {},
         )
-        teacher = Teacher(model, vocab_size)
+        with ranks.partners():
+            teacher = Teacher(model, vocab_size, divided=divided)
 
         def hand_over(part: Part, works: Sequence[ShardWork]) -> Iterator[tuple[Output, int]]:
             push = part.push_draws if on_device else part.push_records
             return push(teacher, outputs_of(config, teacher, packed, works))
 
-        return write(config, ranks, run, packed, header, hand_over)
+        with ranks.partners():
+            return write(config, ranks, run, packed, header, hand_over, divided=divided)
 
 
 def write(
@@ -135,6 +140,8 @@ def write(
     packed: Sequences,
     header: Header,
     hand_over: Callable[[Part, Sequence[ShardWork]], Iterable[tuple[Output, int]]],
+    *,
+    divided: bool = False,
 ) -> Cached | Contributed:
     """
     Write what earlier runs have not left, whatever runs the teacher; the directory is held.
@@ -147,6 +154,7 @@ def write(
         header: Of all shards.
         hand_over: Runs the teacher over what shards still need, in order, and pushes each sequence; gives it with the
             number of its records.
+        divided: Whether ranks have a part each of one teacher: all of them run it, and the first writes.
 
     Raises:
         SettingsError, InUseError, CaptureError, RemoteError, ValueError, OSError, KeyboardInterrupt: As
@@ -160,12 +168,12 @@ def write(
         sequences_per_shard=config.sequences_per_shard,
         ring_bytes=config.ring_mib << 20,
         url=config.url,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=0 if divided else ranks.rank,
+        world_size=1 if divided else ranks.world_size,
         run=run,
         apart=ranks.apart is not None,
     )
-    part = Part(config, ranks, capture, packed)
+    part = Part(config, ranks, capture, packed, divided=divided)
     part.run(hand_over)
     if ranks.apart is not None:
         with ranks.apart.turn():
@@ -189,8 +197,11 @@ class Part:
         waited: Seconds of these in which it waited for its writer.
     """
 
-    def __init__(self, config: CacheConfig, ranks: Ranks, capture: Capture, packed: Sequences) -> None:
+    def __init__(
+        self, config: CacheConfig, ranks: Ranks, capture: Capture, packed: Sequences, *, divided: bool = False
+    ) -> None:
         self._config, self._ranks, self._capture, self._packed = config, ranks, capture, packed
+        self._divided, self._writes = divided, not divided or ranks.rank == 0
         self.made, self.positions, self.seconds, self.waited = 0, 0, 0.0, 0.0
         self._total = len(packed)
         self._there: int | None = None  # sequences that an earlier run left; unknown until it has looked
@@ -207,14 +218,20 @@ class Part:
         try:
             with ExitStack() as stack:
                 # The first looks at what is there before another writes.
-                self._ranks.in_turn(lambda _: stack.enter_context(self._capture))
-                works = list(self._capture.shards())
+                self._ranks.in_turn(lambda _: self._writes and stack.enter_context(self._capture))
+                works = list(self._capture.shards()) if self._writes else []
+                if self._divided:  # all run the teacher over what the first needs
+                    works = self._ranks.gather(works)[0]
                 self._total = self._capture.num_own_sequences
                 cuts = [work.cut for work in works if work.cut is not None]
-                for cut in cuts:
+                for cut in cuts if self._writes else ():
                     say(f"{cut}; captured again from there")
                 self._there = self._total - sum(work.end - work.next_sequence for work in works)
-                self._follow(hand_over(self, works), begin)
+                pushed = hand_over(self, works)
+                if not self._writes:
+                    deque(pushed, maxlen=0)
+                    return
+                self._follow(pushed, begin)
         except KeyboardInterrupt:
             who = f"rank {self._ranks.rank} " if self._ranks.world_size > 1 else ""
             kept = ""
@@ -239,7 +256,7 @@ class Part:
     def push_draws(self, teacher: Teacher, outputs: Iterable[Output]) -> Iterator[tuple[Output, int]]:
         """The same with draws on the device, which moves to the next sequence before the host asks for the last."""
         config = self._config
-        sampler = DeviceSampler(rounds=config.rounds, **config.sampling)
+        sampler = DeviceSampler(rounds=config.rounds, part=teacher.part, **config.sampling)
         queued: tuple[Output, Arrival, LogitColumns] | None = None
         for output in outputs:
             before = queued
@@ -255,7 +272,8 @@ class Part:
     def _push_queued(self, output: Output, queued: Arrival, taken: LogitColumns) -> tuple[Output, int]:
         if isinstance(queued, Draws):
             draws, columns = queued.result(), self._columns(output.sequence, taken.values())
-            self._capture.push_draws(output.sequence, output.tokens, draws, columns, output.counted)
+            if self._writes:
+                self._capture.push_draws(output.sequence, output.tokens, draws, columns, output.counted)
             return output, len(draws) + int(np.count_nonzero(draws[:, 1:] != draws[:, :-1]))
         targets, columns = queued.result(), taken.values()
         if RECORD_LOGPROB in columns:
@@ -264,7 +282,8 @@ class Part:
 
     def push(self, output: Output, targets: SparseTargets, columns: Mapping[str, NDArray[Any]]) -> tuple[Output, int]:
         """Hand over one sequence with its records, and the columns that its logits gave."""
-        self._capture.push(output.sequence, output.tokens, targets, self._columns(output.sequence, columns))
+        if self._writes:
+            self._capture.push(output.sequence, output.tokens, targets, self._columns(output.sequence, columns))
         return output, targets.num_records
 
     def _columns(self, sequence: int, taken: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -315,7 +334,7 @@ def _devices(config: CacheConfig, ranks: Ranks) -> tuple[torch.device, list[int]
 def draws_on_device(config: CacheConfig, device: torch.device, vocab_size: int) -> bool:
     """Whether the teacher's device draws; the same in every run with these settings, since bytes depend on it."""
     places = config.rounds if config.draws else min(config.k or MAX_K, vocab_size)
-    return device.type in gpu_sampler.DEVICES and config.seq_len * places <= gpu_sampler.MAX_PLACES
+    return gpu_sampler.draws_there(device, config.seq_len, places, divided=config.tensor_parallel > 1)
 
 
 def _dtype(config: CacheConfig, device: torch.device) -> loading.Dtype:

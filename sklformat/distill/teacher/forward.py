@@ -19,6 +19,7 @@ from torch import Tensor
 from sklformat.capture import ShardWork
 from sklformat.distill.models import heads, outputs
 from sklformat.distill.models.devices import to_device
+from sklformat.distill.teacher.parts import Part
 from sklformat.distill.text.packing import Sequences
 from sklformat.errors import is_memory_short
 from sklformat.settings.cache import CacheConfig
@@ -47,18 +48,31 @@ class Teacher:
     Args:
         model: A causal language model in eval mode.
         vocab_size: Logits beyond it are padding and left out.
+        divided: Whether processes have a part of the model each.  All of them run it together then, and logits are of
+            the ids of a part: those of all are never on one process.
 
     Attributes:
         device: Where input ids go.
-        way: How the head is run: "linear" (one matrix), "head" (called by itself) or "whole" (with its model).
+        way: How the head is run: "linear" (one matrix), "head" (called by itself), "whole" (with its model) or "part".
+        part: This process's part of the logits; None: all of them.
+
+    Raises:
+        ValueError: A head that cannot be divided.
     """
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
+    def __init__(self, model: Any, vocab_size: int, *, divided: bool = False) -> None:
         self._model = model
         self._vocab_size = vocab_size
         self.device = outputs.input_device(model)
         rows = max(LEAST_ROWS[self.device.type], LOGITS_AT_ONCE[self.device.type] // vocab_size)
         self._positions = rows // _ROWS * _ROWS
+        self.part: Part | None = None
+        if divided:
+            self._own = heads.divided_head(model, vocab_size)
+            assert self._own.shard is not None
+            self.part = Part(self._own.shard, len(self._own.weight))
+            self._weight_VD, self._head_alone, self.way = None, True, "part"
+            return
         weight_VD = heads.plain_weight(model)
         self._weight_VD = None if weight_VD is None else weight_VD[:vocab_size]
         self._head_alone = self._weight_VD is not None or self._can_call_head()
@@ -93,7 +107,9 @@ class Teacher:
             # A rest of few rows is multiplied together with rows before it.
             before = min(first, max(0, count - _ROWS)) if self._head_alone else first
             part = output_T[before : first + self._positions]
-            if self._weight_VD is not None:
+            if self.part is not None:
+                part = self._own.logits(part.to(self._own.weight.device))
+            elif self._weight_VD is not None:
                 part = part.to(self._weight_VD.device) @ self._weight_VD.T
             elif self._head_alone:
                 part = outputs.head_logits(self._model, part[None])[0, :, : self._vocab_size]

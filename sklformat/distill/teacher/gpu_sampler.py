@@ -30,6 +30,7 @@ from sklformat.distill.teacher.drawing import counted_places
 from sklformat.distill.teacher.logit_columns import LogitColumns
 from sklformat.distill.teacher.parts import Found, Part
 from sklformat.distill.teacher.row_draws import RowDraws
+from sklformat.errors import SettingsError
 from sklformat.format.columns import ENTROPY, LABEL_LOGPROB, RECORD_LOGPROB
 from sklformat.sampler import MAX_COUNT_ROUNDS, MAX_K, check_rounds, check_temperature
 
@@ -40,6 +41,28 @@ DEVICES = ("cuda",)
 
 MAX_PLACES = 1 << 27
 """Records that a sequence may have at most: those of two sequences, 8 bytes each, are in memory at once."""
+
+
+def draws_there(device: torch.device, seq_len: int, places: int, *, divided: bool) -> bool:
+    """
+    Whether a teacher's device draws for itself, and not C.
+
+    Args:
+        device: The teacher's.
+        seq_len: Positions of a sequence.
+        places: Records that each may have.
+        divided: Whether processes have a part of the logits each, which C does not draw from.
+
+    Raises:
+        SettingsError: They have, and a sequence has more records than there is room for.
+    """
+    has_room = seq_len * places <= MAX_PLACES
+    if divided and not has_room:
+        raise SettingsError(
+            f"{places} records at each of {seq_len} positions are more than the {MAX_PLACES} that tensor_parallel "
+            "draws; give a smaller k, or fewer rounds"
+        )
+    return has_room and (divided or device.type in DEVICES)
 
 
 class DeviceSampler:

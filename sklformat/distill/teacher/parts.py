@@ -55,6 +55,7 @@ class Part:
         width: How many.
 
     Attributes:
+        shard: The same.
         vocab_size: V.
 
     Raises:
@@ -63,7 +64,7 @@ class Part:
 
     def __init__(self, shard: Shard, width: int) -> None:
         shard.check(width)
-        self._shard, self._width, self.vocab_size = shard, width, shard.vocab_size
+        self.shard, self._width, self.vocab_size = shard, width, shard.vocab_size
         found: list[Any] = [None] * dist.get_world_size(shard.group)
         dist.all_gather_object(found, (shard.first, width), group=shard.group)
         ends = [0, *(first + count for first, count in found)]
@@ -123,7 +124,7 @@ class Part:
     ) -> Found:
         """Keys of the most probable ids of rows, ``places`` of each or as many as there are; else as ``draw``."""
         own = _sums(logits_PV, want_entropy=want_entropy)
-        keys_PM = row_draws.top_keys(logits_PV, min(places, self._width), self._shard.first)
+        keys_PM = row_draws.top_keys(logits_PV, min(places, self._width), self.shard.first)
         room = min(places, max(self._widths)) - keys_PM.shape[1]
         keys_PM = torch.nn.functional.pad(keys_PM, (0, room), value=torch.iinfo(torch.int64).min)
         found, (keys,) = self._exchange(own, self._labels(logits_PV, labels_P), keys_PM)
@@ -133,7 +134,7 @@ class Part:
         """A row of logits, on all processes; for a message."""
         padded_V = torch.nn.functional.pad(logits_V, (0, max(self._widths) - len(logits_V)))
         found = [torch.empty_like(padded_V) for _ in self._widths]
-        dist.all_gather(found, padded_V, group=self._shard.group)
+        dist.all_gather(found, padded_V, group=self.shard.group)
         return torch.cat([row[:width] for row, width in zip(found, self._widths, strict=True)])
 
     def _draw_some(
@@ -161,8 +162,8 @@ class Part:
         is_own_PN = (own_PN >= 0) & (own_PN < e_PCW.shape[1])
         ids_PN = draws.find(e_PCW, own_PN.clamp_(0, e_PCW.shape[1] - 1), share_PN).clamp_(max=self._width - 1)
         bits_PN = logits_PV.gather(1, ids_PN).float().view(torch.int32) if want_logits else None
-        ids_PN, bits_PN = self._shard.sums(
-            torch.where(is_own_PN, ids_PN + self._shard.first, 0).int(),
+        ids_PN, bits_PN = self.shard.sums(
+            torch.where(is_own_PN, ids_PN + self.shard.first, 0).int(),
             None if bits_PN is None else torch.where(is_own_PN, bits_PN, 0),
         )
         logits_PN = None if bits_PN is None else bits_PN.view(torch.float32)
@@ -179,7 +180,7 @@ class Part:
         """int32 [P], the bits of the labels' logits; 0 of those that another process has."""
         if labels_P is None:
             return None
-        own_P = labels_P - self._shard.first
+        own_P = labels_P - self.shard.first
         label_P1 = logits_PV.gather(1, own_P.clamp(0, self._width - 1)[:, None]).float().view(torch.int32)
         return torch.where((own_P >= 0) & (own_P < self._width), label_P1[:, 0], 0)
 
@@ -189,9 +190,8 @@ class Part:
         given = [own.largest[:, None], own.total[:, None], *fields, *optional]
         words = [part.contiguous().view(torch.int32) for part in given]
         message_PX = torch.cat(words, 1)
-        found_PX = message_PX.new_empty((len(self._widths) * len(message_PX), message_PX.shape[1]))
-        dist.all_gather_into_tensor(found_PX, message_PX, group=self._shard.group)
-        found_SPX = found_PX.view(len(self._widths), *message_PX.shape)
+        found_SPX = message_PX.new_empty((len(self._widths), *message_PX.shape))
+        dist.all_gather(list(found_SPX.unbind()), message_PX, group=self.shard.group)
         largest, total, *rest = (
             [process.contiguous().view(part.dtype) for process in of_all.unbind()]
             for part, of_all in zip(given, torch.split(found_SPX, [part.shape[1] for part in words], 2), strict=True)

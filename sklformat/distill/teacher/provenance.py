@@ -64,10 +64,12 @@ def make_header(
     Raises:
         ValueError: Settings that contradict each other, or a vocabulary beyond every profile.
     """
-    teacher = {"dtype": dtype, "device": device_type, "config": config_fingerprint(model)}
+    teacher: dict[str, Any] = {"dtype": dtype, "device": device_type, "config": config_fingerprint(model)}
     if not Path(config.teacher_name).exists():
         teacher["name"] = config.teacher_name
         teacher["revision"] = getattr(model.config, "_commit_hash", None) or config.revision or "main"
+    if config.tensor_parallel > 1 and engine is None:
+        teacher["tensor_parallel"] = config.tensor_parallel  # sums over so many parts round in another way
     fingerprint = fingerprint or model_fingerprint(model)
     versions = {**loading.versions(), **(kernel_versions or {}), "sklformat": sklformat.__version__}
     ran: dict[str, Any] = {"batch_size": config.batch_size}

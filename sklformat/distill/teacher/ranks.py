@@ -2,13 +2,14 @@
 The processes that capture one cache together: those that torchrun started, those of any launcher, or this one alone.
 
 Those of torchrun exchange a few words at the beginning and at the end, over gloo wherever the teachers run; no tensor
-passes.  Those of another launcher never meet.
+passes, unless they have a part each of one teacher.  Those of another launcher never meet.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from sklformat.cache.sharding import other_settings
@@ -32,6 +34,7 @@ from sklformat.settings.cache import CacheConfig
 _Result = TypeVar("_Result")
 # One rank may tokenise, or end its last shard, long after the others. A process that is gone is noticed at once: its
 # connections close. One that hangs is the launcher's to find.
+_OF_CONNECTIONS = re.compile("gloo|NCCL|[Cc]onnection|socket")
 _PATIENCE = timedelta(days=30)
 
 
@@ -66,6 +69,20 @@ class Ranks:
         with shared_directory(directory, run), self.apart.taken() if self.apart else contextlib.nullcontext():
             yield
 
+    def are_divided(self, tensor_parallel: int) -> bool:
+        """
+        Whether these processes have a part each of one teacher.
+
+        Raises:
+            SettingsError: Some of them should.
+        """
+        if tensor_parallel not in (1, self.world_size) or (tensor_parallel > 1 and self.apart is not None):
+            raise SettingsError(
+                f"tensor_parallel {tensor_parallel} with {self.world_size} processes: all of a run have a part of the "
+                f"one teacher, several teachers of parts are not supported; torchrun --nproc-per-node {tensor_parallel}"
+            )
+        return tensor_parallel > 1
+
     def wait(self) -> None:
         """
         Wait until all ranks are here.
@@ -85,7 +102,7 @@ class Ranks:
         if self.world_size == 1 or self.apart is not None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        with self._partners():
+        with self.partners():
             dist.all_gather_object(values, value)
         return values
 
@@ -120,10 +137,18 @@ class Ranks:
         return results[0]
 
     @contextlib.contextmanager
-    def _partners(self) -> Iterator[None]:
+    def partners(self) -> Iterator[None]:
+        """
+        Say in our words, for the time of the block, that another rank is gone.
+
+        Raises:
+            CaptureError: It is.
+        """
         try:
             yield
-        except RuntimeError as error:  # gloo's: a connection was closed
+        except RuntimeError as error:  # of gloo or NCCL: a connection was closed
+            if self.world_size == 1 or not _OF_CONNECTIONS.search(str(error)):
+                raise
             reason = str(error).partition("\n")[0]
             raise CaptureError(
                 f"rank {self.rank}: another rank of this run has ended ({reason}); what was captured is kept, "
@@ -132,12 +157,13 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def joined(run: Run | None = None) -> Iterator[Ranks]:
+def joined(run: Run | None = None, *, tensors: bool = False) -> Iterator[Ranks]:
     """
     Join the processes that torchrun started, for the time of the block; without torchrun this one is alone.
 
     Args:
         run: Of ranks that any other launcher started.
+        tensors: Whether they exchange tensors too, which on GPUs goes over NCCL.
 
     Raises:
         ValueError: torchrun's variables contradict each other, or there is a run beside them.
@@ -157,7 +183,8 @@ def joined(run: Run | None = None) -> Iterator[Ranks]:
         yield Ranks()
         return
     try:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        on_gpus = tensors and torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"rank {ranks.rank} cannot meet the other ranks ({str(error).partition(chr(10))[0]}); "

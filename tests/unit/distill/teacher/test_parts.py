@@ -56,7 +56,7 @@ def test_processes_meet_once_a_slice_and_for_the_ids(found):
         for name, law in LAWS.items():
             slices = 3 if law["sampler"] in ("topk", "topp") else 6
             met = each["at a block", name, DTYPES[0], "met"]
-            assert (slices, 3) == (len(met), met.count("all_gather_into_tensor"))
+            assert (slices, 3) == (len(met), met.count("all_gather"))
 
 
 def test_positions_that_count_alone(found):

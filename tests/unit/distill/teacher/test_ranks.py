@@ -24,8 +24,10 @@ def test_a_lost_rank_is_one_line():
     """Whatever gloo says when a connection closes becomes one line that says how to go on."""
     ranks = Ranks(rank=1, world_size=2)
     message = r"rank 1: another rank .* has ended \(Connection closed\); .* to resume"
-    with pytest.raises(CaptureError, match=message), ranks._partners():
+    with pytest.raises(CaptureError, match=message), ranks.partners():
         raise RuntimeError("Connection closed\nat gloo/transport/tcp/pair.cc:1")
+    with pytest.raises(RuntimeError, match="shapes differ"), ranks.partners():
+        raise RuntimeError("shapes differ")
 
 
 def test_ranks_that_cannot_meet_say_so(monkeypatch):

@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 import sklformat as skl
 from sklformat.distill.teacher import provenance, ranks
+from sklformat.distill.teacher.caching import draws_on_device
 from sklformat.settings.cache import CacheConfig
 
 
@@ -50,3 +52,13 @@ def test_other_versions_of_libraries():
     )
     with pytest.raises(skl.SettingsError, match=message):
         provenance.agree_on_versions(header, found, keep=False, place="out")
+
+
+def test_more_records_than_processes_with_parts_draw():
+    """C, which draws such captures on the host, has whole rows alone."""
+    config = CacheConfig(
+        teacher="t", text=(Path("x"),), out="out", seq_len=4096, sampler="topp", p=0.9, tensor_parallel=2
+    )
+    message = "65535 records at each of 4096 positions are more than the 134217728 that tensor_parallel draws; give a"
+    with pytest.raises(skl.SettingsError, match=message):
+        draws_on_device(config, torch.device("cpu"), 1 << 17)
