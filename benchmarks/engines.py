@@ -60,7 +60,8 @@ def measured(ways, positions, repeats):
     """Of each way: positions/s, and the worker's own µs per position, which busy neighbours change less; medians."""
     import psutil
 
-    [worker] = [p for p in psutil.Process().children(recursive=True) if "Worker" in " ".join(p.cmdline())]
+    alive = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    [worker] = [p for p in alive if "Worker" in " ".join(p.cmdline())]
 
     def spent():
         times = worker.cpu_times()
