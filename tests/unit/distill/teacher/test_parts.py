@@ -39,7 +39,7 @@ def test_parts_that_begin_with_a_block_give_what_the_whole_gives(name, dtype, fo
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LAWS)
 def test_parts_that_begin_within_a_block_give_nearly_that(name, dtype, found):
-    """Rounding may move a draw of a thousand to the neighbour; the most probable ids never."""
+    """Rounding may move a draw of a thousand to the neighbour, on rows of this width; the most probable ids never."""
     whole, parts = drawn(LAWS[name], *problem(dtype)), found[0]["within a block", name, dtype]
     if "offsets" not in whole:
         assert (whole["ids"] == parts["ids"]).mean() >= 0.999
