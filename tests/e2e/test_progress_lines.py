@@ -83,9 +83,12 @@ def test_cache_train_and_eval(place, tmp_path):
         "train", "--cache", out, "--tokenizer", place / "teacher", "--out", run, "--method", "ce", "--steps", 6,
         "--log-every", 2, "--hidden-size", 8, "--num-layers", 1, "--num-heads", 1, "--batch-size", 2,
     )  # fmt: skip
+    (unseen := place / "unseen").mkdir()
+    for file in (place / "text").iterdir():
+        (unseen / file.name).write_text(file.read_text() + " again")
     assert [
         f"eval: loading {run}/model and reading the text",
         "eval: 0 of 6 sequences",
         "eval: 2 of 6 sequences, about 40 s left",
         "eval: 6 of 6 sequences, in 80 s",
-    ] == in_a_file("eval", "--student", run / "model", "--text", place / "text", "--num-sequences", 6, *words)
+    ] == in_a_file("eval", "--student", run / "model", "--text", unseen, "--num-sequences", 6, *words)
