@@ -33,6 +33,7 @@ from sklformat.settings.demo import DemoConfig
 from sklformat.settings.estimate import EstimateConfig
 from sklformat.settings.eval import EvalConfig
 from sklformat.settings.inspection import CheckConfig, InspectConfig, RecoverConfig, VerifyConfig
+from sklformat.settings.operations import MergeConfig, SliceConfig, SubsampleConfig
 from sklformat.settings.rescore import RescoreConfig
 from sklformat.settings.train import TrainConfig
 
@@ -133,7 +134,8 @@ def _usage() -> str:
         "Sparse teacher distributions on disk, and students that learn from them.",
         "",
     ]
-    lines += [f"  {name:<9}{verb.summary}" for name, verb in _VERBS.items()]
+    width = max(map(len, _VERBS)) + 2
+    lines += [f"  {name:<{width}}{verb.summary}" for name, verb in _VERBS.items()]
     lines += ["", "sklformat VERB --help explains a verb's flags; sklformat --version prints the version.", ""]
     return "\n".join(lines)
 
@@ -335,6 +337,9 @@ _EVAL = _learning(EvalConfig, "student.measures.evaluation", "evaluate")
 _DEMO = _learning(DemoConfig, "demo.stages", "run_demo", holds="out")
 _CHECK = _long(CheckConfig, "check", "check")
 _CONVERT = _long(ConvertConfig, "interop", "convert")
+_MERGE = _long(MergeConfig, "operations", "merge_caches")
+_SLICE = _long(SliceConfig, "operations", "slice_cache")
+_SUBSAMPLE = _long(SubsampleConfig, "operations", "subsample_cache")
 _VERBS = {
     "cache": _Verb("run a teacher over text and keep its distributions", CacheConfig, _CACHE),
     "estimate": _Verb("predict what a capture will cost", EstimateConfig, _run_estimate, _AGAIN),
@@ -347,4 +352,7 @@ _VERBS = {
     "check": _Verb("prove that a cache and tokens belong together", CheckConfig, _CHECK, _AGAIN),
     "convert": _Verb("turn caches into plain columns (npz, Parquet, JSONL), and back", ConvertConfig, _CONVERT),
     "rescore": _Verb("ask another teacher about the records of a cache", RescoreConfig, _RESCORE),
+    "merge": _Verb("join caches of one teacher into one", MergeConfig, _MERGE),
+    "slice": _Verb("make a cache of some sequences of another", SliceConfig, _SLICE),
+    "subsample": _Verb("make a cache with fewer rounds of another", SubsampleConfig, _SUBSAMPLE),
 }

@@ -772,6 +772,17 @@ def mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def thin(records: list[tuple[int, int]], kept: int, seed: int, sequence: int, t: int) -> list[tuple[int, int]]:
+    """docs/operations.md, Thinning: what is left of a position's (id, count) pairs."""
+    step, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
+    word = xxh64(seed.to_bytes(8, "little") + sequence.to_bytes(8, "little"), 0)
+    start = mix((word + (t + 1) * step) & mask)
+    draws = [token_id for token_id, count in records for _ in range(count)]
+    order = sorted(range(len(draws)), key=lambda j: mix((start + (j + 1) * step) & mask))
+    left = [draws[j] for j in order[:kept]]
+    return [(token_id, left.count(token_id)) for token_id, _ in records if token_id in left]
+
+
 def permute(n: int, seed: int, epoch: int, i: int) -> int:
     """Where place i of an epoch finds its sequence; order_algorithm 1, version 1."""
     half = (max(2, (n - 1).bit_length()) + 1) // 2

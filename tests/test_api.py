@@ -31,6 +31,9 @@ FLAGS = {
         positions-per-second proposal-temperature rounds seq-len sequences-per-shard store-tokens teacher text
         trust-remote-code unique-tokens vocab-size
     """,
+    "merge": "json out sequences-per-shard",
+    "slice": "json out sequences-per-shard",
+    "subsample": "json out rounds seed sequences-per-shard",
     "rescore": """
         adapter-base batch-size columns device device-map dtype engine gpu-memory json largest-weight out teacher
         tensor-parallel tokens trust-remote-code weights

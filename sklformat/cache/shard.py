@@ -6,6 +6,7 @@ Nothing that leaves this module looks into a mapping, but for addresses that C r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,33 @@ class Shard:
             return begins + np.uint64(file.address) + skipped, lengths - skipped, file
         finally:
             del file  # as above
+
+    def blocks(self, numbers: range) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
+        """
+        Copies of whole blocks that follow each other, with their headers and padding, checked as ``payloads``.
+
+        Args:
+            numbers: Sequences of this shard, of step 1, at least one.
+
+        Returns:
+            Their bytes, one after the other, and [n] uint64, how many each has.
+
+        Raises:
+            FormatError: As ``shard[number]``.
+        """
+        rows = np.arange(numbers.start, numbers.stop)
+        begins = self.index.offset[rows]
+        lengths = self._ends[rows] - begins
+        return self._read_blocks(self._opened(), rows, begins, lengths)[0], lengths
+
+    def groups(self, numbers: range, most_bytes: int) -> Iterator[range]:
+        """The same sequences in groups whose blocks have at most ``most_bytes`` together, or of one sequence."""
+        first = numbers.start
+        while first < numbers.stop:
+            limit = self.index.offset[first] + np.uint64(most_bytes)
+            end = max(first + 1, int(np.searchsorted(self._ends, limit, side="right")))
+            yield range(first, min(end, numbers.stop))
+            first = end
 
     def _read_blocks(
         self, file: OpenFile, numbers: NDArray[np.int64], begins: NDArray[np.uint64], lengths: NDArray[np.uint64]

@@ -31,7 +31,7 @@ from sklformat.errors import SettingsError
 from sklformat.files.disk import locked_directory
 from sklformat.format.header import Header
 from sklformat.format.listing import Entry, check_contiguous, place_in_cache
-from sklformat.format.records import SparseTargets
+from sklformat.format.records import Sequence, SparseTargets
 
 
 class CacheWriter:
@@ -84,6 +84,8 @@ class CacheWriter:
                 self._writer = self._begin()
             if self._beginning is None and self._writer is not None and len(self._writer):
                 self._beginning = self._writer.alignment(0)
+            if self._writer is not None:  # a run may have been killed between its last sequence and the seal
+                self._seal_if_full(self._writer)
             self._held = held.pop_all()
         self._open = True
 
@@ -141,6 +143,10 @@ class CacheWriter:
         write_manifest(self.directory, self._entries)
         unmark_unfinished(self.directory)
 
+    def _seal_if_full(self, writer: ShardWriter) -> None:
+        if len(writer) >= self.sequences_per_shard:
+            self._seal(writer)
+
     def _seal(self, writer: ShardWriter) -> None:
         with writer:
             pass
@@ -181,9 +187,40 @@ class CacheWriter:
                 stacklevel=2,
             )
         self._beginning = None
-        if len(self._writer) >= self.sequences_per_shard:
-            self._seal(self._writer)
+        self._seal_if_full(self._writer)
         return number
+
+    def append_changed(
+        self, sequence: Sequence, targets: SparseTargets, columns: Mapping[str, ArrayLike] | None = None
+    ) -> None:
+        """Append a sequence of a cache with other records, as ``ShardWriter.append_changed`` does."""
+        self._check_open()
+        if self._writer is None:
+            self._writer = self._begin()
+        self._writer.append_changed(sequence, targets, columns)
+        self._seal_if_full(self._writer)
+
+    def copy(self, shard: Shard, numbers: range) -> None:
+        """
+        Append sequences of a sealed shard as they are stored there, as ``ShardWriter.copy`` does.
+
+        Args:
+            shard: Of the same layout.
+            numbers: Sequences of it, of step 1.
+
+        Raises:
+            ValueError: The shard's blocks are laid out in another way, or the writer is closed.
+            FormatError, OSError: As ``ShardWriter.copy``.
+        """
+        self._check_open()
+        first = numbers.start
+        while first < numbers.stop:
+            if self._writer is None:
+                self._writer = self._begin()
+            end = min(numbers.stop, first + self.sequences_per_shard - len(self._writer))
+            self._writer.copy(shard, range(first, end))
+            self._seal_if_full(self._writer)
+            first = end
 
     def flush(self) -> None:
         """Make every appended sequence durable."""

@@ -12,17 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from sklformat.cache.contents import partial_path
 from sklformat.cache.recovery import Recovered, keep, scan
+from sklformat.cache.shard import Shard
 from sklformat.errors import FormatError, SettingsError, WriteError
 from sklformat.files.disk import Disk, lock_named
 from sklformat.format import layout
-from sklformat.format.block import encode_block
+from sklformat.format.block import encode_block, layout_differences, renumber
 from sklformat.format.header import Header
 from sklformat.format.index import Index, pack_trailer
-from sklformat.format.records import SparseTargets
+from sklformat.format.records import Sequence, SparseTargets
+
+_COPIED_BYTES = 4 << 20  # at once: enough for one call to cost little, and small enough for a cache
 
 
 class ShardWriter:
@@ -146,19 +150,77 @@ class ShardWriter:
             ValueError: The sequence breaks a rule of the format; the writer stays usable.
             OSError: The system could not write; the writer is done and the ``.partial`` kept.
         """
+        return self._append(tokens, targets, columns)
+
+    def append_changed(
+        self, sequence: Sequence, targets: SparseTargets, columns: Mapping[str, ArrayLike] | None = None
+    ) -> int:
+        """
+        Append a sequence of a cache with other records; as ``append``, but its tokens need not be known.
+
+        Args:
+            sequence: As it was read; where no tokens are stored, its alignment checksum stands for them.
+            targets: As for ``append``.
+            columns: As for ``append``.
+        """
+        known = {} if sequence.tokens is not None else {"aligned": sequence.alignment}
+        return self._append(sequence.tokens, targets, columns, **known)
+
+    def _append(
+        self,
+        tokens: ArrayLike | None,
+        targets: SparseTargets,
+        columns: Mapping[str, ArrayLike] | None,
+        **known: int,
+    ) -> int:
         self._check_open()
         number = len(self._index)
-        if number >= layout.MAX_SEQUENCES - 1:
-            raise ValueError(f"a shard holds fewer than {layout.MAX_SEQUENCES} sequences")
-        if (global_number := self.header.first_sequence + number) >= 1 << 64:
-            raise ValueError(f"{self.path}: sequence number {global_number} is beyond 2**64 - 1")
+        self._check_number(number)
         try:
-            data, block = encode_block(self.header, self._key, number, tokens, targets, columns)
+            data, block = encode_block(self.header, self._key, number, tokens, targets, columns, **known)
         except ValueError as error:
             raise ValueError(f"{self.path}: sequence {number}: {error}") from error
         self._write(data)
         self._index.append(self._end - len(data), block)
         return number
+
+    def copy(self, shard: Shard, numbers: range) -> None:
+        """
+        Append sequences of a sealed shard as they are stored there; they are durable after the next ``flush``.
+
+        What proves their bytes there is checked, and made again for this shard; records are not decoded.
+
+        Args:
+            shard: Of the same layout.
+            numbers: Sequences of it, of step 1.
+
+        Raises:
+            ValueError: The shard's blocks are laid out in another way; the writer stays usable.
+            FormatError: A block of it is damaged; those before it are appended, and the writer stays usable.
+            OSError: As ``append``.
+        """
+        self._check_open()
+        if differing := layout_differences(shard.header, self.header):
+            raise ValueError(
+                f"{self.path}: blocks of {shard.path} are laid out in another way: {'; '.join(differing)}; read its "
+                "sequences and append them"
+            )
+        if numbers:
+            self._check_number(len(self._index) + len(numbers) - 1)
+        for group in shard.groups(numbers, _COPIED_BYTES):
+            data, lengths = shard.blocks(group)
+            begins = np.cumsum(lengths) - lengths
+            checksums = renumber(data, begins, lengths, len(self._index), self._key)
+            begins += np.uint64(self._end)
+            self._write(data.data)
+            self._index.extend(begins, checksums, shard.index, slice(group.start, group.stop))
+
+    def _check_number(self, number: int) -> None:
+        """A shard and a cache have room for a sequence of this number in the shard."""
+        if number >= layout.MAX_SEQUENCES - 1:
+            raise ValueError(f"a shard holds fewer than {layout.MAX_SEQUENCES} sequences")
+        if (global_number := self.header.first_sequence + number) >= 1 << 64:
+            raise ValueError(f"{self.path}: sequence number {global_number} is beyond 2**64 - 1")
 
     def flush(self) -> None:
         """Make every appended sequence durable."""

@@ -128,7 +128,7 @@ def pack_draws(
             f"counted must be booleans [T], True at {drawn} positions as there are draws, got {mask.dtype} of shape "
             f"{mask.shape} with {np.count_nonzero(mask)}"
         )
-    check_sizes(header, ids, mask.size)
+    check_sizes(header, ids.size, mask.size)
     rows = _columns_parts(header, columns, mask.size, (drawn, rounds))
     masks = [mask.view(np.uint8)] if drawn < mask.size else []
     return _DRAWS, [_PREFIX.pack(mask.size, rounds, len(rows), drawn), array, ids, *rows, *masks]
@@ -147,7 +147,7 @@ def pack_targets(
     kind = "counts" if targets.counts is not None else "ratios"
     if kind != header.kind:
         raise ValueError(f"the targets are of kind {kind!r}, the header's kind is {header.kind!r}")
-    check_sizes(header, ids, positions)
+    check_sizes(header, ids.size, positions)
     rows = _columns_parts(header, columns, positions, (targets.num_records,))
     parts = [_PREFIX.pack(positions, targets.num_records, len(rows), 0), targets.offsets, targets.token_ids, ids]
     if targets.counts is not None:

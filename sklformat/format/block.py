@@ -21,7 +21,13 @@ from sklformat.format.header import Header
 from sklformat.format.records import Sequence, SparseTargets
 
 _MAX_SIZE = layout.block_size(layout.MAX_PAYLOAD_SIZE)
-_PAYLOAD_CHECKSUM = next(f.offset // 8 for f in layout.BLOCK_FIELDS if f.name == "payload_checksum")  # in words
+_BLOCK_NUMBER, _PAYLOAD_CHECKSUM = (  # in words
+    f.offset // 8 for f in layout.BLOCK_FIELDS if f.name in ("block_number", "payload_checksum")
+)
+_OF_PAYLOADS = (
+    *("kind", "profile", "record_count_size", "token_size", "scale_log2", "columns", "row_convention", "vocab_size"),
+    *("seq_len", "rounds"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +52,11 @@ def encode_block(
     header: Header,
     key: int,
     number: int,
-    tokens: ArrayLike,
+    tokens: ArrayLike | None,
     targets: SparseTargets,
     columns: Mapping[str, ArrayLike] | None = None,
+    *,
+    aligned: int | None = None,
 ) -> tuple[memoryview, BlockHeader]:
     """
     Encode one sequence as block ``number`` of a shard.
@@ -57,10 +65,11 @@ def encode_block(
         header: Settings of the shard.
         key: ``header.shard_key``, computed once by the caller.
         number: 0-based place in the shard.
-        tokens: [T + 1] integer ids below vocab_size, T = targets.num_positions.
+        tokens: [T + 1] integer ids below vocab_size, T = targets.num_positions; None: nobody has them any more.
         targets: Records; counts or weights as header.kind asks.
         columns: An array for each of header.columns: document_start [T + 1] bool, record_logprob [nnz] beside
             targets.token_ids, the others [T].
+        aligned: Alignment checksum of the tokens, where these are None.
 
     Returns:
         The block's bytes, and what its header says.
@@ -70,12 +79,15 @@ def encode_block(
 
     Source: SPEC section 5.
     """
-    ids = tokens_array(tokens)
     positions = targets.num_positions
-    check_sizes(header, ids, positions)
-    if ids.max(initial=0) >= header.vocab_size:
-        place = int(np.argmax(ids >= header.vocab_size))
-        raise ValueError(f"token number {place} is {ids[place]}, vocab_size is {header.vocab_size}")
+    ids = None if tokens is None else tokens_array(tokens)
+    check_sizes(header, positions + 1 if ids is None else ids.size, positions)
+    if ids is not None:
+        if ids.max(initial=0) >= header.vocab_size:
+            place = int(np.argmax(ids >= header.vocab_size))
+            raise ValueError(f"token number {place} is {ids[place]}, vocab_size is {header.vocab_size}")
+        aligned = alignment(ids)
+    assert aligned is not None
     offsets, token_ids, codes = _codes(header, targets)
     shape = block_shape(header, positions, int(token_ids.size))
     payload_size = native.payload_size(shape)
@@ -83,6 +95,7 @@ def encode_block(
         raise ValueError(f"payload of {payload_size} bytes, the format's limit is {layout.MAX_PAYLOAD_SIZE}")
     data = np.zeros(layout.block_size(payload_size), np.uint8)
     body = data[layout.BLOCK_HEADER_SIZE :]
+    assert ids is not None or not header.token_size
     stored = ids if header.token_size else None
     typed = typed_columns(header.columns, columns, positions, (targets.num_records,))
     kept = follow_records(typed, (targets.offsets, targets.token_ids), (offsets, token_ids))
@@ -92,7 +105,7 @@ def encode_block(
         native.encode(shape, offsets, token_ids, codes, stored, pack(kept), body)
     except ValueError as error:
         raise ValueError(f"{error} (vocab_size {header.vocab_size}, rounds {header.rounds})") from error
-    aligned, payload_checksum = alignment(ids), checksum(body.data, key)
+    payload_checksum = checksum(body.data, key)
     packed = layout.pack(
         layout.BLOCK_FIELDS,
         {
@@ -191,6 +204,35 @@ def find_unsound(
     return int(unsound.argmax()) if unsound.any() else None
 
 
+def renumber(
+    data: NDArray[np.uint8], begins: NDArray[np.uint64], lengths: NDArray[np.uint64], first: int, key: int
+) -> NDArray[np.uint64]:
+    """
+    Make whole blocks those of another shard, in place: their payloads stay, numbers and checksums are made again.
+
+    Args:
+        data: Memory with sound blocks in it, a multiple of 64 bytes.
+        begins: [n] where in it each block begins, a multiple of 64 too.
+        lengths: [n] their bytes, padding included.
+        first: Number of the first block there; the others follow it.
+        key: Of the other shard.
+
+    Returns:
+        [n] uint64: the checksums of the new headers.
+    """
+    size = np.uint64(layout.BLOCK_HEADER_SIZE)
+    words = data.view("<u8").reshape(-1, layout.BLOCK_HEADER_SIZE // 8)
+    heads = words[begins // size]
+    heads[:, _BLOCK_NUMBER] = np.arange(first, first + begins.size)
+    heads[:, _PAYLOAD_CHECKSUM] = checksums_of(data.data, (begins + size).tolist(), (lengths - size).tolist(), key)
+    starts = range(0, begins.size * layout.BLOCK_HEADER_SIZE, layout.BLOCK_HEADER_SIZE)
+    packed = heads.view(np.uint8).reshape(-1).data
+    sums = checksums_of(packed, starts, [layout.BLOCK_HEADER_SIZE - 8] * begins.size, key)
+    heads[:, -1] = sums
+    words[begins // size] = heads
+    return sums
+
+
 def check_payload(data: memoryview | bytes, block: BlockHeader, key: int) -> memoryview:
     """
     Checksum a whole block's payload and padding and return them.
@@ -235,6 +277,12 @@ def decode_body(
     return Sequence(ids, targets, values, block.alignment)
 
 
+def layout_differences(ours: Header, theirs: Header) -> list[str]:
+    """One "name: ours != theirs" for each setting that differs and that the bytes of a payload depend on."""
+    names = [name for name in _OF_PAYLOADS if getattr(ours, name) != getattr(theirs, name)]
+    return [f"{name}: {getattr(ours, name)!r} != {getattr(theirs, name)!r}" for name in names]
+
+
 def misaligned(stored: int, computed: int) -> CorruptError:
     """That the tokens of a block are not those that its alignment checksum was made from."""
     return CorruptError(f"alignment checksum {stored:#018x} stored, the tokens give {computed:#018x}")
@@ -248,16 +296,16 @@ def locate(error: FormatError, **place: object) -> FormatError:
     return error
 
 
-def check_sizes(header: Header, ids: NDArray[np.uint32], positions: int) -> None:
+def check_sizes(header: Header, tokens: int, positions: int) -> None:
     """
-    A sequence of these tokens can have records at ``positions`` positions.
+    A sequence of so many tokens can have records at ``positions`` positions.
 
     Raises:
         ValueError: It cannot; names both numbers.
     """
-    if ids.size != positions + 1:
+    if tokens != positions + 1:
         raise ValueError(
-            f"{ids.size} tokens and {positions} positions of records; a sequence of L tokens has exactly L - 1 records"
+            f"{tokens} tokens and {positions} positions of records; a sequence of L tokens has exactly L - 1 records"
         )
     if header.seq_len and positions != header.seq_len:
         raise ValueError(f"sequence of {positions} positions, the header's seq_len is {header.seq_len}")

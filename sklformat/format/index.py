@@ -35,6 +35,20 @@ class Index:
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
 
+    def extend(self, offsets: NDArray[np.uint64], checksums: NDArray[np.uint64], index: SealedIndex, of: slice) -> None:
+        """
+        Note blocks that were copied from a sealed shard.
+
+        Args:
+            offsets: [n] where each begins now.
+            checksums: [n] those of their headers now.
+            index: Of the sealed shard.
+            of: Which rows of it they are, n of them.
+        """
+        rows = (offsets, index.alignment[of], checksums, index.num_positions[of], index.num_records[of])
+        for column, values in zip(self._columns.values(), rows, strict=True):
+            column.frombytes(np.ascontiguousarray(values, f"u{column.itemsize}").view(np.uint8).data)
+
     def alignment(self, number: int) -> int:
         """Alignment checksum of sequence ``number``."""
         return self._columns["alignment"][number]

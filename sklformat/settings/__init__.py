@@ -9,6 +9,7 @@ eval        sklformat eval
 files       which files are read as text, and how
 inspection  sklformat inspect, verify, recover and check
 limits      what numbers a setting may have
+operations  sklformat merge, slice and subsample
 rescore     sklformat rescore
 text        what several verbs say of text
 train       sklformat train

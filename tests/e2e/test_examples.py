@@ -31,6 +31,7 @@ PAGES = [
     "docs/troubleshooting.md",
     "docs/your-data.md",
     "docs/models.md",
+    "docs/operations.md",
     "docs/converting.md",
     "docs/neighbours.md",
 ]
