@@ -33,7 +33,7 @@ from sklformat.interop.columns import Row
 from sklformat.interop.kinds import EXPORTS, WHOLE, find_kind, open_export, open_reading
 from sklformat.interop.notes import check_agrees, make_note
 from sklformat.interop.readings import Asked
-from sklformat.interop.sources import CacheSource, Progress, RowsSource, Source
+from sklformat.interop.sources import CacheSource, Progress, RowsSource, Source, identity_of
 from sklformat.interop.tables.exports import Export
 from sklformat.interop.tables.files import ColumnsWriter, check_absent
 from sklformat.interop.tokens import TokenFile
@@ -90,6 +90,8 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> Converte
         OSError: The system's own.
     """
     from_kind, to_kind = _source_kind(config), _destination_kind(config)
+    if config.source.is_dir() and config.source.resolve() in config.destination.resolve().parents:
+        raise ValueError(f"{config.destination}: lies in the source; choose a destination outside of {config.source}")
     if to_kind == "skl":
         _check_idle(config.destination)
         _check_directory(config.destination)
@@ -270,6 +272,7 @@ def _write_cache(config: ConvertConfig, stream: _Stream) -> None:
     per_shard = config.sequences_per_shard or source.shard_sequences
     mark = directory / _MARK
     begun = {"source": source.identity, "cache_key": header.cache_key, "sequences_per_shard": per_shard}
+    begun |= _said(config)
     with locked_directory(directory):
         _check_directory(directory)
         if mark.exists():
@@ -285,6 +288,16 @@ def _write_cache(config: ConvertConfig, stream: _Stream) -> None:
         write_manifest(directory, scan_directory(directory))
         mark.unlink()
         Disk().sync_directory(directory)
+
+
+def _said(config: ConvertConfig) -> dict[str, Any]:
+    """What the rows depend on besides the source: the flags that say how to read it, and the files that they name."""
+    names = ("convention", "values", "drop_last_row", "on_bad_row", "seed")
+    said = {name: getattr(config, name) for name in names} | {"columns": sorted(config.columns)}
+    return said | {
+        name: None if path is None else identity_of(path)
+        for name, path in (("tokens", config.tokens), ("codec", config.codec))
+    }
 
 
 def _check_begun(mark: Path, begun: dict[str, Any]) -> None:

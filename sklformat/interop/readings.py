@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sklformat.format import layout
 from sklformat.format.columns import RECORD_LOGPROB, STARTS
 from sklformat.interop.columns import Row, check_size, offsets_of
 from sklformat.interop.tokens import TokenFile
@@ -24,6 +25,13 @@ NO_PROBABILITY = -500.0
 """Log-probs below it are no teacher's: systems fill up with -inf, or -1000 and less, where they have no record."""
 PROBABILITIES = {"logprobs": "log-probabilities", "probs": "probabilities", "logits": "logits"}
 """What values of a file may be, by their name on the command line."""
+_HOW_MADE = "does not say how its records were made"
+_WANTING = {
+    "tokens": "holds no token ids",
+    "codec": "does not say how its values are packed",
+    "vocab_size": "does not say how many ids the teacher has",
+    "k": "holds whole distributions",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +109,26 @@ def require(path: Path, **settings: object) -> None:
     Raises:
         ValueError: Some are None; names the flags.
     """
-    if missing := ["--" + name.replace("_", "-") for name, value in settings.items() if value is None]:
-        raise ValueError(f"{path}: does not say how its records were made; give {', '.join(missing)}")
+    missing = {name: _WANTING.get(name, _HOW_MADE) for name, value in settings.items() if value is None}
+    if missing:
+        wants = " and ".join(dict.fromkeys(missing.values()))
+        flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ValueError(f"{path}: {wants}; give {flags}")
+
+
+def truncated_sampler(path: Path, kind: str, asked: Asked) -> str:
+    """
+    The sampler of records that are the most likely ids of each position, whatever they are used for.
+
+    Raises:
+        ValueError: The user says that they were drawn.
+    """
+    if asked.sampler in layout.UNBIASED_SAMPLERS:
+        raise ValueError(
+            f"{path}: {kind} holds the most likely ids of each position, which are no draws of {asked.sampler}; leave "
+            "out --sampler, or give --sampler topk or topp"
+        )
+    return asked.sampler or "topk"
 
 
 def refuse_flags(path: Path, kind: str, asked: Asked, takes: Collection[str]) -> None:

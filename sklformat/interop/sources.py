@@ -13,7 +13,7 @@ import numpy as np
 from sklformat.cache.reader import Cache
 from sklformat.errors import CorruptError
 from sklformat.format import layout
-from sklformat.format.header import Header
+from sklformat.format.header import Header, is_unbiased
 from sklformat.interop.checks import Dropped, Item, check_row, position_sums
 from sklformat.interop.columns import in_row, no_sequence
 from sklformat.interop.notes import Note
@@ -142,6 +142,8 @@ class RowsSource:
         self.count, left_out = scan.count, [] if self._dropped is None else [str(self._dropped)]
         if self.count == 0:
             raise no_sequence(path) if not left_out else CorruptError(f"no sequence is left; {left_out[0]}", path=path)
+        if note is None:
+            _check_drawn(path, base, scan)
         if note is not None:
             if note.count != scan.count:
                 raise CorruptError(f"its note tells of {note.count} sequences, it holds {scan.count}", path=path)
@@ -192,6 +194,20 @@ class RowsSource:
                 yield item
 
 
+def _check_drawn(path: Path, header: Header, scan: _Scan) -> None:
+    """
+    Weights of draws are count / rounds, so each position's sum to 1; those of the most likely ids do not.
+
+    Raises:
+        ValueError: The user says that the records were drawn, and they were not.
+    """
+    if header.kind == "ratios" and header.sampler in layout.UNBIASED_SAMPLERS and not scan.whole:
+        raise ValueError(
+            f"{path}: --sampler {header.sampler}, but weights of a position sum to {scan.sums[0]:.3f} .. "
+            f"{scan.sums[1]:.3f}, those of draws to 1; give --sampler topk or topp if they are the most likely ids"
+        )
+
+
 def identity_of(path: Path) -> str:
     """Text that differs where a file, or the files of a directory, differ in name, size or time of change."""
     files = [path] if not path.is_dir() else sorted(file for file in path.rglob("*") if file.is_file())
@@ -206,7 +222,7 @@ class _Scan:
     def __init__(self) -> None:
         self.count = self.most_records = 0
         self._lengths: set[int] = set()
-        self._sums: list[float] = [np.inf, -np.inf]
+        self.sums: list[float] = [np.inf, -np.inf]
         self._weighted = self._total = 0.0
 
     @property
@@ -221,13 +237,13 @@ class _Scan:
         self.most_records = max(self.most_records, int(np.diff(targets.offsets).max(initial=0)))
         if targets.weights is not None and targets.num_records:
             sums = position_sums(targets.weights.astype(np.float64), targets.offsets)
-            self._sums = [min(self._sums[0], sums.min()), max(self._sums[1], sums.max())]
+            self.sums = [min(self.sums[0], sums.min()), max(self.sums[1], sums.max())]
             self._weighted, self._total = self._weighted + sums.size, self._total + sums.sum()
 
     @property
     def whole(self) -> bool:
         """Whether the weights of each position sum to 1."""
-        return self._sums[0] > 1 - _WHOLE and self._sums[1] < 1 + _WHOLE
+        return self.sums[0] > 1 - _WHOLE and self.sums[1] < 1 + _WHOLE
 
     def facts(self, header: Header) -> dict[str, Any]:
         """For a cache's provenance: the most records of a position, and the mean of what its weights sum to."""
@@ -239,7 +255,7 @@ class _Scan:
         """Whether weights are probabilities, or were renormalised over the ids that were kept."""
         if header.kind == "counts" or not self._weighted:
             return []
-        low, high, mean = *self._sums, self._total / self._weighted
+        low, high, mean = *self.sums, self._total / self._weighted
         if self.whole:
             unknown = "what the teacher gave to other tokens is unknown"
             return [f"the values were renormalised: each position's weights sum to 1, so {unknown}"]
@@ -250,5 +266,8 @@ class _Scan:
 def _kind_says(header: Header) -> str:
     drawn = f"counts of {header.rounds} rounds" if header.kind == "counts" else "weights in 7-bit ratios"
     bias = "biased, the rest of the distribution is left out" if header.biased else "not known to be biased"
-    bias = "unbiased" if header.sampler in layout.UNBIASED_SAMPLERS else bias
+    if is_unbiased(header.sampler, header.proposal_temperature, header.capture):
+        bias = "unbiased"
+    elif header.sampler in layout.UNBIASED_SAMPLERS:
+        bias = "importance weights, divided by their sum or cut, which biases them a little"
     return f"{drawn}, sampler {header.sampler}: {bias}"

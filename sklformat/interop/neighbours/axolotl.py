@@ -31,6 +31,7 @@ from sklformat.interop.readings import (
     refuse_flags,
     require,
     select,
+    truncated_sampler,
     without_fillers,
     without_first_row,
     without_last_row,
@@ -103,7 +104,7 @@ def read(path: Path, kind: str, asked: Asked) -> Reading:
         rows=rows,
         values="logprobs",
         vocab_size=asked.vocab_size,
-        sampler=asked.sampler or "topk",
+        sampler=truncated_sampler(path, kind, asked),
         provenance={"system": "axolotl", "form": form},
         says=(
             f"row t describes {about}; rows belong to the last tokens",

@@ -19,7 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.interop.columns import Row, offsets_of
-from sklformat.interop.readings import PROBABILITIES, Asked, Reading, Unreadable, log_probs, refuse_flags, require
+from sklformat.interop.readings import (
+    PROBABILITIES,
+    Asked,
+    Reading,
+    Unreadable,
+    log_probs,
+    refuse_flags,
+    require,
+    truncated_sampler,
+)
 from sklformat.interop.tables import jsonl
 from sklformat.interop.tokens import check_no_more, next_tokens
 
@@ -65,7 +74,7 @@ def read(path: Path, kind: str, asked: Asked) -> Reading:
         rows=rows,
         values="logprobs",
         vocab_size=asked.vocab_size,
-        sampler=asked.sampler or "topk",
+        sampler=truncated_sampler(path, kind, asked),
         provenance={"engine": kind} | {name: value for name, value in named.items() if isinstance(value, str)},
         says=(
             "row t describes token t, given those before it; rows are moved to the token before",

@@ -199,13 +199,13 @@ def test_half_a_directory(tmp_path):
     """Parts that are missing, files that were cut short or are none, and files without a record."""
     asked = {"vocab_size": V, "from_": "maxtext"}
     with pytest.raises(skl.CorruptError, match="holds no file named teacher_top_k_part"):
-        run(tmp_path, tmp_path / "out", **asked)
+        run(tmp_path, tmp_path.parent / "out", **asked)
     source = write(tmp_path / name(1, 1), [record(teach(0, 4))])
     write(tmp_path / name(0, 0), [record(teach(0, 4))])
     with pytest.raises(
         skl.CorruptError, match="has no part 0 of host 1; copy all files, or convert them one at a time"
     ):
-        run(tmp_path, tmp_path / "out", **asked)
+        run(tmp_path, tmp_path.parent / "out", **asked)
     whole = source.read_bytes()
     for size in (0, 100, 1 << 16, len(whole) - 1000):
         source.write_bytes(whole[:size])

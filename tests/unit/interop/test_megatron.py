@@ -348,7 +348,9 @@ def test_what_the_user_must_say(tmp_path):
     """Vocabulary and tokens are nowhere in the files; more than 17 bits of ids cannot be."""
     tokens, ids, logs = data.teacher(2)
     source = data.write_lists(tmp_path / "a", ids, logs)
-    with pytest.raises(ValueError, match="does not say how its records were made; give --vocab-size, --tokens"):
+    with pytest.raises(
+        ValueError, match="does not say how many ids the teacher has and holds no token ids; give --vocab"
+    ):
         convert(ConvertConfig(source=source, destination=tmp_path / "out"))
     with pytest.raises(ValueError, match="17 bits, so that a vocabulary has at most 131,072; this one has 151,936"):
         run(source, tokens, vocab_size=151_936)

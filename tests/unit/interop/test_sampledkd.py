@@ -234,7 +234,7 @@ def test_what_the_user_must_say(tmp_path):
     """Tokens are nowhere in the files; the vocabulary is."""
     tokens, _, items = capture(2)
     source = data.write(tmp_path / "a", items)
-    with pytest.raises(ValueError, match="does not say how its records were made; give --tokens"):
+    with pytest.raises(ValueError, match="holds no token ids; give --tokens"):
         convert(ConvertConfig(source=source, destination=tmp_path / "out"))
     with pytest.raises(ValueError, match="says vocab_size 900, --vocab-size says 901; leave --vocab-size out"):
         run(source, tokens, vocab_size=901)

@@ -82,7 +82,7 @@ def test_whittle_whole(tmp_path):
     """Logits of the whole vocabulary give log-probs whose rest is known; --k says how many are kept."""
     tokens, logits = batches()
     source = write_whittle(tmp_path / "a", tokens, logits, k=None)
-    with pytest.raises(ValueError, match="does not say how its records were made; give --k"):
+    with pytest.raises(ValueError, match="holds whole distributions; give --k"):
         run(source)
     with pytest.raises(ValueError, match="--k is 41, its distributions have 40 values"):
         run(source, k=41)
@@ -237,7 +237,7 @@ def test_automodel_in_bfloat16(tmp_path):
 def test_flags_of_stacked_tensors(tmp_path):
     """The vocabulary is in no file; --k is for whole distributions."""
     source = write_automodel(tmp_path / "a", *samples(), k=3)
-    with pytest.raises(ValueError, match="does not say how its records were made; give --vocab-size"):
+    with pytest.raises(ValueError, match="does not say how many ids the teacher has; give --vocab-size"):
         run(source)
     with pytest.raises(ValueError, match="--k: of no use for top-k records; leave it out"):
         run(source, vocab_size=V, k=2)

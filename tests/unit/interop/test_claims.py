@@ -1,0 +1,123 @@
+"""What would make a worse student without a word: draws that are none, other tokens, halves of two conversions."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import sklformat as skl
+from sklformat.cache.writer import ShardWriter
+from sklformat.format.header import Header
+from sklformat.interop import convert
+from sklformat.interop.sources import CacheSource
+from sklformat.settings.convert import ConvertConfig
+
+V = 10
+TOP = np.log([[0.7, 0.2], [0.6, 0.1], [0.9, 0.05]]).tolist()
+ROW = {"input_ids": [5, 3, 8, 2], "token_ids": [[3, 9], [8, 1], [2, 4]], "logprobs": TOP}
+TOPK = {"vocab_size": V, "sampler": "topk"}
+
+
+def run(source, destination, **settings):
+    return convert(ConvertConfig(source=source, destination=destination, **{**TOPK, **settings}))
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("sampler", ["multinomial", "systematic"])
+def test_the_most_likely_ids_are_no_draws(tmp_path, sampler):
+    """Weights of draws sum to 1; those that do not were not drawn, whatever the flag says."""
+    source = jsonl(tmp_path / "a.jsonl", ROW)
+    message = f"--sampler {sampler}, but weights of a position sum to 0.700 .. 0.950, those of draws to 1; give --sampl"
+    with pytest.raises(ValueError, match=message):
+        run(source, tmp_path / "out", sampler=sampler, rounds=20)
+    drawn = ROW | {"logprobs": np.log([[0.75, 0.25], [0.5, 0.5], [0.9, 0.1]]).tolist()}
+    made = run(jsonl(tmp_path / "b.jsonl", drawn), tmp_path / "drawn", sampler=sampler, rounds=20)
+    assert f"weights in 7-bit ratios, sampler {sampler}: unbiased" in made.says
+
+
+@pytest.mark.parametrize(
+    ("line", "settings"),
+    [
+        ({"prompt_token_ids": [5, 3], "prompt_logprobs": [None, {"3": {"logprob": -0.2, "rank": 1}}]}, {}),
+        ({"logprobs": TOP, "target_token_ids": [[3, 9], [8, 1], [2, 4]]}, {"convention": "own", "tokens": True}),
+        ({"input_ids": [5, 3, 8, 2], "token_ids": [[3, 9], [8, 1], [2, 4]], "top_values": TOP}, {}),
+    ],
+    ids=["vllm", "axolotl", "distillkit-raw"],
+)
+def test_kinds_of_the_most_likely_ids_take_no_other_sampler(tmp_path, line, settings):
+    """Kinds that hold the most likely ids stay biased."""
+    source = jsonl(tmp_path / "a.jsonl", line)
+    if "tokens" in settings:
+        np.save(tmp_path / "t.npy", [[5, 3, 8, 2]])
+        settings = settings | {"tokens": tmp_path / "t.npy"}
+    with pytest.raises(ValueError, match="which are no draws of multinomial; leave out --sampler, or give --sampler"):
+        run(source, tmp_path / "out", sampler="multinomial", **settings)
+    run(source, tmp_path / "biased", **settings)
+    assert skl.open(tmp_path / "biased").header.biased
+
+
+def test_ids_that_a_type_has_rounded_are_refused(tmp_path):
+    """A float16 has no 3001: it is 3000 by now, another token."""
+    content = {"input_ids": [[1, 7, 9]], "logprobs": np.log(np.full((1, 2, 2), 0.3))}
+    np.savez(tmp_path / "a.npz", **content, token_ids=np.array([[[3001, 4], [5, 2]]], np.float16))
+    message = "token_ids are float16, which has not every whole number above 2048: id 3000 may have been another"
+    with pytest.raises(skl.CorruptError, match=message):
+        run(tmp_path / "a.npz", tmp_path / "out", vocab_size=6000)
+    np.savez(tmp_path / "b.npz", **content, token_ids=np.array([[[2048, 4], [5, 2]]], np.float16))
+    run(tmp_path / "b.npz", tmp_path / "small", vocab_size=6000)
+    assert skl.open(tmp_path / "small")[0].targets.token_ids.tolist()[:2] == [4, 2048]
+
+
+@pytest.mark.parametrize("changed", ["tokens", "convention"])
+def test_a_conversion_is_resumed_as_it_was_begun(tmp_path, monkeypatch, changed):
+    """With other tokens, or rows about other tokens, the second half would not go with the first."""
+    rows = {"token_ids": [[3, 9], [8, 1], [2, 4], [1, 0]], "logprobs": np.log([[0.6, 0.4]] * 4).tolist()}
+    source = jsonl(tmp_path / "a.jsonl", *[rows] * 6)
+    for name, first in (("a.npy", 5), ("b.npy", 1)):
+        np.save(tmp_path / name, np.tile([first, 3, 8, 2], (6, 1)))
+    begun = {"drop_last_row": True, "tokens": tmp_path / "a.npy", "sequences_per_shard": 2}
+    others = {"tokens": {"tokens": tmp_path / "b.npy"}, "convention": {"drop_last_row": False, "convention": "own"}}
+    append, calls = ShardWriter.append, []
+
+    def stop(self, *arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        append(self, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "append", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", **begun)
+    with pytest.raises(skl.SettingsError, match="was begun by a conversion with another source or other settings"):
+        run(source, tmp_path / "out", **(begun | others[changed]))
+    run(source, tmp_path / "out", **begun)
+    run(source, tmp_path / "whole", **begun)
+    for shard in (tmp_path / "whole").iterdir():
+        assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
+
+
+def test_a_destination_in_the_source_is_refused(tmp_path):
+    """It would change the source while it is read, and could not be resumed."""
+    (tmp_path / "parts").mkdir()
+    jsonl(tmp_path / "parts" / "a.jsonl", ROW)
+    with pytest.raises(ValueError, match="parts/out: lies in the source; choose a destination outside of"):
+        run(tmp_path / "parts", tmp_path / "parts" / "out")
+
+
+def test_weights_that_were_divided_are_not_called_unbiased(tmp_path):
+    """The sentence follows the rule of the header."""
+    header = Header(vocab_size=V, seq_len=2, kind="ratios", rounds=4, sampler="multinomial", proposal_temperature=0.8)
+    targets = skl.SparseTargets(token_ids=[1, 2, 3], weights=[0.5, 0.5, 1.0], offsets=[0, 2, 3])
+    for name, capture in (("divided", {}), ("kept", {"sampler": {"unbiased": True}})):
+        with ShardWriter(tmp_path / f"{name}.skl", header=dataclasses.replace(header, capture=capture)) as writer:
+            writer.append([1, 2, 3], targets)
+    assert (
+        "importance weights, divided by their sum or cut, which bi"
+        in CacheSource(tmp_path / "divided.skl", None).says[0]
+    )
+    assert CacheSource(tmp_path / "kept.skl", None).says[0].endswith("sampler multinomial: unbiased")
