@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sklformat.files.disk import write_atomically
+from sklformat.files.disk import Disk, write_atomically
 from sklformat.files.places import Place, directory_of
 from sklformat.files.storage import read_start
 from sklformat.format import layout
@@ -31,6 +31,13 @@ def write_manifest(directory: Path, entries: list[Entry]) -> None:
         ValueError, MissingShardError, CorruptError: As ``pack_listing``.
     """
     write_atomically(directory / MANIFEST_NAME, pack_listing(entries, directory))
+
+
+def remove_manifest(directory: Path) -> None:
+    """Remove a cache's manifest, durably, before its shards become others; the cache is marked as unfinished first."""
+    if has_manifest(directory):
+        (directory / MANIFEST_NAME).unlink()
+        Disk().sync_directory(directory)
 
 
 def read_manifest(path: Place) -> list[Entry]:

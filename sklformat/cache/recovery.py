@@ -1,20 +1,22 @@
 """
 What a crash left of an unsealed shard: its valid prefix is kept, the torn tail behind it is named and cut.
 
-Reads and cuts ``.partial`` files and never writes to them.  SPEC.md section 10.4.
+Reads and cuts ``.partial`` files, begins one with what a sealed shard holds, and never appends.  SPEC.md section 10.4.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from sklformat.cache.contents import partial_path
+from sklformat.cache.shard import Shard
 from sklformat.errors import CorruptError, FormatError, TruncatedError
-from sklformat.files.disk import Disk, lock_named
+from sklformat.files.disk import Disk, lock_named, naming
 from sklformat.format import layout
 from sklformat.format.block import BlockHeader, check_payload, decode_body, locate, parse_block_header
 from sklformat.format.header import Header, parse_header
@@ -22,6 +24,7 @@ from sklformat.format.index import Index
 
 _HEADER_BEGIN = layout.HEADER_MAGIC + layout.VERSION_MAJOR.to_bytes(2, "little")
 _CHUNK = 1 << 20
+_COPIED_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,42 @@ def recover(path: Path | str) -> Recovered:
         return keep(fd, partial, scan(fd, partial), disk)
     finally:
         os.close(fd)
+
+
+def unseal(path: Path) -> None:
+    """
+    Begin a ``.partial`` with all sequences of a sealed shard, so that more can be appended, and remove the shard.
+
+    What it holds is checked and copied: whoever has the sealed file open keeps it as it is.  A crash leaves the sealed
+    shard, perhaps with a ``.partial`` that the next call makes again, or the ``.partial`` with all of it.
+
+    Args:
+        path: The sealed shard; the caller has made sure that nobody takes the cache for a whole one meanwhile.
+
+    Raises:
+        FormatError: The shard is damaged; it stays.
+        InUseError: A writer has the ``.partial`` open.
+        OSError: The system's own.
+    """
+    disk, partial = Disk(), partial_path(path)
+    with closing(Shard(path, "pread")) as shard:
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            with naming(partial):
+                lock_named(fd, partial)
+                disk.truncate(fd, 0)
+                disk.write(fd, shard.header.pack(), 0)
+                end = layout.HEADER_SIZE
+                for group in shard.groups(range(len(shard)), _COPIED_BYTES):
+                    data, _ = shard.blocks(group)
+                    disk.write(fd, data.data, end)
+                    end += data.size
+                disk.sync(fd)
+                disk.sync_directory(path.parent)
+                path.unlink()
+                disk.sync_directory(path.parent)
+        finally:
+            os.close(fd)
 
 
 def keep(fd: int, path: Path, prefix: Prefix, disk: Disk) -> Recovered:

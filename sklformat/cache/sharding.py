@@ -235,7 +235,9 @@ class CacheWriter:
 
 def other_settings(path: Path | str, differing: list[str]) -> SettingsError:
     """That a shard or capture is here which was made with other settings than are asked for."""
+    is_other_text = any(line.startswith("corpus_fingerprint: ") for line in differing)
+    joined = "; other text is another cache: sklformat merge joins both, or training takes them as a list"
     return SettingsError(
         f"{path}: made with other settings (there != asked for): {'; '.join(differing)}; give the same settings, or "
-        "choose another directory"
+        f"choose another directory{joined * is_other_text}"
     )

@@ -36,6 +36,7 @@ class ShardWork:
         num_sequences: How many it will hold.
         next_sequence: Global number of the first sequence still needed; all are there when it equals ``end``.
         cut: What could not be kept of its ``.partial``, and why, in words; None where all of it was.
+        is_short: It is sealed with fewer sequences, which go into a ``.partial`` first (``unseal``).
     """
 
     number: int
@@ -43,6 +44,7 @@ class ShardWork:
     num_sequences: int
     next_sequence: int
     cut: str | None = None
+    is_short: bool = False
 
     @property
     def end(self) -> int:
@@ -59,6 +61,7 @@ def survey(
     url: str | None = None,
     rank: int = 0,
     world_size: int = 1,
+    grows: bool = False,
 ) -> list[ShardWork]:
     """
     The shards that are not in their final place, in order; of each ``.partial`` the valid prefix is kept, the torn tail
@@ -73,6 +76,8 @@ def survey(
         rank: Of the caller; shard k is the work of rank k mod world_size, and of no other. Rank 0 looks at the settings
             of all shards, so that it finds before the others write whether they belong here.
         world_size: Number of ranks.
+        grows: Whether a shard may be sealed with fewer sequences, as the last one of a shorter cache; where there is no
+            ``url``, since a sealed one there is replaced only by the manifest's leave.
 
     Raises:
         SettingsError: A shard here was made with other settings, another length, or lies beyond the last one; the
@@ -88,17 +93,20 @@ def survey(
         is_own = place.number % world_size == rank
         if not is_own and rank != 0:
             continue
-        path = shard_path(directory, place.number)
+        path, cut, is_short = shard_path(directory, place.number), None, False
         if url is not None and path.exists():
             _check_found(Target(directory), header, place)
-            kept, cut = place.num_sequences, None
-        elif _check_found(target, header, place):
-            continue
+            kept = place.num_sequences
+        elif entry := _check_found(target, header, place, grows=grows and url is None):
+            kept, is_short = entry.num_sequences, True
+            if kept == place.num_sequences:
+                continue
         else:
             _check_partial(path, header, place)
             kept, cut = _kept(path, place) if is_own else (0, None)
         if is_own:
-            works.append(dataclasses.replace(place, next_sequence=place.first_sequence + kept, cut=cut))
+            next_sequence = place.first_sequence + kept
+            works.append(dataclasses.replace(place, next_sequence=next_sequence, cut=cut, is_short=is_short))
     return works
 
 
@@ -173,14 +181,15 @@ def _check_numbers(target: Target, num_sequences: int, sequences_per_shard: int)
             )
 
 
-def _check_found(target: Target, header: Header, place: ShardWork) -> Entry | None:
-    """The sealed shard of a place, if it is there; it must be the one that belongs there."""
+def _check_found(target: Target, header: Header, place: ShardWork, *, grows: bool = False) -> Entry | None:
+    """The sealed shard of a place, if it is there; it must be the one that belongs there, or the beginning of it."""
     name = shard_path(Path(), place.number).name
     found = target.find(name)
     if found is None:
         return None
     _check_settings(target.place(name), found[0], shard_header(header, place.number, place.first_sequence))
-    if found[1].num_sequences != place.num_sequences:
+    missing = place.num_sequences - found[1].num_sequences
+    if missing < 0 or (missing and not grows):
         raise SettingsError(
             f"{target.place(name)}: holds {found[1].num_sequences} sequences, this capture asks for "
             f"{place.num_sequences}; give the same num_sequences and sequences_per_shard, or choose another directory"

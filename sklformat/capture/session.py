@@ -20,7 +20,9 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from sklformat.cache.contents import mark_unfinished, unmark_unfinished
+from sklformat.cache.contents import mark_unfinished, shard_path, unmark_unfinished
+from sklformat.cache.manifest import remove_manifest
+from sklformat.cache.recovery import unseal
 from sklformat.capture.destinations import Target
 from sklformat.capture.frames import Setup, merge_draws, pack_draws, pack_targets
 from sklformat.capture.memory import check_room
@@ -60,7 +62,7 @@ class Capture:
     Args:
         directory: Of the cache; made if it is missing.
         header: Settings of all shards; shard_number and first_sequence are set for each.
-        num_sequences: Of the whole cache, >= 1.
+        num_sequences: Of the whole cache, >= 1; more than a finished cache has extend it.
         sequences_per_shard: >= 1; the last shard may hold fewer.
         ring_bytes: Room between teacher and writer, at least one sequence; memory that is taken at once.
         checkpoint_bytes, checkpoint_seconds: How much may be lost at most when both processes die: after this many
@@ -150,6 +152,7 @@ class Capture:
                 url=self._url,
                 rank=self._rank,
                 world_size=self._world_size,
+                grows=True,
             )
             if not self._works:
                 self._sealed_before = self.num_sequences
@@ -157,6 +160,7 @@ class Capture:
             if self._works:
                 check_room(self._ring_bytes, "ring_bytes")
                 mark_unfinished(self.directory)
+                self._begin_to_grow()
                 self._ring = held.enter_context(Ring.create(self._ring_bytes))
                 self._process = self._start(self._ring, writer_locks)
             self._held = held.pop_all()
@@ -175,6 +179,14 @@ class Capture:
                     raise self._failure()
             if kind is None and self._world_size == 1 and self.durable == self.num_sequences:
                 self._publish()  # the last seal made it so
+
+    def _begin_to_grow(self) -> None:
+        """Take back the manifest of a cache that is to become longer, and open its last shard if that is not full."""
+        if self._url is None:
+            remove_manifest(self.directory)
+        for work in self._works:
+            if work.is_short:
+                unseal(shard_path(self.directory, work.number))
 
     def finish(self) -> list[Entry]:
         """

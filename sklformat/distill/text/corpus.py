@@ -307,9 +307,10 @@ def _found_again(
         ("of other text", store.facts.text_fingerprint, lambda: joined(texts)),
     ):
         if there != (wanted := value()):
+            apart = " (sklformat merge joins their caches)" if what == "of other text" else ""
             raise SettingsError(
                 f"{directory}: the tokens there were made {what} ({there}, now {wanted}); "
-                f"give what they were made with, use another directory, or delete this one"
+                f"give what they were made with, use another directory{apart}, or delete this one"
             )
     return store
 

@@ -1,8 +1,10 @@
 """Capture: what the teacher hands over is what the shards hold, and every failure is told to the teacher."""
 
 import dataclasses
+import itertools
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +25,13 @@ from capture_data import (
     wait_for_durable,
     write_undisturbed,
 )
+from operation_data import run_until_call
 from system import open_descriptors, wait_for
 
 import sklformat as skl
+from sklformat.cache.contents import mark_unfinished
+from sklformat.cache.manifest import remove_manifest
+from sklformat.cache.recovery import unseal
 from sklformat.capture import Capture, ShardWork, merge_draws
 from sklformat.format import layout
 
@@ -386,7 +392,11 @@ def test_a_finished_cache_wants_nothing(tmp_path):
     [
         ({"header": dataclasses.replace(HEADER, rounds=21)}, "rounds: 20 != 21"),
         ({"header": dataclasses.replace(HEADER, capture={"teacher": "b"})}, r"capture\.teacher: 'made up' != 'b'"),
-        ({"sequences_per_shard": 5}, "holds 4 sequences, this capture asks for 5"),
+        ({"sequences_per_shard": 5}, "place: shard 2 from sequence 8 != shard 2 from sequence 10"),
+        (
+            {"header": dataclasses.replace(HEADER, corpus_fingerprint="1" * 32)},
+            "other text is another cache: sklformat merge joins both",
+        ),
         ({"sequences_per_shard": 2, "num_sequences": 20}, "holds 4 sequences, this capture asks for 2"),
         ({"num_sequences": 8}, "make 2 shards, this is number 2"),
     ],
@@ -400,6 +410,83 @@ def test_other_settings_are_refused(tmp_path, changes, message):
         pass
     assert before == shard_bytes(tmp_path / "cache")
     assert not {name for name in names(tmp_path / "cache") if "lock" in name}
+
+
+@pytest.mark.parametrize("count", [1, 4, 6, 8, 9])
+def test_a_finished_cache_grows(tmp_path, count):
+    """More sequences extend it to the bytes of one run; who has it open keeps it; meanwhile it is unfinished."""
+    expected = write_undisturbed(tmp_path / "whole")
+    directory = tmp_path / "cache"
+    with open_capture(directory, num_sequences=count) as capture:
+        push_all(capture)
+    old = skl.open(directory)
+    before = list(old)
+    assert count == len(before)
+    with open_capture(directory) as capture:
+        with pytest.raises(skl.UnfinishedError):
+            skl.open(directory)
+        work = next(capture.shards())
+        assert count == work.next_sequence
+        capture.push_draws(count, tokens_of(count), draws_of(count))
+    with pytest.raises(skl.UnfinishedError):
+        skl.open(directory)
+    with open_capture(directory) as capture:
+        push_all(capture)
+    assert expected == shard_bytes(directory)
+    assert NUM_SEQUENCES == len(skl.open(directory))
+    assert {*expected, "manifest.json"} == names(directory)
+    with old:
+        assert before == list(old)
+
+
+def test_a_finished_cache_grows_on_other_ranks(tmp_path):
+    """The rank whose work the last shard is opens it, and no other."""
+    expected = write_undisturbed(tmp_path / "whole")
+    with open_capture(tmp_path / "cache", num_sequences=6) as capture:
+        push_all(capture)
+    for rank in (0, 1):
+        capture = open_capture(tmp_path / "cache", rank=rank, world_size=2, run="grows")
+        with capture:
+            push_all(capture)
+    capture.finish()
+    assert expected == shard_bytes(tmp_path / "cache")
+
+
+def test_a_shard_is_opened_again_from_any_moment(tmp_path):
+    """Killed before any write, sync or removal, there is the sealed shard, or all of it unsealed; a run resumes it."""
+    expected = write_undisturbed(tmp_path / "whole")
+    with open_capture(tmp_path / "cache", num_sequences=6) as capture:
+        push_all(capture)
+    for call in itertools.count(1):
+        directory = tmp_path / str(call)
+        shutil.copytree(tmp_path / "cache", directory)
+        mark_unfinished(directory)
+        remove_manifest(directory)
+        shard = directory / "shard-00001.skl"
+        if not (killed := run_until_call(call, lambda shard=shard: unseal(shard))):
+            assert not shard.exists()
+        else:
+            assert shard.exists() or 2 == skl.recover(shard).sequences
+        if call % 3 == 0 or not killed:
+            with open_capture(directory) as capture:
+                push_all(capture)
+            assert expected == shard_bytes(directory)
+        if not killed:
+            break
+    assert call > 6
+
+
+def test_a_damaged_shard_does_not_grow(tmp_path):
+    """Nothing is appended to what cannot be believed, and the damaged shard stays where it is."""
+    with open_capture(tmp_path / "cache", num_sequences=6) as capture:
+        push_all(capture)
+    shard = tmp_path / "cache" / "shard-00001.skl"
+    data = bytearray(shard.read_bytes())
+    data[4096 + 70] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(skl.CorruptError, match="block 0: byte 4096: payload checksum"):
+        open_capture(tmp_path / "cache").__enter__()
+    assert data == shard.read_bytes()
 
 
 def test_an_unfinished_shard_of_other_settings_is_refused(tmp_path):
