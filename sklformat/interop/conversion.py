@@ -18,11 +18,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat.cache.contents import PLAIN_SUFFIXES, partial_files, scan_directory, shard_header, shard_path
+from sklformat.cache.contents import (
+    PLAIN_SUFFIXES,
+    mark_unfinished,
+    partial_files,
+    shard_header,
+    shard_path,
+    unmark_unfinished,
+)
 from sklformat.cache.manifest import MANIFEST_NAME, write_manifest
 from sklformat.cache.report import inspect
 from sklformat.cache.writer import ShardWriter
-from sklformat.capture.plan import survey
+from sklformat.capture.destinations import Target
+from sklformat.capture.plan import sealed_entries, survey
 from sklformat.errors import CorruptError, SettingsError, describe_bad_json
 from sklformat.files.disk import LOCK_NAME, Disk, lock, locked_directory, refuse_held, write_atomically
 from sklformat.files.regular import check_exists
@@ -279,13 +287,16 @@ def _write_cache(config: ConvertConfig, stream: _Stream) -> None:
             _check_begun(mark, begun)
         else:
             write_atomically(mark, json.dumps(begun).encode())
+        mark_unfinished(directory)  # between two shards it would look like a smaller cache
         for work in survey(directory, header, source.count, per_shard):
             placed = shard_header(header, work.number, work.first_sequence)
             with ShardWriter(shard_path(directory, work.number), header=placed, resume=True) as writer:
                 for tokens, targets, columns in stream.take(work.next_sequence, work.end - work.next_sequence):
                     writer.append(tokens, targets, columns)
         stream.finish()
-        write_manifest(directory, scan_directory(directory))
+        entries = sealed_entries(Target(directory), header, source.count, per_shard)
+        write_manifest(directory, entries)
+        unmark_unfinished(directory)
         mark.unlink()
         Disk().sync_directory(directory)
 

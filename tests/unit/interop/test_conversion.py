@@ -1,12 +1,14 @@
 """Conversion between caches and plain columns."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from operation_data import run_until_call, write
 
 import sklformat as skl
 from sklformat.cache.contents import scan_directory
@@ -483,6 +485,23 @@ def test_stopped_conversion_goes_on(tmp_path, stop):
     convert(config, lambda doing, done, total: seen.append(done) if doing == "convert" else None)
     assert stop + 1 == seen[0]
     assert contents(cache) == contents(tmp_path / "back")
+
+
+def test_a_killed_conversion_is_no_smaller_cache(tmp_path):
+    """Killed before any write, sync or rename, also between two shards, it left no cache that a reader would take."""
+    source = write(tmp_path / "a", 2, per_shard=1)
+    for call in itertools.count(1):
+        config = ConvertConfig(source=source, destination=tmp_path / str(call))
+        killed = run_until_call(call, lambda config=config: convert(config))
+        if (config.destination / "manifest.json").exists():
+            assert 2 == len(skl.open(config.destination))
+        elif config.destination.exists():
+            with pytest.raises(skl.MissingShardError):
+                skl.open(config.destination)
+        if not killed:
+            break
+    assert call > 15
+    assert contents(source) == contents(config.destination)
 
 
 def test_stopped_export_leaves_nothing(tmp_path):
