@@ -161,6 +161,20 @@ def find_header(directory: Path, url: str | None = None) -> Header | None:
     return None
 
 
+def check_shards(num_sequences: int, sequences_per_shard: int) -> None:
+    """
+    A manifest has room for the shards of a cache.
+
+    Raises:
+        ValueError: It has not; shows both numbers.
+    """
+    if -(-num_sequences // sequences_per_shard) > layout.MAX_SHARDS:
+        raise ValueError(
+            f"{num_sequences} sequences in shards of {sequences_per_shard} make more than {layout.MAX_SHARDS} "
+            "shards, the most that one manifest lists; take more sequences_per_shard"
+        )
+
+
 def places_of(num_sequences: int, sequences_per_shard: int) -> list[ShardWork]:
     """Every shard of a cache, with nothing in it."""
     starts = range(0, num_sequences, sequences_per_shard)

@@ -26,11 +26,10 @@ from sklformat.cache.recovery import unseal
 from sklformat.capture.destinations import Target
 from sklformat.capture.frames import Setup, merge_draws, pack_draws, pack_targets
 from sklformat.capture.memory import check_room
-from sklformat.capture.plan import ShardWork, places_of, sealed_entries, survey
+from sklformat.capture.plan import ShardWork, check_shards, places_of, sealed_entries, survey
 from sklformat.capture.ring import Ring
 from sklformat.errors import CaptureError, InUseError, RingClosedError
 from sklformat.files.disk import let_go, shared_directory
-from sklformat.format import layout
 from sklformat.format.header import Header
 from sklformat.format.listing import Entry
 from sklformat.format.records import SparseTargets
@@ -112,11 +111,7 @@ class Capture:
         ):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if -(-num_sequences // sequences_per_shard) > layout.MAX_SHARDS:
-            raise ValueError(
-                f"{num_sequences} sequences in shards of {sequences_per_shard} make more than {layout.MAX_SHARDS} "
-                "shards, the most that one manifest lists; take more sequences_per_shard"
-            )
+        check_shards(num_sequences, sequences_per_shard)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..world_size - 1, got {rank} of {world_size}")
         if world_size > 1 and run is None:

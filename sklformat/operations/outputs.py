@@ -18,6 +18,7 @@ from sklformat.cache.contents import UNFINISHED_NAME, unmark_unfinished
 from sklformat.cache.manifest import MANIFEST_NAME, has_manifest
 from sklformat.cache.reader import Cache
 from sklformat.cache.sharding import CacheWriter, other_settings
+from sklformat.capture.plan import check_shards
 from sklformat.files.directories import published, refuse_foreign
 from sklformat.files.disk import LOCK_NAME, locked_directory
 from sklformat.files.places import Place, is_url
@@ -114,12 +115,13 @@ def write_output(
     Raises:
         SettingsError: ``out`` holds something else; shows both values.
         InUseError: Another process writes there.
-        ValueError: ``out`` is, or lies in, one of the sources.
+        ValueError: ``out`` is, or lies in, one of the sources; or there would be too many shards.
         FormatError: A source, or what is there, is damaged.
         OSError: The system's own.
     """
     _check_apart(out, [cache.path for cache in sources])
     _check_place(out)
+    check_shards(count, sequences_per_shard)
     if has_manifest(out):
         with locked_directory(out):
             _check_same(out, header)

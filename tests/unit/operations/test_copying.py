@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 
+import fsspec
 import pytest
 import reference
 from operation_data import COLUMNS, PER_SHARD, content, header, run_until_call, sequence, write
@@ -12,6 +13,7 @@ from operation_data import COLUMNS, PER_SHARD, content, header, run_until_call, 
 import sklformat as skl
 from sklformat.cli import main
 from sklformat.files.disk import locked_directory
+from sklformat.format import layout
 from sklformat.format.header import parse_header
 from sklformat.operations import merge_caches, slice_cache
 from sklformat.operations.headers import merged_header
@@ -275,6 +277,29 @@ def test_what_cannot_be_is_said_in_a_line(tmp_path, monkeypatch, capfd, words, s
     assert message in err
     assert before == content(tmp_path)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_source_behind_a_url(tmp_path):
+    """Blocks come from a store as from a disk, through checked local copies; a token store there stays there."""
+    a = write(tmp_path / "a", 5, columns=COLUMNS)
+    store = fsspec.filesystem("memory")
+    for name, data in content(a).items():
+        store.pipe(f"/operations/a/{name}", data)
+    part_of("memory://operations/a", "1:5", tmp_path / "s")
+    part_of(a, "1:5", tmp_path / "t")
+    assert content(tmp_path / "t") == content(tmp_path / "s")
+    store.rm("/operations", recursive=True)
+
+
+def test_more_shards_than_a_manifest_lists_are_refused_at_the_start(tmp_path, monkeypatch):
+    """Before anything is written, and with both numbers."""
+    a = write(tmp_path / "a", 5)
+    monkeypatch.setattr(layout, "MAX_SHARDS", 4)
+    with pytest.raises(
+        ValueError, match="5 sequences in shards of 1 make more than 4 shards, the most that one manifest"
+    ):
+        part_of(a, ":", tmp_path / "s", sequences_per_shard=1)
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_finished_output_wants_nothing(tmp_path, capfd):
