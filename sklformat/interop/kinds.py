@@ -34,6 +34,8 @@ NEIGHBOURS = {
     "automodel": "tensors",
 }
 """The module of ``neighbours`` that reads each kind."""
+_FILES = ("llama-cpp-kld", "vllm", "sglang")  # kinds that are one file
+_DIRECTORIES = ("megatron", "sampledkd", "whittle", "automodel")
 _OF_TABLES = ("vocab_size", "rounds", "sampler", "convention", "values", "columns", "tokens", "drop_last_row")
 EXPORTS = {"axolotl": "axolotl", "distillkit-raw": "distillkit", "megatron": "megatron"}
 """The module of ``neighbours`` that writes each kind."""
@@ -71,8 +73,13 @@ def open_reading(path: Path, kind: str, asked: Asked) -> tuple[Reading, Note | N
 
     Raises:
         ValueError: The user must say more, or says what can't be.
+        IsADirectoryError, NotADirectoryError: Of a kind that is a file, or a directory.
         FormatError, OSError, ModuleNotFoundError: Of the reader.
     """
+    if kind in _FILES and path.is_dir():
+        raise IsADirectoryError(f"{path}: is a directory, {kind} is a file; give the file")
+    if kind in _DIRECTORIES and not path.is_dir():
+        raise NotADirectoryError(f"{path}: is a file, {kind} is a directory; give the directory")
     if kind in NEIGHBOURS:
         return _neighbour(NEIGHBOURS[kind]).read(path, kind, asked), None
     refuse_flags(path, kind, asked, _OF_TABLES)

@@ -72,6 +72,10 @@ def read_named(path: Path, table: Table, asked: Asked) -> Reading:
     kind = "logprobs" if is_counts else asked.values or "logprobs"
     if "lse" in sources and kind != "logits":
         raise ValueError(f"{path}: lse turns logits into log-probs; give --values logits, or leave it out")
+    if asked.convention == "own" and asked.drop_last_row:
+        raise ValueError(f"{path}: --convention own leaves out the row of the first token; leave out --drop-last-row")
+    if asked.rounds and asked.sampler in ("topk", "topp"):
+        raise ValueError(f"{path}: --sampler {asked.sampler} draws nothing; leave out --rounds")
     columns = tuple(name for name in layout.COLUMNS if name in sources or (name == STARTS and "document" in sources))
     says = ["row t describes token t + 1, given tokens 0..t"]
     if asked.convention == "own":

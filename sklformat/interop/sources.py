@@ -24,6 +24,9 @@ Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, sequences done, and sequences in total where that is known."""
 
 SHARD_SEQUENCES = 1024  # of a shard, where the source says nothing
+_PLACES = (0, 1, 2)  # of tokens that row t may be about, from t
+_NEXT = 1  # the place that is right
+_ENOUGH, _CLEAR = 50, 0.2  # positions, and the share of them, that say more than chance
 _WHOLE = 5e-3  # a position whose weights sum to 1 within this was renormalised
 
 
@@ -162,8 +165,9 @@ class RowsSource:
                 capture={"converted": provenance},
             )
         self.identity = identity_of(path)
+        shifted = [] if note is not None else scan.shifted()
         renormalised = scan.says(base) if reading.renormalised is None else []
-        self.says = (*reading.says, _kind_says(self.header), *renormalised, *left_out)
+        self.says = (*reading.says, _kind_says(self.header), *renormalised, *shifted, *left_out)
 
     def _values_are(self, scan: _Scan) -> str:
         """One word for a cache's provenance."""
@@ -224,6 +228,8 @@ class _Scan:
         self._lengths: set[int] = set()
         self.sums: list[float] = [np.inf, -np.inf]
         self._weighted = self._total = 0.0
+        self._followed = 0
+        self._hits = np.zeros(len(_PLACES), np.int64)
 
     @property
     def seq_len(self) -> int:
@@ -235,10 +241,32 @@ class _Scan:
         if len(self._lengths) < 2:
             self._lengths.add(targets.num_positions)
         self.most_records = max(self.most_records, int(np.diff(targets.offsets).max(initial=0)))
+        if targets.num_positions > 2 and targets.num_records:
+            self._look(item)
         if targets.weights is not None and targets.num_records:
             sums = position_sums(targets.weights.astype(np.float64), targets.offsets)
             self.sums = [min(self.sums[0], sums.min()), max(self.sums[1], sums.max())]
             self._weighted, self._total = self._weighted + sums.size, self._total + sums.sum()
+
+    def _look(self, item: Item) -> None:
+        """Count the positions [1, T - 1) that have the token before, at and after the right place among their ids."""
+        offsets = item.targets.offsets[1:-1]
+        counts = np.diff(offsets)
+        ids = item.targets.token_ids[offsets[0] : offsets[-1]]
+        self._followed += int((counts > 0).sum())
+        for number, place in enumerate(_PLACES):
+            tokens = item.tokens[1 + place : 1 + place + counts.size]
+            self._hits[number] += (ids == np.repeat(tokens, counts)).sum()
+
+    def shifted(self) -> list[str]:
+        """That rows seem to describe a token that is not the next, which a teacher's most likely ids tell."""
+        best = int(np.argmax(self._hits))
+        if self._followed < _ENOUGH or self._hits[best] - self._hits[_NEXT] < _CLEAR * self._followed:
+            return []
+        there, other = (f"{self._hits[number] / self._followed:.0%}" for number in (_NEXT, best))
+        token = f"t + {_PLACES[best]}" if _PLACES[best] else "t"
+        says = f"token t + 1 is among the ids of row t at {there} of the positions, token {token} at {other}"
+        return [f"look at the rows before you train: {says}; the rows seem to be one place off"]
 
     @property
     def whole(self) -> bool:
@@ -260,7 +288,7 @@ class _Scan:
             unknown = "what the teacher gave to other tokens is unknown"
             return [f"the values were renormalised: each position's weights sum to 1, so {unknown}"]
         sums = f"a position's weights sum to {low:.3f} .. {high:.3f}, {mean:.3f} on average"
-        return [f"the values are log-probabilities over the whole vocabulary: {sums}"]
+        return [f"the values are parts of a distribution over the whole vocabulary: {sums}"]
 
 
 def _kind_says(header: Header) -> str:

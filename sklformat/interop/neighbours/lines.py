@@ -50,7 +50,8 @@ def recognise(path: Path) -> str | None:
     if isinstance(line, dict) and line.keys() >= _NEMO:
         return "nemo-aligner"
     rows = isinstance(line, list) and len(line) > 0 and all(isinstance(row, dict) and row for row in line)
-    return "easydistill" if rows and all(name.isdecimal() for name in line[0]) else None
+    certain = rows and all(name.isdecimal() and type(prob) in (int, float) for name, prob in line[0].items())
+    return "easydistill" if certain else None
 
 
 def read(path: Path, kind: str, asked: Asked) -> Reading:

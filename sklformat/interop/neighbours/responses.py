@@ -44,7 +44,10 @@ def recognise(path: Path) -> str | None:
     if path.is_dir() or path.suffix not in (".jsonl", ".json"):
         return None
     line = _unwrapped(jsonl.peek_line(path))
-    if isinstance(line.get("meta_info"), Mapping):
+    if line.keys() >= {"input_ids", "token_ids"}:  # plain columns beside what a script kept of an answer
+        return None
+    meta = line.get("meta_info")
+    if isinstance(meta, Mapping) and any("_top_logprobs" in name for name in meta):
         return "sglang"
     parts = [line, *_objects(line.get("choices")), *_objects(line.get("outputs"))]
     return "vllm" if any("prompt_logprobs" in part for part in parts) else None

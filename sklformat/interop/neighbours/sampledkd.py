@@ -103,6 +103,8 @@ class _Items:
     def __init__(self, path: Path) -> None:
         self.path = path
         manifest = path / "manifest.json"
+        if not manifest.exists():
+            raise CorruptError("has no manifest.json, which says where items are; copy all of it", path=path)
         try:
             content = json.loads(manifest.read_bytes(), object_pairs_hook=_unique)
             self.places = {key: (int(place["shard"]), int(place["index"])) for key, place in content["items"].items()}

@@ -194,6 +194,8 @@ def _tried(row: Callable[[int], Row], number: int) -> Row | Unreadable:
 
 def _read_automodel(path: Path, asked: Asked) -> Reading:
     manifest = path / "manifest.json"
+    if not manifest.exists():
+        raise CorruptError("has no manifest.json; copy all of the cache", path=path)
     try:
         content = json.loads(manifest.read_bytes())
         version = content["format_version"]

@@ -10,6 +10,7 @@ import sklformat as skl
 from sklformat.cache.writer import ShardWriter
 from sklformat.format.header import Header
 from sklformat.interop import convert
+from sklformat.interop.kinds import find_kind
 from sklformat.interop.sources import CacheSource
 from sklformat.settings.convert import ConvertConfig
 
@@ -121,3 +122,93 @@ def test_weights_that_were_divided_are_not_called_unbiased(tmp_path):
         in CacheSource(tmp_path / "divided.skl", None).says[0]
     )
     assert CacheSource(tmp_path / "kept.skl", None).says[0].endswith("sampler multinomial: unbiased")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ROW | {"meta_info": {"source": "wiki"}},
+        ROW | {"prompt_logprobs": None},
+        ROW | {"__metadata__": True},
+        [{"2024": "a year"}],
+    ],
+)
+def test_ones_own_lines_are_nobody_elses(tmp_path, line):
+    """A kind is guessed from what nobody else writes, not from a name that anybody may give."""
+    assert find_kind(jsonl(tmp_path / "a.jsonl", line)) == "jsonl"
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llama-cpp-kld", "megatron", "sampledkd", "whittle", "automodel"])
+def test_a_directory_for_a_file(tmp_path, kind):
+    """What is a file for one kind and a directory for another is told by one line that says what to give."""
+    source, is_file = tmp_path / "source", kind in ("vllm", "sglang", "llama-cpp-kld")
+    source.mkdir() if is_file else jsonl(source, ROW)
+    np.save(tmp_path / "t.npy", [[1, 2, 3]])
+    error, message = (
+        (IsADirectoryError, "source: is a directory, .* is a file; give the file")
+        if is_file
+        else (NotADirectoryError, "source: is a file, .* is a directory; give the directory")
+    )
+    with pytest.raises(error, match=message):
+        run(source, tmp_path / "out", from_=kind)
+
+
+@pytest.mark.parametrize("kind", ["sampledkd", "automodel"])
+def test_half_a_directory_has_no_manifest(tmp_path, kind):
+    """The file that is missing is named."""
+    (tmp_path / "source").mkdir()
+    np.save(tmp_path / "t.npy", [[1, 2, 3]])
+    settings = {"sampler": None} | ({"tokens": tmp_path / "t.npy"} if kind == "sampledkd" else {})
+    with pytest.raises(
+        skl.CorruptError,
+        match=r"source: has no manifest\.json(, which says where items are; copy all of it|; copy all of the cache)",
+    ):
+        run(tmp_path / "source", tmp_path / "out", from_=kind, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"convention": "own", "drop_last_row": True}, "leaves out the row of the first token; leave out --drop-last"),
+        ({"rounds": 50}, r"a\.jsonl: --sampler topk draws nothing; leave out --rounds"),
+    ],
+)
+def test_flags_that_contradict(tmp_path, settings, message):
+    """Of two flags that cannot both be meant none is followed in silence."""
+    row = {"input_ids": [5, 3, 8], "token_ids": [[3, 9], [8, 1], [2, 4]], "logprobs": TOP}
+    with pytest.raises(ValueError, match=message):
+        run(jsonl(tmp_path / "a.jsonl", row), tmp_path / "out", **settings)
+
+
+def follow(length, seed):
+    """Tokens [L] and, for each, the ids [L, 3] that a teacher who knows what comes next has for the token after."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 200, length + 1)
+    ids = np.stack([tokens[1:], (tokens[1:] + 1) % 200, (tokens[1:] + 2) % 200], 1)
+    return tokens[:-1].tolist(), ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "token"),
+    [({"drop_last_row": True}, None), ({"convention": "own"}, "token t + 2")],
+)
+def test_rows_that_are_one_place_off_are_noticed(tmp_path, settings, token):
+    """A teacher's likely ids hold the right token far more often than its neighbours."""
+    tokens, ids = follow(80, 0)
+    row = {"input_ids": tokens, "token_ids": ids, "logprobs": np.log([[0.6, 0.2, 0.1]] * 80).tolist()}
+    made = run(jsonl(tmp_path / "a.jsonl", row), tmp_path / "out", vocab_size=200, **settings)
+    warned = [sentence for sentence in made.says if "the rows seem to be one place off" in sentence]
+    assert [sentence.split(" of the positions, ")[1].split(" at ")[0] for sentence in warned] == [token] * bool(token)
+
+
+def test_rows_of_axolotl_that_are_one_less_than_tokens(tmp_path):
+    """Rows about tokens 1 to L - 1 said to be about the next are one too late, as in Axolotl itself."""
+    tokens, ids = follow(80, 1)
+    row = {"target_token_ids": ids[:-1], "logprobs": np.log([[0.6, 0.2, 0.1]] * 79).tolist()}
+    np.save(tmp_path / "t.npy", [tokens])
+    asked = {"vocab_size": 200, "tokens": tmp_path / "t.npy"}
+    source = jsonl(tmp_path / "a.jsonl", row)
+    made = run(source, tmp_path / "late", convention="next", **asked)
+    assert any("token t at 100%; the rows seem to be one place off" in sentence for sentence in made.says)
+    made = run(source, tmp_path / "right", convention="own", **asked)
+    assert not any("one place off" in sentence for sentence in made.says)
