@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import tempfile
 import zipfile
@@ -106,10 +107,27 @@ def opened(path: Path) -> Iterator[Any]:
         if not zipfile.is_zipfile(file):
             raise CorruptError("not an npz file", path=path)
     try:
+        _check_sizes(path)
         with np.load(path, allow_pickle=False) as arrays:
             yield arrays
     except (ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise CorruptError(f"npz: {error}", path=path) from None
+
+
+def _check_sizes(path: Path) -> None:
+    """No array is larger than its member, whatever its header says: memory is taken before it is read."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as member:
+                if member.read(6) != b"\x93NUMPY":
+                    continue
+                version = member.read(2)
+                read = (
+                    np.lib.format.read_array_header_1_0 if version[:1] == b"\1" else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read(member)
+            if not dtype.hasobject and math.prod(shape) * dtype.itemsize > info.file_size:
+                raise ValueError(f"{info.filename} has {info.file_size} bytes, its header says shape {list(shape)}")
 
 
 def checked_offsets(offsets: NDArray[Any], end: int, name: str) -> NDArray[np.int64]:

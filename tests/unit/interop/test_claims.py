@@ -1,7 +1,9 @@
 """What would make a worse student without a word: draws that are none, other tokens, halves of two conversions."""
 
 import dataclasses
+import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -212,3 +214,16 @@ def test_rows_of_axolotl_that_are_one_less_than_tokens(tmp_path):
     assert any("token t at 100%; the rows seem to be one place off" in sentence for sentence in made.says)
     made = run(source, tmp_path / "right", convention="own", **asked)
     assert not any("one place off" in sentence for sentence in made.says)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_header_that_is_larger_than_its_array(tmp_path, version):
+    """An array of 256 TiB that a few bytes claim to be is refused before memory is taken for it."""
+    file = io.BytesIO()
+    head = {"descr": "<i8", "fortran_order": False, "shape": (2**45,)}
+    (np.lib.format.write_array_header_1_0 if version == 1 else np.lib.format.write_array_header_2_0)(file, head)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        for name in ("input_ids", "token_ids", "logprobs"):
+            archive.writestr(f"{name}.npy", file.getvalue() + bytes(8))
+    with pytest.raises(skl.CorruptError, match=r"\.npy has \d+ bytes, its header says shape \[35184372088832\]"):
+        run(tmp_path / "a.npz", tmp_path / "out")
