@@ -81,6 +81,15 @@ class Cache:
     def __len__(self) -> int:
         return self._length
 
+    def __repr__(self) -> str:
+        header = self.header
+        drawn = f" of {header.rounds} rounds" if header.rounds else ""
+        return (
+            f"<Cache {str(self.path)!r}: {len(self):,} sequences of {header.seq_len or 'any number of'} positions, "
+            f"{self.num_records:,} records, {header.kind}{drawn} ({header.sampler}), vocab_size {header.vocab_size:,}, "
+            f"fingerprint {self.fingerprint}>"
+        )
+
     def __getitem__(self, i: int) -> Sequence:
         """
         Sequence i, decoded and checked.

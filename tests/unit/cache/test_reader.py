@@ -406,3 +406,18 @@ def test_selected_rows_name_their_own_block(directory):
         with pytest.raises(skl.CorruptError, match=r"shard-00000\.skl: block 2: byte \d+: alignment checksum"):
             payloads.select(np.array([0, 2])).decode(shard.header)
         assert payloads.select(np.array([0, 1])).decode(shard.header).offsets[-1] == 6
+
+
+def test_repr_says_what_a_cache_is(tmp_path):
+    """The repr of a cache names its place, sizes, records and fingerprint, also once it is closed."""
+    header = skl.Header(vocab_size=5000, seq_len=2, kind="counts", rounds=3)
+    with skl.ShardWriter(tmp_path / "a.skl", header=header) as writer:
+        writer.append([1, 2, 3], skl.SparseTargets(token_ids=[1, 7], counts=[1, 2], offsets=[0, 2, 2]))
+    with skl.open(tmp_path / "a.skl") as cache:
+        pass
+    assert repr(cache) == (
+        f"<Cache {str(tmp_path / 'a.skl')!r}: 1 sequences of 2 positions, 2 records, counts of 3 rounds (multinomial), "
+        f"vocab_size 5,000, fingerprint {cache.fingerprint}>"
+    )
+    skl.ShardWriter(tmp_path / "b.skl", header=skl.Header(vocab_size=9, seq_len=0, kind="ratios", rounds=0)).seal()
+    assert "0 sequences of any number of positions, 0 records, ratios (unknown)" in repr(skl.open(tmp_path / "b.skl"))
