@@ -49,15 +49,19 @@ def importance_weights(
     """
     base = targets.weights if targets.counts is None else targets.counts / rounds
     assert base is not None
-    ratio = np.exp(other_logprob.astype(np.float64) - own_logprob.astype(np.float64))
-    weights = base * ratio
-    if largest is not None:
-        weights = np.minimum(weights, largest)
     lengths = np.diff(targets.offsets)
     positions = np.repeat(np.arange(lengths.size), lengths)
+    logarithm = other_logprob.astype(np.float64) - own_logprob.astype(np.float64)
+    if normalised:  # by the greatest of the position, so that no ratio overflows, nor all of them vanish
+        greatest = np.full(lengths.size, -np.inf)
+        np.maximum.at(greatest, positions, logarithm)
+        logarithm -= greatest[positions]
+    with np.errstate(over="ignore"):  # an infinite weight is cut, or refused by its size
+        weights = base * np.exp(logarithm)
+    if largest is not None:
+        weights = np.minimum(weights, largest)
     if normalised:
-        sums = np.bincount(positions, weights, minlength=lengths.size)
-        weights = weights / np.maximum(sums, np.finfo(np.float64).tiny)[positions]
+        weights /= np.bincount(positions, weights, minlength=lengths.size)[positions]
     floats = weights.astype(np.float32)
     kept = floats > 0
     offsets = np.concatenate([[0], np.cumsum(np.bincount(positions[kept], minlength=lengths.size))])

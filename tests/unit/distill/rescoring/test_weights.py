@@ -76,6 +76,16 @@ def test_divided_by_their_sum_they_are_a_distribution(teachers):
     assert distance > 0.01
 
 
+@pytest.mark.parametrize("gap", [-1000.0, 1000.0], ids=["less by far", "more by far"])
+def test_divided_by_their_sum_no_position_loses_all(gap):
+    """Where the teachers differ by more than a float64 can say, weights still sum to 1, and no record of a tie goes."""
+    targets = skl.SparseTargets(token_ids=[1, 2, 3], counts=[1, 3, 4], offsets=[0, 2, 2, 3])
+    own = np.array([-2.0, -2.0, -1.0])
+    weighted = importance_weights(targets, 4, own, own + gap, normalised=True)
+    assert [0, 2, 2, 3] == weighted.offsets.tolist()
+    assert [0.25, 0.75, 1.0] == weighted.weights.tolist()
+
+
 def test_they_are_cut_and_vanish():
     """Weights are cut to the largest that is allowed; a record whose weight is 0 in float32 is left out."""
     targets = skl.SparseTargets(token_ids=[0, 1, 2, 5], counts=[1, 2, 1, 4], offsets=[0, 3, 3, 4])
