@@ -32,7 +32,7 @@ from sklformat.settings.convert import ConvertConfig
 from sklformat.settings.demo import DemoConfig
 from sklformat.settings.estimate import EstimateConfig
 from sklformat.settings.eval import EvalConfig
-from sklformat.settings.inspection import CheckConfig, InspectConfig, RecoverConfig, VerifyConfig
+from sklformat.settings.inspection import CheckConfig, InspectConfig, PlotConfig, RecoverConfig, VerifyConfig
 from sklformat.settings.operations import MergeConfig, SliceConfig, SubsampleConfig
 from sklformat.settings.rescore import RescoreConfig
 from sklformat.settings.train import TrainConfig
@@ -270,6 +270,14 @@ def _run_recover(name: str, arguments: list[str]) -> int:
     return 0
 
 
+def _run_plot(name: str, arguments: list[str]) -> int:
+    config, as_json = parse(PlotConfig, name, arguments, positional=True)
+    from sklformat.views.curves import plot  # noqa: PLC0415  loads matplotlib
+
+    _print_result(plot(config), as_json=as_json)
+    return 0
+
+
 def _run_estimate(name: str, arguments: list[str]) -> int:
     from sklformat.capture.estimates import estimate  # noqa: PLC0415
 
@@ -347,6 +355,7 @@ _VERBS = {
     "eval": _Verb("measure a student on held-out text or records", EvalConfig, _EVAL, _AGAIN),
     "demo": _Verb("run the whole pipeline once, from text to the paper's table", DemoConfig, _DEMO),
     "inspect": _Verb("show what a cache holds", InspectConfig, _run_inspect, _AGAIN),
+    "plot": _Verb("draw training runs on one sheet", PlotConfig, _run_plot, _AGAIN),
     "verify": _Verb("check every byte of a cache", VerifyConfig, _run_verify, _AGAIN),
     "recover": _Verb("keep the whole sequences of an unfinished shard", RecoverConfig, _run_recover),
     "check": _Verb("prove that a cache and tokens belong together", CheckConfig, _CHECK, _AGAIN),

@@ -33,7 +33,7 @@ def parse(
     A field is a flag, its docstring the help; ``positional``: required fields are arguments instead.  A field whose
     name cannot be its flag's, or that is a flag all the same, says the flag in its metadata.  The values of a flag that
     takes several add up where it is repeated; metadata ``once`` refuses that, as for any flag of one value.  Metadata
-    ``was`` is a flag's name of before, for who still uses that.
+    ``was`` is a flag's name of before, for who still uses that, and ``short`` its one letter, beside ``flag``.
 
     Raises:
         UsageError: A flag is unknown, missing, has no such value, or is repeated.
@@ -49,7 +49,9 @@ def parse(
     as_argument: Any = tyro.conf.Positional
     for f in own:
         if "flag" in f.metadata:
-            flag = tyro.conf.arg(name=f.metadata["flag"])
+            flag = tyro.conf.arg(
+                name=f.metadata["flag"], aliases=[f.metadata["short"]] if "short" in f.metadata else None
+            )
             flags.append((f.name, Annotated[hints[f.name], flag], dataclasses.field(default=f.default)))
         elif positional and f.default is dataclasses.MISSING:
             flags.append((f.name, as_argument[hints[f.name]], dataclasses.field()))

@@ -7,15 +7,29 @@ the LM loss of each method, and how far its confidence can be trusted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 BASELINE_COLOUR = "#7f7f7f"
 COLOURS = ("#4477aa", "#cc6677", "#228833", "#aa7733", "#66ccee", "#aa3377", "#999933", "#332288")
+# One of each for a run, so that runs differ without colour.
+STYLES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (3, 5)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# What a user has in matplotlibrc must not change the project's figures; a $ in a run's name begins no formula.
+_STYLE: dict[str, Any] = {
+    **mpl.rcParamsDefault,
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,
+}
 
 
 class ReliabilityBin(TypedDict):
@@ -47,6 +61,19 @@ class ComparisonRow(TypedDict):
     """Bins in rising order of confidence; empty bins may be left out."""
 
 
+class RunRow(TypedDict):
+    """What is drawn of one training run."""
+
+    name: str
+    """In the legend."""
+
+    curves: Mapping[str, Sequence[tuple[int, float]]]
+    """(step, value) of loss, lm_loss, kl, kl_to_records (nats) and calibration_error (a fraction); may be empty."""
+
+    reliability: Sequence[ReliabilityBin]
+    """As in ``ComparisonRow``; empty where the run was not evaluated."""
+
+
 def plot_comparison(rows: Sequence[ComparisonRow], path: Path | str, *, title: str = "") -> None:
     """
     Draw the LM loss and the reliability of each method into one PNG, SVG or PDF file.
@@ -68,8 +95,7 @@ def plot_comparison(rows: Sequence[ComparisonRow], path: Path | str, *, title: s
     path = Path(path)
     columns = 1 if len(rows) == 1 else 2 if len(rows) <= 4 else 4
     lines = -(-len(rows) // columns)
-    # A fixed style: what a user has in matplotlibrc must not change the project's figures.
-    with mpl.rc_context({**mpl.rcParamsDefault, "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+    with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.0 + 2.9 * columns, max(4.2, 2.9 * lines + 0.9)), dpi=130, layout="constrained")
         parts: Any = figure.subfigures(1, 2, width_ratios=(6.0, 2.9 * columns))
         left, right = parts
@@ -86,6 +112,101 @@ def plot_comparison(rows: Sequence[ComparisonRow], path: Path | str, *, title: s
         if title:
             figure.suptitle(title, fontsize=12)
         figure.savefig(path)
+
+
+def plot_runs(rows: Sequence[RunRow], path: Path | str) -> None:
+    """
+    Draw training runs into one PNG, SVG or PDF file: losses, KL, calibration error and reliability.
+
+    Args:
+        rows: One entry per run, 1 to 8.
+        path: File to write; its ending chooses the format.
+
+    Raises:
+        ValueError: No rows, more than 8, or a file ending that matplotlib cannot write.
+        OSError: The file cannot be written.
+    """
+    with mpl.rc_context(_STYLE):
+        draw_runs(rows).savefig(path)
+
+
+def draw_runs(rows: Sequence[RunRow]) -> Figure:
+    """The sheet of ``plot_runs``, not yet written; arguments and errors as there."""
+    if not 1 <= len(rows) <= len(MARKERS):
+        raise ValueError(f"plot_runs draws 1 to {len(MARKERS)} runs, got {len(rows)}")
+    by_teacher = any(row["curves"]["kl"] for row in rows)
+    panels = (
+        ("loss", "Training loss", "nats, as each method has it", 1),
+        ("lm_loss", "Held-out LM loss", "nats per token", 1),
+        ("kl", "KL to the teacher", "nats per position, estimated", 1)
+        if by_teacher
+        else ("kl_to_records", "KL to the records", "nats per position", 1),
+        ("calibration_error", "Calibration error (ECE)", "%", 100),
+    )
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(13.5, 8.0), dpi=130, layout="constrained")
+        axes: Any = figure.subplots(2, 3).flatten()
+        for axis, (curve, title, unit, factor) in zip(axes, panels, strict=False):
+            axis.set_title(title, fontsize=12, fontweight="bold")
+            drawn = [
+                axis.plot(
+                    [step for step, _ in row["curves"][curve]],
+                    [factor * value for _, value in row["curves"][curve]],
+                    **_look(index),
+                    markevery=max(1, len(row["curves"][curve]) // 8),
+                )
+                for index, row in enumerate(rows)
+                if row["curves"][curve]
+            ]
+            if not drawn:
+                _say_empty(axis, "not in the log; train with\n--eval-cache or --hold-out,\nand --eval-every")
+                continue
+            axis.set_xlabel("step")
+            axis.set_ylabel(unit)
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _draw_reliabilities(axes[4], rows)
+        axes[5].set_axis_off()
+        names = ["\n".join(textwrap.wrap(_shortened(row["name"]), 34)) for row in rows]
+        handles = [Line2D([], [], **_look(index)) for index in range(len(rows))]
+        axes[5].legend(handles, names, loc="upper left", frameon=False, fontsize=11, handlelength=4)
+    return figure
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[index],
+        "linestyle": STYLES[index],
+        "marker": MARKERS[index],
+        "markersize": 5,
+        "linewidth": 1.6,
+    }
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 100 else f"{name[:48]} … {name[-48:]}"
+
+
+def _say_empty(axis: Any, why: str) -> None:
+    axis.text(0.5, 0.5, why, transform=axis.transAxes, ha="center", va="center", color="#555555")
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def _draw_reliabilities(axis: Any, rows: Sequence[RunRow]) -> None:
+    axis.set_title("Reliability", fontsize=12, fontweight="bold")
+    if not any(row["reliability"] for row in rows):
+        _say_empty(axis, "no evaluation.json in the run;\nsklformat eval --out writes it")
+        return
+    axis.plot([0, 100], [0, 100], color="#bbbbbb", linewidth=1.2)
+    for index, row in enumerate(rows):
+        bins = row["reliability"]
+        axis.plot(
+            [100 * each["confidence"] for each in bins], [100 * each["accuracy"] for each in bins], **_look(index)
+        )
+    axis.set_xlim(0, 100)
+    axis.set_ylim(0, 100)
+    axis.set_xlabel("confidence in the top token (%), below the line too high")
+    axis.set_ylabel("how often it was right (%)")
 
 
 def _colour(index: int, method: str) -> str:

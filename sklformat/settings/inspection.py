@@ -1,9 +1,12 @@
-"""The settings of ``sklformat inspect``, ``verify``, ``recover`` and ``check``."""
+"""The settings of ``sklformat inspect``, ``verify``, ``recover``, ``check`` and ``plot``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+
+MAX_RUNS = 8
+_ENDINGS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +43,20 @@ class CheckConfig:
     tokens: Path = field(metadata={"flag": "tokens"})
     """The tokens: a .npy array [sequences, seq_len + 1], an mmap-ninja store of such sequences, or the token store that
     sklformat cache wrote, which is packed again as the cache says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """Draw training runs on one sheet: losses, distance to the teacher, calibration error and reliability."""
+
+    paths: tuple[Path, ...]
+    """Directories of runs, as sklformat train writes them, 1 to 8; evaluation.json in one, of eval, is drawn too."""
+
+    out: Path = field(metadata={"flag": "out", "short": "-o"})
+    """File to write; its ending chooses the format: .png, .svg or .pdf."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.paths) <= MAX_RUNS:
+            raise ValueError(f"plot draws 1 to {MAX_RUNS} runs, got {len(self.paths)}")
+        if self.out.suffix.lower() not in _ENDINGS:
+            raise ValueError(f"out must end in {', '.join(_ENDINGS[:-1])} or {_ENDINGS[-1]}, got {str(self.out)!r}")
