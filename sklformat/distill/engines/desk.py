@@ -165,16 +165,19 @@ class Desk:
                 Thread(target=self._serve, args=(line,), name="desk line", daemon=True).start()
 
     def _serve(self, line: Line) -> None:
-        """Answer and keep until the worker ends."""
-        with contextlib.suppress(OSError):
-            line.send(asdict(self._settings))
-            while (message := line.receive()) is not None:
-                said, arrays = message
-                if "ask" in said:
-                    self._answer(line, said["ask"])
-                else:
-                    self._arrived.put(_arrived(said, arrays))
-        self._arrived.put(Gone())
+        """Answer and keep until the worker ends, or says what is not understood: then it is hung up on."""
+        try:
+            with contextlib.suppress(OSError):
+                line.send(asdict(self._settings))
+                while (message := line.receive()) is not None:
+                    said, arrays = message
+                    if "ask" in said:
+                        self._answer(line, said["ask"])
+                    else:
+                        self._arrived.put(_arrived(said, arrays))
+        finally:
+            line.close()  # else the worker would block, once nobody takes what it sends
+            self._arrived.put(Gone())
 
     def _answer(self, line: Line, asked: list[int] | None) -> None:
         with self._lock:

@@ -9,7 +9,8 @@ import torch
 from engine_data import FakeEngine, LayerEngine, connected, logits_of, tokens_of
 
 import sklformat as skl
-from sklformat.distill.engines import hooks
+from sklformat.distill.engines import hooks, messages
+from sklformat.distill.engines.desk import Desk, Gone
 from sklformat.distill.engines.feed import Feed
 from sklformat.distill.engines.worker import show_logits
 from sklformat.distill.teacher.drawing import Drawer
@@ -53,6 +54,18 @@ def check(engine, hook="runner", **changes):
     assert list(range(len(LENGTHS))) == list(found)
     for sequence, (targets, _) in found.items():
         assert drawn_at_once(sequence, **changes) == targets, sequence
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_is_not_understood_is_hung_up_on():
+    """Rows without their arrays end the line at once, at both ends: nobody waits for an answer that never comes."""
+    with messages.listening() as (listener, path), Desk(listener, engine_data.settings()) as desk:
+        line = messages.dial(path)
+        assert line.receive() is not None
+        line.send({"rows": 0, "first": 0, "columns": []})
+        assert desk.next(5.0) == Gone()
+        assert line.receive() is None
+        line.close()
 
 
 @pytest.mark.parametrize("kind", engine_data.RUNNERS)
