@@ -34,6 +34,7 @@ PAGES = [
     "docs/operations.md",
     "docs/converting.md",
     "docs/neighbours.md",
+    "docs/looking.md",
 ]
 # What is printed at a size for use, and its size here.
 SMALLER = {
