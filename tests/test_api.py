@@ -46,6 +46,8 @@ FLAGS = {
         schedule seed seq-len shard steps student teacher tokenizer tokens truncate trust-remote-code warmup
         warmup-steps weight-decay window
     """,
+    "plot": "json",
+    "view": "first json positions student tokenizer trust-remote-code",
 }
 
 

@@ -57,6 +57,12 @@ def parse_capture(text: bytes) -> dict[str, Any]:
     return capture
 
 
+def is_isolated(capture: Mapping[str, Any]) -> bool:
+    """Whether documents did not see each other when the teacher ran, as ``sklformat cache`` says it."""
+    packing = capture.get("packing")
+    return isinstance(packing, Mapping) and packing.get("isolated") is True
+
+
 def _loaded(text: bytes) -> Any:
     value = json.loads(text.decode("utf-8"), parse_int=_integer)
     try:

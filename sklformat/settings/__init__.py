@@ -7,7 +7,7 @@ demo        sklformat demo
 estimate    sklformat estimate
 eval        sklformat eval
 files       which files are read as text, and how
-inspection  sklformat inspect, verify, recover, check and plot
+inspection  sklformat inspect, view, verify, recover, check and plot
 limits      what numbers a setting may have
 operations  sklformat merge, slice and subsample
 rescore     sklformat rescore

@@ -1,9 +1,11 @@
-"""The settings of ``sklformat inspect``, ``verify``, ``recover``, ``check`` and ``plot``."""
+"""The settings of ``sklformat inspect``, ``view``, ``verify``, ``recover``, ``check`` and ``plot``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from sklformat.settings.limits import check_least
 
 MAX_RUNS = 8
 _ENDINGS = (".png", ".svg", ".pdf")
@@ -60,3 +62,36 @@ class PlotConfig:
             raise ValueError(f"plot draws 1 to {MAX_RUNS} runs, got {len(self.paths)}")
         if self.out.suffix.lower() not in _ENDINGS:
             raise ValueError(f"out must end in {', '.join(_ENDINGS[:-1])} or {_ENDINGS[-1]}, got {str(self.out)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """Write one page that shows what the teacher said of each token. It needs no network, and any browser opens it."""
+
+    caches: tuple[str, ...]
+    """Caches of the same tokens, one or more: directories, .skl shards, or URLs of either."""
+
+    out: Path = field(default=Path("page.html"), metadata={"flag": "out", "short": "-o"})
+    """File to write, in place of what is there."""
+
+    first: int = 0
+    """The sequence to begin with."""
+
+    positions: int = 10_000
+    """Whole sequences are shown up to so many positions together, at least one."""
+
+    tokenizer: str | None = None
+    """Tokenizer of the cache: a directory or a name. None: ids are shown, or the student's tokenizer is taken if it
+    is the cache's."""
+
+    student: str | None = None
+    """A student to show beside the teacher: a directory or a name."""
+
+    trust_remote_code: bool = False
+    """Whether code that comes with a model or tokenizer may be run."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 0, "first")
+        check_least(self, 1, "positions")
+        if not self.caches:
+            raise ValueError("a page shows one cache or more, got none")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from sklformat.distill.loader.batches import Batch, Targets
 from sklformat.distill.loader.packed import PackedTargets
 from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.errors import AlignmentError
+from sklformat.format import captures
 from sklformat.format.block import block_shape
 from sklformat.format.columns import STARTS
 from sklformat.native import BatchArrays, Shape
@@ -212,8 +213,7 @@ class Contents:
 
 def is_isolated(cache: Cache) -> bool:
     """Whether documents did not see each other when the teacher ran."""
-    packing = cache.header.capture.get("packing")
-    return isinstance(packing, Mapping) and packing.get("isolated") is True
+    return captures.is_isolated(cache.header.capture)
 
 
 def _checked_range(sequences: range | None, available: int) -> range:

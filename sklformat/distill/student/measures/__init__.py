@@ -5,4 +5,5 @@ evaluation  sklformat eval: how good a student is, and how close to its teacher
 milestones  what a run measures while it trains, and the best student so far
 origins     what a student learnt from, as its run says
 passages    what it is measured on: text, or part of a cache
+showing     what a page shows beside a cache: text of tokens, and what a student says of them
 """
