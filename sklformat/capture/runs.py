@@ -19,7 +19,7 @@ from sklformat.cache.manifest import MANIFEST_NAME, read_manifest
 from sklformat.capture.destinations import Target
 from sklformat.capture.plan import unsealed
 from sklformat.capture.session import Capture
-from sklformat.errors import CorruptError, InUseError, MissingShardError, SettingsError
+from sklformat.errors import CorruptError, FormatError, InUseError, MissingShardError, SettingsError
 from sklformat.files.disk import shared_directory, write_atomically
 from sklformat.files.places import url_of
 from sklformat.format.header import Header, parse_header
@@ -127,7 +127,7 @@ class Run:
             return None
         try:
             found = Agreement.parse(data)
-        except Exception as error:  # noqa: BLE001  whatever is wrong with it
+        except (ValueError, KeyError, TypeError, FormatError) as error:
             raise CorruptError(
                 f"not what a rank of a run wrote ({error}); remove it, and start the ranks again", path=self._path
             ) from None

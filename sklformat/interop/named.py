@@ -194,16 +194,17 @@ def value_column(path: Path, names: Collection[str], kind: str | None, *, has_to
 def _ragged(cell: Cell, name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     values, offsets = cell.ragged(name)
     if name == "token_ids" and values.dtype.kind == "f" and (np.floor(values) == values).all():
-        values = _whole_numbers(values)  # ids beside values in one array of floats
+        values = _whole_numbers(values, cell.bits)  # ids beside values in one array of floats
     return typed(values, name), offsets
 
 
-def _whole_numbers(ids: NDArray[Any]) -> NDArray[np.int64]:
-    exact = 2.0 ** (np.finfo(ids.dtype).nmant + 1)
-    if (np.abs(ids) > exact).any():
+def _whole_numbers(ids: NDArray[Any], bits: int | None) -> NDArray[np.int64]:
+    bits = bits or np.finfo(ids.dtype).nmant + 1
+    rounded = np.abs(ids) >= 2.0**bits  # the first of these may have been its neighbour, rounded to even
+    if rounded.any():
         raise ValueError(
-            f"token_ids are {ids.dtype}, which has not every whole number above {exact:.0f}: id "
-            f"{ids[np.argmax(np.abs(ids) > exact)]:.0f} may have been another; save ids as integers"
+            f"token_ids are floats of {bits} significant bits, which do not hold every whole number from {2**bits} on: "
+            f"id {ids[np.argmax(rounded)]:.0f} may have been another; save ids as integers"
         )
     return ids.astype(np.int64)
 

@@ -117,7 +117,7 @@ def read(path: Path, kind: str, asked: Asked) -> Reading:
         sampler=truncated_sampler(path, kind, asked),
         columns=(STARTS,) if _DOCUMENTS in table.names else (),
         provenance=form.provenance,
-        says=(f"row t describes token t + 1{borders}", *form.says, "temperature 1, as DistillKit captures"),
+        says=(f"row t describes token t + 1{borders}", *form.says, _TEMPERATURE),
         renormalised=True if form.values == "logits" else None,
     )
 
@@ -143,6 +143,9 @@ def _row(cells: Mapping[str, Any], form: _Form) -> Row:
     if _DOCUMENTS in numbers and row.offsets.size == row.input_ids.size:
         row = within_documents(row, numbers[_DOCUMENTS].flat(_DOCUMENTS))
     return row
+
+
+_TEMPERATURE = "the files do not say the temperature; DistillKit captures at 1"
 
 
 class _Form(ABC):

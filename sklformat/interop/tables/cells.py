@@ -25,10 +25,12 @@ class Cell:
         values: [n] the innermost numbers, one list after the other.
         levels: Offsets of the lists at each depth, int64 from 0, the outermost first: ``[[7, 8], [9]]`` is values
             [7, 8, 9] and levels ([0, 2, 3],); a plain list of numbers has no level.
+        bits: Significant bits that floats had in the file, where these are fewer than those of ``values``.
     """
 
     values: NDArray[Any]
     levels: tuple[NDArray[np.int64], ...] = ()
+    bits: int | None = None
 
     def flat(self, name: str) -> NDArray[Any]:
         """
@@ -67,7 +69,8 @@ class Cell:
             raise ValueError(f"{name}[{index}]: position {int(np.argmax(places >= outer[1:]))} has no such list")
         lengths = inner[places + 1] - inner[places]
         offsets = offsets_of(lengths)
-        return Cell(self.values[np.repeat(inner[places] - offsets[:-1], lengths) + np.arange(offsets[-1])], (offsets,))
+        values = self.values[np.repeat(inner[places] - offsets[:-1], lengths) + np.arange(offsets[-1])]
+        return Cell(values, (offsets,), self.bits)
 
 
 def check_there(names: Iterable[str], there: Collection[str]) -> None:
@@ -81,13 +84,13 @@ def check_there(names: Iterable[str], there: Collection[str]) -> None:
         raise ValueError(f"no column {missing[0]!r}, only {', '.join(sorted(there)) or 'none'}")
 
 
-def array_cell(array: NDArray[Any]) -> Cell:
-    """The rows of an array [T, …, K] as lists of equal length."""
+def array_cell(array: NDArray[Any], bits: int | None = None) -> Cell:
+    """The rows of an array [T, …, K] as lists of equal length; ``bits`` as in ``Cell``."""
     levels = []
     for depth in range(array.ndim - 1):
         lists, length = int(np.prod(array.shape[: depth + 1])), array.shape[depth + 1]
         levels.append(np.arange(lists + 1, dtype=np.int64) * length)
-    return Cell(array.reshape(-1), tuple(levels))
+    return Cell(array.reshape(-1), tuple(levels), bits)
 
 
 def list_cell(value: list[Any], name: str) -> Cell:

@@ -53,7 +53,10 @@ def stacked_rows(path: Path, arrays: Mapping[str, Any], start: int = 0) -> Itera
     if not any(counts.values()):
         raise no_sequence(path)
     for i in range(start, min(counts.values())):
-        yield {name: array_cell(array[i]) if array.ndim > 1 else array[i].item() for name, array in arrays.items()}
+        yield {
+            name: array_cell(array[i], getattr(array, "bits", None)) if array.ndim > 1 else array[i].item()
+            for name, array in arrays.items()
+        }
 
 
 def _flat_rows(path: Path, file: Any, names: Sequence[str], start: int) -> Iterator[dict[str, Any]]:

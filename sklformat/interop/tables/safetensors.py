@@ -28,17 +28,20 @@ class Bfloats:
     An array of bfloat16; what is taken of it is float32.
 
     Args:
-        bits: The upper halves of float32 numbers, uint16 of any shape.
+        halves: The upper halves of float32 numbers, uint16 of any shape.
     """
 
-    def __init__(self, bits: NDArray[np.uint16]) -> None:
-        self._bits, self.ndim, self.shape = bits, bits.ndim, bits.shape
+    bits = 8
+    """Significant bits of a number."""
+
+    def __init__(self, halves: NDArray[np.uint16]) -> None:
+        self._halves, self.ndim, self.shape = halves, halves.ndim, halves.shape
 
     def __len__(self) -> int:
-        return len(self._bits)
+        return len(self._halves)
 
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
-        values: NDArray[np.float32] = (self._bits[key].astype(np.uint32) << 16).view(np.float32)
+        values: NDArray[np.float32] = (self._halves[key].astype(np.uint32) << 16).view(np.float32)
         return values
 
 

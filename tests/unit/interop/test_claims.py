@@ -68,12 +68,15 @@ def test_ids_that_a_type_has_rounded_are_refused(tmp_path):
     """A float16 has no 3001: it is 3000 by now, another token."""
     content = {"input_ids": [[1, 7, 9]], "logprobs": np.log(np.full((1, 2, 2), 0.3))}
     np.savez(tmp_path / "a.npz", **content, token_ids=np.array([[[3001, 4], [5, 2]]], np.float16))
-    message = "token_ids are float16, which has not every whole number above 2048: id 3000 may have been another"
+    message = "token_ids are floats of 11 significant bits, which do not hold every whole number from 2048 on: id 3000"
     with pytest.raises(skl.CorruptError, match=message):
         run(tmp_path / "a.npz", tmp_path / "out", vocab_size=6000)
-    np.savez(tmp_path / "b.npz", **content, token_ids=np.array([[[2048, 4], [5, 2]]], np.float16))
+    np.savez(tmp_path / "b.npz", **content, token_ids=np.array([[[2047, 4], [5, 2]]], np.float16))
     run(tmp_path / "b.npz", tmp_path / "small", vocab_size=6000)
-    assert skl.open(tmp_path / "small")[0].targets.token_ids.tolist()[:2] == [4, 2048]
+    assert skl.open(tmp_path / "small")[0].targets.token_ids.tolist()[:2] == [4, 2047]
+    np.savez(tmp_path / "c.npz", **content, token_ids=np.array([[[2049, 4], [5, 2]]], np.float16))
+    with pytest.raises(skl.CorruptError, match="id 2048 may have been another; save ids as integers"):
+        run(tmp_path / "c.npz", tmp_path / "even", vocab_size=6000)
 
 
 @pytest.mark.parametrize("changed", ["tokens", "convention"])

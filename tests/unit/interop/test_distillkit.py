@@ -80,7 +80,7 @@ def test_compressed(tmp_path):
     assert found["source"] == {"system": "distillkit", "k": 6, "exact": 6, "approximate": 0, "d": PADDED}
     assert found["values"] == "log-probabilities"
     assert "row t describes token t + 1" in made.says
-    assert "temperature 1, as DistillKit captures" in made.says
+    assert "the files do not say the temperature; DistillKit captures at 1" in made.says
     assert "the values are log-probabilities of the 6 most likely tokens" in made.says
 
 

@@ -56,6 +56,14 @@ def test_plain_columns(tmp_path):
         assert (one.tokens == other.tokens).all()
         assert (one.targets.token_ids == other.targets.token_ids).all()
         np.testing.assert_allclose(one.targets.weights, other.targets.weights, rtol=0.01)
+    wide = tensors | {"token_ids": (tensors["token_ids"] + 290).bfloat16()}
+    write.save_file(wide, tmp_path / "wide.safetensors")
+    with pytest.raises(skl.CorruptError, match="token_ids are floats of 8 significant bits"):
+        convert(
+            ConvertConfig(
+                source=tmp_path / "wide.safetensors", destination=tmp_path / "wide", vocab_size=400, sampler="topk"
+            )
+        )
     tensors["input_ids"] = tensors["input_ids"][:3]
     write.save_file(tensors, tmp_path / "b.safetensors")
     with pytest.raises(skl.CorruptError, match=r"safetensors: arrays have 3 rows \(input_ids\), 4 rows"):
