@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 Reach = Callable[..., None]
 """Called with what is done so far and, if there is one, a note on it."""
-Unit = Literal["byte", "sequence", "step"]
+Unit = Literal["byte", "sequence", "step", "student"]
 
 clock = time.monotonic
 _SOON, _BETWEEN = 10.0, 60.0  # seconds: until the first line that has a figure, and between two after it

@@ -118,7 +118,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
         settings["field"] = config.field
     with runs.opened(config.out, settings):
         with _stage("1/6 text: documents, tokenizer, token stores"):
-            eval_count = _prepare_text(config, size)
+            eval_count = prepare_text(config, size)
         teacher = teacher_configs(config, size, eval_count)
         with _stage("2/6 teacher: training on the text"):
             # One thread here as everywhere, so that the figures depend on the seed and not on how busy the machine is.
@@ -158,7 +158,7 @@ def _stage(name: str) -> Iterator[None]:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def _prepare_text(config: DemoConfig, size: Size) -> int:
+def prepare_text(config: DemoConfig, size: Size) -> int:
     """Make tokenizer and token stores; return how many held-out sequences there are to evaluate on."""
     documents = _documents(config, size)
     training, held_out = split_documents(documents)
