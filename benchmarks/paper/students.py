@@ -40,7 +40,10 @@ from sklformat.format.records import SparseTargets
 from sklformat.operations.thinning import thin
 from sklformat.progress import show
 
-FIGURES = ("lm_loss", "kl", "calibration_error", "confidence_gap", "acceptance_rate", "top1_agreement")
+DIGITS = {
+    "records": 1, "% CE to FullKD": 0, "ECE %": 1, "confidence gap %": 1, "sum of min(p, q) %": 1,
+    "top-1 agreement %": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +160,19 @@ def percent(results: Sequence[Result], ce: Sequence[Result], full: Sequence[Resu
     """'% CE to FullKD' of each seed, of its own gap."""
     triples = zip(results, ce, full, strict=True)
     return Mean.of([100 * (c.lm_loss - r.lm_loss) / (c.lm_loss - f.lm_loss) for r, c, f in triples])
+
+
+def columns(results: Sequence[Result], ce: Sequence[Result], full: Sequence[Result]) -> dict[str, Mean]:
+    """What the tables of students say of one of them."""
+    return {
+        "LM loss": means(results),
+        "% CE to FullKD": percent(results, ce, full),
+        "KL": means(results, "kl"),
+        "ECE %": means(results, "calibration_error"),
+        "confidence gap %": means(results, "confidence_gap"),
+        "sum of min(p, q) %": means(results, "acceptance_rate"),
+        "top-1 agreement %": means(results, "top1_agreement"),
+    }
 
 
 def rounds_for(of: Teacher, unique: float, sampler: str = "multinomial", most: int = 127) -> int:
