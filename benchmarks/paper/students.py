@@ -175,13 +175,15 @@ def columns(results: Sequence[Result], ce: Sequence[Result], full: Sequence[Resu
     }
 
 
-def rounds_for(of: Teacher, unique: float, sampler: str = "multinomial", most: int = 127) -> int:
-    """The number of draws whose mean number of records comes closest to ``unique``."""
+def rounds_for(
+    of: Teacher, unique: float, sampler: str = "multinomial", *, temperature: float = 1.0, most: int = 127
+) -> int:
+    """The number of draws whose mean number of records comes closest to ``unique``; temperature is the proposal's."""
     hidden = of.train.hidden[:: max(1, len(of.train.hidden) // 32)].flatten(0, 1)
     rounds = sorted({round(most ** (i / 24)) for i in range(25)})
     sums = np.zeros(len(rounds))
     for rows in hidden.split(512):
-        p_RV = of.logits(rows).double().softmax(-1)
+        p_RV = (temperature * of.logits(rows).double()).softmax(-1)
         for i, n in enumerate(rounds):
             drawn = -torch.expm1(n * torch.log1p(-p_RV)) if sampler == "multinomial" else (n * p_RV).clamp(max=1)
             sums[i] += float(drawn.sum())

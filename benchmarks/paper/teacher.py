@@ -107,18 +107,27 @@ def packed(directory: Path, size: Size, name: str, seed: int = 0) -> PackedSeque
 
 def read(given: Options, directory: Path, sequences: PackedSequences, count: int) -> Part:
     """What a model that lies in ``directory`` says of other sequences."""
-    return _read(loading.load_model(directory).to(given.device), sequences, count, given.device)
+    return _read(model_of(given, directory), sequences, count, given.device)
 
 
-@torch.inference_mode()
+def model_of(given: Options, directory: Path) -> Any:
+    return loading.load_model(directory).to(given.device)
+
+
 def _read(model: Any, sequences: PackedSequences, count: int, device: str) -> Part:
     tokens = torch.from_numpy(np.stack([sequences[i] for i in range(count)]).astype(np.int64)).to(device)
-    hidden = []
-    with show("teacher", count, unit="sequence") as reach:
-        for rows in tokens.split(16):
-            hidden.append(outputs.hidden_states(model, rows[:, :-1]).float())
+    return Part(tokens, hidden_states(model, tokens[:, :-1]))
+
+
+@torch.no_grad()
+def hidden_states(model: Any, tokens_ST: Tensor) -> Tensor:
+    """What a model's head is given, [S, T, D] float32."""
+    hidden: list[Tensor] = []
+    with show("teacher", len(tokens_ST), unit="sequence") as reach:
+        for tokens_BT in tokens_ST.split(16):
+            hidden.append(outputs.hidden_states(model, tokens_BT).float())
             reach(sum(map(len, hidden)))
-    return Part(tokens.clone(), torch.cat(hidden).clone())  # clones: inference tensors have no place in autograd
+    return torch.cat(hidden)
 
 
 @torch.no_grad()
