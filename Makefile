@@ -8,6 +8,8 @@
 #             its own (ONLY=trl: that one alone)
 # make vllm   the same with vLLM's CPU build as the teacher's engine, in an environment of 3.5 GB
 # make bench  the benchmarks; results go to the terminal
+# make paper  every claim of the paper, with error bars, and the page benchmarks/paper/README.md: two hours on two cores; if
+#             stopped, the same command resumes (ARGS="--thorough", ARGS="--device cuda")
 # make clean  remove what was built
 # A torch that is in .venv already is kept; PYTHON=... names the interpreter for a new .venv.
 
@@ -17,6 +19,7 @@ READY := .venv/ready
 ARGS ?=
 FUZZ_SECONDS ?= 60
 BENCHMARKS := $(wildcard benchmarks/*.py)
+PAPER := $(filter-out $(patsubst %,benchmarks/paper/%.py,bench students summary teacher),$(wildcard benchmarks/paper/*.py))
 PARTS := benchmarks/declared.py benchmarks/timing.py benchmarks/container_kinds.py
 SANITIZED := build/sanitized
 # -P and -S keep the working tree and its editable install out of the way of the sanitized copy.
@@ -28,7 +31,7 @@ MODULES := build/modules
 $(shell mkdir -p build && find sklformat -name '*.py' | sort >$(MODULES).now && \
   { cmp -s $(MODULES).now $(MODULES) && rm $(MODULES).now || mv $(MODULES).now $(MODULES); })
 
-.PHONY: demo test lint ctest sanitized pytest soak sweep fuzz ports integrations vllm bench clean
+.PHONY: demo test lint ctest sanitized pytest soak sweep fuzz ports integrations vllm bench paper clean
 
 demo: $(READY)
 	$(BIN)/sklformat demo $(ARGS)
@@ -167,6 +170,10 @@ vllm: $(READY)
 
 bench: $(READY)
 	for script in $(filter-out $(PARTS),$(BENCHMARKS)); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+
+paper: $(READY)
+	for script in $(PAPER); do $(BIN)/python $$script $(ARGS) || exit 1; done
+	$(BIN)/python benchmarks/paper/summary.py --write
 
 # What a bare Debian lacks comes from apt; pip is brought to a version that knows dependency groups; torch comes first, so that nothing else chooses it.
 $(READY): pyproject.toml $(wildcard csrc/*) $(MODULES)

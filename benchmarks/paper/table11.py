@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 from typing import Any
 
 from bench import COLOURS, CONTRADICTED, NOT_SHOWN, SHOWN, Claim, Options, options
@@ -31,7 +32,7 @@ def main() -> None:
     given = options(__doc__)
     claim = Claim("table11", "a teacher of other text helps little until it is fine-tuned (Table 11)", given)
     of = teacher(given)
-    of_prose = _teacher_of_prose(of)
+    of_prose = _teacher_of_prose(of, given)
     adapted = _train(of, "adapted", student=str(of_prose), tokens="tokens", share=0.25)
     rounds = rounds_for(of, 12.0)
     results = {"CE": train_all(of, [CE], given)[CE]}
@@ -60,13 +61,13 @@ def main() -> None:
     claim.end(rule, verdict, draw, digits=DIGITS, notes=notes)
 
 
-def _teacher_of_prose(of: Teacher) -> Any:
+def _teacher_of_prose(of: Teacher, given: Options) -> Any:
     tokenizer = loading.load_tokenizer(of.directory / "tokenizer")
     encode = tokenization.TextEncoder(tokenizer)
     if not (of.directory / "prose").exists():
         write_token_store(
             of.directory / "prose",
-            _docstrings(),
+            _docstrings(60 if given.is_quick else None),
             encode,
             vocab_size=tokenization.num_ids(tokenizer),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -76,9 +77,9 @@ def _teacher_of_prose(of: Teacher) -> Any:
     return _train(of, "of-prose", student=None, tokens="prose", share=1.0)
 
 
-def _docstrings() -> list[Document]:
+def _docstrings(most: int | None) -> list[Document]:
     found = []
-    for document in standard_library_documents():
+    for document in itertools.islice(standard_library_documents(), most):
         nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         texts = [ast.get_docstring(node) for node in ast.walk(ast.parse(document.text)) if isinstance(node, nodes)]
         if text := "\n\n".join(filter(None, texts)):

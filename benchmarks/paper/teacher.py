@@ -29,6 +29,12 @@ from sklformat.distill.text.packing import PackedSequences
 from sklformat.progress import say, show
 from sklformat.settings.demo import DemoConfig
 
+_SMALL = dataclasses.replace(
+    SIZES["tiny"],
+    student={**SIZES["tiny"].student, "steps": 6},
+    cached_sequences=48,
+    eval_sequences=4,
+)
 _LARGE = dataclasses.replace(
     SIZES["standard"],
     vocab_size=8192,
@@ -79,24 +85,28 @@ class Teacher:
 
 
 def size_of(given: Options) -> Size:
-    return SIZES["tiny"] if given.is_quick else _LARGE if given.device == "cuda" else SIZES["standard"]
+    return _SMALL if given.is_quick else _LARGE if given.device == "cuda" else SIZES["standard"]
 
 
 def teacher(given: Options) -> Teacher:
     """The teacher of this size; trained if it is not there yet, resumed if a run was stopped."""
     size, directory = size_of(given), given.out / f"teacher-{'quick' if given.is_quick else given.device}"
-    config = DemoConfig(out=directory, size="tiny" if given.is_quick else "standard")
-    directory.mkdir(parents=True, exist_ok=True)
-    say(f"teacher: {directory}")
-    count = prepare_text(config, size)
-    training, _ = teacher_configs(config, size, count)
-    train(training)
-    model = loading.load_model(training.out / "model").to(given.device)
-    sequences = min(size.cached_sequences, len(packed(directory, size, "tokens")))
-    part = _read(model, packed(directory, size, "tokens"), sequences, given.device)
-    held_out = _read(model, packed(directory, size, "held-out"), count, given.device)
+    model_path = directory / "teacher" / "model"
+    if not model_path.exists():
+        say(f"teacher: {directory}")
+        directory.mkdir(parents=True, exist_ok=True)
+        config = DemoConfig(out=directory, size="tiny" if given.is_quick else "standard")
+        training, _ = teacher_configs(config, size, prepare_text(config, size))
+        train(training)
+    model, text, held_out = (
+        model_of(given, model_path),
+        packed(directory, size, "tokens"),
+        packed(directory, size, "held-out"),
+    )
+    part = _read(model, text, min(size.cached_sequences, len(text)), given.device)
+    measured = _read(model, held_out, min(size.eval_sequences, len(held_out)), given.device)
     head = output_head(model).weight.detach()
-    return Teacher(directory, size, head, part, held_out, _loss(head, held_out))
+    return Teacher(directory, size, head, part, measured, _loss(head, measured))
 
 
 def packed(directory: Path, size: Size, name: str, seed: int = 0) -> PackedSequences:
