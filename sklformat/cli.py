@@ -26,7 +26,8 @@ from sklformat.errors import WriteError, is_memory_short
 from sklformat.files.disk import refuse_held, write_atomically
 from sklformat.flags import UsageError, in_flags, parse
 from sklformat.format.header import is_unbiased
-from sklformat.format.layout import PARTIAL_SUFFIX, UNBIASED_SAMPLERS
+from sklformat.format.layout import PARTIAL_SUFFIX, UNBIASED_SAMPLERS, VERSION_MAJOR, VERSION_MINOR
+from sklformat.native import kernels_name
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.convert import ConvertConfig
 from sklformat.settings.demo import DemoConfig
@@ -85,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(_usage())
         return 0
     if arguments[:1] == ["--version"]:
-        sys.stdout.write(f"sklformat {__version__}\n")
+        form = f"{VERSION_MAJOR}.{VERSION_MINOR}"
+        sys.stdout.write(f"sklformat {__version__}, format {form}, kernels {kernels_name()}\n")
         return 0
     if not arguments or arguments[0] not in _VERBS:
         problem = f"no such verb: {arguments[0]}" if arguments else "a verb is missing"
@@ -143,7 +145,7 @@ def _usage() -> str:
     ]
     width = max(map(len, _VERBS)) + 2
     lines += [f"  {name:<{width}}{verb.summary}" for name, verb in _VERBS.items()]
-    lines += ["", "sklformat VERB --help explains a verb's flags; sklformat --version prints the version.", ""]
+    lines += ["", "sklformat VERB --help explains a verb's flags; sklformat --version says what runs.", ""]
     return "\n".join(lines)
 
 

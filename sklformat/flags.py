@@ -17,6 +17,8 @@ import textwrap
 import typing
 from typing import Annotated, Any, TypeVar
 
+from sklformat.deprecations import warn_of
+
 Config = TypeVar("Config")
 
 
@@ -33,7 +35,8 @@ def parse(
     A field is a flag, its docstring the help; ``positional``: required fields are arguments instead.  A field whose
     name cannot be its flag's, or that is a flag all the same, says the flag in its metadata.  The values of a flag that
     takes several add up where it is repeated; metadata ``once`` refuses that, as for any flag of one value.  Metadata
-    ``was`` is a flag's name of before, for who still uses that, and ``short`` its one letter, beside ``flag``.
+    ``was`` is a flag's name of before, for who still uses that; it is taken, with a warning, where ``until`` names the
+    version that will not.  ``short`` is a flag's one letter, beside ``flag``.
 
     Raises:
         UsageError: A flag is unknown, missing, has no such value, or is repeated.
@@ -43,6 +46,7 @@ def parse(
 
     hints = typing.get_type_hints(config_type)
     own = dataclasses.fields(config_type)  # type: ignore[arg-type]
+    arguments = _renamed(arguments, own, name)
     _check_names(arguments, own, hints, positional=positional)
     arguments = _joined(arguments, own, hints)
     flags: list[Any] = []
@@ -91,6 +95,24 @@ def in_flags(message: str, config_type: type[Any]) -> str:
             # Not within a path, a dotted name or a longer word.
             message = re.sub(rf"(?<![\w./-]){f.name}(?![\w/-]|\.\w)", f"--{f.name.replace('_', '-')}", message)
     return message
+
+
+def _renamed(arguments: list[str], own: tuple[dataclasses.Field[Any], ...], command: str) -> list[str]:
+    """The arguments with the flags of today in the place of those of before that are still taken."""
+    now: dict[str, tuple[str, str]] = {}  # of a flag of before, that of today, and the version that drops the first
+    for f in own:
+        if "until" in f.metadata:
+            flag = f.metadata.get("flag", f.name.replace("_", "-"))
+            now |= {f"--{no}{f.metadata['was']}": (f"--{no}{flag}", f.metadata["until"]) for no in ("", "no-")}
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    renamed: list[str] = []
+    for argument in arguments[:end]:
+        flag, equals, value = argument.partition("=")
+        new, until = now.get(flag.replace("_", "-"), (flag, None))
+        if until is not None:
+            warn_of(flag, new, until=until, command=command)
+        renamed.append(f"{new}{equals}{value}")
+    return renamed + arguments[end:]
 
 
 def _check_names(

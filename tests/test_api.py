@@ -1,13 +1,20 @@
 """The public surface: names that others rely on, and what importing them costs."""
 
+import ast
 import re
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 
 import sklformat as skl
+from sklformat import native
 from sklformat.cli import main
+from sklformat.deprecations import warn_of
+
+ROOT = Path(__file__).parents[1]
 
 NAMES = """
     AlignmentError Cache CacheWriter Capture CaptureError CorruptError EngineError FormatError Header InUseError
@@ -15,7 +22,10 @@ NAMES = """
     SettingsError Shard ShardWriter SklError SparseTargets TruncatedError UnfinishedError UnreadableError
     UnsupportedError draw open recover verify
 """
-
+LEARNING_NAMES = """
+    Batch DenseTargets DenseTeacher OutputHead Shard SparseLogitDataset SparseLogitSequences Targets Teachers
+    acceptance_rate calibration_error collate linear_sparse_kl lm_loss output_head run_to_head sparse_kl
+"""
 
 FLAGS = {
     "cache": """
@@ -64,6 +74,59 @@ def test_public_names():
     """The public names of the format are exactly these."""
     assert NAMES.split() == sorted(skl.__all__)
     assert all(hasattr(skl, name) for name in skl.__all__)
+
+
+def test_public_names_of_the_learning_side():
+    """Those of ``sklformat.distill`` too, as its source lists them: loading torch is not this test's business."""
+    tree = ast.parse((ROOT / "sklformat/distill/__init__.py").read_text())
+    (listed,) = (node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
+    assert LEARNING_NAMES.split() == ast.literal_eval(listed)
+
+
+def test_version(capfd):
+    """--version says package, format and kernels; pyproject.toml and CHANGELOG's newest part are of that version."""
+    assert 0 == main(["--version"])
+    said = rf"sklformat {skl.__version__}, format (\d+\.\d+), kernels (\w+)\n"
+    form, kernels = re.fullmatch(said, capfd.readouterr().out).groups()
+    assert kernels == native.kernels_name()
+    newest = re.search(
+        r"^## Appendix C\. Versions\n.*?^(?=\n*## )", (ROOT / "SPEC.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert form == re.findall(r"^\| (\d+\.\d+) \|", newest[0], re.MULTILINE)[-1]
+    assert f'\nversion = "{skl.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert re.search(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1].startswith(skl.__version__)
+
+
+def outlived(sources, version):
+    """Where something is still taken that should have gone with ``version`` or before."""
+    of_today = tuple(map(int, version.split(".")))
+    for name, source in sources.items():
+        for match in re.finditer(r"""\buntil["']?[=:] ?["'](\d+(?:\.\d+)+)["']""", source):
+            if tuple(map(int, match[1].split("."))) <= of_today:
+                yield f"{name}: {match[0]}"
+
+
+def test_what_should_have_gone_is_gone():
+    """Nothing that warns of its end outlives the version that it names."""
+    planted = {"a.py": 'warn_of("f", "g", until="0.3")', "b.py": 'metadata={"was": "f", "until": "0.2"}'}
+    assert list(outlived(planted, "0.2.0")) == ['b.py: until": "0.2"']
+    assert [] == list(
+        outlived({str(path): path.read_text() for path in (ROOT / "sklformat").rglob("*.py")}, skl.__version__)
+    )
+
+
+def test_a_name_that_goes_warns_where_it_is_used():
+    """The warning names the line of the program, what to use instead, and until when the old name is there."""
+
+    def old():
+        warn_of("skl.old", "skl.new", until="9.9")
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        old()
+    (warning,) = said
+    assert (DeprecationWarning, __file__) == (warning.category, warning.filename)
+    assert "skl.old goes with version 9.9; use skl.new" == str(warning.message)
 
 
 def test_help_and_wrong_flags_are_light():

@@ -35,6 +35,7 @@ PAGES = [
     "docs/converting.md",
     "docs/neighbours.md",
     "docs/looking.md",
+    "docs/compatibility.md",
 ]
 # What is printed at a size for use, and its size here.
 SMALLER = {
