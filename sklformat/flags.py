@@ -171,6 +171,8 @@ def _one_line(box: str, config_name: str) -> str:
     for line in box.splitlines()[1:]:
         text = line.strip("│┃|+╭╮╰╯ ")
         if set(text) <= set("─-"):
+            if not said:  # below the title, where the terminal has no boxes
+                continue
             break
         said.append(text)
     return " ".join(said).replace(f"Error parsing {config_name}: ", "").rstrip(".") or "wrong usage"

@@ -14,7 +14,7 @@ import pytest
 from system import complaint
 
 import sklformat as skl
-from sklformat import cli
+from sklformat import cli, flags
 from sklformat.errors import WriteError
 from sklformat.files.disk import locked_directory, shared_directory
 from sklformat.flags import UsageError, parse
@@ -470,3 +470,15 @@ def test_memory_that_runs_out_is_one_line(capfd, monkeypatch):
     monkeypatch.setitem(cli._VERBS, "cache", failing_with(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["cache"])
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        "╭─ Value error ─╮\n│ Error parsing C: no {} │\n│ ─── │\n│ see --help │\n╰────╯",
+        " Value error  \n ---- \n  Error parsing C: no {}  \n  ----\n  see --help  \n   \n",
+    ],
+)
+def test_what_is_wrong_is_said_on_every_terminal(box):
+    """The line has what tyro says, on terminals with and without lines for boxes."""
+    assert "no eels of 3" == flags._one_line(box.format("eels of 3"), "C")
