@@ -23,7 +23,7 @@ from sklformat import SklError, UnfinishedError, __version__, progress, recover,
 from sklformat.cache.contents import UNFINISHED_NAME, partial_files
 from sklformat.cache.report import inspect
 from sklformat.errors import WriteError, is_memory_short
-from sklformat.files.disk import refuse_held, write_atomically
+from sklformat.files.disk import refuse_held
 from sklformat.flags import UsageError, in_flags, parse
 from sklformat.format.header import is_unbiased
 from sklformat.format.layout import PARTIAL_SUFFIX, UNBIASED_SAMPLERS, VERSION_MAJOR, VERSION_MINOR
@@ -289,17 +289,20 @@ def _run_plot(name: str, arguments: list[str]) -> int:
 
 def _run_view(name: str, arguments: list[str]) -> int:
     from sklformat.views.page import read_stretch, render  # noqa: PLC0415
+    from sklformat.views.serving import opened  # noqa: PLC0415
 
     config, as_json = parse(ViewConfig, name, arguments, positional=True)
     stretch = read_stretch(config)
     said: dict[str, Any] = {}
-    if config.tokenizer is not None or config.student is not None:
+    if config.tokenizer is not None or config.students:
         said = importlib.import_module("sklformat.distill.student.measures.showing").say(config, stretch)
     page = render(stretch, **said).encode()
-    write_atomically(config.out, page)
-    result = {"page": str(config.out), "sequences": len(stretch.numbers), "bytes": len(page)}
-    result["tokens"] = "as text" if said.get("texts") else "as ids; --tokenizer shows their text"
-    (_print_json if as_json else _print_table)(result)
+    with opened(config, page) as (result, serve):
+        result |= {"sequences": len(stretch.numbers), "bytes": len(page)}
+        result["tokens"] = "as text" if said.get("texts") else "as ids; --tokenizer shows their text"
+        (_print_json if as_json else _print_table)(result)
+        sys.stdout.flush()
+        serve()
     return 0
 
 
@@ -381,7 +384,7 @@ _VERBS = {
     "demo": _Verb("run the whole pipeline once, from text to the paper's table", DemoConfig, _DEMO),
     "inspect": _Verb("show what a cache holds", InspectConfig, _run_inspect, _AGAIN),
     "plot": _Verb("draw training runs on one sheet", PlotConfig, _run_plot, _AGAIN),
-    "view": _Verb("write a page that shows what the teacher said of each token", ViewConfig, _run_view, _AGAIN),
+    "view": _Verb("show on one page what the teacher said of each token", ViewConfig, _run_view, _AGAIN),
     "verify": _Verb("check every byte of a cache", VerifyConfig, _run_verify, _AGAIN),
     "recover": _Verb("keep the whole sequences of an unfinished shard", RecoverConfig, _run_recover),
     "check": _Verb("prove that a cache and tokens belong together", CheckConfig, _CHECK, _AGAIN),

@@ -103,7 +103,7 @@ class SettingsError(SklError):
 
 
 class InUseError(SklError):
-    """Another process is writing here."""
+    """Another process is writing here, or serves at this port."""
 
 
 class ResumeError(SklError):

@@ -57,7 +57,7 @@ FLAGS = {
         warmup-steps weight-decay window
     """,
     "plot": "json",
-    "view": "first json positions student tokenizer trust-remote-code",
+    "view": "first json port positions serve student tokenizer trust-remote-code",
 }
 
 

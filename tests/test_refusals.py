@@ -43,6 +43,7 @@ HANDED_ON = {
     "distill/models/loading.py": ["f'{path}: {error}'"],
     "distill/models/outputs.py": ["name"],
     "distill/student/measures/evaluation.py": ["f'{path}: {error}'"],
+    "distill/student/measures/showing.py": ["f'{student}: {error}'"],
     "distill/text/chats.py": ["f'{chat.place}: {error}'"],
     "distill/text/ragged.py": ["str(error)"],
     "distill/text/sources/json_rows.py": ["_CUT_SHORT"],
@@ -61,6 +62,7 @@ HANDED_ON = {
     "interop/tables/npz.py": ["f'npz: {error}'"],
     "interop/tables/parquet.py": ["f'{kind} table: {error}'"],
     "interop/checks.py": ["fault"],
+    "views/serving.py": ["error.strerror"],
     "native/batches.py": ["int(row[0])"],
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from sklformat.settings.limits import check_least
 
 MAX_RUNS = 8
+MAX_PORT = 65535
 _ENDINGS = (".png", ".svg", ".pdf")
 
 
@@ -66,13 +67,19 @@ class PlotConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """Write one page that shows what the teacher said of each token. It needs no network, and any browser opens it."""
+    """Write or serve one page that shows what the teacher said of each token. Any browser opens it, without network."""
 
     caches: tuple[str, ...]
     """Caches of the same tokens, one or more: directories, .skl shards, or URLs of either."""
 
-    out: Path = field(default=Path("page.html"), metadata={"flag": "out", "short": "-o"})
-    """File to write, in place of what is there."""
+    out: Path | None = field(default=None, metadata={"flag": "out", "short": "-o"})
+    """File to write, in place of what is there; none: page.html, or no file with --serve."""
+
+    serve: bool = field(default=False, metadata={"flag": "serve"})
+    """Serve the page on 127.0.0.1, to this machine alone, until Ctrl-C."""
+
+    port: int = 0
+    """Port to serve on; 0: one that is free."""
 
     first: int = 0
     """The sequence to begin with."""
@@ -84,14 +91,18 @@ class ViewConfig:
     """Tokenizer of the cache: a directory or a name. None: ids are shown, or the student's tokenizer is taken if it
     is the cache's."""
 
-    student: str | None = None
-    """A student to show beside the teacher: a directory or a name."""
+    students: tuple[str, ...] = field(default=(), metadata={"flag": "student"})
+    """Students to show beside the teacher: directories or names."""
 
     trust_remote_code: bool = False
     """Whether code that comes with a model or tokenizer may be run."""
 
     def __post_init__(self) -> None:
-        check_least(self, 0, "first")
+        check_least(self, 0, "first", "port")
         check_least(self, 1, "positions")
         if not self.caches:
             raise ValueError("a page shows one cache or more, got none")
+        if self.port > MAX_PORT:
+            raise ValueError(f"port must be <= {MAX_PORT}, got {self.port}")
+        if self.port and not self.serve:
+            raise ValueError(f"port {self.port} belongs to --serve, which is not given")

@@ -1,29 +1,79 @@
 """
-A stretch of text with what teachers and a student said of each token, as one file of HTML.
+A stretch of text with what teachers and students said of each token, as one file of HTML.
 
 Needs no tokenizer and no model: what they say is handed in.  The page's own parts are page.html, page.css and page.js.
 """
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from pathlib import PurePath
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sklformat.cache.reader import Cache, open_cache
 from sklformat.errors import FormatError
+from sklformat.format import records
 from sklformat.format.captures import is_isolated
 from sklformat.format.columns import LABEL_LOGPROB
-from sklformat.format.records import Sequence
+from sklformat.format.header import Header
 from sklformat.settings.inspection import ViewConfig
 
-_DIGITS = 4
+SCALE = 10_000
+"""Probabilities are written as whole numbers of this part of one; those of counts as the counts."""
+_ID_BITS = 32
+
+
+class Rows(NamedTuple):
+    """
+    What a page has a row for at each of T positions: every id that a cache has a record of, and the label.
+
+    The label comes first, where tokens are stored, then the other ids, rising.
+    """
+
+    sizes: NDArray[np.int64]
+    """[T] number of rows of each position."""
+
+    keys: NDArray[np.uint64]
+    """[n] position, whether the id is not the label, id; rising."""
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """[n] token ids."""
+        return (self.keys & np.uint64((1 << _ID_BITS) - 1)).astype(np.int64)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """[n] positions, from 0."""
+        return np.repeat(np.arange(self.sizes.size), self.sizes)
+
+    @classmethod
+    def of(cls, tokens: NDArray[np.uint32] | None, said: Iterable[records.Sequence | str]) -> Rows:
+        """The rows of a sequence; none where nobody has anything to say of it."""
+        targets = [one.targets for one in said if isinstance(one, records.Sequence)]
+        count = targets[0].num_positions if targets else 0
+        keys = [_keys(tokens, np.repeat(np.arange(count), np.diff(one.offsets)), one.token_ids) for one in targets]
+        if tokens is not None:
+            keys.append(_keys(tokens, np.arange(count), tokens[1:]))
+        rows = np.unique(np.concatenate([np.zeros(0, np.uint64), *keys]))
+        return cls(np.bincount((rows >> np.uint64(_ID_BITS + 1)).astype(np.int64), minlength=count), rows)
+
+
+def _keys(
+    tokens: NDArray[np.uint32] | None, positions: NDArray[np.int64], ids: NDArray[np.uint32]
+) -> NDArray[np.uint64]:
+    is_other = np.zeros(ids.size, np.uint64) if tokens is None else (ids != tokens[1:][positions]).astype(np.uint64)
+    key: NDArray[np.uint64] = (positions.astype(np.uint64) << np.uint64(1) | is_other) << np.uint64(_ID_BITS)
+    return key | ids.astype(np.uint64)
 
 
 @dataclass(frozen=True)
@@ -33,28 +83,28 @@ class Stretch:
 
     Attributes:
         caches: Names of the caches.
+        headers: Of the caches.
         numbers: Of the sequences, counted as in ``cache[i]``.
         tokens: Of each sequence, [T + 1]; None where no cache stores them.
         said: Of each sequence what each cache holds, or why it cannot be shown.
-        rounds: Of each cache; 0 for kind ratios.
-        tokenizer: Fingerprint that the first cache has of its tokenizer.
-        vocab_size: Of the first cache.
-        is_isolated: Whether the teachers read documents apart.
+        rows: Of each sequence.
     """
 
     caches: list[str]
-    rounds: list[int]
-    tokenizer: str
-    vocab_size: int
-    is_isolated: bool
+    headers: list[Header]
     numbers: list[int] = field(default_factory=list)
     tokens: list[NDArray[np.uint32] | None] = field(default_factory=list)
-    said: list[list[Sequence | str]] = field(default_factory=list)
+    said: list[list[records.Sequence | str]] = field(default_factory=list)
+    rows: list[Rows] = field(default_factory=list)
+
+    @property
+    def is_isolated(self) -> bool:
+        """Whether one of the teachers read documents apart."""
+        return any(is_isolated(header.capture) for header in self.headers)
 
     def ids(self) -> list[int]:
         """Every token id that the page shows, once, rising."""
-        parts = [tokens for tokens in self.tokens if tokens is not None]
-        parts += [one.targets.token_ids for row in self.said for one in row if isinstance(one, Sequence)]
+        parts = [tokens for tokens in self.tokens if tokens is not None] + [rows.ids for rows in self.rows]
         return [] if not parts else [int(token) for token in np.unique(np.concatenate(parts))]
 
 
@@ -63,38 +113,35 @@ def read_stretch(config: ViewConfig) -> Stretch:
     Read the sequences that a page shows; a damaged or misaligned one is kept as what is wrong with it.
 
     Raises:
-        ValueError: The first cache has no such sequence.
+        ValueError: The first cache has no such sequence, or none at all.
         FormatError, OSError: A cache cannot be opened.
     """
     with ExitStack() as stack:
         caches = [stack.enter_context(open_cache(path)) for path in config.caches]
-        header = caches[0].header
+        if not len(caches[0]):
+            raise ValueError(f"{config.caches[0]}: holds no sequence, so a page has nothing to show")
         if config.first >= len(caches[0]):
             raise ValueError(f"{config.caches[0]}: first is sequence {config.first} of {len(caches[0])}; give less")
-        stretch = Stretch(
-            [str(path) for path in config.caches],
-            [cache.header.rounds for cache in caches],
-            header.tokenizer_fingerprint,
-            header.vocab_size,
-            any(is_isolated(cache.header.capture) for cache in caches),
-        )
+        stretch = Stretch([str(path) for path in config.caches], [cache.header for cache in caches])
         shown = 0
         for number in range(config.first, len(caches[0])):
             said = _said(caches, number)
-            positions = max((one.targets.num_positions for one in said if isinstance(one, Sequence)), default=1)
-            if stretch.numbers and shown + positions > config.positions:
+            stored = (one.tokens for one in said if isinstance(one, records.Sequence))
+            tokens = next((tokens for tokens in stored if tokens is not None), None)
+            rows = Rows.of(tokens, said)
+            if stretch.numbers and shown + max(rows.sizes.size, 1) > config.positions:
                 break
-            shown += positions
+            shown += max(rows.sizes.size, 1)
             stretch.numbers.append(number)
             stretch.said.append(said)
-            stored = (one.tokens for one in said if isinstance(one, Sequence))
-            stretch.tokens.append(next((tokens for tokens in stored if tokens is not None), None))
+            stretch.tokens.append(tokens)
+            stretch.rows.append(rows)
         return stretch
 
 
-def _said(caches: list[Cache], number: int) -> list[Sequence | str]:
+def _said(caches: list[Cache], number: int) -> list[records.Sequence | str]:
     """What each cache holds of a sequence; words where it is damaged, missing or of other tokens than the first."""
-    said: list[Sequence | str] = []
+    said: list[records.Sequence | str] = []
     for cache in caches:
         if number >= len(cache):
             said.append(f"sequence {number} is not here; this cache has {len(cache)}")
@@ -113,8 +160,8 @@ def _said(caches: list[Cache], number: int) -> list[Sequence | str]:
 def render(
     stretch: Stretch,
     texts: dict[int, str] | None = None,
-    student: str | None = None,
-    answers: Iterable[tuple[NDArray[np.float32], list[NDArray[np.float32] | None]] | None] = (),
+    students: Sequence[str] = (),
+    answers: Sequence[Sequence[NDArray[np.float32] | None]] = (),
 ) -> str:
     """
     The page.
@@ -122,65 +169,87 @@ def render(
     Args:
         stretch: What it shows.
         texts: Text of each token id; None: ids are shown.
-        student: Name of the student; None: none is shown.
-        answers: Of each sequence the student's probability of each label [T], and of each cache's records [nnz].
+        students: Names of the students.
+        answers: Of each student and sequence, the probabilities of its rows [n]; None where there are no tokens.
     """
-    of_students = list(answers) or [None] * len(stretch.numbers)
-    parts = zip(stretch.numbers, stretch.tokens, stretch.said, of_students, strict=True)
+    parts = zip(stretch.numbers, stretch.tokens, stretch.said, stretch.rows, strict=True)
+    counted = [header.rounds if header.kind == "counts" else 0 for header in stretch.headers]
     data = {
-        "caches": stretch.caches,
+        "teachers": [
+            {"name": name, "path": path, "drawn": rounds > 0, "scale": rounds or SCALE}
+            for name, path, rounds in zip(short_names(stretch.caches), stretch.caches, counted, strict=True)
+        ],
+        "students": [
+            {"name": name, "path": path, "scale": SCALE}
+            for name, path in zip(short_names(students), students, strict=True)
+        ],
         "texts": texts,
-        "student": student,
         "sequences": [
             {
                 "number": number,
                 "tokens": None if tokens is None else tokens.tolist(),
-                "said": [
-                    {"fault": one} if isinstance(one, str) else _columns(one, tokens, rounds)
-                    for one, rounds in zip(said, stretch.rounds, strict=True)
-                ],
-                "student": None if answer is None else _answer(*answer),
+                "sizes": rows.sizes.tolist(),
+                "ids": rows.ids.tolist(),
+                "teachers": [{"fault": one} if isinstance(one, str) else _teacher(one, tokens, rows) for one in said],
+                "students": [None if of[place] is None else _whole(of[place]) for of in answers],
             }
-            for number, tokens, said, answer in parts
+            for place, (number, tokens, said, rows) in enumerate(parts)
         ],
     }
     # In a script element only "<" can end the data; with it written as an escape no text of a corpus can.
     written = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
+    page, css, js = _parts()
+    for mark, part in {"POLICY": policy(), "/*CSS*/": css, "/*JS*/": js, "/*DATA*/": written}.items():
+        page = page.replace(mark, part)
+    return page
+
+
+def policy() -> str:
+    """The page's Content-Security-Policy: its own script and style, known by their digests, and nothing else."""
+    css, js = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in _parts()[1:])
+    own = f"script-src 'sha256-{js}'; style-src 'sha256-{css}'"
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
+
+
+@functools.cache
+def _parts() -> tuple[str, str, str]:
     room = files("sklformat.views")
     page, css, js = (room.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
-    return page.replace("/*CSS*/", css).replace("/*JS*/", js).replace("/*DATA*/", written)
+    return page, css, js
 
 
-def _columns(one: Sequence, tokens: NDArray[np.uint32] | None, rounds: int) -> dict[str, Any]:
-    targets = one.targets
-    weights = targets.counts / np.float32(rounds) if targets.counts is not None else targets.weights
-    sizes = np.diff(targets.offsets)
-    sums = np.bincount(np.repeat(np.arange(sizes.size), sizes), weights=weights, minlength=sizes.size)
+def short_names(paths: Sequence[str]) -> list[str]:
+    """What tells paths apart: without the folders that all begin with, and those that all end with."""
+    parts = [list(PurePath(path).parts) for path in paths]
+    if len(set(paths)) < 2:
+        return ["/".join(own[-2:]).lstrip("/") for own in parts]
+    for end in (0, -1):
+        while all(len(own) > 1 for own in parts) and len({own[end] for own in parts}) == 1:
+            for own in parts:
+                own.pop(end)
+    return ["/".join(own) for own in parts]
+
+
+def _teacher(one: records.Sequence, tokens: NDArray[np.uint32] | None, rows: Rows) -> dict[str, Any]:
+    """Weight of each row, 0 where there is no record; confidence in the label and what no record has, where known."""
+    targets, sizes = one.targets, np.diff(one.targets.offsets)
+    positions = np.repeat(np.arange(sizes.size), sizes)
+    weights = np.zeros(rows.keys.size, np.int64)
+    places = np.searchsorted(rows.keys, _keys(tokens, positions, targets.token_ids))
+    said: dict[str, Any] = {}
+    if targets.counts is not None:
+        weights[places] = targets.counts
+    else:
+        assert targets.weights is not None
+        weights[places] = np.maximum(np.rint(targets.weights.astype(np.float64) * SCALE), 1)
+        sums = np.bincount(positions, weights=targets.weights, minlength=sizes.size)
+        said["rest"] = _whole(np.maximum(1 - sums, 0))
     label = one.columns.get(LABEL_LOGPROB)
-    confidence: NDArray[Any] | None = None
     if label is not None:
-        confidence = np.exp(label.astype(np.float64))
-    elif tokens is not None:
-        is_label = targets.token_ids == np.repeat(tokens[1:], sizes)
-        which = np.repeat(np.arange(sizes.size), sizes)[is_label]
-        confidence = np.bincount(which, weights=weights[is_label], minlength=sizes.size)  # type: ignore[index]
-    is_said = sizes > 0
-    return {
-        "exact": label is not None,
-        "label": None
-        if confidence is None
-        else [value if has else None for value, has in zip(_rounded(confidence), is_said.tolist(), strict=True)],
-        "sizes": sizes.tolist(),
-        "ids": targets.token_ids.tolist(),
-        "weights": _rounded(weights),
-        "rest": _rounded(np.maximum(1 - sums, 0) * is_said),
-    }
+        said["label"] = _whole(np.exp(label.astype(np.float64)))
+    return {"weights": weights.tolist(), **said}
 
 
-def _answer(label: NDArray[np.float32], records: list[NDArray[np.float32] | None]) -> dict[str, Any]:
-    return {"label": _rounded(label), "records": [None if one is None else _rounded(one) for one in records]}
-
-
-def _rounded(values: Any) -> list[float]:
-    """Numbers as short as a page needs them."""
-    return [round(value, _DIGITS) for value in np.asarray(values, np.float64).tolist()]
+def _whole(probs: Any) -> list[int]:
+    found: list[int] = np.rint(np.asarray(probs, np.float64) * SCALE).astype(np.int64).tolist()
+    return found

@@ -1,4 +1,4 @@
-"""What a page shows beside a cache: the text of its tokens, and what a student says of them."""
+"""What a page shows beside a cache: the text of its tokens, and what students say of them."""
 
 from __future__ import annotations
 
@@ -8,48 +8,61 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sklformat.distill.models.loading import load_model, load_own_tokenizer, load_tokenizer
-from sklformat.distill.text.fingerprints import MadeBy
+from sklformat.distill.models import loading, outputs
+from sklformat.distill.student.measures.origins import find_model
+from sklformat.distill.student.streams import made_by
+from sklformat.distill.student.validation import check_finite
 from sklformat.errors import SettingsError
-from sklformat.format.records import Sequence
 from sklformat.settings.inspection import ViewConfig
+from sklformat.views.page import Stretch
 
-_Answer = tuple[NDArray[np.float32], list[NDArray[np.float32] | None]]
 _REPLACED = "\ufffd"
 
 
-def say(config: ViewConfig, stretch: Any) -> dict[str, Any]:
+def say(config: ViewConfig, stretch: Stretch) -> dict[str, Any]:
     """
-    Texts of the tokens of a stretch and a student's probabilities, as ``render`` takes them.
+    Texts of the tokens of a stretch and its students' probabilities, as ``render`` takes them.
 
     Args:
-        config: Names the tokenizer and the student.
-        stretch: ``views.page.Stretch``.
+        config: Names the tokenizer and the students.
+        stretch: What the page shows.
 
     Raises:
-        SettingsError: The tokenizer gives the ids another meaning; the student has fewer ids than the cache, or would
-            read isolated documents as one text.
+        SettingsError: A tokenizer gives the ids another meaning; a student has fewer ids than the cache, or would
+            read isolated documents as one text, or tokens that no cache stores.
         OSError, ValueError: One of them cannot be loaded.
     """
     said: dict[str, Any] = {}
-    trust = config.trust_remote_code
+    made = made_by(stretch.headers[0])
     if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=trust)
-        why = MadeBy(stretch.tokenizer, stretch.vocab_size).conflict(tokenizer)
+        tokenizer = loading.load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
+        why = made.conflict(tokenizer)
         if why:
             raise SettingsError(f"{config.tokenizer}: not the tokenizer of {stretch.caches[0]}: {why}")
         said["texts"] = texts_of(tokenizer, stretch.ids())
-    if config.student is not None:
-        if stretch.is_isolated:
+    if config.students and stretch.is_isolated:
+        raise SettingsError(
+            f"{stretch.caches[0]}: was captured with isolated documents, which a page does not show a student; "
+            "leave out --student"
+        )
+    if config.students and not any(header.store_tokens for header in stretch.headers):
+        raise SettingsError(
+            f"{stretch.caches[0]}: stores no tokens for a student to read; leave out --student, or capture with "
+            "stored tokens"
+        )
+    for student in config.students:
+        own = loading.load_own_tokenizer(find_model(student), trust_remote_code=config.trust_remote_code)
+        why = "" if own is None else made.conflict(own)
+        if why:
             raise SettingsError(
-                f"{stretch.caches[0]}: was captured with isolated documents, which a page does not show a student; "
-                "leave out --student"
+                f"the student {student} has another tokenizer, not that of {stretch.caches[0]}: {why}; give a student "
+                "that learnt from this cache"
             )
-        if config.tokenizer is None:
-            own = load_own_tokenizer(config.student, trust_remote_code=trust)
-            if own is not None and not MadeBy(stretch.tokenizer, stretch.vocab_size).conflict(own):
-                said["texts"] = texts_of(own, stretch.ids())
-        said |= {"student": config.student, "answers": _answers(config, stretch)}
+        if own is not None and "texts" not in said:
+            said["texts"] = texts_of(own, stretch.ids())
+    if config.students:
+        answers = [_answers(student, stretch, config.trust_remote_code) for student in config.students]
+        said |= {"students": config.students, "answers": answers}
     return said
 
 
@@ -65,28 +78,29 @@ def texts_of(tokenizer: Any, ids: list[int]) -> dict[int, str]:
 
 
 @torch.inference_mode()
-def _answers(config: ViewConfig, stretch: Any) -> list[_Answer | None]:
-    model = load_model(str(config.student), trust_remote_code=config.trust_remote_code)
-    answers: list[_Answer | None] = []
-    for tokens, said in zip(stretch.tokens, stretch.said, strict=True):
+def _answers(student: str, stretch: Stretch, trust_remote_code: bool) -> list[NDArray[np.float32] | None]:
+    """Of each sequence a student's probability of each row [n]; None where its tokens are not known."""
+    model = loading.load_model(find_model(student), trust_remote_code=trust_remote_code)
+    vocab_size = max(header.vocab_size for header in stretch.headers)
+    width = outputs.head_width(model)
+    if width < vocab_size:
+        raise SettingsError(
+            f"{student}: the student has {width} ids, the cache {vocab_size}; give a student that learnt from this "
+            "cache"
+        )
+    try:
+        loading.check_length(model, max((rows.sizes.size for rows in stretch.rows), default=0))
+    except ValueError as error:
+        raise ValueError(f"{student}: {error}") from None
+    answers: list[NDArray[np.float32] | None] = []
+    for tokens, rows in zip(stretch.tokens, stretch.rows, strict=True):
         if tokens is None:
             answers.append(None)
             continue
         ids = torch.from_numpy(tokens.astype(np.int64))
-        probs_TV = model(input_ids=ids[None, :-1]).logits[0].float().softmax(-1)
-        if probs_TV.shape[-1] < stretch.vocab_size:
-            raise SettingsError(
-                f"{config.student}: the student has {probs_TV.shape[-1]} ids, the cache {stretch.vocab_size}; "
-                "give a student that learnt from this cache"
-            )
-        rows = torch.arange(ids.numel() - 1)
-        answers.append((probs_TV[rows, ids[1:]].numpy(), [_of_records(probs_TV, one) for one in said]))
+        # A head may be padded beyond the ids that mean something.
+        logits_TV = outputs.logits(model, ids[None, :-1])[0, :, :vocab_size].float()
+        check_finite(logits_TV, student)
+        probs_TV = logits_TV.softmax(-1)
+        answers.append(probs_TV[torch.from_numpy(rows.positions), torch.from_numpy(rows.ids)].numpy())
     return answers
-
-
-def _of_records(probs_TV: torch.Tensor, one: Sequence | str) -> NDArray[np.float32] | None:
-    if isinstance(one, str):
-        return None
-    rows = np.repeat(np.arange(one.targets.num_positions), np.diff(one.targets.offsets))
-    found: NDArray[np.float32] = probs_TV[torch.from_numpy(rows), one.targets.token_ids.astype(np.int64)].numpy()
-    return found
