@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from sklformat.distill.losses.divergences import check_divergence
 from sklformat.distill.losses.heads import OutputHead, Shape, Shard, refuse_sharded
 from sklformat.distill.losses.methods import METHODS, segment_sum
 from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, Ragged, RaggedTargets
@@ -37,6 +38,8 @@ class Arguments:
         normaliser: None: the weights of the positions that count here.
         shape: What makes logits of a head's product; None: the product is the logits.
         shard: Which of V ids the logits are of; None: all.
+        divergence: One of DIVERGENCES.
+        temperature: T > 0, by which the logits of student and teacher are divided; the weights carry its square.
 
     Raises:
         ValueError: They do not fit each other, or hold what cannot be.
@@ -57,18 +60,25 @@ class Arguments:
         normaliser: Tensor | float | None = None,
         shape: Shape | None = None,
         shard: Shard | None = None,
+        divergence: str = "forward_kl",
+        temperature: float = 1.0,
     ) -> None:
         refuse_sharded("what the loss is taken of", like)
-        self.method, self.ce_weight, self.shape, self.shard = method, ce_weight, shape, shard
+        self.method, self.ce_weight, self.shard = method, ce_weight, shard
+        self.divergence, self.temperature = divergence, temperature
         self.num_positions, self.vocab_size, self.width = num_positions, vocab_size, width
         self.device = like.device
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         if method not in METHODS:
             raise ValueError(f"method {method!r} is unknown; one of {', '.join(METHODS)}")
+        check_divergence(divergence, method)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}; need a finite number above 0")
         if not 0 <= ce_weight <= 1:
             raise ValueError(f"ce_weight {ce_weight} is outside [0, 1]")
         if not like.is_floating_point():
             raise ValueError(f"logits or hidden states have type {like.dtype}; need a float type")
+        self.shape = Shape.tempered(shape, temperature)
         self.dense: DenseTargets | DenseTeacher | None = None
         self.teacher_shape: Shape | None = None
         self.ragged: RaggedTargets | None = None
@@ -90,8 +100,8 @@ class Arguments:
             if self._checks_values and not bool(((position_weights_P >= 0) & position_weights_P.isfinite()).all()):
                 raise ValueError("position_weights_P holds a weight that is negative or not finite")
             weights_P = torch.where(counted_P, position_weights_P.detach().to(self.dtype), weights_P)
-        self.weights_P = weights_P
         own_total = weights_P.sum()
+        self.weights_P = weights_P if temperature == 1 else weights_P * temperature**2
         total = own_total if normaliser is None else self._check_normaliser(normaliser, own_total)
         # Where nothing counts, value and gradients are 0, on every device without asking.
         self.total = torch.where(own_total > 0, total, torch.ones_like(total))
@@ -126,7 +136,7 @@ class Arguments:
             assert isinstance(head, OutputHead)
             self._check_shape("the teacher's hidden_PD", hidden_PD, (self.num_positions, *hidden_PD.shape[1:]))
             self._check_shape("the teacher's head", head.weight, (self.width, *hidden_PD.shape[1:]))
-            self.teacher_shape = Shape.of(head)
+            self.teacher_shape = Shape.tempered(Shape.of(head), self.temperature)
             targets = DenseTeacher(hidden_PD, head.weight)
         self.dense = targets
         return torch.ones(self.num_positions, dtype=torch.bool, device=self.device)
@@ -144,6 +154,8 @@ class Arguments:
             raise ValueError(f"offsets has shape {list(offsets.shape)}; need [{self.num_positions + 1}], positions + 1")
         if self._checks_values:
             self._check_records(ids.long(), probs, offsets)
+        if self.method == "topk_normalised" and self.temperature != 1:  # the teacher's on these ids, up to their sum
+            targets = Ragged(ids, probs.detach().to(self.dtype).pow(1 / self.temperature), offsets)
         self.ragged = targets
         return (offsets.diff() > 0).to(self.device, non_blocking=True)
 

@@ -155,6 +155,14 @@ class Shape:
             return None
         return cls(None if head.bias is None else head.bias.detach().contiguous(), head.scale, head.softcap)
 
+    @classmethod
+    def tempered(cls, shape: Shape | None, temperature: float) -> Shape | None:
+        """What makes logits that are divided by a temperature; ``shape`` makes them without, None: the product does."""
+        if temperature == 1:
+            return shape
+        bias_V, scale, softcap = (None, 1.0, None) if shape is None else (shape.bias_V, shape.scale, shape.softcap)
+        return cls(bias_V, scale / temperature, None if softcap is None else softcap / temperature)
+
     def bend(self, z_RV: Tensor) -> Tensor | None:
         """Turn the product into logits, in place; what ``unbend`` needs of it, [R, V], or None."""
         if self.bias_V is not None:

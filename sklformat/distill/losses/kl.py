@@ -18,12 +18,15 @@ from torch import Tensor
 
 from sklformat.distill.kernels import run_on
 from sklformat.distill.losses.arguments import IGNORED_LABEL, matmul_dtype
+from sklformat.distill.losses.divergences import DIVERGENCES
 from sklformat.distill.losses.heads import OutputHead, Shard, joined, refuse_sharded
 from sklformat.distill.losses.methods import METHODS
 from sklformat.distill.losses.operators import Parts, linear_sparse_kl_operator, named, parts_of, sparse_kl_operator
+from sklformat.distill.losses.rows import knows_kernel
 from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, PaddedTargets, RaggedTargets
 
 __all__ = [
+    "DIVERGENCES",
     "IGNORED_LABEL",
     "METHODS",
     "AnyTargets",
@@ -64,6 +67,8 @@ def sparse_kl(
     /,
     *,
     method: str = "random_sampling",
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
     labels_P: Tensor | None = None,
     ce_weight: float = 0.0,
     position_weights_P: Tensor | None = None,
@@ -71,7 +76,7 @@ def sparse_kl(
     shard: Shard | None = None,
 ) -> Tensor:
     """
-    KL(target || student) in nats, the mean over the positions that count.
+    KL(target || student), or another divergence, in nats, the mean over the positions that count.
 
     Methods, with t the stored probabilities on the ids K of a position, S their sum, p the student:
 
@@ -87,8 +92,33 @@ def sparse_kl(
     * "naive_fix": 1 - S added to the label (3.3).  Linear in t while S <= 1; biased towards the label for Top-K.
     * "full": a dense teacher, given as DenseTargets or DenseTeacher.  The exact loss and gradient.
 
-    The divergence is forward KL.  CE mixing and position weights keep what the method keeps, as long as the weights do
-    not depend on the same draws.
+    Divergences of the method's target q from p, summed over all V ids (6.3); q is 0 where a method names no target:
+
+    * "forward_kl": q log(q / p), as above.
+    * "reverse_kl": p log(p / q).  Where q is 0 it is infinite, so that all ids outside K are one bucket there, as the
+      ghost token: P_rest log(P_rest / max(1 - S, 1e-6)) for "ghost_token", with 1e-6 alone where q is 0 outside K, as
+      for sampled targets; "naive_fix" and "label_smoothing" likewise count a rest 1 - S as at least 1e-6.  Of dense
+      targets a q below the least normal number of the type of the computation (1.2e-38 in float32) counts as that.
+    * "forward_reverse_kl": the mean of both.
+    * "jsd": [q log(q / m) + p log(p / m)] / 2 with m = (q + p) / 2; an id with q = 0 adds p log(2) / 2.  Of
+      "ghost_token" over K and the bucket.
+    * "mse": (q - p)², the sum and not the mean over ids; of "ghost_token" over K and the bucket.
+    * "l1": |q - p|; "total_variation": half of that.  At p = q, where it has no derivative, the entry's is 0.
+
+    "topk" names no distribution where S < 1, and has no reverse KL or JSD.
+    Under sampled targets t with mean q, the gradient is the one to q in expectation where it is linear in t:
+
+        forward_kl: d/dx_j = S p_j - t_j         mse: d/dx_j = 2 p_j [(p_j - t_j) - sum_i p_i (p_i - t_i)]
+
+    so of these two for "random_sampling", and for "label_smoothing" and "naive_fix" as above.  It is biased for all
+    others: a logarithm or sign of t is not linear, and K is random.  "full" samples nothing.
+    CE mixing and position weights keep what the method keeps, as long as the weights do not depend on the same draws.
+
+    At a temperature T both distributions are those of logits over T, and the divergence is taken T² times, so that its
+    gradient stays as large (Hinton et al. 2015): alpha CE(x) + (1 - alpha) T² D(q_T || softmax(x / T)); cross-entropy
+    stays at temperature 1.  The target q_T is a teacher's at T for "full" (of DenseTargets q^(1/T) over its sum), and
+    on K alone for "topk_normalised", t^(1/T) over its sum.  Other records stay as they are, since what was drawn at
+    another temperature cannot be undone: they must be a teacher's at T (proposal_temperature is none of it).
 
     A position counts if it has records (dense: always) and, where labels are used (ce_weight > 0 or "naive_fix"), a
     label.  All others give neither value nor gradient, with CE mixing too; where none counts, both are exactly 0.
@@ -99,8 +129,10 @@ def sparse_kl(
         targets: See RaggedTargets, or the pair PaddedTargets; DenseTargets or DenseTeacher for "full".  On the device
             of the logits.
         method: One of METHODS.
+        divergence: One of DIVERGENCES.
+        temperature: T > 0, as above.
         labels_P: Token that follows each position, [P] integer in [0, V) or -100 for none; read only where used.
-        ce_weight: Weight alpha in [0, 1] of cross-entropy to the label: alpha CE + (1 - alpha) KL (5.3).
+        ce_weight: Weight alpha in [0, 1] of cross-entropy to the label: alpha CE + (1 - alpha) divergence (5.3).
         position_weights_P: Weight w of each position, [P], >= 0; the result is then sum(w L) / sum(w) over the
             positions that count.  None: 1 everywhere.
         normaliser: What to divide sum(w L) by instead of sum(w), one number: the positions that count in all
@@ -113,12 +145,13 @@ def sparse_kl(
         value, and held in the type of the logits; there is no second derivative (RuntimeError if asked).
 
     Raises:
-        ValueError: Shapes, types or devices disagree, the method is unknown, labels are missing, logits are a DTensor,
-            or (checked on the CPU alone, since reading them would stall an accelerator) ids or labels are outside
-            the vocabulary, ids repeat within a position, probabilities, weights or the normaliser are negative or not
-            finite, probabilities sum to what the method cannot take, or the normaliser is 0 where positions count.
+        ValueError: Shapes, types or devices disagree, method or divergence is unknown or the two do not go together,
+            the temperature is not above 0, labels are missing, logits are a DTensor, or (checked on the CPU alone,
+            since reading them would stall an accelerator) ids or labels are outside the vocabulary, ids repeat within a
+            position, probabilities, weights or the normaliser are negative or not finite, probabilities sum to what
+            the method cannot take, or the normaliser is 0 where positions count.
 
-    Source: Anshumann et al. 2025, sections 2, 3, 5.3, A.1 to A.6.
+    Source: Anshumann et al. 2025, sections 2, 3, 5.3, 6.3, A.1 to A.6.
     """
     if logits_PV.dim() != 2:
         raise ValueError(f"logits_PV has shape {list(logits_PV.shape)}; need [positions, V]: flatten the sequences")
@@ -132,6 +165,8 @@ def sparse_kl(
         logits_PV,
         *parts,
         method,
+        divergence,
+        float(temperature),
         labels_P,
         ce_weight,
         position_weights_P,
@@ -149,6 +184,8 @@ def linear_sparse_kl(
     /,
     *,
     method: str = "random_sampling",
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
     labels_P: Tensor | None = None,
     ce_weight: float = 0.0,
     position_weights_P: Tensor | None = None,
@@ -163,6 +200,8 @@ def linear_sparse_kl(
     it holds one chunk's logits and, until the backward pass ends, the weight's gradient in float32; of a frozen weight
     under an adapter the adapter's alone.
     Under autocast the products take autocast's type; bias, scale and cap are applied in float32.
+    On a GPU the Triton kernels know forward KL, at any temperature without cross-entropy; other losses run there by
+    torch operations, in the chunks that they have elsewhere.
 
     Args:
         hidden_PD: Student's last hidden states, [P, D], float16, bfloat16, float32 or float64.
@@ -170,6 +209,8 @@ def linear_sparse_kl(
             of the type of the hidden states unless autocast is on, and may be tied to the embedding.
         targets: As in ``sparse_kl``.
         method: As in ``sparse_kl``.
+        divergence: As in ``sparse_kl``.
+        temperature: As in ``sparse_kl``.
         labels_P: As in ``sparse_kl``.
         ce_weight: As in ``sparse_kl``.
         position_weights_P: As in ``sparse_kl``.
@@ -197,7 +238,8 @@ def linear_sparse_kl(
     compute = matmul_dtype("hidden_PD", hidden_PD, head.weight)
     num_positions, vocab_size = hidden_PD.shape[0], head.weight.shape[0]
     if chunk_positions is None:
-        chunk_positions = _chunk_of(num_positions, vocab_size * compute.itemsize, in_kernel=run_on(hidden_PD.device))
+        in_kernel = run_on(hidden_PD.device) and knows_kernel(divergence, temperature, ce_weight)
+        chunk_positions = _chunk_of(num_positions, vocab_size * compute.itemsize, in_kernel=in_kernel)
     elif chunk_positions < 1:
         raise ValueError(f"chunk_positions is {chunk_positions}; need at least 1")
     chunk_positions = max(1, min(chunk_positions, num_positions))
@@ -217,6 +259,8 @@ def linear_sparse_kl(
         head.softcap,
         *parts,
         method,
+        divergence,
+        float(temperature),
         labels_P,
         ce_weight,
         position_weights_P,

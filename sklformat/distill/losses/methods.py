@@ -6,6 +6,7 @@ With logits x, p = softmax(x) and K the ids of the position's records, the gradi
     g_j = a p_j + u  for j outside K,        g_k  for k in K (the label's own entry too, where a method names it),
 
 where a, u and the g_k follow from log p on K.  So all methods share one dense pass over the logits (``rows``).
+What is here is forward KL; other ``divergences`` have the same form, one of them with d p_j² beside.
 Source: Anshumann et al. 2025 (arXiv 2503.16870), sections 2, 3 and 5.3, appendix A.
 
 Shape letters: V vocabulary, N records of all positions together (ragged), R positions of the block at hand.
@@ -40,6 +41,7 @@ class Block:
     logp_label_R: Tensor | None
     is_label_N: Tensor | None
     vocab_size: int
+    rest_pp_R: Tensor | None = None  # sum of p² outside K
 
     def sum(self, values_N: Tensor) -> Tensor:
         """Sums of each position's records, [R]; deterministic on every device."""
@@ -59,6 +61,7 @@ class Form:
     grad_N: Tensor
     u_R: Tensor | None = None
     label_R: Tensor | None = None
+    d: float = 0.0
 
 
 def _forward_kl(b: Block) -> Form:
@@ -104,7 +107,7 @@ def _naive_fix(b: Block) -> Form:
 
 
 def mix_ce(form: Form, b: Block, ce_weight: float) -> None:
-    """Turn the method's form into that of alpha CE(label) + (1 - alpha) KL, in place (5.3)."""
+    """Turn the method's form into that of alpha CE(label) + (1 - alpha) of the method's, in place (5.3)."""
     assert b.logp_label_R is not None
     assert b.is_label_N is not None
     alpha, beta = ce_weight, 1 - ce_weight
@@ -112,6 +115,7 @@ def mix_ce(form: Form, b: Block, ce_weight: float) -> None:
     form.a_R = beta * form.a_R + alpha
     form.grad_N = beta * form.grad_N + alpha * (b.p_N - b.is_label_N)
     form.u_R = None if form.u_R is None else beta * form.u_R
+    form.d *= beta
     form.label_R = torch.full_like(form.a_R, -alpha) if form.label_R is None else beta * form.label_R - alpha
 
 

@@ -73,6 +73,8 @@ def sparse_kl_operator(
     teacher_scale: float,
     teacher_softcap: float | None,
     method: str,
+    divergence: str,
+    temperature: float,
     labels_P: Tensor | None,
     ce_weight: float,
     weights_P: Tensor | None,
@@ -93,6 +95,8 @@ def sparse_kl_operator(
             width=logits_PV.shape[1],
             like=logits_PV,
             normaliser=normaliser,
+            divergence=divergence,
+            temperature=temperature,
             shard=_SHARDS.get(shard),
         )
         grad_PV = logits_PV.new_empty(logits_PV.shape if want_grad else (0,))
@@ -145,6 +149,8 @@ def linear_sparse_kl_operator(
     teacher_scale: float,
     teacher_softcap: float | None,
     method: str,
+    divergence: str,
+    temperature: float,
     labels_P: Tensor | None,
     ce_weight: float,
     weights_P: Tensor | None,
@@ -173,6 +179,8 @@ def linear_sparse_kl_operator(
             width=weight_VD.shape[0],
             like=hidden_PD,
             normaliser=normaliser,
+            divergence=divergence,
+            temperature=temperature,
             shard=_SHARDS.get(shard),
             shape=Shape.of(OutputHead(weight_VD, bias_V, softcap, scale)),
         )

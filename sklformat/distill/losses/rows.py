@@ -2,7 +2,8 @@
 One dense pass over blocks of logits that turns them into the loss and, in place, into its gradient.
 
 Serves block after block.  Which rows exist, and where they come from, is its caller's.
-On a GPU a kernel does the pass, a program for each row (``kernels.loss_rows``); what is here is its oracle.
+On a GPU a kernel does the pass, a program for each row (``kernels.loss_rows``); what is here is its oracle, and what
+runs where the kernel does not know the loss: ``knows_kernel``.
 Entries of a position's records are formed in float32 (float64 for float64) and overwrite what the dense pass left:
 near the optimum they are small differences of large numbers, and rounding first would lose them.
 
@@ -12,15 +13,15 @@ Shape letters: P positions, V vocabulary, D hidden size, C positions of a chunk,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sklformat.distill import kernels
-from sklformat.distill.losses.arguments import Arguments
-from sklformat.distill.losses.methods import SPARSE_METHODS, Block, mix_ce, segment_sum
+from sklformat.distill.losses.dense import TargetRows, exponentials
+from sklformat.distill.losses.divergences import dense_form, form_of, is_dense
+from sklformat.distill.losses.methods import Block, mix_ce, segment_sum
 from sklformat.distill.losses.targets import DenseTargets, DenseTeacher
 
 # Elements of the block that the passes of the row form go over: small enough for a CPU's cache, large enough to hide
@@ -29,31 +30,22 @@ BLOCK_ELEMENTS_CPU = 1 << 20
 BLOCK_ELEMENTS_DEVICE = 1 << 26
 
 
-@dataclass
-class Entries:
-    """Single entries of a block: where they lie in it, flattened, and which of them lie here; None: all."""
-
-    index: Tensor
-    own: Tensor | None
-
-    def take(self, flat: Tensor) -> Tensor:
-        """Their values; 0 of those that another process has."""
-        return flat[self.index] if self.own is None else torch.where(self.own, flat[self.index], 0)
-
-    def put(self, flat: Tensor, values: Tensor) -> None:
-        """Overwrite those that are here."""
-        if self.own is None:
-            flat.index_copy_(0, self.index, values)
-        else:
-            flat.index_copy_(0, self.index[self.own], values[self.own])
+def knows_kernel(divergence: str, temperature: float, ce_weight: float) -> bool:
+    """Whether the Triton kernels know a loss: forward KL, at one temperature with the cross-entropy beside it."""
+    return divergence == "forward_kl" and (temperature == 1 or ce_weight == 0)
 
 
-class LossRows(Arguments):
+class LossRows(TargetRows):
     """The loss as a function of the rows of the logits; serves block after block."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         limit = BLOCK_ELEMENTS_CPU if self.device.type == "cpu" else BLOCK_ELEMENTS_DEVICE
+        self.is_dense = self.dense is not None or is_dense(self.divergence, self.method)
+        # Cross-entropy stays at temperature 1, and needs a pass of its own beside another temperature.
+        self.has_hard_part = self.ce_weight > 0 and self.temperature != 1
+        if self.divergence != "forward_kl" and self.is_dense:  # which has several blocks at once
+            limit //= 4
         # The same on all processes of a group, which meet at each block.
         self.block_positions = max(1, limit // self.vocab_size)
         # A kernel accumulates in float32, and has no need of a teacher's distributions that are whole in memory.
@@ -61,6 +53,7 @@ class LossRows(Arguments):
             kernels.run_on(self.device)
             and self.dtype == torch.float32
             and self.shard is None
+            and knows_kernel(self.divergence, self.temperature, self.ce_weight)
             and not isinstance(self.dense, DenseTargets)
         )
 
@@ -146,11 +139,18 @@ class LossRows(Arguments):
             z_RV.copy_(x_RV).sub_(self._row_maxima(x_RV, teacher_RV))
         # A position without label has weight 0, so that any id will do.
         labels_R = None if self.labels_P is None else self.labels_P[start:stop].clamp(min=0)
-        if self.dense is None:
-            loss_R = self._run_sparse(z_RV, block, weights_R, labels_R, want_grad=grad_RV is not None)
+        hard = self._cross_entropy(z_RV, labels_R) if self.has_hard_part else None
+        own_R = weights_R if hard is None else weights_R * (1 - self.ce_weight)
+        if not self.is_dense:
+            loss_R = self._run_sparse(z_RV, block, own_R, labels_R, want_grad=grad_RV is not None)
+        elif self.divergence == "forward_kl":
+            made = self._teacher_probs(start, stop) if teacher_RV is None else exponentials(teacher_RV)
+            loss_R = self._run_dense(z_RV, made, own_R, labels_R, want_grad=grad_RV is not None)
         else:
-            made = self._teacher_probs(start, stop) if teacher_RV is None else _exponentials(teacher_RV)
-            loss_R = self._run_dense(z_RV, made, weights_R, labels_R, want_grad=grad_RV is not None)
+            log_q_RV = self._log_targets(block) if teacher_RV is None else self._normalised(teacher_RV)
+            loss_R = self._run_divergence(z_RV, log_q_RV, own_R, labels_R, want_grad=grad_RV is not None)
+        if hard is not None:
+            loss_R = self._mix_hard(loss_R, z_RV if grad_RV is not None else None, hard, weights_R)
         if grad_RV is not None and self.shape is not None:
             self.shape.unbend(z_RV, tanh_RV)
         if grad_RV is not None:
@@ -173,14 +173,6 @@ class LossRows(Arguments):
         both_R2 = self.shard.largest(torch.cat([largest_R1, teacher_RV.amax(1, keepdim=True)], 1))
         teacher_RV.sub_(both_R2[:, 1:])
         return both_R2[:, :1]
-
-    def _entries(self, z_RV: Tensor, rows: Tensor, ids: Tensor) -> Entries:
-        """Those of these ids in these rows."""
-        width = z_RV.shape[1]
-        if self.shard is None:
-            return Entries(rows * width + ids, None)
-        local = ids - self.shard.first
-        return Entries(rows * width + local.clamp(0, width - 1), (local >= 0) & (local < width))
 
     def _run_sparse(
         self,
@@ -208,8 +200,10 @@ class LossRows(Arguments):
         # With the records' entries out, the row sums to the mass outside K without the cancellation of 1 - P_K.
         records.put(flat, torch.zeros_like(z_N))
         rest_R = z_RV.sum(1)
+        rest_pp_R = torch.linalg.vecdot(z_RV, z_RV) if self.divergence == "mse" else None
         if self.shard is not None:
-            z_N, z_label_R, sum_z_R, rest_R = self.shard.sums(z_N, z_label_R, sum_z_R, rest_R)
+            parts = self.shard.sums(z_N, z_label_R, sum_z_R, rest_R, rest_pp_R)
+            z_N, z_label_R, sum_z_R, rest_R, rest_pp_R = parts
         e_N = z_N.exp()
         e_label_R = None if z_label_R is None else z_label_R.exp()
         sum_R = rest_R + segment_sum(e_N, offsets)
@@ -228,17 +222,25 @@ class LossRows(Arguments):
             logp_label_R=None if z_label_R is None else (z_label_R - log_sum_R).clamp_(min=lowest),
             is_label_N=is_label_N,
             vocab_size=self.vocab_size,
+            rest_pp_R=None if rest_pp_R is None else rest_pp_R / sum_R.square(),
         )
-        form = SPARSE_METHODS[self.method](b)
-        if self.ce_weight > 0:
+        form = form_of(self.divergence, self.method, b)
+        if self.ce_weight > 0 and not self.has_hard_part:
             mix_ce(form, b, self.ce_weight)
         if want_grad:
             a_R = form.a_R * weights_R
-            z_RV.mul_((a_R / sum_R).unsqueeze(1))
+            if form.d == 0:
+                z_RV.mul_((a_R / sum_R).unsqueeze(1))
+            else:
+                z_RV.div_(sum_R.unsqueeze(1))
+                z_RV.mul_(z_RV.mul((form.d * weights_R).unsqueeze(1)).add_(a_R.unsqueeze(1)))
             if form.u_R is not None:
                 z_RV.add_((form.u_R * weights_R).unsqueeze(1))
             if labels is not None and form.label_R is not None and e_label_R is not None:
-                g_label_R = form.a_R * (e_label_R / sum_R) + form.label_R
+                p_label_R = e_label_R / sum_R
+                g_label_R = form.a_R * p_label_R + form.label_R
+                if form.d != 0:
+                    g_label_R = g_label_R + form.d * p_label_R.square()
                 if form.u_R is not None:
                     g_label_R = g_label_R + form.u_R
                 labels.put(flat, g_label_R * weights_R)
@@ -258,7 +260,8 @@ class LossRows(Arguments):
         t_RV, negative_entropy_R = made
         # As above: a masked id under a target of 0 gives 0.
         z_RV.clamp_(min=torch.finfo(self.dtype).min)
-        alpha, beta, flat = self.ce_weight, 1 - self.ce_weight, z_RV.view(-1)
+        alpha = 0.0 if self.has_hard_part else self.ce_weight
+        beta, flat = 1 - alpha, z_RV.view(-1)
         target_sum_R = t_RV.sum(1)
         cross_R = torch.linalg.vecdot(t_RV, z_RV)
         labels = None
@@ -276,7 +279,7 @@ class LossRows(Arguments):
                 cross_R, target_sum_R = cross_R / target_sum_R, torch.ones_like(target_sum_R)
         log_sum_R = sum_R.log()
         loss_R: Tensor = beta * (negative_entropy_R - cross_R + target_sum_R * log_sum_R)
-        if z_label_R is not None:
+        if z_label_R is not None and alpha > 0:
             loss_R = loss_R - alpha * (z_label_R - log_sum_R)
         if want_grad:
             z_RV.mul_((weights_R * (beta * target_sum_R + alpha) / sum_R).unsqueeze(1))
@@ -285,41 +288,55 @@ class LossRows(Arguments):
                 labels.put(flat, labels.take(flat) - alpha * weights_R)
         return loss_R
 
-    def _teacher_probs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """A fresh [R, V] block of teacher probabilities in the accumulation type, and their sum of t log t, [R]."""
-        if isinstance(self.dense, DenseTargets):
-            t_RV = self.dense.probs_PV[start:stop].detach().to(self.dtype, copy=True)
-            return t_RV, torch.xlogy(t_RV, t_RV).sum(1)
-        # From the logarithms: xlogy takes each of them again, many times slower than exp. A masked id, log 0, gives 0.
-        log_RV = self._teacher_logits(start, stop).log_softmax(1, dtype=self.dtype)
-        log_RV.clamp_(min=torch.finfo(self.dtype).min)
-        t_RV = log_RV.exp()
-        return t_RV, torch.linalg.vecdot(t_RV, log_RV)
+    def _run_divergence(
+        self,
+        z_RV: Tensor,
+        log_q_RV: Tensor,
+        weights_R: Tensor,
+        labels_R: Tensor | None,
+        *,
+        want_grad: bool,
+    ) -> Tensor:
+        alpha = 0.0 if self.has_hard_part else self.ce_weight
+        log_p_RV, p_RV = self._normalised(z_RV.clone()), None
+        ce_R = None
+        if alpha > 0 and labels_R is not None:
+            labels = self._entries(z_RV, torch.arange(len(z_RV), device=self.device), labels_R)
+            (ce_R,) = self._sums(-labels.take(log_p_RV.view(-1)))
+            p_RV = log_p_RV.exp()
+            labels.put(p_RV.view(-1), labels.take(p_RV.view(-1)) - 1)
+        loss_R, grad_RV = dense_form(self.divergence, log_q_RV, log_p_RV, self._sums)
+        if ce_R is not None and p_RV is not None:
+            loss_R = (1 - alpha) * loss_R + alpha * ce_R
+            grad_RV.mul_(1 - alpha).add_(p_RV, alpha=alpha)
+        if want_grad:
+            torch.mul(grad_RV, weights_R.unsqueeze(1), out=z_RV)
+        return loss_R
 
-    def _teacher_logits(self, start: int, stop: int) -> Tensor:
-        """[R, V] in the type of the product, or of accumulation where more than a product makes them."""
-        logits_RV = self._teacher_product(slice(start, stop))
-        if self.teacher_shape is not None:
-            logits_RV = logits_RV.to(self.dtype)
-            self.teacher_shape.bend(logits_RV)
-        return logits_RV
+    def _cross_entropy(self, z_RV: Tensor, labels_R: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of the label at temperature 1, [R], and its gradient, [R, V]; z has been divided by the temperature."""
+        assert labels_R is not None
+        hard_RV = z_RV * self.temperature
+        labels = self._entries(hard_RV, torch.arange(len(z_RV), device=self.device), labels_R)
+        z_label_R = labels.take(hard_RV.view(-1))
+        z_label_R, sum_R = self._sums(z_label_R, hard_RV.exp_().sum(1))
+        hard_RV.div_(sum_R.unsqueeze(1))
+        labels.put(hard_RV.view(-1), labels.take(hard_RV.view(-1)) - 1)
+        return sum_R.log() - z_label_R.clamp(min=torch.finfo(self.dtype).min), hard_RV
 
-    def _own_teacher_logits(self, start: int, stop: int) -> Tensor | None:
-        """The part of them that is here, in the accumulation type, where processes have parts; else None."""
-        if self.shard is None or not isinstance(self.dense, DenseTeacher):
-            return None
-        return self._teacher_logits(start, stop).to(self.dtype)
+    def _mix_hard(
+        self, loss_R: Tensor, grad_RV: Tensor | None, hard: tuple[Tensor, Tensor], weights_R: Tensor
+    ) -> Tensor:
+        """
+        The mixture alpha CE + (1 - alpha) T² D, over the T² that the weights carry.
 
-    def _teacher_product(self, span: slice) -> Tensor:
-        assert isinstance(self.dense, DenseTeacher)
-        assert isinstance(self.dense.head, Tensor)
-        return torch.mm(self.dense.hidden_PD[span], self.dense.head.t())
-
-
-def _exponentials(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(x) of logits less their maxima, and its sum with x, [R]: up to their sum, what ``_teacher_probs`` gives."""
-    e_RV = logits_RV.clamp_(min=torch.finfo(logits_RV.dtype).min).exp()
-    return e_RV, torch.linalg.vecdot(e_RV, logits_RV)
+        The gradient, which has its 1 - alpha already, is of the logits over T, and T times that of the logits.
+        """
+        alpha, temperature = self.ce_weight, self.temperature
+        ce_R, hard_RV = hard
+        if grad_RV is not None:
+            grad_RV.addcmul_(hard_RV, (weights_R * (alpha / temperature)).unsqueeze(1))
+        return (1 - alpha) * loss_R + alpha / temperature**2 * ce_R
 
 
 def _clear(grad_RV: Tensor, skipped_R: Tensor) -> None:

@@ -765,7 +765,7 @@ def operator_cases(dtype=torch.float32):
     hidden_PD, weight_VD, targets, labels_P = linear_case(dtype, P, V, D)
     teacher = DenseTeacher(torch.randn(P, 5, generator=generator(1)), torch.randn(V, 5, generator=generator(2)))
     bias_V = torch.randn(V, generator=generator(3)).requires_grad_()
-    rest = (labels_P, 0.3, torch.ones(P), None, "")
+    rest = ("forward_kl", 1.0, labels_P, 0.3, torch.ones(P), None, "")
     for given, method in ((targets, "ghost_token"), (teacher, "full")):
         parts = parts_of(given)
         logits_PV = (hidden_PD @ weight_VD.T).detach().requires_grad_()
