@@ -19,6 +19,7 @@ from sklformat.distill.loader.batches import Batch, Targets, collate
 from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.loader.sequences import SparseLogitSequences
 from sklformat.distill.loader.teachers import Teachers
+from sklformat.distill.losses.confidence import easy_hard_weights, label_confidence
 from sklformat.distill.losses.kl import DenseTargets, DenseTeacher, OutputHead, Shard, linear_sparse_kl, sparse_kl
 from sklformat.distill.losses.metrics import acceptance_rate, calibration_error, lm_loss
 
@@ -38,6 +39,8 @@ __all__ = [
     "acceptance_rate",
     "calibration_error",
     "collate",
+    "easy_hard_weights",
+    "label_confidence",
     "linear_sparse_kl",
     "lm_loss",
     "output_head",

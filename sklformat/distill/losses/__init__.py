@@ -2,6 +2,7 @@
 Losses and metrics on plain tensors; knows nothing else of sklformat.
 
 arguments    what a loss is asked for, checked once
+confidence   higher rates for hard tokens: weights by the teacher's confidence
 dense        whole distributions of a block of rows
 divergences  how far the student is from a target
 heads        a model's head: weight, bias, scale, cap
