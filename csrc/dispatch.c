@@ -31,6 +31,9 @@ static size_t usable(const skl_kernels *tables[3])
     if (avx2)
         tables[n++] = &skl_kernels_avx2;
 #endif
+#ifdef SKL_NEON_KERNELS
+    tables[n++] = &skl_kernels_neon; /* every processor of this kind has it */
+#endif
     tables[n++] = &skl_kernels_portable;
     return n;
 }

@@ -101,6 +101,9 @@ extern const skl_kernels skl_kernels_portable;
 extern const skl_kernels skl_kernels_avx2;
 extern const skl_kernels skl_kernels_avx512;
 #endif
+#ifdef SKL_NEON_KERNELS
+extern const skl_kernels skl_kernels_neon;
+#endif
 
 /* The table in use: the widest the processor can run, unless skl_use_kernels chose another. */
 const skl_kernels *skl_current_kernels(void);

@@ -222,5 +222,7 @@ SKL_INLINE float block_sum(uint32_t dtype, const unsigned char *row, const sum_t
     return sum_block_as(dtype, row, terms, 0, maximum);
 }
 
+#include "kernels_x86.h"
+
 #include "kernels_lanes.h"
 #include "kernels_table.h"

@@ -109,5 +109,7 @@ SKL_INLINE float block_sum(uint32_t dtype, const unsigned char *row, const sum_t
     return sum_lanes(sum);
 }
 
+#include "kernels_x86.h"
+
 #include "kernels_lanes.h"
 #include "kernels_table.h"

@@ -1,14 +1,13 @@
 /* kernels_lanes.h: the sampler's kernels for registers that hold 16 lanes.
  *
- * Included by kernels_avx2.c and kernels_avx512.c, which define `lanes`, what is done to them one by one, and block_sum
- * with the sum_terms that it takes; the order of operations is that of kernels_portable.c.  What does not fill a block
+ * Included by kernels_avx2.c, kernels_avx512.c and kernels_neon.c, which define `lanes`, load_one, what is done to lanes
+ * one by one, and block_sum with the sum_terms that it takes; the order of operations is that of kernels_portable.c.  What does not fill a block
  * goes through a block padded with -inf, whose exponential is 0. */
 #ifndef SKL_KERNELS_LANES_H
 #define SKL_KERNELS_LANES_H
 
 #include "kernels.h"
 
-#include <immintrin.h>
 #include <math.h>
 #include <string.h>
 
@@ -20,15 +19,6 @@ SKL_INLINE void prefetch_block(const unsigned char *row, size_t size)
 {
     for (size_t i = 0; i < SKL_BLOCK * size; i += 64)
         __builtin_prefetch((const void *)((uintptr_t)row + PREFETCH_BYTES + i));
-}
-
-SKL_INLINE float load_one(uint32_t dtype, const unsigned char *from)
-{
-    uint32_t bits = 0;
-    memcpy(&bits, from, skl_logit_size(dtype));
-    if (dtype == SKL_DTYPE_FLOAT16)
-        return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128((int)bits)));
-    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)(dtype == SKL_DTYPE_FLOAT32 ? bits : bits << 16))));
 }
 
 SKL_INLINE void widen_as(uint32_t dtype, const unsigned char *row, size_t n, float *values)

@@ -1,7 +1,8 @@
 /* kernels_portable.c: the sampler's arithmetic, lane by lane.
  *
- * This is the truth: kernels_avx2.c and kernels_avx512.c do the same operations 8 and 16 at a time.  The result never
- * depends on which one ran, because every operation below is one IEEE operation, rounded to nearest, in this order:
+ * This is the truth: kernels_avx2.c, kernels_avx512.c and kernels_neon.c do the same operations 4 to 16 at a time.  The
+ * result never depends on which one ran, because every operation below is one IEEE operation, rounded to nearest, in
+ * this order:
  *
  *   x        the logit as float32 (exact from float16 and bfloat16)
  *   d        fma(x, scale, -offset).  scale and offset are float32, offset an integer

@@ -1,9 +1,9 @@
 /* kernels_table.h: what every kernels_<set>.c ends with: its record kernels, and its table.
  *
  * The including file has the sampler's kernels: group_totals, and widen_as, maxima_as, cdf_as and exponentials_as, of
- * which one copy is made here for each type of logits.  It defines one of SKL_KERNELS_PORTABLE, SKL_KERNELS_AVX2 and
- * SKL_KERNELS_AVX512, which alone chooses kernels_records_<set>.h: the compiler's flags, such as -march=native, do
- * not.  There each instruction set has
+ * which one copy is made here for each type of logits.  It defines one of SKL_KERNELS_PORTABLE, SKL_KERNELS_AVX2,
+ * SKL_KERNELS_AVX512 and SKL_KERNELS_NEON, which alone chooses kernels_records_<set>.h: the compiler's flags, such as
+ * -march=native, do not.  There, or in kernels_neon.c itself, each instruction set has
  *
  *   pack_steps, sum_steps, unpack_steps, widen_steps
  *                    what the plain loops of kernels_pack.h and kernels_records.h do, for as many items as make whole
@@ -13,7 +13,9 @@
 #ifndef SKL_KERNELS_TABLE_H
 #define SKL_KERNELS_TABLE_H
 
-#if defined(SKL_KERNELS_PORTABLE) + defined(SKL_KERNELS_AVX2) + defined(SKL_KERNELS_AVX512) != 1
+#if defined(SKL_KERNELS_PORTABLE) + defined(SKL_KERNELS_AVX2) + defined(SKL_KERNELS_AVX512) +                           \
+        defined(SKL_KERNELS_NEON) !=                                                                                  \
+    1
 #error "the including file defines its instruction set"
 #elif defined(SKL_KERNELS_PORTABLE)
 #define TABLE skl_kernels_portable
@@ -23,6 +25,9 @@
 #define TABLE skl_kernels_avx2
 #define TABLE_NAME "avx2"
 #include "kernels_records_avx2.h"
+#elif defined(SKL_KERNELS_NEON)
+#define TABLE skl_kernels_neon
+#define TABLE_NAME "neon"
 #else
 #define TABLE skl_kernels_avx512
 #define TABLE_NAME "avx512"

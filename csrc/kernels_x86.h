@@ -1,4 +1,4 @@
-/* kernels_x86.h: what the record kernels of kernels_avx2.c and kernels_avx512.c do alike.
+/* kernels_x86.h: what kernels_avx2.c and kernels_avx512.c do alike.
  *
  * How counts are checked: a position that starts has `rounds` left, each count takes its part away, and nothing is left
  * where the next one starts.  With byte i of a vector holding mark - code, what is left after record i is the sum of
@@ -12,6 +12,16 @@
 
 #include <immintrin.h>
 #include <math.h>
+#include <string.h>
+
+SKL_INLINE float load_one(uint32_t dtype, const unsigned char *from)
+{
+    uint32_t bits = 0;
+    memcpy(&bits, from, skl_logit_size(dtype));
+    if (dtype == SKL_DTYPE_FLOAT16)
+        return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128((int)bits)));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)(dtype == SKL_DTYPE_FLOAT32 ? bits : bits << 16))));
+}
 
 /* Far enough that records arrive from memory before their turn. */
 #define RECORDS_AHEAD 8192

@@ -217,7 +217,7 @@ skl_status skl_draw(const skl_sampling *sampling, const void *logits, uint64_t n
 /* One block of Philox4x32-10: counter [4], key [2] to out [4]. */
 void skl_philox(const uint32_t *counter, const uint32_t *key, uint32_t *out);
 
-/* The kernels in use: "avx512", "avx2" or "portable"; all give the same records. */
+/* The kernels in use: "avx512", "avx2", "neon" or "portable"; all give the same records. */
 const char *skl_kernels_name(void);
 
 /* Use these kernels from now on, in every thread.  SKL_OK or SKL_ERR_UNSUPPORTED: not on this processor. */

@@ -89,7 +89,7 @@ def check(status: int, fault: Any = None, where: str = "") -> None:
 
 def use_kernels(name: str) -> None:
     """
-    Make the sampler run on "avx512", "avx2" or "portable" kernels; all give the same records.
+    Make the sampler run on "avx512", "avx2", "neon" or "portable" kernels; all give the same records.
 
     Raises:
         UnsupportedError: This processor, or this build, does not have them.

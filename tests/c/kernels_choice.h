@@ -1,6 +1,6 @@
 /* kernels_choice.h: the kernels that a test program runs; it says which at its end.
  *
- * SKL_KERNELS=portable, avx2 or avx512 in the environment: these alone, and a failure where they cannot run.  Else the
+ * SKL_KERNELS=portable, neon, avx2 or avx512 in the environment: these alone, and a failure where they cannot run.  Else the
  * widest that can, or each in turn where a test compares them. */
 #ifndef KERNELS_CHOICE_H
 #define KERNELS_CHOICE_H
@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const all_kernels[] = {"portable", "avx2", "avx512"};
+static const char *const all_kernels[] = {"portable", "neon", "avx2", "avx512"};
 enum { NUM_KERNELS = sizeof all_kernels / sizeof all_kernels[0] };
 static int kernels_ran[NUM_KERNELS];
 

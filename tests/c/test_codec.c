@@ -307,6 +307,50 @@ static void test_encode_faults(void)
     free_sequence(&s);
 }
 
+/* A single fault at any of many records, whatever step of whichever kernels it falls into. */
+static void test_encode_faults_in_steps(void)
+{
+    enum { RECORDS = 75 };
+    for (size_t k = 0; k < NUM_KERNELS; k++) {
+        if (!try_kernels(all_kernels[k]))
+            continue;
+        for (uint32_t profile = SKL_PROFILE_R24; profile <= SKL_PROFILE_R32; profile++) {
+            if (profile == SKL_PROFILE_R24W)
+                continue; /* its 63 rounds are too few; packed as R24 */
+            const skl_shape shape = {SKL_KIND_COUNTS, profile, 1, 0, 0, 1000, RECORDS, 1, RECORDS};
+            sequence s = empty_sequence(shape);
+            s.offsets[0] = 0;
+            s.offsets[1] = RECORDS;
+            for (uint32_t i = 0; i < RECORDS; i++) {
+                s.token_ids[i] = 900 + i;
+                s.codes[i] = 1;
+            }
+            for (uint32_t i = 0; i < RECORDS; i++) {
+                const uint32_t id = s.token_ids[i];
+                if (i > 0) {
+                    s.token_ids[i] = id - 1;
+                    expect_encode_fault(&s, SKL_REASON_ID_ORDER, 0, id - 1);
+                    s.token_ids[i] = 0;
+                    expect_encode_fault(&s, SKL_REASON_ID_ORDER, 0, 0);
+                }
+                s.token_ids[i] = 1000;
+                expect_encode_fault(&s, SKL_REASON_ID_RANGE, 0, 1000);
+                s.token_ids[i] = UINT32_MAX;
+                expect_encode_fault(&s, SKL_REASON_ID_RANGE, 0, UINT32_MAX);
+                s.token_ids[i] = id;
+                s.codes[i] = 0;
+                expect_encode_fault(&s, SKL_REASON_COUNT_RANGE, 0, 0);
+                s.codes[i] = 1;
+            }
+            s.token_ids[0] = 0; /* the least id there is */
+            size_t size;
+            free(encoded(&s, &size));
+            free_sequence(&s);
+        }
+    }
+    choose_kernels();
+}
+
 static void expect_decode_fault(const sequence *s, const uint8_t *bytes, size_t size, skl_reason reason,
                                 uint64_t position, uint64_t value)
 {
@@ -689,6 +733,7 @@ int main(void)
     test_truncation();
     test_small_destination();
     test_encode_faults();
+    test_encode_faults_in_steps();
     test_decode_faults();
     test_changed_underneath();
     test_unknown_shapes();

@@ -13,7 +13,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     input in = {data, size};
     skl_shape shape = take_shape(&in);
     const uint32_t flags = (uint32_t)take(&in, 1);
-    static const char *const tables[] = {"portable", "avx2", "avx512"};
+    static const char *const tables[] = {"portable", "neon", "avx2", "avx512"};
     const skl_status used_table = skl_use_kernels(tables[size % 3]); /* unsupported: the table of the run before */
     LAW(used_table == SKL_OK || used_table == SKL_ERR_UNSUPPORTED);
     const uint32_t num_rows = flags % (MAX_ROWS + 1), scale_log2 = flags & 8 ? 31 : shape.rounds % 31;

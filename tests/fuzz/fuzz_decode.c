@@ -92,7 +92,7 @@ static void check_encodes_again(const skl_shape *shape, const decoded *out, cons
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static const char *const tables[] = {"portable", "avx2", "avx512"};
+    static const char *const tables[] = {"portable", "neon", "avx2", "avx512"};
     input in = {data, size};
     const int padded = size > 0 && (data[0] & 4) != 0;
     const int whole = size > 0 && (data[0] & 8) == 0;

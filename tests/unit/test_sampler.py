@@ -33,7 +33,7 @@ def restore_kernels():
     native.use_kernels(name)
 
 
-KERNELS = ("portable", "avx2", "avx512")
+KERNELS = ("portable", *(("neon",) if platform.machine() in ("aarch64", "arm64") else ("avx2", "avx512")))
 CALLS = (
     {"sampler": "multinomial"},
     {"sampler": "multinomial", "rounds": 300},

@@ -216,7 +216,10 @@ def test_quantise_is_the_reference(spread):
         assert expected == list(zip(kept_ids[found].tolist(), codes[found].tolist(), strict=True))
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+IS_ARM = platform.machine() in ("aarch64", "arm64")
+
+
+@pytest.fixture(params=["portable", "neon"] if IS_ARM else ["portable", "avx2", "avx512"])
 def kernels(request):
     name = native.kernels_name()
     with contextlib.suppress(UnsupportedError):
