@@ -31,7 +31,7 @@ from torch import Tensor
 
 import sklformat as skl
 from sklformat.checksums import fingerprint
-from sklformat.distill import DenseTeacher, Targets, linear_sparse_kl, run_to_head
+from sklformat.distill import DenseTeacher, Targets, easy_hard_weights, linear_sparse_kl, run_to_head
 from sklformat.distill.losses.metrics import EvaluationSums
 from sklformat.distill.models import outputs
 from sklformat.distill.models.loading import new_llama
@@ -77,7 +77,8 @@ class Student:
     Attributes:
         records: None: cross-entropy (method "ce") or the whole distribution ("full").
         method, ce_weight: As ``linear_sparse_kl`` takes them.
-        loss: Its further arguments, sorted pairs of name and value.
+        loss: Its further arguments, pairs of name and value.
+        lr_ratio: Rate of hard tokens to that of easy ones, by the teacher's own confidence in the label (5.3).
         epochs: Times that each sequence is read, in the same number of steps: 3 read a third of the text.
         longer: Times as many steps, over as much more text.
         width, layers: Of the Llama; 0: as the size of the teacher says.
@@ -88,6 +89,7 @@ class Student:
     method: str = "random_sampling"
     ce_weight: float = 0.0
     loss: tuple[tuple[str, Any], ...] = ()
+    lr_ratio: float = 1.0
     epochs: int = 1
     longer: int = 1
     width: int = 0
@@ -230,9 +232,14 @@ def _trained(of: Teacher, part: Part, student: Student, seed: int) -> tuple[Any,
             num_records += targets.token_ids.numel()
         num_positions += tokens_BT[:, 1:].numel()
         hidden_PD, head, _ = run_to_head(model, tokens_BT[:, :-1])
+        labels_P, weights_P = tokens_BT[:, 1:].flatten(), None
+        if student.lr_ratio != 1:
+            logp_PV = of.logits(part.hidden[rows]).flatten(0, 1).log_softmax(1)
+            sure_P = logp_PV.gather(1, labels_P[:, None])[:, 0]
+            weights_P = easy_hard_weights(sure_P, labels_P, lr_ratio=student.lr_ratio)
         loss = linear_sparse_kl(
             hidden_PD, head, targets, method="random_sampling" if student.method == "ce" else student.method,
-            labels_P=tokens_BT[:, 1:].flatten(), ce_weight=student.ce_weight, **dict(student.loss),
+            labels_P=labels_P, ce_weight=student.ce_weight, position_weights_P=weights_P, **dict(student.loss),
         )  # fmt: skip
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
