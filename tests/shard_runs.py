@@ -20,6 +20,11 @@ CASES = [
     {"method": "naive_fix"},
     {"method": "full"},
     {"method": "full", "ce_weight": 0.3, "dense": True},
+    {"method": "random_sampling", "divergence": "mse", "ce_weight": 0.3},
+    {"method": "naive_fix", "divergence": "forward_reverse_kl", "temperature": 2.0, "ce_weight": 0.3},
+    {"method": "label_smoothing", "divergence": "jsd", "ce_weight": 0.2},
+    {"method": "full", "divergence": "jsd", "temperature": 2.0},
+    {"method": "full", "divergence": "forward_reverse_kl", "temperature": 2.0, "ce_weight": 0.3, "dense": True},
 ]
 
 

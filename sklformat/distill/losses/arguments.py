@@ -73,7 +73,7 @@ class Arguments:
             raise ValueError(f"method {method!r} is unknown; one of {', '.join(METHODS)}")
         check_divergence(divergence, method)
         if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}; need a finite number above 0")
+            raise ValueError(f"temperature is {temperature}; logits are divided by it: above 0, and finite")
         if not 0 <= ce_weight <= 1:
             raise ValueError(f"ce_weight {ce_weight} is outside [0, 1]")
         if not like.is_floating_point():

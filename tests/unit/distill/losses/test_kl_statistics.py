@@ -16,6 +16,7 @@ import torch
 from chance import largest_z, z_of_false_alarm
 from torch import Tensor
 
+from sklformat.distill.losses.confidence import easy_hard_weights, label_confidence
 from sklformat.distill.losses.kl import DenseTargets, linear_sparse_kl, sparse_kl
 
 VOCAB_SIZE, ROUNDS, REPETITIONS = 40, 50, 4000
@@ -48,18 +49,22 @@ def drawn(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(ROUNDS, teacher, size=REPETITIONS) / ROUNDS
 
 
-def gradients(probs_RV: np.ndarray, method: str) -> np.ndarray:
+def gradients(
+    probs_RV: np.ndarray, method: str, divergence: str = "forward_kl", weights_R: Tensor | None = None
+) -> np.ndarray:
     """Gradient of each repetition's own loss, [R, V]: the repetitions are the positions of one batch."""
     _, logits = teacher_and_student()
     x_RV = logits.repeat(len(probs_RV), 1).requires_grad_()
-    loss = sparse_kl(x_RV, ragged(probs_RV), method=method)
+    labels_R = torch.zeros(len(probs_RV), dtype=torch.int64)
+    settings = {"method": method, "divergence": divergence, "labels_P": labels_R, "position_weights_P": weights_R}
+    loss = sparse_kl(x_RV, ragged(probs_RV), normaliser=float(len(probs_RV)), **settings)
     return (torch.autograd.grad(loss, x_RV)[0] * len(probs_RV)).numpy()
 
 
-def full_gradient() -> np.ndarray:
+def full_gradient(divergence: str = "forward_kl") -> np.ndarray:
     teacher, logits = teacher_and_student()
     x_1V = logits[None].requires_grad_()
-    loss = sparse_kl(x_1V, DenseTargets(torch.from_numpy(teacher)[None]), method="full")
+    loss = sparse_kl(x_1V, DenseTargets(torch.from_numpy(teacher)[None]), method="full", divergence=divergence)
     return torch.autograd.grad(loss, x_1V)[0][0].numpy()
 
 
@@ -118,3 +123,35 @@ def test_ghost_token_is_biased_under_sampled_targets():
     """Control of the docstring's claim: with S just below 1 the ghost's random K shifts the expected gradient."""
     probs_RV = drawn(6) * 0.9
     assert z_of_false_alarm(VOCAB_SIZE) * 3 < largest_z(gradients(probs_RV, "ghost_token"), full_gradient())
+
+
+@pytest.mark.parametrize("method", ["random_sampling", "label_smoothing", "naive_fix"])
+def test_the_squares_gradient_is_linear_in_the_target(method):
+    """MSE over all ids: the mean over draws is the gradient to the teacher itself."""
+    samples_RV = gradients(drawn(7), method, "mse")
+    assert z_of_false_alarm(VOCAB_SIZE) > largest_z(samples_RV, full_gradient("mse"))
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_reverse_kl", "jsd", "l1", "total_variation"])
+def test_other_divergences_are_biased_under_sampled_targets(divergence):
+    """Control of the docstring's claim: with the same draws each of them fails by far."""
+    samples_RV = gradients(drawn(7), "random_sampling", divergence)
+    assert z_of_false_alarm(VOCAB_SIZE) * 3 < largest_z(samples_RV, full_gradient(divergence))
+
+
+@pytest.mark.parametrize("source", ["teacher", "records"])
+def test_rates_are_unbiased_by_the_teachers_confidence_and_not_by_the_draws(source):
+    """Of w (p - t) - w (p - q), with one label easy and another, often, hard, the mean is 0 if w does not follow t."""
+    teacher, _ = teacher_and_student()
+    probs_RV = drawn(8)
+    labels_R = torch.from_numpy(
+        np.random.default_rng(9).choice(np.argsort(-teacher)[[0, 4]], REPETITIONS, p=[0.2, 0.8])
+    )
+    confidence_R = label_confidence(ragged(probs_RV), labels_R)
+    if source == "teacher":
+        confidence_R = torch.from_numpy(teacher)[labels_R]
+    weights_R = easy_hard_weights(confidence_R, labels_R, lr_ratio=8.0)
+    samples_RV = gradients(probs_RV, "random_sampling", weights_R=weights_R)
+    z = largest_z(samples_RV - weights_R.numpy()[:, None] * full_gradient(), np.zeros(VOCAB_SIZE))
+    bound = z_of_false_alarm(VOCAB_SIZE)
+    assert z < bound if source == "teacher" else z > 2 * bound

@@ -19,7 +19,11 @@ def found(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("number", range(len(shard_runs.CASES)), ids=lambda n: shard_runs.CASES[n]["method"])
+@pytest.mark.parametrize(
+    "number",
+    range(len(shard_runs.CASES)),
+    ids=lambda n: "-".join(v for v in shard_runs.CASES[n].values() if isinstance(v, str)),
+)
 def test_two_parts_are_the_whole(number, found):
     """Value, gradients of hidden states, and each part's gradients, in float64."""
     whole = {name: torch.tensor(value) for name, value in shard_runs.losses(shard_runs.CASES[number]).items()}
