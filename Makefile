@@ -4,6 +4,9 @@
 # make sweep  every causal type of transformers at a tiny size: which capture sees exactly, which it refuses and why
 # make fuzz   random input under sanitizers, FUZZ_SECONDS for each target (60)
 # make ports  the C tests on aarch64 (under qemu-user) and with musl, where apt has them; abi3audit of the wheel
+#             (ONLY=aarch64: that port alone)
+# make wheel  an sdist, and from it wheels for this machine and, where apt has a cross compiler, aarch64; the tests without
+#             torch against the installed wheel, where no compiler is, and those of C and the format under qemu-user
 # make integrations  the tests with the trainers of others, each where its package installs: in .venv, or in an environment of
 #             its own (ONLY=trl: that one alone)
 # make vllm   the same with vLLM's CPU build as the teacher's engine, in an environment of 3.5 GB
@@ -31,7 +34,7 @@ MODULES := build/modules
 $(shell mkdir -p build && find sklformat -name '*.py' | sort >$(MODULES).now && \
   { cmp -s $(MODULES).now $(MODULES) && rm $(MODULES).now || mv $(MODULES).now $(MODULES); })
 
-.PHONY: demo test lint ctest sanitized pytest soak sweep fuzz ports integrations vllm bench paper clean
+.PHONY: demo test lint ctest sanitized pytest soak sweep fuzz ports wheel integrations vllm bench paper clean
 
 demo: $(READY)
 	$(BIN)/sklformat demo $(ARGS)
@@ -95,6 +98,7 @@ fuzz: ctest $(SANITIZED)/ready
 ports: $(READY)
 	@printf '%s\n' "$$PORTS" >build/ports.txt; skipped=; \
 	while IFS='|' read -r port compiler runner packages; do \
+	  test -z "$(ONLY)" || test $$port = "$(ONLY)" || continue; \
 	  runs=$${runner%%;*}; \
 	  { command -v $$compiler && command -v $${runs:-env}; } >/dev/null || \
 	    { apt-get update && apt-get install -y --no-install-recommends $$packages; } </dev/null >build/ports.log 2>&1 || \
@@ -105,6 +109,7 @@ ports: $(READY)
 	  $(BIN)/cmake --build build/c-$$port && \
 	  $(BIN)/ctest --test-dir build/c-$$port --output-on-failure </dev/null || exit 1; \
 	done <build/ports.txt; \
+	test -z "$(ONLY)" || { printf "left out:$${skipped:- nothing}\n"; exit; }; \
 	echo "== abi3"; rm -rf build/wheel; \
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel . || exit 1; \
 	if $(BIN)/python -m pip install --quiet --upgrade --target build/abi3audit abi3audit; then \
@@ -117,6 +122,10 @@ aarch64|aarch64-linux-gnu-gcc|qemu-aarch64;-L;/usr/aarch64-linux-gnu|gcc-aarch64
 musl|musl-gcc||musl-tools
 endef
 export PORTS
+
+wheel: $(READY)
+	$(MAKE) ports ONLY=aarch64
+	$(BIN)/python tests/wheels.py $(ARGS)
 
 # In .venv what needs nothing more; then each neighbour, by its name: packages with what they require, packages without.
 # Its environment sees .venv, adds to it and hides from it what clashes, but never torch.  What cannot be had is left out, and said.

@@ -15,6 +15,7 @@ from sklformat.cli import main
 from sklformat.deprecations import warn_of
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = Path(skl.__file__).parent
 
 NAMES = """
     AlignmentError Cache CacheWriter Capture CaptureError CorruptError EngineError FormatError Header InUseError
@@ -78,7 +79,7 @@ def test_public_names():
 
 def test_public_names_of_the_learning_side():
     """Those of ``sklformat.distill`` too, as its source lists them: loading torch is not this test's business."""
-    tree = ast.parse((ROOT / "sklformat/distill/__init__.py").read_text())
+    tree = ast.parse((PACKAGE / "distill/__init__.py").read_text())
     (listed,) = (node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
     assert LEARNING_NAMES.split() == ast.literal_eval(listed)
 
@@ -110,9 +111,7 @@ def test_what_should_have_gone_is_gone():
     """Nothing that warns of its end outlives the version that it names."""
     planted = {"a.py": 'warn_of("f", "g", until="0.3")', "b.py": 'metadata={"was": "f", "until": "0.2"}'}
     assert list(outlived(planted, "0.2.0")) == ['b.py: until": "0.2"']
-    assert [] == list(
-        outlived({str(path): path.read_text() for path in (ROOT / "sklformat").rglob("*.py")}, skl.__version__)
-    )
+    assert [] == list(outlived({str(path): path.read_text() for path in PACKAGE.rglob("*.py")}, skl.__version__))
 
 
 def test_a_name_that_goes_warns_where_it_is_used():
