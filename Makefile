@@ -10,6 +10,8 @@
 # make integrations  the tests with the trainers of others, each where its package installs: in .venv, or in an environment of
 #             its own (ONLY=trl: that one alone)
 # make vllm   the same with vLLM's CPU build as the teacher's engine, in an environment of 3.5 GB
+# make browser  the page of sklformat view in a headless Chromium from apt, with playwright in an environment of its own; what
+#             it looks like goes to build/browser
 # make bench  the benchmarks; results go to the terminal
 # make paper  every claim of the paper, with error bars, and the page benchmarks/paper/README.md: two hours on two cores; if
 #             stopped, the same command resumes (ARGS="--thorough", ARGS="--device cuda")
@@ -34,7 +36,7 @@ MODULES := build/modules
 $(shell mkdir -p build && find sklformat -name '*.py' | sort >$(MODULES).now && \
   { cmp -s $(MODULES).now $(MODULES) && rm $(MODULES).now || mv $(MODULES).now $(MODULES); })
 
-.PHONY: demo test lint ctest sanitized pytest soak sweep fuzz ports wheel integrations vllm bench paper clean
+.PHONY: demo test lint ctest sanitized pytest soak sweep fuzz ports wheel integrations vllm browser bench paper clean
 
 demo: $(READY)
 	$(BIN)/sklformat demo $(ARGS)
@@ -64,7 +66,7 @@ ctest: $(READY)
 
 # The tests that give C the most to do, and the fuzzer of shards, with C under ASan and UBSan in a real Python.
 sanitized: $(SANITIZED)/ready
-	$(RUN_SANITIZED) -m pytest -m "not soak and not gpu and not integration" -p no:cacheprovider tests/unit/native \
+	$(RUN_SANITIZED) -m pytest -m "not soak and not gpu and not integration and not browser" -p no:cacheprovider tests/unit/native \
 	  tests/unit/capture/test_ring.py tests/property tests/golden tests/fault/test_differential.py tests/fuzz
 
 # C once, and Python as it is now.
@@ -80,7 +82,7 @@ $(SANITIZED)/ready: $(SANITIZED)/built $(shell find sklformat -name '*.py')
 	touch $@
 
 pytest: $(READY)
-	$(BIN)/python -m pytest -m "not soak and not gpu and not integration" -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not soak and not gpu and not integration and not browser" -n 2 --dist worksteal $(ARGS)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak -vv -rP -o console_output_style=times --durations=10 $(ARGS)
@@ -176,6 +178,15 @@ vllm: $(READY)
 	  { $(ENVIRONMENT) && $(BIN)/python -m pip --python $$environment/bin/python uninstall --yes torchvision torchaudio torchcodec; } \
 	    >build/integrations/vllm.log 2>&1 || { rm -f $$environment/ready; tail -n 1 build/integrations/vllm.log; exit 1; }; \
 	$$environment/bin/python -m pytest -m integration tests/integrations/test_vllm.py -rP $(ARGS)
+
+browser: $(READY)
+	@mkdir -p build/integrations build/browser; environment=build/integrations/browser; packages=playwright; alone=; \
+	{ command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; }; } \
+	  >build/browser/apt.log 2>&1 || { echo "left out: apt has not got chromium: $$(tail -n 1 build/browser/apt.log)"; exit 1; }; \
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" >build/integrations/constraints; \
+	test "$$(cat $$environment/ready 2>&1)" = "$$packages|$$alone" || $(ENVIRONMENT) >build/integrations/browser.log 2>&1 || \
+	  { echo "left out: pip has not got playwright: $$(tail -n 1 build/integrations/browser.log)"; exit 1; }; \
+	$$environment/bin/python -m pytest -m browser tests/e2e/test_browser.py -rP $(ARGS)
 
 bench: $(READY)
 	for script in $(filter-out $(PARTS),$(BENCHMARKS)); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done

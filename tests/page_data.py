@@ -5,8 +5,12 @@ import numpy as np
 import sklformat as skl
 
 
-def write_beside(path, other, seed=1, rounds=7, columns=(), kind="counts"):
-    """A cache of another's tokens, with records of its own: counts in ``rounds`` rounds, or ratios of 5 ids."""
+def write_beside(path, other, seed=1, rounds=7, columns=(), kind="counts", misplaced=()):
+    """
+    A cache of another's tokens, with records of its own: counts in ``rounds`` rounds, or ratios of 5 ids.
+
+    The sequences of ``misplaced`` are about other tokens.
+    """
     rng = np.random.default_rng(seed)
     with skl.open(other) as cache:
         header = skl.Header(
@@ -17,8 +21,9 @@ def write_beside(path, other, seed=1, rounds=7, columns=(), kind="counts"):
             columns=columns,
         )
         with skl.CacheWriter(path, header=header, sequences_per_shard=3) as writer:
-            for one in cache:
-                writer.append(one.tokens, *_said(rng, header, one.tokens))
+            for number, one in enumerate(cache):
+                tokens = one.tokens[::-1] if number in misplaced else one.tokens
+                writer.append(tokens, *_said(rng, header, tokens))
     return path
 
 

@@ -104,7 +104,7 @@ function records(s, t) {
     if (s.tokens && k === begin && !data.teachers.some((_, c) => weight(k, c))) continue;
     const row = body.insertRow(), isLabel = s.tokens && k === begin;
     if (isLabel) row.className = "label";
-    row.append(make("td", (isLabel ? "▸ " : "") + visible(s.ids[k])));
+    row.append(make("td", (isLabel ? "▸ " : "") + visible(s.ids[k]), "token"));
     speakers.forEach((one, c) => row.append(cellOf(s, t, c, weight(k, c))));
   }
   const rest = body.insertRow();
@@ -118,7 +118,7 @@ function cellOf(s, t, c, p) {
   if (!values(s, c) || (!isStudent(c) && !hasRecord(s, c, t))) return make("td", absent(s, c), "rest");
   if (!p && !isStudent(c)) return make("td", unsaid(c), "rest");
   const cell = make("td", percent(p)), bar = make("i");
-  bar.style.width = `${Math.min(100, 100 * p)}%`;
+  bar.style.width = `${4 * Math.min(1, p)}rem`;  // the same in every column
   cell.append(bar);
   return cell;
 }
