@@ -1,19 +1,24 @@
 import dataclasses
 import json
 import os
+import re
+import shlex
 import signal
 import sysconfig
 from pathlib import Path
 
 import demo_data
 import forked
+import numpy as np
 import pytest
 from forked import Child
 from system import alive, members, wait_for
 
 import sklformat as skl
+from sklformat.cli import main
 from sklformat.distill.demo import stages
 from sklformat.distill.demo.stages import run_demo
+from sklformat.distill.models import loading
 from sklformat.settings.demo import DemoConfig
 
 
@@ -59,6 +64,31 @@ def test_the_whole_way(finished):
     assert [] == finished.checks
 
 
+def page_of(path):
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)[1])
+
+
+def test_the_page(finished, tmp_path):
+    """It has both caches, all students and the text; the report names it, and its command comes to the same page."""
+    path = finished.directory / "page.html"
+    shown = page_of(path)
+    assert ["cache-random", "cache-topk"] == [one["name"] for one in shown["teachers"]]
+    assert ["ce", "topk", "random", "full"] == [one["name"] for one in shown["students"]]
+    assert 64 == len(shown["sequences"])
+    tokens = skl.open(finished.directory / "cache-random")[0].tokens
+    assert tokens.tolist() == shown["sequences"][0]["tokens"]
+    tokenizer = loading.load_tokenizer(finished.directory / "tokenizer")
+    assert tokenizer.decode(tokens) == "".join(shown["texts"][str(token)] for token in tokens)
+    assert f"Page: {path}" in finished.text
+    line = next(line for line in finished.text.splitlines() if line.startswith("sklformat view"))
+    assert 0 == main(shlex.split(line.replace(str(path), str(tmp_path / "page.html")))[1:])
+    again = page_of(tmp_path / "page.html")
+    for one, other in zip(shown["sequences"], again["sequences"], strict=True):
+        # Another number of threads adds in another order.
+        assert max(map(abs, np.subtract(one.pop("students"), other.pop("students")).ravel())) <= 1
+    assert shown == again
+
+
 def test_students_start_from_the_same_weights_and_see_the_same_text(finished):
     """Only the method differs between the students: their settings are equal but for method, data and teacher."""
     runs = [
@@ -81,11 +111,13 @@ def test_a_run_that_shows_nothing_says_so(finished):
 
 def test_a_finished_demo_does_nothing_again(finished, text):
     """Run again, a finished demo makes no model and no shard anew and gives the same figures."""
+    page = (finished.directory / "page.html").read_bytes()
     parts = [p for pattern in ("*/model/*", "*/*/model/*", "*/*.skl") for p in finished.directory.glob(pattern)]
     before = {path: path.stat().st_mtime_ns for path in parts}
     again = run_demo(config_of(finished.directory, text))
     assert figures(finished) == figures(again)
     assert before == {path: path.stat().st_mtime_ns for path in parts}
+    assert page == (finished.directory / "page.html").read_bytes()
 
 
 @pytest.mark.parametrize("stage", ["teacher", "cache", "student"])

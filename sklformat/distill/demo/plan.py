@@ -14,9 +14,11 @@ from typing import Any
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.demo import DemoConfig
 from sklformat.settings.eval import EvalConfig
+from sklformat.settings.inspection import ViewConfig
 from sklformat.settings.train import TrainConfig
 
 TOPK = 12
+_PAGE_POSITIONS = 5120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,3 +157,14 @@ def student_configs(config: DemoConfig, size: Size, eval_count: int, caches: lis
             )
         )
     return students
+
+
+def view_config(config: DemoConfig, caches: list[CacheConfig], students: list[Student]) -> ViewConfig:
+    """The page: what the caches hold of the teacher, as far as it fits, and every student beside it."""
+    return ViewConfig(
+        caches=tuple(str(cache.out) for cache in caches),
+        out=config.out / "page.html",
+        positions=_PAGE_POSITIONS,
+        tokenizer=str(config.out / "tokenizer"),
+        students=tuple(str(student.train.out / "model") for student in students),
+    )

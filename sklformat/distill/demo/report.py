@@ -16,6 +16,7 @@ from typing import Any
 from sklformat.distill.student.measures.evaluation import Evaluation
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.eval import EvalConfig
+from sklformat.settings.inspection import ViewConfig
 from sklformat.settings.train import TrainConfig
 
 
@@ -182,6 +183,7 @@ def report(
             "```",
             "",
             f"This call took {seconds:.0f} s. Plot: {directory / 'comparison.png'}",
+            f"Page: {directory / 'page.html'}, for any browser: what the teacher said of each token, and its students",
             "",
         ]
     )
@@ -191,6 +193,7 @@ def commands(
     teacher: tuple[TrainConfig, EvalConfig],
     caches: Sequence[CacheConfig],
     students: Sequence[tuple[TrainConfig, EvalConfig]],
+    page: ViewConfig,
 ) -> list[str]:
     """The shell commands that do each step of the demo, from the token stores on."""
     lines = [command("train", teacher[0]), command("eval", teacher[1])]
@@ -198,18 +201,21 @@ def commands(
         lines += [command("cache", cache), shlex.join(["sklformat", "verify", str(cache.out)])]
     for training, measuring in students:
         lines += [command("train", training), command("eval", measuring)]
-    return lines
+    return [*lines, command("view", page, positional=True)]
 
 
-def command(verb: str, config: Any) -> str:
-    """A verb with the flags whose values are not the defaults."""
+def command(verb: str, config: Any, *, positional: bool = False) -> str:
+    """A verb with the flags whose values are not the defaults; ``positional``: required fields are arguments."""
     words = ["sklformat", verb]
     for field in dataclasses.fields(config):
-        value, flag = getattr(config, field.name), field.name.replace("_", "-")
+        value, flag = getattr(config, field.name), field.metadata.get("flag", field.name.replace("_", "-"))
         if value == field.default:
             continue
-        if isinstance(value, bool):
+        said = list(map(str, value if isinstance(value, tuple) else (value,)))
+        if positional and field.default is dataclasses.MISSING:
+            words += said
+        elif isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+            words += [f"--{flag}", *said]
     return shlex.join(words)

@@ -29,6 +29,7 @@ from sklformat.distill.demo.plan import (
     cache_configs,
     student_configs,
     teacher_configs,
+    view_config,
 )
 from sklformat.distill.demo.processes import Job, run_jobs
 from sklformat.distill.demo.report import Check, Row, check_order, commands, report
@@ -36,6 +37,7 @@ from sklformat.distill.losses.metrics import percent_ce_to_full
 from sklformat.distill.models import loading, outputs, tokenization
 from sklformat.distill.models.devices import available_cores
 from sklformat.distill.student import runs
+from sklformat.distill.student.measures import showing
 from sklformat.distill.student.measures.evaluation import Evaluation, evaluate
 from sklformat.distill.student.training import train
 from sklformat.distill.teacher.caching import cache_teacher
@@ -58,7 +60,9 @@ from sklformat.settings.cache import CacheConfig
 from sklformat.settings.demo import DemoConfig
 from sklformat.settings.eval import EvalConfig
 from sklformat.settings.files import TEXT_FIELD, TextFiles
+from sklformat.settings.inspection import ViewConfig
 from sklformat.settings.train import TrainConfig
+from sklformat.views.page import read_stretch, render
 
 _UNIQUE_TOKENS = 12.0
 _MAX_ROUNDS = 127
@@ -92,7 +96,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
     """
     Run the demo to its end, or finish one that was stopped; finished parts are not made again.
 
-    Writes REPORT.md, result.json and comparison.png into ``config.out``, beside the text, models and caches.
+    Writes REPORT.md, result.json, comparison.png and page.html into ``config.out``, beside the text, models and caches.
 
     Args:
         config: The settings.
@@ -137,7 +141,9 @@ def run_demo(config: DemoConfig) -> DemoResult:
         with _stage("6/6 report"):
             rows = _rows(students, found, caches, teacher_eval)
             checks = check_order(rows) if size.shows else []
-            lines = commands(teacher, caches, [(s.train, s.eval) for s in students])
+            page = view_config(config, caches, students)
+            run_jobs([Job(_show, (page,))], processes=1, threads=1)
+            lines = commands(teacher, caches, [(s.train, s.eval) for s in students], page)
             seconds = time.monotonic() - started
             result = DemoResult(
                 directory=config.out, rows=rows, checks=checks, seconds=seconds,
@@ -294,6 +300,13 @@ def _rows(
         Row(method="(teacher)", evaluation=teacher, unique_tokens=None, bytes_per_position=None,
             percent_ce_to_full=None),
     ]  # fmt: skip
+
+
+def _show(config: ViewConfig) -> None:
+    """A job: the page of the caches, with the students beside the teacher."""
+    assert config.out is not None
+    stretch = read_stretch(config)
+    write_atomically(config.out, render(stretch, **showing.say(config, stretch)).encode())
 
 
 def _write(config: DemoConfig, result: DemoResult) -> None:

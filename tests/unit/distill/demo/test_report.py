@@ -5,6 +5,7 @@ import pytest
 from sklformat.distill.demo.report import Row, check_order, command, commands, report, table
 from sklformat.distill.student.measures.evaluation import Evaluation
 from sklformat.settings.eval import EvalConfig
+from sklformat.settings.inspection import ViewConfig
 from sklformat.settings.train import TrainConfig
 
 
@@ -87,5 +88,8 @@ def test_commands_have_the_flags_that_are_not_defaults():
     expected = "sklformat train --out 'my runs' --cache c d --steps 5 --no-keep-checkpoint --shard"
     assert expected == command("train", config)
     measuring = EvalConfig(student="s", tokens=Path("t"), seq_len=8)
-    lines = commands((config, measuring), [], [])
-    assert ["sklformat eval --student s --seq-len 8 --tokens t"] == lines[1:]
+    page = ViewConfig(caches=("a", "b"), out=Path("p.html"), students=("x", "y"))
+    assert [
+        "sklformat eval --student s --seq-len 8 --tokens t",
+        "sklformat view a b --out p.html --student x y",
+    ] == commands((config, measuring), [], [], page)[1:]
