@@ -181,6 +181,7 @@ speakers.forEach((one, c) => {
   option.value = c;
   $("source").append(option);
 });
+document.body.className = speakers.length > 3 ? "many" : "";
 $("by").hidden = speakers.length < 2;
 const faulty = data.sequences.filter(isFaulty).length;
 $("fault").hidden = !faulty;

@@ -332,6 +332,20 @@ def test_contrast(chromium, written, scheme):
     shown.context.close()
 
 
+@pytest.mark.parametrize("width", [1280, 800])
+def test_many_columns(chromium, stretch, tmp_path, width):
+    """Two teachers and four students are seen beside each other, without scrolling to the side."""
+    path = tmp_path / "page.html"
+    answers = [[np.full(rows.ids.size, 0.123, np.float32) for rows in stretch.rows]] * 4
+    path.write_text(render(stretch, None, ["r/ce/model", "r/topk/model", "r/random/model", "r/full/model"], answers))
+    shown = Seen(chromium, path.as_uri(), viewport={"width": width, "height": 800})
+    shown.shoot(f"many-{width}")
+    assert 7 == len(shown.columns()[0])
+    assert shown.page.evaluate("$('records').scrollWidth <= $('records').clientWidth")
+    assert shown.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    shown.context.close()
+
+
 def test_a_narrow_screen(chromium, written):
     """On a telephone nothing is cut off at the side, and a tap shows the records below the text."""
     shown = Seen(chromium, written.as_uri(), viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
