@@ -9,6 +9,7 @@ import torch.distributed as dist
 from sklformat.distill.losses.heads import OutputHead, Shard
 from sklformat.distill.losses.kl import linear_sparse_kl, sparse_kl
 from sklformat.distill.losses.targets import DenseTargets, DenseTeacher, Ragged
+from sklformat.distill.student.processes import Process
 
 POSITIONS, VOCAB, WIDTH = 10, 57, 8
 BOUNDS = [0, 23, VOCAB]  # of two parts, which need not be equal
@@ -90,7 +91,8 @@ def run(folder):
             linear_sparse_kl(hidden, OutputHead(weight[part], shard=shard), given, method=method)
         counts.append(len(meetings))
     dist.all_reduce = reduce
-    found = {"collectives": counts, "losses": [losses(case, shard, part) for case in CASES]}
+    together = Process(rank, 2, torch.device("cpu")).together(torch.arange(2 * rank + 1.0) + 10 * rank).tolist()
+    found = {"collectives": counts, "together": together, "losses": [losses(case, shard, part) for case in CASES]}
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
     return 0

@@ -23,7 +23,7 @@ SEQ_LEN = 16
 
 
 def write_cache(directory, packed, vocab_size, fingerprint, sampler, count, **facts):
-    """A cache whose records put 3/4 on the label and 1/4 on the next id, drawn or as Top-K."""
+    """A cache whose records put 3/4 on the label and 1/4 on the next id, drawn or as Top-K; its columns are noise."""
     counts = sampler == "multinomial"
     header = skl.Header(
         vocab_size=vocab_size,
@@ -46,11 +46,12 @@ def write_cache(directory, packed, vocab_size, fingerprint, sampler, count, **fa
             else:
                 ids = np.stack([tokens[1:], (tokens[1:] + 1) % vocab_size], 1)
                 values = {"weights": np.tile([0.6, 0.2], SEQ_LEN), "token_ids": ids.ravel()}
-            writer.append(tokens, skl.SparseTargets(offsets=offsets, **values))
+            columns = {name: -np.random.default_rng(i).random(SEQ_LEN) for name in header.columns}
+            writer.append(tokens, skl.SparseTargets(offsets=offsets, **values), columns or None)
 
 
 def write_place(root):
-    """Two caches of the same text, drawn and Top-K, a teacher, and what ``tiny.write_place`` writes."""
+    """Caches of one text, drawn, Top-K, and with label_logprob, a teacher, and what ``tiny.write_place`` writes."""
     tokenizer = tiny.write_place(root)
     vocab_size, fingerprint = tokenization.num_ids(tokenizer), tokenizer_fingerprint(tokenizer)
     packed = PackedSequences(
@@ -58,6 +59,7 @@ def write_place(root):
     )
     write_cache(root / "random", packed, vocab_size, fingerprint, "multinomial", 20)
     write_cache(root / "topk", packed, vocab_size, fingerprint, "topk", 20)
+    write_cache(root / "sure", packed, vocab_size, fingerprint, "multinomial", 20, columns=("label_logprob",))
     tiny.write_model(root / "teacher", tokenizer, hidden_size=24, max_positions=SEQ_LEN, seed=9, separator_id=None)
     return root
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -12,10 +13,22 @@ from sklformat.settings.text import Packing, Truncate
 Method = Literal[
     "ce", "random_sampling", "topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix", "full"
 ]
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "forward_reverse_kl", "jsd", "mse", "l1", "total_variation"
+]  # fmt: skip
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
 Decode = Literal["auto", "cpu", "cuda"]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 
+_DIVERGENCE_NAMES = {
+    "forward_kl": "KL",
+    "reverse_kl": "reverse KL",
+    "forward_reverse_kl": "mean of KL and reverse KL",
+    "jsd": "Jensen-Shannon divergence",
+    "mse": "squared distance",
+    "l1": "L1 distance",
+    "total_variation": "total variation",
+}
 _OF_TOKENS = ("packing", "packing_seed", "truncate")
 
 
@@ -58,6 +71,18 @@ class TrainConfig:
 
     method: Method = "random_sampling"
     """What the student learns from. full: a teacher that runs alongside. topk and the four after it: a Top-K cache."""
+
+    divergence: Divergence = "forward_kl"
+    """How far the student is from what the method says. Sampled records stay unbiased with forward_kl and mse alone."""
+
+    temperature: float = 1.0
+    """Divides the logits of student and teacher, the loss times its square; with methods full and topk_normalised."""
+
+    lr_ratio: float = 1.0
+    """Rate of hard tokens over that of easy ones, by how sure the teacher is of the text's token; their mean stays."""
+
+    easy_percentile: float = 50.0
+    """With --lr-ratio: percentile of a step's confidences, 0..100, above which tokens are easy."""
 
     teacher: str | None = None
     """Teacher that runs alongside the student, path or name of a transformers model; only with method full."""
@@ -209,6 +234,7 @@ class TrainConfig:
             raise ValueError(f"decode cuda is about a cache's records, of which method {self.method} reads none")
         if self.method == "ce" and self.ce_weight != 0:
             raise ValueError("ce_weight mixes cross-entropy into another method; method ce is all of it")
+        self._check_loss()
         check_least(self, 1, "hidden_size", "num_layers", "num_heads", "batch_size", "accumulation", "steps")
         check_least(self, 1, "save_every", "log_every")
         if self.hidden_size % self.num_heads:
@@ -223,6 +249,30 @@ class TrainConfig:
         check_least(self, 0, "num_workers", "seed", "window", "hold_out", "max_grad_norm", "warmup_steps")
         self._check_ways()
         self._check_evaluation()
+
+    def _check_loss(self) -> None:
+        """What says how the loss is taken, beside the method."""
+        if self.method == "ce" and self.divergence != "forward_kl":
+            raise ValueError(f"divergence {self.divergence} is from a teacher, of which method ce knows nothing")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be > 0 and finite, got {self.temperature}")
+        if self.temperature != 1 and self.method not in ("full", "topk_normalised"):
+            raise ValueError(
+                f"temperature {self.temperature:g} with method {self.method}: records of a teacher at temperature 1 "
+                "cannot be brought to another; methods full and topk_normalised have the logits for it"
+            )
+        if not (0 < self.lr_ratio < math.inf and 0 < self.easy_percentile < 100):
+            raise ValueError(
+                f"lr_ratio must be > 0 and easy_percentile in (0, 100), got {self.lr_ratio} and {self.easy_percentile}"
+            )
+        if self.lr_ratio == 1:
+            if self.easy_percentile != 50:
+                raise ValueError(f"easy_percentile belongs to lr_ratio, got {self.easy_percentile} without")
+            return
+        if not self.cache and self.teacher is None:
+            raise ValueError("lr_ratio needs a teacher's confidence: give a cache, or method full")
+        if self.decode == "cuda":
+            raise ValueError("lr_ratio reads records on the host before a step; give decode cpu")
 
     def _check_ways(self) -> None:
         """What says how the student learns, on how many processes, and in what memory."""
@@ -248,9 +298,14 @@ class TrainConfig:
     @property
     def loss_name(self) -> str:
         """What the training loss is."""
+        rates = "" if self.lr_ratio == 1 else f", hard tokens {self.lr_ratio:g} times"
         if self.method == "ce":
-            return "cross-entropy"
-        name = "KL to the teacher" if self.method == "full" else "KL to the records"
+            return f"cross-entropy{rates}"
+        name = f"{_DIVERGENCE_NAMES[self.divergence]} to the {'teacher' if self.method == 'full' else 'records'}"
         if self.method not in ("full", "random_sampling"):
             name = f"{name} ({self.method})"
-        return f"{1 - self.ce_weight:g} {name} + {self.ce_weight:g} cross-entropy" if self.ce_weight else name
+        if self.temperature != 1:
+            name = f"{self.temperature:g}² {name} at temperature {self.temperature:g}"
+        if self.ce_weight:
+            name = f"{1 - self.ce_weight:g} {name} + {self.ce_weight:g} cross-entropy"
+        return f"{name}{rates}"

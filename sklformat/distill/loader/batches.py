@@ -67,6 +67,8 @@ class Batch:
             the cache does not say where documents begin. For models whose documents do not see each other
             (``SparseLogitDataset.isolated``) only.
         document_starts: [B, T] bool, whether an input begins a document; None as position_ids.
+        label_logprob: [B, T] float32, the log-prob that the teacher gave to each label, <= 0, and 0 where there is
+            none; None unless the dataset was asked for it.
     """
 
     input_ids: Tensor
@@ -75,6 +77,7 @@ class Batch:
     state: dict[str, Any]
     position_ids: Tensor | None = None
     document_starts: Tensor | None = None
+    label_logprob: Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """
@@ -156,6 +159,7 @@ class Batch:
             self.state,
             None if self.position_ids is None else self.position_ids[at],
             None if self.document_starts is None else self.document_starts[at],
+            None if self.label_logprob is None else self.label_logprob[at],
         )
 
     def _each(self, copy: Callable[[Tensor], Tensor], targets: Targets) -> Batch:
@@ -166,6 +170,7 @@ class Batch:
             self.state,
             None if self.position_ids is None else copy(self.position_ids),
             None if self.document_starts is None else copy(self.document_starts),
+            None if self.label_logprob is None else copy(self.label_logprob),
         )
 
 

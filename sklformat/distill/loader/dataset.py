@@ -77,6 +77,8 @@ class SparseLogitDataset(IterableDataset[Batch]):
         decode: Where records become ids and probabilities.  "cpu": where the batch is made.  "cuda": on the GPU that
             ``batch.to`` names, of records of kind counts; the host checks all but the records, and ``batch.check()``
             before ``optimizer.step()`` raises what the GPU found, else the ``to`` of the next batch, if there is one.
+        label_logprob: Whether batches carry the column of that name, for ``easy_hard_weights``; the host reads their
+            sequences once more for it.  Not with ``decode="cuda"``, ``Teachers`` or single sequences.
 
     Raises:
         ValueError: The cache stores no tokens and none are given, or the arguments contradict each other; by the
@@ -102,6 +104,7 @@ class SparseLogitDataset(IterableDataset[Batch]):
         sequences: range | Sequence[range | None] | None = None,
         prefetch: int = 2,
         decode: Literal["cpu", "cuda"] = "cpu",
+        label_logprob: bool = False,
     ) -> None:
         if (rank is None) != (world_size is None):
             raise ValueError(f"give both rank and world_size or neither, got rank {rank}, world_size {world_size}")
@@ -114,6 +117,10 @@ class SparseLogitDataset(IterableDataset[Batch]):
         self._sources = Sources.of(path, tokens, sequences)
         if decode == "cuda":
             self._sources.pack()
+        if label_logprob and batch_size is None:
+            raise ValueError("label_logprob is of batches; read the columns of single sequences with skl.open")
+        if label_logprob:
+            self.give_label_logprob()
         self.caches, sizes, spans = self._sources.caches, self._sources.sizes, self._sources.spans
         self.cache, self.sequences = self.caches[0], spans[0] if len(spans) == 1 else spans
         mixture = Mixture.of(sizes, weights) if len(sizes) > 1 or weights is not None else None
@@ -136,6 +143,15 @@ class SparseLogitDataset(IterableDataset[Batch]):
         self._shared.share_memory_()  # type: ignore[no-untyped-call]
         self._position = (0, 0)
         self._own_start: tuple[int, int] | None = None
+
+    @property
+    def have_label_logprob(self) -> bool:
+        """Whether every cache has the column, of the teacher of its records."""
+        return self._sources.have_label_logprob
+
+    def give_label_logprob(self) -> None:
+        """From now on as with ``label_logprob=True``."""
+        self._sources.give_label_logprob()
 
     @property
     def isolated(self) -> bool:

@@ -6,6 +6,7 @@ Knows no order and no rank.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sklformat.cache.reader import Cache
 from sklformat.cache.tokens import TokenSource
@@ -21,7 +23,8 @@ from sklformat.distill.loader.conflicts import check_together
 from sklformat.distill.loader.contents import Contents, Decoded, Part, is_isolated
 from sklformat.distill.loader.teachers import Taught, Teachers
 from sklformat.distill.losses.kl import IGNORED_LABEL
-from sklformat.format.columns import STARTS
+from sklformat.format.columns import LABEL_LOGPROB, STARTS
+from sklformat.format.header import other_teacher
 from sklformat.native import BatchArrays
 from sklformat.settings.train import Decode
 
@@ -61,7 +64,7 @@ class Sources:
         self._units, self._unit_of, self._shift = _units(self._parts, self._starts)
         lengths = [cache.header.seq_len for cache in self.caches]
         self._positions = max(lengths) if all(lengths) else 1
-        self._packed = False
+        self._packed = self._with_logprob = False
         self._all_have_starts = all(STARTS in cache.header.columns for cache in self.caches)
 
     @classmethod
@@ -108,6 +111,26 @@ class Sources:
         """
         self._check_packable()
         self._packed = True
+
+    @property
+    def have_label_logprob(self) -> bool:
+        """Whether every cache says how sure the teacher of its records was of each label."""
+        columns = [isinstance(part, Part) and LABEL_LOGPROB in part.cache.header.columns for part in self._parts]
+        return all(columns) and all(other_teacher(cache.header) is None for cache in self.caches)
+
+    def give_label_logprob(self) -> None:
+        """
+        From now on batches have the column, for which the host reads their sequences once more.
+
+        Raises:
+            ValueError: A cache has none of its records' teacher, or the records are left packed.
+        """
+        if not self.have_label_logprob or self._packed:
+            raise ValueError(
+                f"{self.where}: label_logprob is asked for, and not in each cache, of the teacher of its records; "
+                'capture with --columns label_logprob, and decode="cpu"'
+            )
+        self._with_logprob = True
 
     def decoding(self, asked: Decode, device: torch.device) -> tuple[Literal["cpu", "cuda"], str]:
         """
@@ -157,9 +180,24 @@ class Sources:
         if self._packed and isinstance(unit, Contents):
             return unit.decoded(places, packed=True).batch(state)
         if len(self._units) == 1:
-            return unit.decoded(places).batch(state)
-        pieces = [(rows, decoded.arrays) for rows, decoded in self._pieces(places)]
-        return _interleaved(pieces, places.size, self._positions, self._all_have_starts, state)
+            batch = unit.decoded(places).batch(state)
+        else:
+            pieces = [(rows, decoded.arrays) for rows, decoded in self._pieces(places)]
+            batch = _interleaved(pieces, places.size, self._positions, self._all_have_starts, state)
+        if not self._with_logprob:
+            return batch
+        return dataclasses.replace(batch, label_logprob=self._label_logprob(places, batch.input_ids.shape[1]))
+
+    def _label_logprob(self, places: NDArray[np.int64], width: int) -> Tensor:
+        """The column [B, T] of the sequences at these places."""
+        source = np.searchsorted(self._starts, places, side="right") - 1
+        column = np.zeros((places.size, width), np.float32)
+        for row, (place, number) in enumerate(zip(places.tolist(), source.tolist(), strict=True)):
+            if place >= 0:
+                first = self.spans[number].start - int(self._starts[number])
+                values = self.caches[number][first + place].columns[LABEL_LOGPROB]
+                column[row, : values.size] = values
+        return torch.from_numpy(column)
 
     def singles(self, places: NDArray[np.int64]) -> list[Batch]:
         """The same of one source, one by one, each with a T of its own and an empty state."""

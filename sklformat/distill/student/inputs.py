@@ -15,6 +15,7 @@ from sklformat.cache.reader import Cache
 from sklformat.cache.reader import open_cache as open_shards
 from sklformat.distill.loader.contents import is_isolated
 from sklformat.distill.loader.dataset import SparseLogitDataset
+from sklformat.distill.losses.divergences import check_divergence
 from sklformat.distill.models import adapters, attention, heads, loading, outputs, tokenization
 from sklformat.distill.models.identities import model_fingerprint
 from sklformat.distill.student import streams
@@ -33,7 +34,7 @@ _FREE_FIELDS = ("out", "device", "num_workers", "save_every", "log_every", "batc
 # Kept only where they differ from their defaults, so that runs resume that began before these settings.
 _LATER_FIELDS = ("packing", "truncate", "schedule", "warmup_steps", "min_learning_rate", "decay", "betas", "adam_eps",
                  "max_grad_norm", "cache_weights", "param_dtype", "lora_rank", "lora_alpha",
-                 "lora_targets")  # fmt: skip
+                 "lora_targets", "divergence", "temperature", "lr_ratio", "easy_percentile")  # fmt: skip
 # Paths and names, which say nothing of what is there; its fingerprints stand for them.
 _FINGERPRINTED_FIELDS = ("cache", "tokens", "student", "teacher", "tokenizer", "adapter_base")
 
@@ -44,7 +45,9 @@ def open_stream(config: TrainConfig, rank: int, world_size: int, device: torch.d
 
     Raises:
         SettingsError: The records do not fit the method; or as ``streams.open_caches`` and ``streams.open_tokens``.
+        ValueError: The divergence does not; or likewise.
     """
+    check_divergence(config.divergence, config.method)
     tokenizer = config.tokenizer or config.student or config.teacher
     share = {
         "batch_size": config.batch_size,
@@ -72,7 +75,7 @@ def open_stream(config: TrainConfig, rank: int, world_size: int, device: torch.d
         named=loading.named_of(config),
         window=config.window or None,
         hold_out=config.hold_out,
-        decode="cpu" if config.method in _WITHOUT_RECORDS else config.decode,
+        decode="cpu" if config.method in _WITHOUT_RECORDS or config.lr_ratio != 1 else config.decode,
         device=device,
         **share,
     )
@@ -82,7 +85,29 @@ def open_stream(config: TrainConfig, rank: int, world_size: int, device: torch.d
             "the next; leave the flag out, so that the student sees them too, or capture with --isolate-documents"
         )
     check_method(stream.source, stream.sampler, config.method)
-    return stream
+    if config.lr_ratio == 1 or config.teacher is not None:
+        return stream
+    note = take_confidence(stream.dataset, stream.sampler)
+    return dataclasses.replace(stream, note="; ".join(filter(None, (stream.note, note))))
+
+
+def take_confidence(dataset: Any, sampler: str) -> str:
+    """
+    Let batches say how sure the teacher is of each label, where the caches do, and what to say where they do not.
+
+    Args:
+        dataset: A ``SparseLogitDataset``.
+        sampler: Of its records.
+    """
+    if dataset.have_label_logprob:
+        dataset.give_label_logprob()
+        return ""
+    if sampler in ("topk", "topp"):
+        return ""
+    return (
+        "hard tokens are told by the records' own draws, so that the gradient is no longer unbiased; capture with "
+        "--columns label_logprob to keep it so"
+    )
 
 
 def open_held_out(config: TrainConfig, stream: streams.Stream, rank: int, world_size: int) -> list[HeldOut]:

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sklformat.distill.loader.batches import Batch
+from sklformat.distill.losses.confidence import easy_hard_weights
+from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.distill.models import adapters, layers, loading
 from sklformat.distill.models.devices import to_device
 from sklformat.distill.student import parallelism, streams
@@ -63,7 +65,9 @@ class Learner:
     ) -> None:
         self.config, self.stream, self.process = config, stream, process
         self.model = student.to(process.device)
-        objective = Objective(config, stream, self.model, None if teacher is None else teacher.to(process.device))
+        objective = self.objective = Objective(
+            config, stream, self.model, None if teacher is None else teacher.to(process.device)
+        )
         plain = adapters.unwrapped(self.model)
         if config.gradient_checkpointing:
             layers.recompute_activations(plain)
@@ -159,6 +163,7 @@ class Learner:
         )
         if total == 0:
             raise ValueError(f"step {step} has no position with a target; the cache holds none there")
+        weights = self._weights(micro_batches)
         loss = torch.zeros((), device=self.process.device)
         moved: Batch | None = None
         last = len(micro_batches) - 1
@@ -172,7 +177,7 @@ class Learner:
                     with parallelism.without_sync(self.root) if more else contextlib.nullcontext():
                         # Moving a batch looks at the records of the one before it.
                         moved = to_device(targets_of(batch, self.config.method), self.process.device)
-                        loss += self._backward(moved, total, count / total)
+                        loss += self._backward(moved, total, count / total, weights[number])
         self._is_warm = True
         if moved is not None:
             moved.check()  # before the processes meet, so that none of them takes the step
@@ -185,10 +190,26 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return Taken(loss, norm, positions, stops > 0)
 
-    def _backward(self, batch: Batch, total: int, share: float) -> Tensor:
+    def _weights(self, micro_batches: Sequence[Batch]) -> list[Tensor | None]:
+        """Of each batch the weights of its positions, on the device; None: all are 1."""
+        config = self.config
+        if config.lr_ratio == 1:
+            return [None for _ in micro_batches]
+        labels = [batch.labels.flatten() for batch in micro_batches]
+        sure = [self.objective.confidence(batch) for batch in micro_batches]
+        own_M = torch.cat([own_P[labels_P != IGNORED_LABEL] for own_P, labels_P in zip(sure, labels, strict=True)])
+        rates = {"lr_ratio": config.lr_ratio, "easy_percentile": config.easy_percentile}
+        step = self.process.together(own_M)
+        weights = [
+            easy_hard_weights(own_P, labels_P, of_step_M=step, **rates)
+            for own_P, labels_P in zip(sure, labels, strict=True)
+        ]
+        return [to_device(weights_P, self.process.device) for weights_P in weights]
+
+    def _backward(self, batch: Batch, total: int, share: float, weights_P: Tensor | None) -> Tensor:
         """Add the gradient of a micro-batch that is on the device; its part of the step's loss."""
         part: Tensor
-        loss, part = self.root(batch, total, share)
+        loss, part = self.root(batch, total, share, weights_P)
         if self.process.world_size > 1:
             loss = loss * self.process.world_size  # both ways average the gradients of the processes
         loss.backward()

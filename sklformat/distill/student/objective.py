@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from sklformat.distill.loader.batches import Batch
-from sklformat.distill.losses.kl import IGNORED_LABEL, DenseTeacher, linear_sparse_kl
+from sklformat.distill.losses.confidence import label_confidence
+from sklformat.distill.losses.kl import IGNORED_LABEL, DenseTeacher, OutputHead, linear_sparse_kl
 from sklformat.distill.models import heads, outputs
 from sklformat.distill.student import streams
 from sklformat.settings.train import TrainConfig
+
+_ROWS = 256  # positions whose logits a teacher has at once where it is asked how sure it is
 
 
 class Objective(nn.Module):
@@ -40,12 +43,13 @@ class Objective(nn.Module):
         self.__dict__["teacher"] = teacher
         heads.output_head(student)
 
-    def forward(self, batch: Batch, total: int, share: float) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, total: int, share: float, weights_P: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
         Args:
             batch: Its targets are used as the method says; on the student's device.
             total: Positions that count in the whole step.
             share: The part of them in this batch, by which its own balancing loss is weighted.
+            weights_P: Of its positions, with a mean of 1 over the step; None: all are 1.
 
         Returns:
             What to take the gradient of, and the batch's part of the step's loss, nats per position, without gradient.
@@ -66,10 +70,39 @@ class Objective(nn.Module):
                 method="random_sampling" if config.method == "ce" else config.method,
                 labels_P=labels_P,
                 ce_weight=config.ce_weight,
-                position_weights_P=(labels_P != IGNORED_LABEL).float(),
+                divergence=config.divergence,
+                temperature=config.temperature,
+                position_weights_P=(labels_P != IGNORED_LABEL).float() if weights_P is None else weights_P,
                 normaliser=total,
             )
         return loss + balance * share, loss.detach()
+
+    def confidence(self, batch: Batch) -> Tensor:
+        """
+        How sure the teacher is of each label, [P] on the CPU.
+
+        By the teacher that runs alongside, which runs once more for it, else by the column of the cache where the batch
+        has it, else by the records.
+
+        Args:
+            batch: On the CPU, with the cache's own records.
+        """
+        labels_P = batch.labels.flatten()
+        if self.teacher is None and batch.label_logprob is not None:
+            return batch.label_logprob.flatten().exp()
+        if self.teacher is None:
+            return label_confidence(batch.targets, labels_P)
+        there = batch.to(next(self.student.parameters()).device)
+        with torch.autocast(there.labels.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            taught = self._taught(there, there.position_ids if self.isolated else None)
+            assert isinstance(taught.head, OutputHead)
+            found = []
+            for start in range(0, len(labels_P), _ROWS):
+                span = slice(start, start + _ROWS)
+                logits = taught.head.logits(taught.hidden_PD[span]).float()
+                of_label = logits.gather(1, there.labels.flatten()[span].clamp(min=0)[:, None])[:, 0]
+                found.append((of_label - logits.logsumexp(1)).exp())
+        return torch.cat(found).cpu()
 
     @torch.no_grad()
     def _taught(self, batch: Batch, positions_BT: Tensor | None) -> DenseTeacher:

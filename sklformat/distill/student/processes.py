@@ -17,6 +17,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sklformat.distill.models.devices import find_device
 
@@ -53,6 +54,17 @@ class Process:
         dist.all_reduce(shared)
         sums: list[int] = shared.tolist()
         return sums
+
+    def together(self, values: Tensor) -> Tensor:
+        """Those of all processes, one after the other, where each has [M] of them, M its own; on the CPU."""
+        if self.world_size == 1:
+            return values
+        sizes = self.sum(*(len(values) if rank == self.rank else 0 for rank in range(self.world_size)))
+        padded = torch.zeros(max(sizes), device=self.device)
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).cpu()
 
     def wait_for_others(self) -> None:
         """Return once every process has come here."""

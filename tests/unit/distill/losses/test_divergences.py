@@ -267,5 +267,7 @@ def test_names_that_do_not_go_together():
     with pytest.raises(ValueError, match="divergence 'kl' is unknown; one of forward_kl, reverse_kl"):
         sparse_kl(x_PV, targets, divergence="kl")
     for temperature in (0.0, -1.0, torch.inf, torch.nan):
-        with pytest.raises(ValueError, match=f"temperature is {temperature}; logits are divided by it: above 0, and finite"):
+        with pytest.raises(
+            ValueError, match=f"temperature is {temperature}; logits are divided by it: above 0, and finite"
+        ):
             sparse_kl(x_PV, targets, temperature=temperature)

@@ -41,6 +41,11 @@ def test_processes_meet_twice_a_block(found):
     assert [each["collectives"] for each in found] == [[2, 4], [2, 4]]
 
 
+def test_processes_put_their_numbers_together(found):
+    """Each has as many of its own as it has; all have all of them, in the order of the processes."""
+    assert [each["together"] for each in found] == [[0, 10, 11, 12]] * 2
+
+
 def test_shards_that_cannot_be():
     with pytest.raises(ValueError, match="a shard of ids 3 to 7 is no part of a vocabulary of 7"):
         OutputHead(torch.ones(5, 2), shard=Shard(3, 7))

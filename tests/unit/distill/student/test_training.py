@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from student_data import SEQ_LEN, config_of, log_of, losses_of, silent, stop_at, write_place
+from student_data import SEQ_LEN, config_of, log_of, losses_of, silent, stop_at, write_cache, write_place
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,6 +111,69 @@ def test_first_loss_of_full_is_the_divergence_from_the_teacher(place, tmp_path, 
         assert expected == pytest.approx(log_of(out)[0]["loss"], abs=1e-5)
 
 
+def test_first_loss_of_another_divergence_at_a_temperature(place, tmp_path):
+    """Reverse KL to a teacher at T = 2, times 4, beside cross-entropy at 1; and the name of that loss."""
+    student, tokens = first_batch(place)
+    teacher = loading.load_model(place / "teacher").requires_grad_(False)
+    logits = student(tokens[:, :-1]).logits
+    log_p = (logits / 2).log_softmax(-1)
+    log_t = (teacher(tokens[:, :-1]).logits[..., : log_p.shape[-1]] / 2).log_softmax(-1)
+    reverse = float((log_p.exp() * (log_p - log_t)).sum(-1).mean())
+    ce = float(cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+    changes = {"divergence": "reverse_kl", "temperature": 2.0, "ce_weight": 0.25}
+    config = config_of(place, tmp_path / "run", method="full", teacher=str(place / "teacher"), steps=1, **changes)
+    summary = train(config, report=silent)
+    assert 0.75 * 4 * reverse + 0.25 * ce == pytest.approx(summary.loss, abs=1e-5)
+    assert summary.loss_name == "0.75 2² reverse KL to the teacher at temperature 2 + 0.25 cross-entropy"
+
+
+def test_hard_tokens_have_a_rate_of_their_own(place, tmp_path, capsys):
+    """By the cache's column, by the records where it has none, which a note says, or by a teacher; alike in parts."""
+    student, tokens = first_batch(place)
+    log_p = student(tokens[:, :-1]).logits.log_softmax(-1).flatten(0, 1)
+    labels_P, other_P = tokens[:, 1:].flatten(), (tokens[:, 1:].flatten() + 1) % log_p.shape[1]
+    kl_P = 0.75 * (np.log(0.75) - log_p.gather(1, labels_P[:, None])[:, 0])
+    kl_P += 0.25 * (np.log(0.25) - log_p.gather(1, other_P[:, None])[:, 0])
+    cache = skl.open(place / "sure")
+    sure_P = np.concatenate([cache[int(i)].columns["label_logprob"] for i in permute(range(4), 20, seed=0)])
+    hard_P = torch.from_numpy(sure_P <= np.sort(sure_P)[16 - 1])  # a quarter of 64
+    expected = float((kl_P * torch.where(hard_P, 3.0, 1.0)).sum() / 64 * 64 / (3 * 16 + 48))
+    changes = {"lr_ratio": 3.0, "easy_percentile": 25.0, "steps": 3, "cache": place / "sure"}
+    summary = train(config_of(place, tmp_path / "column", **changes), report=silent)
+    assert expected == pytest.approx(losses_of(tmp_path / "column")[0][1], abs=1e-5)
+    assert summary.loss_name == "KL to the records, hard tokens 3 times"
+    assert "hard tokens are told by" not in capsys.readouterr().err
+    parts = {"batch_size": 2, "accumulation": 2}
+    train(config_of(place, tmp_path / "parts", **changes, **parts), report=silent)
+    for whole, cut in zip(losses_of(tmp_path / "column"), losses_of(tmp_path / "parts"), strict=True):
+        assert whole == pytest.approx(cut, abs=1e-4)
+    train(config_of(place, tmp_path / "draws", **changes | {"cache": place / "random"}), report=None)
+    assert (
+        "hard tokens are told by the records' own draws, so that the gradient is no longer" in capsys.readouterr().err
+    )
+    train(config_of(place, tmp_path / "none", steps=3), report=silent)
+    assert losses_of(tmp_path / "draws") == losses_of(tmp_path / "none")  # all of these records are as sure
+    teacher = {"method": "full", "teacher": str(place / "teacher")}
+    train(config_of(place, tmp_path / "teacher", **changes, **teacher), report=silent)
+    train(config_of(place, tmp_path / "teacher, parts", **changes, **teacher, **parts), report=silent)
+    for whole, cut in zip(losses_of(tmp_path / "teacher"), losses_of(tmp_path / "teacher, parts"), strict=True):
+        assert whole == pytest.approx(cut, abs=1e-4)
+
+
+def test_a_top_p_cache_trains_as_top_k(place, tmp_path):
+    """Records of another sampler that keeps the best ids; and a divergence that they do not have is refused at once."""
+    with skl.open(place / "topk") as cache:
+        facts = {"vocab_size": cache.header.vocab_size, "fingerprint": cache.header.tokenizer_fingerprint}
+        write_cache(tmp_path / "topp", [sequence.tokens for sequence in cache], sampler="topp", count=20, **facts)
+    for divergence in ("forward_kl", "l1"):
+        args = {"method": "topk", "divergence": divergence}
+        train(config_of(place, tmp_path / divergence, cache=tmp_path / "topp", **args), report=silent)
+        train(config_of(place, tmp_path / f"topk {divergence}", cache=place / "topk", **args), report=silent)
+        assert losses_of(tmp_path / divergence) == losses_of(tmp_path / f"topk {divergence}")
+    with pytest.raises(ValueError, match="divergence 'jsd' with method 'topk': its targets leave 1 - S to no id"):
+        train(config_of(place, tmp_path / "run", cache=tmp_path / "topp", method="topk", divergence="jsd"))
+
+
 @pytest.mark.parametrize(("source", "stop"), [("cache", 3), ("cache", 7), ("tokens", 11)])
 def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, source, stop):
     """A run stopped anywhere, also between checkpoints and across epochs, ends with the same losses and weights."""
@@ -203,6 +266,7 @@ def test_later_settings_are_kept_only_where_they_are_said(place, tmp_path):
     kept = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [0.9, 0.99] == kept["betas"]
     assert not {"schedule", "warmup_steps", "min_learning_rate", "decay", "adam_eps", "max_grad_norm"} & kept.keys()
+    assert not {"divergence", "temperature", "lr_ratio", "easy_percentile"} & kept.keys()
     with pytest.raises(skl.SettingsError, match=r"betas was \[0.9, 0.99\], asked for is None"):
         train(config_of(place, tmp_path / "run", steps=1), report=silent)
 
@@ -405,6 +469,19 @@ def test_bfloat16_stays_near_float32(place, tmp_path):
         ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\) and adam_eps > 0, got \(0.9, 1.0\) and 1e-08"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be >= 0, got -1"),
         ({"min_learning_rate": 1.5}, r"min_learning_rate must be in \[0, 1\], got 1.5"),
+        ({"method": "ce", "divergence": "jsd"}, "divergence jsd is from a teacher, of which method ce knows nothing"),
+        ({"temperature": 0.0}, "temperature must be > 0 and finite, got 0.0"),
+        (
+            {"temperature": 2.0},
+            "temperature 2 with method random_sampling: records of a teacher at temperature 1 cannot",
+        ),
+        ({"lr_ratio": 0.0}, r"lr_ratio must be > 0 and easy_percentile in \(0, 100\), got 0.0 and 50.0"),
+        ({"easy_percentile": 30.0}, "easy_percentile belongs to lr_ratio, got 30.0 without"),
+        ({"lr_ratio": 2.0, "decode": "cuda"}, "lr_ratio reads records on the host before a step; give decode cpu"),
+        (
+            {"lr_ratio": 2.0, "cache": None, "tokens": "t", "seq_len": 8, "method": "ce"},
+            "lr_ratio needs a teacher's confidence: give a cache, or method full",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(place, tmp_path, changes, words):
