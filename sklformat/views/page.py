@@ -219,10 +219,10 @@ def _parts() -> tuple[str, str, str]:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """What tells paths apart: without the folders that all begin with, and those that all end with."""
-    parts = [list(PurePath(path).parts) for path in paths]
+    """What tells paths apart: without the folders that all begin with, and those that all end with; of one its end."""
+    parts = [list(PurePath(path).parts) or [path] for path in paths]
     if len(set(paths)) < 2:
-        return ["/".join(own[-2:]).lstrip("/") for own in parts]
+        return ["/".join(own[-2:] if own[-1] == "model" else own[-1:]) for own in parts]
     for end in (0, -1):
         while all(len(own) > 1 for own in parts) and len({own[end] for own in parts}) == 1:
             for own in parts:

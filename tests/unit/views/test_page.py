@@ -106,6 +106,8 @@ def test_sequences_without_tokens_are_shown_by_their_records(tmp_path):
     ("paths", "names"),
     [
         (["my-cache"], ["my-cache"]),
+        (["runs/my-cache"], ["my-cache"]),
+        (["."], ["."]),
         (["/data/runs/student/model"], ["student/model"]),
         (["run/students/ce/model", "run/students/full/model"], ["ce", "full"]),
         (["a", "a/b"], ["a", "a/b"]),
