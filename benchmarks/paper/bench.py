@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # timing.py, which
 
 from timing import processor
 
+from sklformat.files.disk import write_atomically
+
 SHOWN, NOT_SHOWN, CONTRADICTED = "shown", "not shown at this scale", "contradicted"
 STYLE = {**mpl.rcParamsDefault, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 # Of each curve or bar one: they differ in grey by dash, marker and lightness too.
@@ -82,6 +84,14 @@ def options(about: str | None, *, seeds: int = 3, thorough: int | None = None) -
         torch.set_num_threads(1)  # figures depend on the seed then, and not on how busy the machine is
     given.out.mkdir(parents=True, exist_ok=True)
     return Options(scale=scale, device=given.device, seeds=tuple(range(count)), out=given.out)
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What an earlier run left at a path, as JSON holds it; else what ``make`` returns, kept for the next."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(make()).encode())
+    return json.loads(path.read_text())
 
 
 @dataclass(frozen=True)

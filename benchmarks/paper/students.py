@@ -204,6 +204,11 @@ def start(of: Teacher, student: Student, seed: int) -> Any:
     ).to(of.head.device)  # fmt: skip
 
 
+def trained(of: Teacher, student: Student, seed: int) -> Any:
+    """A student itself, for scripts that ask for more than its figures; trained each time."""
+    return _trained(of, of.train, student, seed)[0]
+
+
 def _run(of: Teacher, part: Part, student: Student, seed: int) -> Result:
     started = time.monotonic()
     model, records = _trained(of, part, student, seed)
