@@ -158,6 +158,7 @@ def end(claim: Claim, found: dict[str, list[dict[str, Any]]]) -> None:
     ]
 
     def draw(figure: Any) -> None:
+        figure.set_size_inches(8, 3)
         axes = figure.subplots(1, len(METHODS), sharex=True, sharey=True)
         for number, (method, one) in enumerate(zip(METHODS, axes, strict=True)):
             one.plot([0, 100], [0, 100], color="0.6", linewidth=1)
