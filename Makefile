@@ -1,5 +1,5 @@
 # make demo   set up, then run the whole pipeline: teacher, cache, students, table and plot (ARGS="--seed 1" passes flags on)
-# make test   set up, then check style, types and imports, and run the C and Python tests, C under sanitizers
+# make test   set up, then check style, types, imports and the forms of .github, and run the C and Python tests, C under sanitizers
 # make soak   the long tests, each with its time: half an hour of one core or more; an hour or two beside other work
 # make sweep  every causal type of transformers at a tiny size: which capture sees exactly, which it refuses and why
 # make fuzz   random input under sanitizers, FUZZ_SECONDS for each target (60)
@@ -48,6 +48,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms \
+	  $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
 # Three builds: all for memory and undefined behaviour; the ring, where alone there are threads, for data races; and what
 # computes with floats under the flags of a hostile user.

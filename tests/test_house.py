@@ -60,3 +60,20 @@ def test_readme_shows_every_folder():
     assert len(shown) == len(set(shown))
     assert expected == set(shown)
     assert len(shown) <= 31
+
+
+def test_every_make_target_that_is_named_is_there():
+    """What pages, the workflow and the Makefile's own head tell people to make has its rule, and is in the head."""
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+    pages = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]
+    told = {
+        target
+        for page in pages
+        for target in re.findall(r"(?:^|[`#]) ?make ([a-z]+)\b", page.read_text(), re.MULTILINE)
+    }
+    (listed,) = re.findall(r"target: \[(.*)\]", (ROOT / ".github" / "workflows" / "test.yml").read_text())
+    assert {"test", "ports", "wheel"} <= set(listed.split(", ")) <= targets
+    assert {"demo", "test", "ports", "wheel"} <= told <= targets
+    head = set(re.findall(r"^# make (\w+)  ", makefile, re.MULTILINE))
+    assert targets - {"ctest", "lint", "pytest", "sanitized"} == head

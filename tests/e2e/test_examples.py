@@ -36,6 +36,7 @@ PAGES = [
     "docs/neighbours.md",
     "docs/looking.md",
     "docs/compatibility.md",
+    "docs/contributing.md",
 ]
 # What is printed at a size for use, and its size here.
 SMALLER = {
