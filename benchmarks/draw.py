@@ -84,7 +84,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small pool (may lie in the cache) and few calls")
     parser.add_argument("--calls-a-turn", type=int, default=8)
-    parser.add_argument("--kernels", help="avx512, avx2, neon or portable; by default the widest that the processor has")
+    parser.add_argument(
+        "--kernels", help="avx512, avx2, neon or portable; by default the widest that the processor has"
+    )
     args = parser.parse_args()
     if args.kernels is not None:
         native.use_kernels(args.kernels)
