@@ -81,6 +81,7 @@ class Student:
         lr_ratio: Rate of hard tokens to that of easy ones, by the teacher's own confidence in the label (5.3).
         epochs: Times that each sequence is read, in the same number of steps: 3 read a third of the text.
         longer: Times as many steps, over as much more text.
+        batch: Times as many sequences in each step, likewise.
         width, layers: Of the Llama; 0: as the size of the teacher says.
         label: What else tells it apart, such as other teachers.
     """
@@ -92,6 +93,7 @@ class Student:
     lr_ratio: float = 1.0
     epochs: int = 1
     longer: int = 1
+    batch: int = 1
     width: int = 0
     layers: int = 0
     label: str = ""
@@ -206,19 +208,20 @@ def start(of: Teacher, student: Student, seed: int) -> Any:
 
 def trained(of: Teacher, student: Student, seed: int) -> Any:
     """A student itself, for scripts that ask for more than its figures; trained each time."""
-    return _trained(of, of.train, student, seed)[0]
+    return train_one(of, of.train, student, seed)[0]
 
 
 def _run(of: Teacher, part: Part, student: Student, seed: int) -> Result:
     started = time.monotonic()
-    model, records = _trained(of, part, student, seed)
+    model, records = train_one(of, part, student, seed)
     figures, reliability = measure(of, model)
     return Result(figures, reliability, records, time.monotonic() - started)
 
 
-def _trained(of: Teacher, part: Part, student: Student, seed: int) -> tuple[Any, float]:
+def train_one(of: Teacher, part: Part, student: Student, seed: int, stop: int | None = None) -> tuple[Any, float]:
+    """A trained student, or one after ``stop`` steps of its run; and its records per position."""
     sizes = of.size.student
-    steps, size = sizes["steps"] * student.longer, sizes["batch_size"]
+    steps, size = sizes["steps"] * student.longer, sizes["batch_size"] * student.batch
     order = torch.Generator().manual_seed(seed)
     per_epoch = min(steps * size // student.epochs, len(part.tokens))
     epochs = [torch.randperm(per_epoch, generator=order) for _ in range(math.ceil(steps * size / per_epoch))]
@@ -226,7 +229,7 @@ def _trained(of: Teacher, part: Part, student: Student, seed: int) -> tuple[Any,
     model = start(of, student, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     num_records = num_positions = 0
-    for step, rows in enumerate(stream):
+    for step, rows in enumerate(stream[:stop]):
         tokens_BT = part.tokens[rows]
         targets: Any = DenseTeacher(part.hidden[rows].flatten(0, 1), of.head)
         if student.method == "ce":

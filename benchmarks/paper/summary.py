@@ -10,8 +10,8 @@ from typing import Any
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results: written by summary.py -->\n", "<!-- end of results -->\n"
 ORDER = (
-    "figure2a", "figure2b", "figure2c", "table1", "table2", "figure3", "table3", "table4", "table5", "study", "table6",
-    "figure4", "figure5", "table9", "table10", "table11", "table12", "table13", "d1",
+    "figure2a", "figure2b", "figure2c", "table1", "table2", "figure3", "table3", "table4", "table5", "study", "noise",
+    "table6", "figure4", "figure5", "table9", "table10", "table11", "table12", "table13", "d1",
 )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ random sampling from a cache is 1.7 to 2.6 times as fast as FullKD and about a t
 Here the teachers have about as many times the student's parameters as there, 10 and 2.7, with weights that do not
 matter.  A step of random sampling reads and checks its records from a cache on disk.  Steps take turns in one run, and
 on a CPU the process's own seconds count, so that a busy machine matters little; a figure is the median of the ratios of
-neighbours.  A seed is a repetition of the whole measurement.  ``--device cuda`` has a student of 0.3 B, in bfloat16, with
-V = 100 000.
+neighbours.  A seed is a repetition of the whole measurement.  ``--device cuda`` has a student of 0.3 B, in bfloat16,
+with V = 100 000.
 """
 
 from __future__ import annotations
