@@ -314,7 +314,9 @@ def _run_estimate(name: str, arguments: list[str]) -> int:
         from sklformat.distill.teacher.calibration import calibrate  # noqa: PLC0415
 
         config = calibrate(config)
-    _print_result(estimate(config), as_json=as_json)
+    measures = "sklformat.distill.student.measures.advice"
+    told = importlib.import_module(measures).advise(config) if config.student else estimate(config)
+    _print_result(told, as_json=as_json)
     return 0
 
 

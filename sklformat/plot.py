@@ -74,6 +74,22 @@ class RunRow(TypedDict):
     """As in ``ComparisonRow``; empty where the run was not evaluated."""
 
 
+class NoiseRow(TypedDict):
+    """What is drawn of one sampler and number of rounds."""
+
+    sampler: str
+    """Of which the rows are one line."""
+
+    bytes_per_position: float
+    """How large a cache of it is."""
+
+    shares: Sequence[float]
+    """Of each student the draws' part of the gradient's noise, above 0."""
+
+    share_errors: Sequence[float]
+    """Their standard errors."""
+
+
 def plot_comparison(rows: Sequence[ComparisonRow], path: Path | str, *, title: str = "") -> None:
     """
     Draw the LM loss and the reliability of each method into one PNG, SVG or PDF file.
@@ -170,6 +186,53 @@ def draw_runs(rows: Sequence[RunRow]) -> Figure:
         handles = [Line2D([], [], **_look(index)) for index in range(len(rows))]
         axes[5].legend(handles, names, loc="upper left", frameon=False, fontsize=11, handlelength=4)
     return figure
+
+
+def plot_noise(rows: Sequence[NoiseRow], students: Sequence[str], limit: float, path: Path | str) -> None:
+    """
+    Draw the noise that draws add against their bytes into one PNG, SVG or PDF file: a panel for each student.
+
+    Args:
+        rows: Of all samplers, each in rising rounds.
+        students: Names, 1 to 8.
+        limit: Share that is allowed.
+        path: File to write; its ending chooses the format.
+
+    Raises:
+        ValueError: No students, more than 8, or a file ending that matplotlib cannot write.
+        OSError: The file cannot be written.
+    """
+    if not 1 <= len(students) <= len(MARKERS):
+        raise ValueError(f"plot_noise draws 1 to {len(MARKERS)} students, got {len(students)}")
+    with mpl.rc_context(_STYLE):
+        columns = min(4, len(students))
+        lines = -(-len(students) // columns)
+        figure = Figure(figsize=(0.8 + 4.4 * columns, 0.9 + 3.9 * lines), dpi=130, layout="constrained")
+        axes: Any = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
+        for number, (axis, name) in enumerate(zip(axes, students, strict=False)):
+            axis.set_title("\n".join(textwrap.wrap(_shortened(name), 40)), fontsize=11, fontweight="bold")
+            for index, sampler in enumerate(dict.fromkeys(row["sampler"] for row in rows)):
+                own = [row for row in rows if row["sampler"] == sampler]
+                axis.errorbar(
+                    [row["bytes_per_position"] for row in own],
+                    [row["shares"][number] for row in own],
+                    [row["share_errors"][number] for row in own],
+                    **_look(index),
+                    capsize=3,
+                    label=sampler,
+                )
+            axis.axhline(limit, color=BASELINE_COLOUR, linewidth=1.2, linestyle=":", label=f"limit {limit:g}")
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", nonpositive="clip")
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.grid(color="#dddddd", linewidth=0.6)
+        for axis in axes[len(students) :]:
+            axis.set_visible(False)
+        axes[0].legend(frameon=False, fontsize=10, loc="lower left")
+        figure.supxlabel("bytes per position, with tokens and index", fontsize=11)
+        figure.supylabel("noise by draws, share of the text's own", fontsize=11)
+        figure.savefig(path)
 
 
 def _look(index: int) -> dict[str, Any]:

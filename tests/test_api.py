@@ -38,9 +38,9 @@ FLAGS = {
     """,
     "estimate": """
         adapter-base batch-size calibration-sequences dataset dataset-split device disk-tb dtype encoding exclude
-        field gpu-price gpus include json learnt-per-sequence max-unpack-ratio on-bad-file positions
-        positions-per-second proposal-temperature rounds seq-len sequences-per-shard store-tokens teacher text
-        trust-remote-code unique-tokens vocab-size
+        field gpu-price gpus include json learnt-per-sequence max-unpack-ratio noise noise-rounds noise-seed
+        noise-sequences on-bad-file plot positions positions-per-second proposal-temperature rounds seq-len
+        sequences-per-shard store-tokens student teacher text trust-remote-code unique-tokens vocab-size
     """,
     "merge": "json out sequences-per-shard",
     "slice": "json out sequences-per-shard",

@@ -42,6 +42,7 @@ HANDED_ON = {
     "distill/engines/feed.py": ["arrived.reason"],
     "distill/models/loading.py": ["f'{path}: {error}'"],
     "distill/models/outputs.py": ["name"],
+    "distill/student/measures/advice.py": ["f'{name}: {error}'"],
     "distill/student/measures/evaluation.py": ["f'{path}: {error}'"],
     "distill/student/measures/showing.py": ["f'{student}: {error}'"],
     "distill/text/chats.py": ["f'{chat.place}: {error}'"],

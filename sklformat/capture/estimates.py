@@ -79,8 +79,11 @@ def estimate(config: EstimateConfig) -> Estimate:
     What a capture will cost, from numbers alone.
 
     Raises:
-        ValueError: ``vocab_size`` or ``unique_tokens`` is not known, or the format cannot hold such a cache.
+        ValueError: ``positions``, ``vocab_size`` or ``unique_tokens`` is not known, or the format cannot hold such a
+            cache.
     """
+    if config.positions is None:
+        raise ValueError("how many positions to capture is not known; say it")
     for name in ("vocab_size", "unique_tokens"):
         if getattr(config, name) is None:
             raise ValueError(f"{name} is not known: give it, or teacher and text for a calibration run")

@@ -11,17 +11,23 @@ from sklformat.settings.cache import ModelDtype
 from sklformat.settings.files import TextFiles
 from sklformat.settings.limits import check_least, check_positive
 
+# Independent draws that leave 12 records per position, the paper's number, add 0.1 to 0.2.
+NOISE = 0.1
+NOISE_ROUNDS = (1, 2, 4, 8, 12, 18, 32, 50)
+_OF_NOISE = ("noise", "noise_rounds", "noise_sequences", "noise_seed", "plot")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateConfig(TextFiles):
     """
     Predict what a capture will cost: size, shards, disks, GPU hours, money.
 
-    From numbers that you give, or from a short calibration run of a teacher over some of the text or dataset.
+    From numbers that you give, or from a short calibration run of a teacher over some of the text or dataset. With a
+    student also how many records are enough: what the draws add to the noise of its gradient.
     """
 
-    positions: float
-    """Positions to capture, such as 1e12."""
+    positions: float | None = None
+    """Positions to capture, such as 1e12; with --student they may be left out."""
 
     rounds: int = 50
     """Draws per position; 0: none are drawn (topk, topp)."""
@@ -89,9 +95,31 @@ class EstimateConfig(TextFiles):
     adapter_base: str | None = None
     """Where the teacher is an adapter (peft): the model that it belongs to; none: as the adapter says."""
 
+    student: tuple[str, ...] = dataclasses.field(default=(), metadata={"once": True})
+    """Students to measure how many records are enough for, such as an early and a late one: models or runs."""
+
+    noise: float = NOISE
+    """The most noise that draws may add to a student's gradient, as a share of the text's own."""
+
+    noise_rounds: tuple[int, ...] = NOISE_ROUNDS
+    """Draws per position to try, with each sampler."""
+
+    noise_sequences: int = 24
+    """Sequences to measure the noise on."""
+
+    noise_seed: int = 0
+    """Seed of the draws that are tried."""
+
+    plot: Path | None = None
+    """File for a plot of the shares, .png, .svg or .pdf."""
+
     def __post_init__(self) -> None:
         check_least(self, 1, "seq_len", "sequences_per_shard", "gpus", "calibration_sequences", "batch_size")
-        check_positive(self, "positions", "disk_tb", "unique_tokens", "positions_per_second", "learnt_per_sequence")
+        if self.positions is None and not self.student:
+            raise ValueError("positions is missing: say how many to capture, such as 1e12")
+        check_positive(
+            self, "noise", "positions", "disk_tb", "unique_tokens", "positions_per_second", "learnt_per_sequence"
+        )
         if self.learnt_per_sequence is not None and self.learnt_per_sequence > self.seq_len:
             raise ValueError(
                 f"learnt_per_sequence {self.learnt_per_sequence:g} is more than the {self.seq_len} positions of seq_len"
@@ -107,8 +135,36 @@ class EstimateConfig(TextFiles):
         if bool(self.text) + bool(self.dataset) != (self.teacher is not None):
             raise ValueError("a calibration run needs both a teacher and something to read: either text or a dataset")
         TextFiles.__post_init__(self)
+        self._check_noise()
         given = [
             name for name, default in (("field", None), ("dataset_split", "train")) if getattr(self, name) != default
         ]
         if self.teacher is None and given:
             raise ValueError(f"{given[0]} belongs to the text of a calibration run, which is not given")
+
+    def _check_noise(self) -> None:
+        if not self.student:
+            said = [
+                f.name for f in dataclasses.fields(self) if f.name in _OF_NOISE and getattr(self, f.name) != f.default
+            ]
+            if said:
+                raise ValueError(f"{said[0]} belongs to the noise of a student's gradient; give a student")
+            return
+        if self.teacher is None:
+            raise ValueError(f"student {self.student[0]} learns from a teacher, which is not given; give both")
+        if len(set(self.student)) < len(self.student):
+            raise ValueError(f"a student is given twice: {' '.join(self.student)}; give each once")
+        if self.proposal_temperature != 1:
+            raise ValueError(
+                f"the noise is measured of draws from the teacher's own distribution: proposal_temperature must be 1 "
+                f"with a student, got {self.proposal_temperature:g}"
+            )
+        check_positive(self, "noise")
+        check_least(self, 0, "noise_seed")
+        if self.noise_sequences < 3:
+            raise ValueError(f"noise_sequences must be >= 3, for a variance and its error, got {self.noise_sequences}")
+        if not self.noise_rounds:
+            raise ValueError("noise_rounds is empty; give rounds to try, such as 2 12 50")
+        for rounds in self.noise_rounds:
+            if not 1 <= rounds <= MAX_ROUNDS:
+                raise ValueError(f"noise_rounds must be in 1..{MAX_ROUNDS}, got {rounds}")

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from sklformat.plot import plot_comparison
+from sklformat.plot import plot_comparison, plot_noise
 
 
 def make_row(method, lm_loss=4.5, skew=0.0):
@@ -48,3 +48,17 @@ def test_plot_loads_no_torch():
     code = "import sys, sklformat.plot; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "[]" == result.stdout.strip()
+
+
+def test_noise_of_each_student(tmp_path):
+    """A panel for each student, a line for each sampler and the limit; errors larger than a share are drawn as well."""
+    rows = [
+        {"sampler": sampler, "bytes_per_position": 4.0 * n, "shares": [1 / n, 2 / n], "share_errors": [0.1, 0.1]}
+        for sampler in ("multinomial", "systematic")
+        for n in (1, 4, 50)
+    ]
+    plot_noise(rows, ["early", "late"], 0.1, tmp_path / "noise.svg")
+    assert (tmp_path / "noise.svg").read_text().startswith("<?xml")
+    with pytest.raises(ValueError, match="plot_noise draws 1 to 8 students, got 0"):
+        plot_noise(rows, [], 0.1, tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import tempfile
 from pathlib import Path
@@ -13,13 +12,10 @@ from sklformat.cache.reader import open_cache
 from sklformat.capture.outcome import Cached
 from sklformat.distill.teacher.caching import cache_teacher
 from sklformat.distill.teacher.token_sources import TOKENS_NAME
-from sklformat.distill.text.chats import Chat, Text, read_dataset_texts
+from sklformat.distill.text.chats import read_dataset_texts, write_first_rows
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.estimate import EstimateConfig
 from sklformat.settings.files import TextFiles
-
-_MOST_CHARS = 64  # of a token, as long runs of spaces are
-_ROWS_PER_SEQUENCE = 4  # of chats, each of which is a sequence, and of which some may be left out
 
 
 def calibrate(config: EstimateConfig) -> EstimateConfig:
@@ -40,7 +36,14 @@ def calibrate(config: EstimateConfig) -> EstimateConfig:
     with tempfile.TemporaryDirectory(prefix="sklformat-") as place:
         given: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(TextFiles)}
         if config.dataset:
-            given = {"text": (_first_rows(config, Path(place) / "rows.jsonl"),)}
+            rows = Path(place) / "rows.jsonl"
+            write_first_rows(
+                rows,
+                read_dataset_texts(config.dataset, split=config.dataset_split, field=config.text_field),
+                num_sequences=config.calibration_sequences,
+                seq_len=config.seq_len,
+            )
+            given = {"text": (rows,)}
         for name in ("warm-up", "measured"):
             out = Path(place) / name
             cached = cache_teacher(
@@ -75,27 +78,3 @@ def calibrate(config: EstimateConfig) -> EstimateConfig:
         unique_tokens=config.unique_tokens or cached.unique_tokens,
         positions_per_second=config.positions_per_second or cached.positions_per_second,
     )
-
-
-def _first_rows(config: EstimateConfig, path: Path) -> Path:
-    """A file of as many rows of a dataset as the run needs: a dataset may be larger than any disk here."""
-    rows = chars = 0
-    texts = read_dataset_texts(config.dataset, split=config.dataset_split, field=config.text_field)
-    with path.open("w", encoding="utf-8") as file:
-        for text in texts:
-            file.write(json.dumps(_as_row(text), default=str) + "\n")
-            rows, chars = rows + 1, chars + len(text.text)
-            if (
-                rows >= config.calibration_sequences * _ROWS_PER_SEQUENCE
-                and chars >= config.calibration_sequences * config.seq_len * _MOST_CHARS
-            ):
-                break
-    return path
-
-
-def _as_row(text: Text) -> dict[str, Any]:
-    if not isinstance(text, Chat):
-        return {"text": text.text}
-    if text.messages:
-        return {"messages": text.messages, "tools": text.tools}
-    return {"prompt": text.prompt, "completion": text.completion}

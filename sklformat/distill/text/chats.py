@@ -33,6 +33,8 @@ _ROLES = {
     **dict.fromkeys(("tool", "observation"), "tool"),
     "system": "system",
 }
+_MOST_CHARS = 64  # of a token, as long runs of spaces are
+_ROWS_PER_SEQUENCE = 4  # of chats, each of which is a sequence, and of which some may be left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,3 +296,30 @@ def _decoded(value: Any, where: str) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{where} is {kind_of(value)}, must be a list")  # noqa: TRY004  the data is wrong
     return [_without_none(inner) for inner in value]
+
+
+def write_first_rows(path: Path, texts: Iterator[Text], *, num_sequences: int, seq_len: int) -> None:
+    """
+    A .jsonl file of as many texts as a short run needs: a dataset may be larger than any disk here.
+
+    Args:
+        path: Where it goes.
+        texts: Of which the first are taken.
+        num_sequences: How many sequences they have to fill.
+        seq_len: Positions of each.
+    """
+    rows = chars = 0
+    with path.open("w", encoding="utf-8") as file:
+        for text in texts:
+            file.write(json.dumps(_as_row(text), default=str) + "\n")
+            rows, chars = rows + 1, chars + len(text.text)
+            if rows >= num_sequences * _ROWS_PER_SEQUENCE and chars >= num_sequences * seq_len * _MOST_CHARS:
+                break
+
+
+def _as_row(text: Text) -> dict[str, Any]:
+    if not isinstance(text, Chat):
+        return {"text": text.text}
+    if text.messages:
+        return {"messages": text.messages, "tools": text.tools}
+    return {"prompt": text.prompt, "completion": text.completion}

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,3 +83,10 @@ def test_the_command_needs_no_torch():
     assert "976,562,500 sequences" in table
     data = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     assert (953_675, "R24") == (data["shards"], data["profile"])
+
+
+def test_a_capture_of_no_known_size():
+    """Positions may be left out where a student is measured, and not where a capture is to be estimated."""
+    config = EstimateConfig(teacher="t", student=("s",), text=(Path("x"),), vocab_size=9, unique_tokens=2)
+    with pytest.raises(ValueError, match="how many positions to capture is not known; say it"):
+        estimate(config)

@@ -16,6 +16,7 @@ CACHE = CacheConfig(teacher="t", text=(Path("x"),), out="out", seq_len=8)
 TRAIN = TrainConfig(cache="cache", out=Path("out"))
 EVAL = EvalConfig(student="s", text=(Path("x"),), seq_len=8)
 ESTIMATE = EstimateConfig(positions=1e9)
+NOISE = EstimateConfig(teacher="t", student=("s",), text=(Path("x"),))
 CONVERT = ConvertConfig(source=Path("a"), destination=Path("b"))
 RECORDS = {"cache": "c", "text": (), "seq_len": 0}
 TOKENS = {"cache": None, "tokens": Path("store"), "seq_len": 8}
@@ -82,6 +83,16 @@ TOKENS = {"cache": None, "tokens": Path("store"), "seq_len": 8}
         (DemoConfig(), {"field": "text"}, "field belongs to text, which is not given"),
         (ESTIMATE, {"field": "text"}, "field belongs to the text of a calibration run, which is not given"),
         (ESTIMATE, {"positions": 0.0}, r"^positions must be positive and finite, got 0\.0"),
+        (ESTIMATE, {"positions": None}, "^positions is missing: say how many to capture, such as 1e12"),
+        (ESTIMATE, {"noise_rounds": (2,)}, "^noise_rounds belongs to the noise of a student's gradient"),
+        (ESTIMATE, {"student": ("s",)}, "^student s learns from a teacher, which is not given; give both"),
+        (NOISE, {"student": ("s", "s")}, "^a student is given twice: s s; give each once"),
+        (NOISE, {"proposal_temperature": 0.8}, "must be 1 with a student, got 0.8"),
+        (NOISE, {"noise": 0.0}, r"^noise must be positive and finite, got 0\.0"),
+        (NOISE, {"noise_seed": -1}, "^noise_seed must be >= 0, got -1"),
+        (NOISE, {"noise_sequences": 2}, "^noise_sequences must be >= 3, for a variance and its error, got 2"),
+        (NOISE, {"noise_rounds": ()}, "^noise_rounds is empty; give rounds to try, such as 2 12 50"),
+        (NOISE, {"noise_rounds": (1, 65536)}, r"^noise_rounds must be in 1\.\.65535, got 65536"),
         (ESTIMATE, {"unique_tokens": float("inf")}, "^unique_tokens must be positive and finite, got inf"),
         (ESTIMATE, {"rounds": 65536}, r"^rounds must be in 0\.\.65535, got 65536"),
         (ESTIMATE, {"rounds": 5, "unique_tokens": 6.0}, "unique_tokens 6 is more than the 5 rounds that draw them"),

@@ -146,7 +146,7 @@ def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
     config = dataclasses.replace(config, student=origins.find_model(config.student))
     if progress:
         say(f"eval: loading {config.student} and reading {'the text' if config.cache is None else config.cache}")
-    with _opened(config) as passages:
+    with opened(config) as passages:
         evaluation = _evaluate(config, passages, device, progress=progress)
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
 
 
 @contextmanager
-def _opened(config: EvalConfig) -> Iterator[Passages]:
+def opened(config: EvalConfig) -> Iterator[Passages]:
     """What to measure on; of a text the student's own tokens, for as long as they are needed."""
     if config.cache is not None:
         yield RecordPassages(config)

@@ -1,7 +1,7 @@
 """
 measure_noise(): what drawn records add to the noise of a student's gradient, beside the noise of the text itself.
 
-Trains nothing.
+Trains nothing.  ``advice`` says what follows for a capture.
 Shape letters: T positions, V vocabulary, P parameters, S sequences, R rows of the table.
 
 Under forward KL the gradient is linear in the target: for one sequence it is g = Jᵀ (q - p) with the teacher's

@@ -9,7 +9,11 @@ import pytest
 import tiny
 import torch
 
+from sklformat.capture.estimates import estimate
+from sklformat.distill.student.measures.advice import NoiseRow, advise, choose
 from sklformat.distill.student.measures.noise import Lesson, measure_noise
+from sklformat.errors import SettingsError
+from sklformat.settings.estimate import EstimateConfig
 
 VOCAB, POSITIONS, COUNT = 24, 6, 4
 ROUNDS = (1, 3, 200)  # of the last the records are weights
@@ -140,3 +144,99 @@ def test_refusals(models, lessons, changes, message):
     chosen = lessons[: values.pop("lessons", None)]
     with pytest.raises(ValueError, match=re.escape(message)):
         measure_noise(models[0], {"student": student}, chosen, vocab_size=VOCAB, **values)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A text, a teacher, two students, one of another tokenizer and one of fewer ids, all beside it."""
+    root = tmp_path_factory.mktemp("noise")
+    documents = tiny.make_documents(4, 80)
+    (root / "text.txt").write_text(" ".join(document.text for document in documents))
+    tokenizer, other = tiny.train_tokenizer(documents), tiny.train_tokenizer(tiny.make_documents(3, 20), 270)
+    for seed, name in enumerate(("teacher", "early", "late")):
+        tiny.write_model(root / name, tokenizer, seed=seed, tie=name == "late")
+    tiny.write_model(root / "other", other)
+    tiny.new_model(256).save_pretrained(root / "narrow")
+    return root
+
+
+def config_of(place, **changes):
+    values = {
+        "teacher": str(place / "teacher"), "student": (str(place / "early"), str(place / "late")),
+        "text": (place / "text.txt",), "seq_len": 8, "noise_sequences": 5, "noise_rounds": (1, 8), "device": "cpu",
+    }  # fmt: skip
+    return EstimateConfig(**values | changes)
+
+
+def test_advice_says_shares_and_costs(place, tmp_path):
+    """Each row has a share of each student and its bytes; what is recommended follows; the same seed, the same."""
+    config = config_of(place, positions=1e12, positions_per_second=1e6, noise=1e9, plot=tmp_path / "plot.png")
+    found = advise(config, progress=False)
+    assert [("multinomial", 1), ("multinomial", 8), ("systematic", 1), ("systematic", 8)] == [
+        (row.sampler, row.rounds) for row in found.rows
+    ]
+    assert (5, 40) == (found.num_sequences, found.num_positions)
+    for row in found.rows:
+        cost = estimate(
+            EstimateConfig(
+                positions=1e12, rounds=row.rounds, seq_len=8, unique_tokens=row.unique_tokens, vocab_size=290
+            )
+        )
+        assert (cost.bytes, cost.bytes_per_position, cost.disks) == (row.bytes, row.bytes_per_position, row.disks)
+        assert len(row.shares) == len(row.share_errors) == 2
+        assert min(row.shares + row.share_errors) > 0
+    assert found.rows[0].unique_tokens == found.rows[2].unique_tokens == 1
+    assert found.recommended in (found.rows[0], found.rows[2])
+    assert found.gpu_hours == pytest.approx(1e6 / 3600)
+    text = str(found)
+    assert f"share B: {place / 'late'}" in text
+    assert "recommended: --sampler" in text
+    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    without = advise(config_of(place), progress=False)
+    assert [row.shares for row in without.rows] == [row.shares for row in found.rows]
+    assert {None} == {row.bytes for row in without.rows}
+    assert [row.bytes_per_position for row in without.rows] == pytest.approx(
+        [row.bytes_per_position for row in found.rows], rel=1e-3
+    )
+    assert "TB" not in str(without)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"student": ("other",)}, SettingsError, "has a different tokenizer from the teacher"),
+        ({"student": ("narrow",)}, SettingsError, "has 256 logits, the teacher"),
+        ({"seq_len": 64, "student": ("short",)}, ValueError, "is beyond the 16 positions"),
+        ({"noise_sequences": 10_000}, ValueError, "asked for are 10000"),
+    ],
+)
+def test_students_that_do_not_fit(place, changes, error, message):
+    """A student of other ids is refused, with both values; so is a text that is too short."""
+    if changes.get("student") == ("short",):
+        tiny.new_model(290, max_positions=16).save_pretrained(place / "short")
+    names = changes.get("student", ("early",))
+    given = changes | {"student": tuple(str(place / name) for name in names)}
+    with pytest.raises(error, match=message):
+        advise(config_of(place, **given), progress=False)
+
+
+def row(sampler, rounds, size, share, error=0.01):
+    return NoiseRow(
+        sampler=sampler, rounds=rounds, unique_tokens=1.0, bytes_per_position=size, shares=[share, share / 2],
+        share_errors=[error, error], variances=[share, share], variance_errors=[error, error], bytes=None, disks=None,
+    )  # fmt: skip
+
+
+def test_the_choice_and_how_sure_it_is():
+    """The fewest bytes whose share is at most the limit; what is within a standard error of it is said."""
+    rows = [row("multinomial", 8, 20, 0.23), row("systematic", 8, 21, 0.15), row("systematic", 18, 40, 0.05)]
+    assert (rows[2], []) == choose(rows, 0.1)
+    assert (rows[1], ["close: its share is within a standard error of 0.155; systematic with 18 rounds is surer"]) == (
+        choose(rows, 0.155)
+    )
+    assert (
+        rows[2],
+        ["close: systematic with 8 rounds may be enough, within a standard error; more noise_sequences would tell"],
+    ) == choose(rows, 0.145)
+    assert (None, []) == choose(rows, 0.01)
+    assert "nothing here is surer" in choose(rows, 0.05)[1][0]

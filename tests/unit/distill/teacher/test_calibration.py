@@ -5,9 +5,7 @@ import types
 
 import pytest
 
-from sklformat.distill.teacher import calibration
-from sklformat.distill.text.chats import read_texts
-from sklformat.settings.estimate import EstimateConfig
+from sklformat.distill.text.chats import read_dataset_texts, read_texts, write_first_rows
 from sklformat.settings.files import TextFiles
 
 SAY = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -29,8 +27,10 @@ def test_the_first_rows_of_a_dataset(tmp_path, monkeypatch, kind):
             yield KINDS[kind]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    config = EstimateConfig(positions=1.0, teacher="t", dataset=("a/b",), seq_len=8, calibration_sequences=2)
-    found = list(read_texts(TextFiles(text=(calibration._first_rows(config, tmp_path / "rows.jsonl"),))))
+    rows = tmp_path / "rows.jsonl"
+    texts = read_dataset_texts(("a/b",), split="train", field="text")
+    write_first_rows(rows, texts, num_sequences=2, seq_len=8)
+    found = list(read_texts(TextFiles(text=(rows,))))
     assert 8 <= len(found) == len(read) < 1000
     assert sum(len(text.text) for text in found) >= 2 * 8 * 64
     for name, value in KINDS[kind].items():
