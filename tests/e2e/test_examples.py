@@ -223,8 +223,19 @@ def test_every_page_and_recipe_is_run():
             assert module in ("sklformat", "sklformat.distill") or module.startswith("sklformat.integrations.")
 
 
+def anchors(path):
+    """What links call the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page):
-    """Every link inside the repository has its file."""
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
-    assert [] == [link for link in links if "://" not in link and not (ROOT / page).parent.joinpath(link).exists()]
+    """Every link inside the repository has its file, and the heading that it names there."""
+    lost = []
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", (ROOT / page).read_text()):
+        path = (ROOT / page).parent / link if link else ROOT / page
+        if "://" not in link and not (path.exists() and (not anchor or anchor in anchors(path))):
+            lost.append(f"{link}#{anchor}")
+    assert [] == lost

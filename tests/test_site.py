@@ -1,0 +1,22 @@
+"""What make docs holds its site to: every link is followed to its file and its anchor."""
+
+import runpy
+from pathlib import Path
+
+BROKEN = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "site" / "links.py"))["broken"]
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path):
+    """A missing file, an anchor that no page has, a missing picture; what is elsewhere is not asked."""
+    (tmp_path / "part").mkdir()
+    (tmp_path / "a b.html").write_text("<h1 id='here'>A</h1><a href='#here'></a><a href='#gone'></a><img src='x.png'>")
+    (tmp_path / "part" / "b.html").write_text(
+        "<a href='../a%20b.html#here'></a><a href='../a%20b.html#hence'></a><a href='c.html'></a>"
+        "<a href='https://example.org/c.html'></a><a href='mailto:a@example.org'></a>"
+    )
+    assert sorted(BROKEN(tmp_path)) == [
+        "a b.html: #gone",
+        "a b.html: x.png",
+        "part/b.html: ../a%20b.html#hence",
+        "part/b.html: c.html",
+    ]
