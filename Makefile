@@ -165,6 +165,7 @@ CONSTRAIN = $(BIN)/python -c "import torch; print('torch==' + torch.__version__.
 
 define NEIGHBOURS
 lightning|lightning==2.6.6
+lm_eval|lm-eval==0.4.13
 trl|trl==1.16.0
 torchtitan|torchtitan==0.3.0 triton
 ray|ray==2.60.0

@@ -26,6 +26,7 @@ PAGES = [
     "docs/capture.md",
     "docs/engines.md",
     "docs/training.md",
+    "docs/evaluation.md",
     "docs/trainers.md",
     "docs/python.md",
     "docs/troubleshooting.md",
