@@ -69,6 +69,7 @@ def write_cache(
                 length = (seq_len or POSITIONS) if lengths is None else lengths[i]
                 tokens, targets = rng.integers(0, VOCAB, length + 1), records(rng, length)
                 values = {"entropy": np.zeros(length), "document_start": starts_of(i, length)}
+                values["label_logprob"] = np.where(np.diff(targets.offsets) > 0, -0.5 - tokens[1:] / VOCAB, 0)
                 writer.append(tokens, targets, {name: values[name] for name in columns})
                 data.append((tokens, targets))
     return data

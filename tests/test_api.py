@@ -25,7 +25,8 @@ NAMES = """
 """
 LEARNING_NAMES = """
     Batch DenseTargets DenseTeacher OutputHead Shard SparseLogitDataset SparseLogitSequences Targets Teachers
-    acceptance_rate calibration_error collate linear_sparse_kl lm_loss output_head run_to_head sparse_kl
+    acceptance_rate calibration_error collate easy_hard_weights label_confidence linear_sparse_kl lm_loss output_head
+    run_to_head sparse_kl
 """
 
 FLAGS = {
@@ -51,11 +52,11 @@ FLAGS = {
     """,
     "train": """
         accumulation adam-eps adapter-base batch-size best-by betas cache cache-weights ce-weight compile decay decode
-        device dtype eval-cache eval-every eval-sequences gradient-checkpointing hidden-size hold-out isolate-documents
-        json keep-checkpoint learning-rate log-every lora-alpha lora-rank lora-targets max-grad-norm method
-        min-learning-rate num-heads num-layers num-workers out packing packing-seed param-dtype report-to save-every
-        schedule seed seq-len shard steps student teacher tokenizer tokens truncate trust-remote-code warmup
-        warmup-steps weight-decay window
+        device divergence dtype easy-percentile eval-cache eval-every eval-sequences gradient-checkpointing hidden-size
+        hold-out isolate-documents json keep-checkpoint learning-rate log-every lora-alpha lora-rank lora-targets
+        lr-ratio max-grad-norm method min-learning-rate num-heads num-layers num-workers out packing packing-seed
+        param-dtype report-to save-every schedule seed seq-len shard steps student teacher temperature tokenizer tokens
+        truncate trust-remote-code warmup warmup-steps weight-decay window
     """,
     "plot": "json",
     "view": "first json port positions serve student tokenizer trust-remote-code",

@@ -80,6 +80,7 @@ class SparseKL(BaseLoss):
     class Config(BaseLoss.Config):
         method: str = "random_sampling"
         ce_weight: float = 0.0
+        divergence: str = "forward_kl"
 
     def __init__(self, config: Config, **_: Any) -> None:
         self.config = config  # sparse_kl has a backward pass of its own: there is nothing to compile
@@ -98,6 +99,7 @@ class SparseKL(BaseLoss):
             pred.flatten(0, 1),
             (target_ids, target_probs),
             method=self.config.method,
+            divergence=self.config.divergence,
             labels_P=labels.flatten(),
             ce_weight=self.config.ce_weight,
             normaliser=1 if global_valid_tokens is None else global_valid_tokens,

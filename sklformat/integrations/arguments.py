@@ -7,10 +7,13 @@ Knows those of a trainer by their names alone, so that it holds for every versio
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from sklformat.distill.loader.teachers import Teachers
-from sklformat.settings.train import Decode
+from sklformat.distill.losses.confidence import check_rates
+from sklformat.distill.losses.divergences import check_divergence
+from sklformat.settings.train import Decode, Divergence
 
 Method = Literal[
     "random_sampling", "topk", "topk_normalised", "label_smoothing", "ghost_token", "naive_fix", "ce"
@@ -62,12 +65,74 @@ def check_arguments(args: Any, others: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} would spoil training from a cache: {instead}")
 
 
-def check_loss(method: str, ce_weight: float, decode: str = "auto") -> None:
+@dataclass(frozen=True, kw_only=True)
+class LossArguments:
+    """
+    How the loss is taken from the records, as every integration takes it.
+
+    Attributes:
+        method: As in ``sparse_kl``, "full" apart; "ce": cross-entropy on the text's own next token.
+        ce_weight: As in ``sparse_kl``.
+        divergence: As in ``sparse_kl``.
+        temperature: As in ``sparse_kl``; of "topk_normalised" alone, whose records are logits on their ids.
+        lr_ratio: As in ``easy_hard_weights``.
+        easy_percentile: As in ``easy_hard_weights``.
+
+    Raises:
+        ValueError: One is out of range, or does not go with the method.
+    """
+
+    method: Method = "random_sampling"
+    ce_weight: float = 0.0
+    divergence: Divergence = "forward_kl"
+    temperature: float = 1.0
+    lr_ratio: float = 1.0
+    easy_percentile: float = 50.0
+
+    def __post_init__(self) -> None:
+        check_divergence(self.divergence, self.method)
+        check_rates(self.lr_ratio, self.easy_percentile)
+        if self.method == "ce" and self.divergence != "forward_kl":
+            raise ValueError(f"divergence is {self.divergence!r}, method 'ce', which is cross-entropy and nothing else")
+        if self.temperature != 1 and self.method != "topk_normalised":
+            raise ValueError(
+                f"temperature is {self.temperature}, method {self.method!r}: records keep the temperature of their "
+                "capture; only topk_normalised has the teacher's logits on their ids"
+            )
+
+    @property
+    def of_loss(self) -> dict[str, Any]:
+        """What ``linear_sparse_kl`` is asked for; the divergence from all of the probability on the label is CE."""
+        method = "random_sampling" if self.method == "ce" else self.method
+        return {
+            "method": method,
+            "ce_weight": self.ce_weight,
+            "divergence": self.divergence,
+            "temperature": self.temperature,
+        }
+
+    def named(self, logs: dict[str, float], mean: float) -> dict[str, float]:
+        """A line of the log, with the mean loss under the name that it has where it is one figure."""
+        is_plain = self.divergence == "forward_kl" and self.temperature == self.lr_ratio == 1 and not self.ce_weight
+        if not is_plain or self.method not in _NAMES:
+            return logs
+        return {"loss": logs["loss"], _NAMES[self.method]: mean, **logs}
+
+    def mixture(self, lm_loss: float, kl_to_records: float) -> float:
+        """Of the two figures of an evaluation, as cross-entropy is mixed in."""
+        alpha = 1.0 if self.method == "ce" else self.ce_weight
+        return alpha * lm_loss + (1 - alpha) * kl_to_records
+
+
+_NAMES = {"random_sampling": "kl_to_records", "topk": "kl_to_records", "ce": "cross_entropy"}
+
+
+def check_loss(method: str, ce_weight: float, decode: str, lr_ratio: float = 1.0) -> None:
     """
     Look at what the loss is to be.
 
     Raises:
-        ValueError: There is no such method or way to decode, or weight or way does not fit the method.
+        ValueError: There is no such method or way to decode, or weight or way does not fit the method or the rates.
     """
     if method not in get_args(Method):
         raise ValueError(f"method is {method!r}; one of {', '.join(get_args(Method))}")
@@ -75,6 +140,8 @@ def check_loss(method: str, ce_weight: float, decode: str = "auto") -> None:
         raise ValueError(f"ce_weight is {ce_weight}, method {method}; need 0..1, and 0 where ce is the method")
     if decode not in get_args(Decode) or (method == "ce" and decode == "cuda"):
         raise ValueError(f"decode is {decode!r}, method {method}; one of auto, cpu, cuda, which ce has no records for")
+    if decode == "cuda" and lr_ratio != 1:
+        raise ValueError(f"decode is 'cuda', lr_ratio {lr_ratio}, for which the host reads the records; decode=\"cpu\"")
 
 
 def check_hold_out(cache: Any, available: int, hold_out: int, eval_cache: Any) -> range:

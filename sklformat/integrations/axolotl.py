@@ -40,6 +40,10 @@ class SparseKDSettings(BaseModel):
     hold_out: int = 0
     method: str = "random_sampling"
     ce_weight: float = 0.0
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    lr_ratio: float = 1.0
+    easy_percentile: float = 50.0
 
 
 class SparseKDArgs(BaseModel):

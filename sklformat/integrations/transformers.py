@@ -34,9 +34,11 @@ from sklformat.distill.models import adapters, outputs
 from sklformat.distill.models.devices import to_device
 from sklformat.distill.models.heads import run_to_head
 from sklformat.distill.student.inputs import check_made_by, check_method, check_student
+from sklformat.distill.student.processes import Process
 from sklformat.distill.student.validation import HeldOut, check_unseen, validate
 from sklformat.integrations import checkpoints
 from sklformat.integrations.arguments import (
+    LossArguments,
     Method,
     check_arguments,
     check_hold_out,
@@ -44,12 +46,9 @@ from sklformat.integrations.arguments import (
     check_loss,
     precision_note,
 )
-from sklformat.integrations.inputs import inputs_of, moved
+from sklformat.integrations.inputs import inputs_of, moved, weigh, with_confidence
 from sklformat.progress import say
-from sklformat.settings.train import Decode
-
-# Losses that are one figure with a name of its own.
-_NAMES = {"random_sampling": "kl_to_records", "topk": "kl_to_records", "ce": "cross_entropy"}
+from sklformat.settings.train import Decode, Divergence
 
 
 class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
@@ -75,8 +74,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         weights: As for ``SparseLogitDataset``, of a list.
         hold_out: Sequences at the end of the one cache that are evaluated on, and never trained on.
         eval_cache: Another cache to evaluate on instead, or several by name: their figures are ``eval_name_…``.
-        method: As in ``sparse_kl``, "full" apart; "ce": cross-entropy on the text's own next token.
-        ce_weight: As in ``sparse_kl``.
+        method, ce_weight, divergence, temperature, lr_ratio, easy_percentile: As ``LossArguments`` has them; with an
+            lr_ratio the host decodes the records.
         tokens: The training program's own tokens, as for ``SparseLogitDataset``; None: those of the cache.
         window: As for ``SparseLogitDataset``; None: for a ragged cache the sequences of a step, else none.
         decode: As for ``SparseLogitDataset``; "auto": "cuda" where a GPU trains and knows the records.
@@ -103,6 +102,10 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         eval_cache: Path | str | Cache | Mapping[str, Path | str | Cache] | None = None,
         method: Method = "random_sampling",
         ce_weight: float = 0.0,
+        divergence: Divergence = "forward_kl",
+        temperature: float = 1.0,
+        lr_ratio: float = 1.0,
+        easy_percentile: float = 50.0,
         tokens: Any = None,
         window: int | None = None,
         decode: Decode = "auto",
@@ -111,7 +114,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
     ) -> None:
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args  # as the Trainer does
         check_arguments(args, others)
-        check_loss(method, ce_weight, decode)
+        check_loss(method, ce_weight, decode, lr_ratio)
+        self.loss = LossArguments(method=method, ce_weight=ce_weight, divergence=divergence, temperature=temperature,
+                                  lr_ratio=lr_ratio, easy_percentile=easy_percentile)  # fmt: skip
         self.sources, part = Sources.of(cache, tokens, None), None
         if hold_out:
             part = check_hold_out(cache, self.sources.sizes[0], hold_out, eval_cache)
@@ -123,9 +128,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
             check_borders(each)
             if processing_class is not None:
                 check_made_by(processing_class, each)
-        self.method, self.ce_weight, self.weights, self.window = method, ce_weight, weights, window
+        self.weights, self.window = weights, window
         self._share = {"rank": args.process_index, "world_size": args.world_size}
-        self._decode, note = self.sources.decoding("cpu" if method == "ce" else decode, args.device)
+        self._decode, note = self.sources.decoding("cpu" if method == "ce" or lr_ratio != 1 else decode, args.device)
         if note and args.process_index == 0:
             say(f"note: {note}")
         self._resumed: dict[str, Any] | None = None
@@ -181,6 +186,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
             **self._parts,
             **self._share,
         )
+        with_confidence(dataset, self.loss, is_first=self.is_world_process_zero())
         self.sampler = StepSampler(dataset, args.gradient_accumulation_steps)
         workers = {
             "persistent_workers": args.dataloader_persistent_workers,
@@ -190,7 +196,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         return DataLoader(
             Steps(dataset),
             batch_sampler=self.sampler,
-            collate_fn=functools.partial(inputs_of, method=self.method, isolated=dataset.isolated),
+            collate_fn=functools.partial(inputs_of, loss=self.loss, isolated=dataset.isolated),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
             **(workers if args.dataloader_num_workers else {}),
@@ -210,6 +216,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.sampler.taken += len(batches)
         self._steps += bool(batches)
+        weigh(batches, self.loss, Process(self.args.process_index, self.args.world_size, device))
         total = torch.stack([batch["counted"] for batch in batches]).sum() if batches else torch.tensor(0)
         return batches, self.accelerator.reduce(to_device(total, device), reduction="sum")
 
@@ -247,11 +254,10 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
                 hidden_PD,
                 head,
                 Targets(inputs["token_ids"], inputs["probs"], inputs["offsets"]),
-                method="random_sampling" if self.method == "ce" else self.method,
                 labels_P=labels_P,
-                ce_weight=self.ce_weight,
-                position_weights_P=(labels_P != IGNORED_LABEL).float(),
+                position_weights_P=inputs.get("weights", (labels_P != IGNORED_LABEL).float()),
                 normaliser=total,
+                **self.loss.of_loss,
             )
         if num_items_in_batch is None:
             return loss + balance
@@ -282,8 +288,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         if "loss" in logs and self._steps:
             mean = self._settle() / self._steps
             self._sum, self._steps = 0.0, 0
-            if self.method in _NAMES and not self.ce_weight:
-                logs = {"loss": logs["loss"], _NAMES[self.method]: mean, **logs}
+            logs = self.loss.named(logs, mean)
         super().log(logs, *rest, **named)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -332,8 +337,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
                 reach=lambda _: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
             )
         figures = {name: value for name, value in dataclasses.asdict(found).items() if value is not None}
-        alpha = 1.0 if self.method == "ce" else self.ce_weight
-        figures["loss"] = alpha * found.lm_loss + (1 - alpha) * found.kl_to_records
+        figures["loss"] = self.loss.mixture(found.lm_loss, found.kl_to_records)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         return output._replace(metrics=output.metrics | metrics, num_samples=found.num_sequences)
 
@@ -357,8 +361,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
     def _settings(self, sampler: StepSampler) -> dict[str, Any]:
         """What the sequences of a step and their loss depend on, beside the stream."""
         return {
-            "method": self.method,
-            "ce_weight": self.ce_weight,
+            **dataclasses.asdict(self.loss),
             "sequences_per_step": self.sequences_per_step,
             "steps_per_epoch": sampler.steps_per_epoch,
         }
@@ -371,7 +374,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         if saved is None:
             sampler.taken = 0
             return
-        checkpoints.check_settings(saved["settings"], self._settings(sampler))
+        earlier = dataclasses.asdict(LossArguments())  # of versions that do not say it
+        checkpoints.check_settings(earlier | saved["settings"], self._settings(sampler))
         sampler.check_stands(saved["stream"])
 
 

@@ -19,7 +19,14 @@ from trainer_runs import arguments, gpt2, llama, losses, trained
 from transformers import EarlyStoppingCallback, MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback
 
 import sklformat as skl
-from sklformat.distill import SparseLogitDataset, linear_sparse_kl, output_head
+from sklformat.distill import (
+    SparseLogitDataset,
+    easy_hard_weights,
+    label_confidence,
+    linear_sparse_kl,
+    output_head,
+    sparse_kl,
+)
 from sklformat.distill.loader.teachers import Teachers
 from sklformat.distill.models import outputs
 from sklformat.distill.student.validation import HeldOut, validate
@@ -203,6 +210,26 @@ def test_a_step_is_that_of_one_large_batch(place, ce_weight):
         torch.testing.assert_close(seen, gradients, rtol=1e-4, atol=1e-7)
 
 
+def test_losses_and_rates_are_those_of_the_functions(place, capsys):
+    """Another divergence with rates by the records, which a note says; in micro-batches as in one."""
+    dataset = SparseLogitDataset(place / "ragged", batch_size=6, seed=42, window=6, tail="pad")
+    batch = next(iter(dataset))
+    labels_P = batch.labels.flatten()
+    sure_P = label_confidence(batch.targets, labels_P)
+    weights_P = easy_hard_weights(sure_P, labels_P, lr_ratio=3.0, easy_percentile=70.0)
+    assert 2 == len(set(weights_P[labels_P != -100].tolist()))
+    logits_PV = llama()(input_ids=batch.input_ids).logits.flatten(0, 1).detach()
+    wanted = sparse_kl(logits_PV, batch.targets, divergence="jsd", position_weights_P=weights_P)
+    own = {"divergence": "jsd", "lr_ratio": 3.0, "easy_percentile": 70.0}
+    for size in (6, 2):
+        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 6 // size, "max_steps": 1}
+        trainer = SparseKDTrainer(llama(), arguments(place / "out", **changes), cache=place / "ragged", **own)
+        trainer.train()
+        assert pytest.approx([wanted.item()], rel=1e-5) == losses(trainer)
+        assert "kl_to_records" not in trainer.state.log_history[0]
+    assert "note: hard tokens are told by the records' own draws" in capsys.readouterr().err
+
+
 def test_cross_entropy_is_the_trainers_own(place):
     """Method "ce" gives the losses that the Trainer itself has for the same batches."""
 
@@ -337,9 +364,10 @@ def test_other_splits_of_a_step_resume(place, undisturbed):
         ({}, {"hold_out": 3}, r"sequences: \[0, 21\] in the state, \[0, 20\] here"),
         ({}, {"method": "ce"}, "method: 'random_sampling' in the checkpoint, 'ce' here"),
         ({}, {"ce_weight": 0.5}, "ce_weight: 0.0 in the checkpoint, 0.5 here"),
+        ({}, {"divergence": "mse"}, "divergence: 'forward_kl' in the checkpoint, 'mse' here"),
         ({}, {"cache": "even", "window": 6}, "fingerprint: '"),
     ],
-    ids=["batch", "drop last", "seed", "hold_out", "method", "ce_weight", "cache"],
+    ids=["batch", "drop last", "seed", "hold_out", "method", "ce_weight", "divergence", "cache"],
 )
 def test_resuming_with_other_settings_is_refused(place, undisturbed, changes, own, message):
     """The message has both values."""
@@ -592,6 +620,18 @@ def test_processes_that_would_spoil_the_run(place):
         ({"method": "topk"}, SettingsError, "holds records of sampler multinomial, which method topk does not fit"),
         ({"ce_weight": 2}, ValueError, "ce_weight is 2, method random_sampling; need 0..1"),
         ({"ce_weight": 0.5, "method": "ce"}, ValueError, "ce_weight is 0.5, method ce; need 0..1, and 0 where ce is"),
+        (
+            {"divergence": "jsd", "method": "ce"},
+            ValueError,
+            "divergence is 'jsd', method 'ce', which is cross-entropy and",
+        ),
+        (
+            {"temperature": 2.0},
+            ValueError,
+            "temperature is 2.0, method 'random_sampling': records keep the temperature of",
+        ),
+        ({"lr_ratio": -1.0}, ValueError, "lr_ratio is -1.0; need a finite number above 0, 1 for one rate of all"),
+        ({"lr_ratio": 2.0, "decode": "cuda"}, ValueError, "decode is 'cuda', lr_ratio 2.0, for which the host reads"),
         ({"hold_out": 23}, ValueError, "hold_out is 23 of 23 sequences; it must leave some"),
         (
             {"hold_out": 3, "eval_cache": "x"},

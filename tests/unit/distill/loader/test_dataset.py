@@ -416,3 +416,21 @@ def test_a_state_holds_numbers(cache):
     ds = SparseLogitDataset(cache[0], batch_size=2)
     with pytest.raises(skl.ResumeError, match="epoch 0 and consumed True are no place in"):
         ds.load_state_dict(ds.state_dict() | {"consumed": True})
+
+
+def test_batches_say_how_sure_the_teacher_was(tmp_path):
+    """The column beside each label, by one cache, a part of it, and several of unlike layouts; 0 in empty rows."""
+    write_cache(tmp_path / "a", columns=("label_logprob",))
+    write_cache(tmp_path / "b", columns=("entropy", "label_logprob"), profile="R32", seed=8)
+    for source, part in ((tmp_path / "a", range(3, 20)), ([tmp_path / "a", tmp_path / "b"], None)):
+        seen = 0
+        for batch in SparseLogitDataset(source, 4, tail="pad", sequences=part, label_logprob=True):
+            counted = batch.labels != -100
+            assert torch.allclose(
+                batch.label_logprob[counted], -0.5 - batch.labels[counted] / VOCAB, atol=1e-3
+            )  # kept as float16
+            assert not batch.label_logprob[~counted].any()
+            assert torch.equal(batch.to("cpu").row(0).label_logprob, batch.label_logprob[0])
+            seen += int(counted.any(1).sum())
+        assert seen == (17 if part else 2 * SEQUENCES)
+    assert next(iter(SparseLogitDataset(tmp_path / "a", 4))).label_logprob is None

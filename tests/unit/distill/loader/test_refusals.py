@@ -21,6 +21,14 @@ def cache(tmp_path_factory):
             "give both rank and world_size or neither, got rank 1, world_size None",
         ),
         (lambda cache: SparseLogitDataset(cache).set_epoch(-1), "^epoch must be >= 0, got -1"),
+        (
+            lambda cache: SparseLogitDataset(cache, label_logprob=True),
+            "label_logprob is asked for, and not in each cache, of the teacher of its records; capture with --columns",
+        ),
+        (
+            lambda cache: SparseLogitDataset(cache, batch_size=None, label_logprob=True),
+            "label_logprob is of batches; read the columns of single sequences with skl.open",
+        ),
         (lambda cache: SparseLogitDataset(cache)._begin(0, 129), "at most 128 workers, got 129"),
     ],
 )
