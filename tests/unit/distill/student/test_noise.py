@@ -128,7 +128,7 @@ def test_standard_errors(exact, tables):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lessons": 2}, "need at least 3 sequences, got 2"),
+        ({"lessons": 2}, "the variance over sequences and its error need at least 3 sequences, got 2"),
         ({"rounds": ()}, "nothing to try: give rounds"),
         ({"samplers": ()}, "nothing to try: give rounds"),
         ({"rounds": (2, 65536)}, "rounds must be in 1..65535, got 65536"),
@@ -204,7 +204,7 @@ def test_advice_says_shares_and_costs(place, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"student": ("other",)}, SettingsError, "has a different tokenizer from the teacher"),
+        ({"student": ("other",)}, SettingsError, "other has a .*; the noise is that of records over the same ids"),
         ({"student": ("narrow",)}, SettingsError, "has 256 logits, the teacher"),
         ({"seq_len": 64, "student": ("short",)}, ValueError, "is beyond the 16 positions"),
         ({"noise_sequences": 10_000}, ValueError, "asked for are 10000"),
