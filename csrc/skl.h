@@ -140,6 +140,58 @@ skl_status skl_decode_batch(const skl_shape *shape, uint32_t scale_log2, const u
 skl_status skl_check_columns(const skl_shape *shape, uint32_t num_rows, const uint8_t *const *sources,
                              const uint64_t *source_lens, const uint32_t *num_positions, const uint32_t *num_records);
 
+/* ---- stats: what the records of many payloads add up to ----------------------------------------------------- */
+
+/* Sums over the positions of a row that have records; the last three over all that the columns hold. */
+typedef enum skl_stats_sum {
+    SKL_STATS_POSITIONS = 0,
+    SKL_STATS_RECORDS = 1,
+    SKL_STATS_MASS = 2,           /* of the weights; of counts 1 each */
+    SKL_STATS_ENTROPY = 3,        /* -w log w of the weights, nats */
+    SKL_STATS_TOP = 4,            /* the largest weight */
+    SKL_STATS_RIGHT = 5,          /* whether it is the label's; 1 / n where n are as large */
+    SKL_STATS_LABEL = 6,          /* the label's weight, 0 where it has no record */
+    SKL_STATS_HITS = 7,           /* whether the label has a record */
+    SKL_STATS_OTHER_HITS = 8,     /* whether the label of the position half a sequence away has one here */
+    SKL_STATS_UNSEEN = 9,         /* counts of 1 / rounds: what Good and Turing expect of tokens without record */
+    SKL_STATS_LABEL_LOGPROB = 10, /* the column */
+    SKL_STATS_EXACT_ENTROPY = 11, /* the column */
+    SKL_STATS_DOCUMENTS = 12,     /* bits of the column document_start */
+    SKL_STATS_SUMS = 13
+} skl_stats_sum;
+
+/* Bins of the largest weight, over 0..1. */
+#define SKL_STATS_BINS 20
+
+typedef struct skl_stats {
+    uint32_t most_positions;   /* room of the scratch, of one row */
+    uint64_t most_records;
+    uint32_t num_uniques;      /* room of uniques */
+    uint32_t num_buckets;      /* stretches of bucket_positions each; the last takes what follows it too */
+    uint32_t bucket_positions;
+    uint32_t num_ids;
+    const uint32_t *ids;       /* [num_ids] tokens to be counted */
+    int64_t *offsets;          /* scratch [most_positions + 1] */
+    uint32_t *tokens;          /* scratch [most_positions + 1] */
+    uint32_t *token_ids;       /* scratch [most_records] */
+    uint8_t *codes;            /* scratch [most_records] */
+    float *weights;            /* scratch [most_records]; of kind counts unused */
+    double *rows;              /* [num_rows, SKL_STATS_SUMS] */
+    uint64_t *uniques;         /* [num_uniques]: positions by their number of records, the last for all above */
+    uint64_t *sizes;           /* [256]: records by their count; of ratios by the powers of two that they are below 1 */
+    uint64_t *id_counts;       /* [num_ids]: how often each is a token */
+    double *bins;              /* [SKL_STATS_BINS, 3]: positions, largest weights, RIGHT, by the largest weight */
+    double *buckets;           /* [num_buckets, 5]: positions, HITS, OTHER_HITS, UNSEEN, LABEL, by place */
+} skl_stats;
+
+/* Decode and check the payloads of a batch, write the sums of each to rows, and add to the tables.
+ *
+ * Arguments as in skl_decode_batch; without stored tokens there are no labels.  Columns are checked as
+ * skl_check_columns does.  As skl_decode; after a fault the results are unspecified. */
+skl_status skl_gather_stats(const skl_shape *shape, uint32_t scale_log2, uint32_t num_rows,
+                            const uint8_t *const *sources, const uint64_t *source_lens, const uint32_t *num_positions,
+                            const uint32_t *num_records, const skl_stats *stats, uint32_t *row, skl_fault *fault);
+
 /* ---- ratios: weights as 7-bit ratios to the decoded predecessor, SPEC.md section 4.3 ------------------------ */
 
 /* Quantise the weights of one sequence into ratio codes in canonical order.

@@ -7,6 +7,7 @@ columns  whether those of many payloads are sound: columns.c
 door     hands arrays to C and turns its status into an exception
 draws    records from logits, and from sorted draws: sampler.c, merge.c
 rings    control words and frames of a shared-memory ring: ring.c
+stats    what the records of many payloads add up to: stats.c
 """
 
 from sklformat.native.batches import (
@@ -51,15 +52,18 @@ from sklformat.native.rings import (
     ring_unmap,
     ring_words,
 )
+from sklformat.native.stats import SUMS, StatsTables
 
 __all__ = [
     "RING_CONTROL_SIZE",
+    "SUMS",
     "Arena",
     "BatchArrays",
     "RingFrame",
     "RingWords",
     "RowError",
     "Shape",
+    "StatsTables",
     "address_of",
     "check",
     "check_distinct",
