@@ -191,7 +191,7 @@ browser: $(READY)
 	@mkdir -p build/integrations build/browser; environment=build/integrations/browser; packages=playwright; alone=; \
 	{ command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; }; } \
 	  >build/browser/apt.log 2>&1 || { echo "left out: apt has not got chromium: $$(tail -n 1 build/browser/apt.log)"; exit 1; }; \
-	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" >build/integrations/constraints; \
+	$(CONSTRAIN); \
 	test "$$(cat $$environment/ready 2>&1)" = "$$packages|$$alone" || $(ENVIRONMENT) >build/integrations/browser.log 2>&1 || \
 	  { echo "left out: pip has not got playwright: $$(tail -n 1 build/integrations/browser.log)"; exit 1; }; \
 	$$environment/bin/python -m pytest -m browser tests/e2e/test_browser.py -rP $(ARGS)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
     "docs/capture.md",
+    "docs/scale.md",
     "docs/engines.md",
     "docs/training.md",
     "docs/evaluation.md",
