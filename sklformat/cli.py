@@ -11,8 +11,10 @@ import contextlib
 import dataclasses
 import errno
 import importlib
+import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +23,10 @@ from typing import Any
 
 from sklformat import SklError, UnfinishedError, __version__, progress, recover, verify
 from sklformat.cache.contents import UNFINISHED_NAME, partial_files
-from sklformat.cache.report import inspect
 from sklformat.errors import WriteError, is_memory_short
 from sklformat.files.disk import refuse_held
 from sklformat.flags import UsageError, in_flags, parse
-from sklformat.format.header import is_unbiased
-from sklformat.format.layout import PARTIAL_SUFFIX, UNBIASED_SAMPLERS, VERSION_MAJOR, VERSION_MINOR
+from sklformat.format.layout import PARTIAL_SUFFIX, VERSION_MAJOR, VERSION_MINOR
 from sklformat.native import kernels_name
 from sklformat.settings.cache import CacheConfig
 from sklformat.settings.convert import ConvertConfig
@@ -34,6 +34,7 @@ from sklformat.settings.demo import DemoConfig
 from sklformat.settings.estimate import EstimateConfig
 from sklformat.settings.eval import EvalConfig
 from sklformat.settings.inspection import (
+    CardConfig,
     CheckConfig,
     InspectConfig,
     PlotConfig,
@@ -163,7 +164,9 @@ def _print_result(result: Any, *, as_json: bool) -> None:
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=1, default=str, ensure_ascii=False)
+    # What shows no ink, such as an escape of a terminal in a corpus, stays an escape of JSON.
+    sys.stdout.write("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text) + "\n")
 
 
 def _print_table(values: dict[str, Any]) -> None:
@@ -192,52 +195,43 @@ def _progress(unit: progress.Unit) -> Iterator[Callable[[str, int, int | None], 
 
 
 def _run_inspect(name: str, arguments: list[str]) -> int:
+    from sklformat.views import overview, passage  # noqa: PLC0415
+
     config, as_json = parse(InspectConfig, name, arguments, positional=True)
-    facts = inspect(config.path)
+    if config.sequence is None:
+        facts = overview.look(config.path)
+        _print_json(facts) if as_json else _print_table(overview.table(facts))
+        return 0
+    found = passage.read_passage(config)
+    texts, who = None, passage.NO_TOKENIZER
+    if config.tokenizer is not None or (found.teacher is not None and _is_there("torch", "transformers")):
+        texts, who = importlib.import_module("sklformat.distill.student.measures.showing").find_texts(config, found)
+    facts = passage.facts_of(found, texts, who)
     if as_json:
         _print_json(facts)
     else:
-        _print_table(_cache_table(facts))
+        sys.stdout.write(passage.page(facts, shutil.get_terminal_size().columns, sys.stdout.encoding))
     return 0
 
 
-def _cache_table(facts: dict[str, Any]) -> dict[str, str]:
-    header = facts["header"]
-    drawn = f", {header['rounds']} rounds" if header["rounds"] else ""
-    drawn += f", proposal p**{header['proposal_temperature']:g}" if header["proposal_temperature"] != 1 else ""
-    verdict = "yes" if facts["biased"] else "unknown"
-    if header["sampler"] in UNBIASED_SAMPLERS:
-        unbiased = is_unbiased(header["sampler"], header["proposal_temperature"], header["capture"])
-        verdict = "no" if unbiased else f"slightly (importance weights are {_changed(header['capture'])})"
-    prints = {name: header[f"{name}_fingerprint"] for name in ("tokenizer", "corpus", "teacher")}
-    table = {
-        "path": facts["path"],
-        "fingerprint": facts["fingerprint"],
-        "shards": f"{facts['shards']:,}",
-        "sequences": f"{facts['sequences']:,}, from number {facts['first_sequence']:,}",
-        "positions": f"{facts['positions']:,}, {header['seq_len'] or 'any number of them'} per sequence",
-        "records": f"{facts['records']:,}",
-        "bytes": f"{facts['bytes']:,}",
-        "bytes per position": _number(facts["bytes_per_position"]),
-        "unique tokens": f"{_number(facts['unique_tokens_per_position'])} per position",
-        "kind": f"{header['kind']}, profile {header['profile']}, vocab_size {header['vocab_size']:,}",
-        "biased": f"{verdict}: sampler {header['sampler']}{drawn}",
-        "tokens": f"stored, {header['token_size']} bytes each" if header["store_tokens"] else "not stored",
-        "columns": ", ".join(header["columns"]) or "none",
-        "seeds": f"draws {header['sampling_seed']}, packing {header['packing_seed']}",
-    }
-    table |= {name: value if value.strip("0") else "unknown" for name, value in prints.items()}
-    return table | {f"capture.{key}": json.dumps(value) for key, value in header["capture"].items()}
+def _is_there(*modules: str) -> bool:
+    return all(importlib.util.find_spec(module) is not None for module in modules)
 
 
-def _changed(capture: dict[str, Any]) -> str:
-    weighted = capture.get("weighted")
-    is_cut = isinstance(weighted, dict) and weighted.get("largest_weight") is not None
-    return "cut" if is_cut else "normalised"
+def _run_card(name: str, arguments: list[str]) -> int:
+    from sklformat.views.card import write_card  # noqa: PLC0415
 
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    config, as_json = parse(CardConfig, name, arguments, positional=True)
+    card = write_card(config)
+    if as_json:
+        _print_json(dataclasses.asdict(card))
+    elif config.out is None:
+        sys.stdout.write(card.text)
+    else:
+        sys.stdout.write(f"{config.out}: the card of {config.path}\n")
+    if card.blanks:
+        progress.say(f"{name}: {card.blanks}")
+    return 0
 
 
 def _run_verify(name: str, arguments: list[str]) -> int:
@@ -387,6 +381,7 @@ _VERBS = {
     "inspect": _Verb("show what a cache holds", InspectConfig, _run_inspect, _AGAIN),
     "plot": _Verb("draw training runs on one sheet", PlotConfig, _run_plot, _AGAIN),
     "view": _Verb("show on one page what the teacher said of each token", ViewConfig, _run_view, _AGAIN),
+    "card": _Verb("write the dataset card of a cache, for a hub", CardConfig, _run_card, _AGAIN),
     "verify": _Verb("check every byte of a cache", VerifyConfig, _run_verify, _AGAIN),
     "recover": _Verb("keep the whole sequences of an unfinished shard", RecoverConfig, _run_recover),
     "check": _Verb("prove that a cache and tokens belong together", CheckConfig, _CHECK, _AGAIN),

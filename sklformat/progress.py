@@ -87,13 +87,13 @@ class _Lines:
 
     def close(self) -> None:
         if self._followed:  # else it was over before anybody asked
-            self._say(f"in {_duration(clock() - self._begin)}")
+            self._say(f"in {describe_duration(clock() - self._begin)}")
 
     def _left(self, now: float) -> str:
         if self._total is None or self._done == self._first:
             return ""
         seconds = (now - self._begin) * (self._total - self._done) / (self._done - self._first)
-        return f"about {_duration(seconds)} left"
+        return f"about {describe_duration(seconds)} left"
 
     def _say(self, *notes: str) -> None:
         numbers = [self._done] if self._total is None else [self._done, self._total]
@@ -103,7 +103,8 @@ class _Lines:
         say(", ".join([f"{self._name}: {counted} {unit}", *filter(None, notes)]))
 
 
-def _duration(seconds: float) -> str:
+def describe_duration(seconds: float) -> str:
+    """A time in the unit that people say it in."""
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{seconds:.0f} s"

@@ -58,6 +58,8 @@ FLAGS = {
         param-dtype report-to save-every schedule seed seq-len shard steps student teacher temperature tokenizer tokens
         truncate trust-remote-code warmup warmup-steps weight-decay window
     """,
+    "card": "json license name",
+    "inspect": "json positions sequence tokenizer trust-remote-code",
     "plot": "json",
     "view": "first json port positions serve student tokenizer trust-remote-code",
 }

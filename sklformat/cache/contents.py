@@ -43,13 +43,21 @@ def shard_header(header: Header, number: int, first_sequence: int) -> Header:
     return dataclasses.replace(header, shard_number=number, first_sequence=first_sequence)
 
 
-def mark_unfinished(directory: Path) -> None:
+def mark_unfinished(directory: Path, says: bytes | None = None) -> None:
     """
     Make a directory recognisable as no whole cache until it has a manifest, also between two shards.
 
     The mark must be older than every seal, and go after the manifest came.  SPEC section 10.5.
+
+    Args:
+        directory: The directory.
+        says: What stands in the mark, for people who ask how far it is; None: what is there, or nothing.
     """
-    (directory / UNFINISHED_NAME).touch()
+    mark = directory / UNFINISHED_NAME
+    if says is not None:
+        mark.write_bytes(says)
+    elif not mark.exists():
+        mark.touch()
     Disk().sync_directory(directory)
 
 

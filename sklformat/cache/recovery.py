@@ -17,6 +17,7 @@ from sklformat.cache.contents import partial_path
 from sklformat.cache.shard import Shard
 from sklformat.errors import CorruptError, FormatError, TruncatedError
 from sklformat.files.disk import Disk, lock_named, naming
+from sklformat.files.regular import open_regular
 from sklformat.format import layout
 from sklformat.format.block import BlockHeader, check_payload, decode_body, locate, parse_block_header
 from sklformat.format.header import Header, parse_header
@@ -184,6 +185,40 @@ def scan(fd: int, path: Path) -> Prefix:
         index.append(end, block)
         end += block.size
     return Prefix(header, index, end, None)
+
+
+def count_blocks(path: Path) -> tuple[Header | None, int]:
+    """
+    Settings and number of whole sequences of an unsealed shard, by its headers alone; a writer may be at work on it.
+
+    No payload is read: what a crash tore inside of one, only ``recover`` finds.
+
+    Returns:
+        None and 0 where there is no whole header yet.
+
+    Raises:
+        FileNotFoundError, UnreadableError: As ``open_regular``.
+    """
+    fd = open_regular(path)
+    try:
+        size, end, number = os.fstat(fd).st_size, layout.HEADER_SIZE, 0
+        try:
+            header = parse_header(os.pread(fd, layout.HEADER_SIZE, 0))
+        except FormatError:
+            return None, 0
+        while end < size:
+            try:
+                block = parse_block_header(
+                    os.pread(fd, layout.BLOCK_HEADER_SIZE, end), header, header.shard_key, number
+                )
+            except FormatError:
+                break
+            if end + block.size > size:
+                break
+            end, number = end + block.size, number + 1
+        return header, number
+    finally:
+        os.close(fd)
 
 
 def _never_synced(fd: int, size: int) -> bool:

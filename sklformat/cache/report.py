@@ -265,11 +265,6 @@ def inspect(path: Path | str) -> dict[str, Any]:
     """
     with Cache(path) as cache:
         positions = sum(int(shard.index.num_positions.sum(dtype=np.uint64)) for shard in cache.shards())
-        settings = {
-            f.name: getattr(cache.header, f.name)
-            for f in dataclasses.fields(cache.header)
-            if f.name not in ("shard_number", "first_sequence")
-        }
         return {
             "path": str(cache.path),
             "fingerprint": cache.fingerprint,
@@ -282,5 +277,11 @@ def inspect(path: Path | str) -> dict[str, Any]:
             "bytes_per_position": cache.size_bytes / positions if positions else None,
             "unique_tokens_per_position": cache.num_records / positions if positions else None,
             "biased": cache.header.biased,
-            "header": settings,
+            "header": settings_of(cache.header),
         }
+
+
+def settings_of(header: Header) -> dict[str, Any]:
+    """What the header of a shard says of its cache, JSON-ready: all but the shard's own place."""
+    names = (f.name for f in dataclasses.fields(header))
+    return {name: getattr(header, name) for name in names if name not in ("shard_number", "first_sequence")}

@@ -1,6 +1,7 @@
 """
 From a running teacher to sealed shards; the teacher hands sequences over, a second process writes them.
 
+advance       how far a capture is, by the files of its directory
 descriptors   of a ring's two sides, in this process and in its forked copies
 destinations  where sealed shards go: a directory, or a URL they are uploaded to
 estimates     what a capture will cost, before it runs

@@ -20,9 +20,10 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from sklformat.cache.contents import mark_unfinished, shard_path, unmark_unfinished
+from sklformat.cache.contents import UNFINISHED_NAME, mark_unfinished, shard_path, unmark_unfinished
 from sklformat.cache.manifest import remove_manifest
 from sklformat.cache.recovery import unseal
+from sklformat.capture.advance import describe_goal
 from sklformat.capture.destinations import Target
 from sklformat.capture.frames import Setup, merge_draws, pack_draws, pack_targets
 from sklformat.capture.memory import check_room
@@ -154,7 +155,7 @@ class Capture:
             self._todo = {work.next_sequence: work for work in self._works if work.next_sequence < work.end}
             if self._works:
                 check_room(self._ring_bytes, "ring_bytes")
-                mark_unfinished(self.directory)
+                self._mark()
                 self._begin_to_grow()
                 self._ring = held.enter_context(Ring.create(self._ring_bytes))
                 self._process = self._start(self._ring, writer_locks)
@@ -174,6 +175,13 @@ class Capture:
                     raise self._failure()
             if kind is None and self._world_size == 1 and self.durable == self.num_sequences:
                 self._publish()  # the last seal made it so
+
+    def _mark(self) -> None:
+        """Mark the directory as unfinished; the first rank, or who comes first, says there how far it is to go."""
+        says = None
+        if self._rank == 0 or not (self.directory / UNFINISHED_NAME).exists():
+            says = describe_goal(self.directory, self.num_sequences, uploads=self._url is not None)
+        mark_unfinished(self.directory, says)
 
     def _begin_to_grow(self) -> None:
         """Take back the manifest of a cache that is to become longer, and open its last shard if that is not full."""

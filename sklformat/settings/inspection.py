@@ -1,23 +1,67 @@
-"""The settings of ``sklformat inspect``, ``view``, ``verify``, ``recover``, ``check`` and ``plot``."""
+"""The settings of ``sklformat inspect``, ``view``, ``card``, ``verify``, ``recover``, ``check`` and ``plot``."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sklformat.settings.limits import check_least
+from sklformat.settings.limits import check_least, is_part, part_of
 
 MAX_RUNS = 8
 MAX_PORT = 65535
 _ENDINGS = (".png", ".svg", ".pdf")
+_SHOWN = 32  # positions of a sequence, where nobody says which
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Show what a cache holds: settings, sizes, where it comes from, whether it is biased. Reads headers only."""
+    """
+    Show what a cache holds: settings, sizes, where it comes from, whether it is biased. Reads headers only.
+
+    Of a capture that has not ended, how far it is. With --sequence one sequence, token by token, with its records.
+    """
 
     path: str
     """Cache directory, or one .skl shard, or the URL of either."""
+
+    sequence: int | None = field(default=None, metadata={"flag": "sequence"})
+    """Sequence to show token by token, counted from 0. None: the cache as a whole is shown."""
+
+    positions: str | None = field(default=None, metadata={"flag": "positions"})
+    """Positions A:B of the sequence, from A to before B; without A from the first, without B to the last. None: the
+    first 32."""
+
+    tokenizer: str | None = field(default=None, metadata={"flag": "tokenizer"})
+    """Tokenizer of the cache: a directory or a name. None: that of the teacher's name on the hub, if an earlier
+    download left it here; else ids are shown."""
+
+    trust_remote_code: bool = False
+    """Whether code that comes with a tokenizer may be run."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 0, "sequence")
+        if self.positions is not None and not is_part(self.positions):
+            raise ValueError(f"the positions to show must be A:B, such as 0:32, got {self.positions!r}")
+        for name in ("positions", "tokenizer"):
+            if self.sequence is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is about one sequence; say which: --sequence I")
+
+    def part(self, available: int) -> range:
+        """
+        The positions that are meant, of so many.
+
+        Raises:
+            ValueError: There are none, or not so many.
+        """
+        found = range(min(_SHOWN, available)) if self.positions is None else part_of(self.positions, available)
+        if found is None:
+            raise ValueError(
+                f"{self.path}: positions {self.positions} of sequence {self.sequence}, which has {available}; give A:B "
+                f"with 0 <= A < B <= {available}"
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +150,29 @@ class ViewConfig:
             raise ValueError(f"port must be <= {MAX_PORT}, got {self.port}")
         if self.port and not self.serve:
             raise ValueError(f"port {self.port} belongs to --serve, which is not given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardConfig:
+    """Write a dataset card: the README.md that a hub shows of a cache. It comes from headers, no record is read."""
+
+    path: str
+    """Cache directory, or one .skl shard, or the URL of either."""
+
+    out: Path | None = field(default=None, metadata={"flag": "out", "short": "-o"})
+    """File to write, such as README.md; one that exists is not replaced. None: print the card."""
+
+    license: str | None = field(default=None, metadata={"flag": "license"})
+    """Licence of the data, as the Hugging Face hub names it (apache-2.0, cc-by-4.0, other, …). None: a blank is left
+    that the hub refuses until it is filled."""
+
+    name: str | None = field(default=None, metadata={"flag": "name"})
+    """Name of the dataset. None: one that says the teacher."""
+
+    def __post_init__(self) -> None:
+        if self.license is not None and not _LICENCE.fullmatch(self.license):
+            raise ValueError(
+                f"the licence must be as the hub names it, in small letters, such as apache-2.0, got {self.license!r}"
+            )
+        if self.name is not None and not self.name.strip():
+            raise ValueError("the name of the dataset is empty; give one, or leave it out")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+
+_PART = re.compile(r"(\d*):(\d*)")
 
 
 def check_least(settings: object, least: int, *names: str) -> None:
@@ -29,3 +32,16 @@ def check_positive(settings: object, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def is_part(words: str) -> bool:
+    """Whether words are A:B, one of both or none of it left out."""
+    return _PART.fullmatch(words) is not None
+
+
+def part_of(words: str, available: int) -> range | None:
+    """What A:B means of so many: from A to before B; None: it is nothing, or not among these many."""
+    match = _PART.fullmatch(words)
+    begin, end = match.groups() if match is not None else ("0", "0")
+    found = range(int(begin or 0), int(end) if end else available)
+    return found if 0 <= found.start < found.stop <= available else None

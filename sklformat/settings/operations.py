@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sklformat.settings.limits import check_least
-
-_PART = re.compile(r"(\d*):(\d*)")
+from sklformat.settings.limits import check_least, is_part, part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +49,7 @@ class SliceConfig:
 
     def __post_init__(self) -> None:
         check_least(self, 1, "sequences_per_shard")
-        if not _PART.fullmatch(self.sequences):
+        if not is_part(self.sequences):
             raise ValueError(f"the sequences to keep must be A:B, such as 900:1000, got {self.sequences!r}")
 
     def part(self, available: int) -> range:
@@ -62,9 +59,8 @@ class SliceConfig:
         Raises:
             ValueError: There are none, or not so many.
         """
-        begin, end = _PART.fullmatch(self.sequences).groups()  # type: ignore[union-attr]
-        found = range(int(begin or 0), int(end) if end else available)
-        if not 0 <= found.start < found.stop <= available:
+        found = part_of(self.sequences, available)
+        if found is None:
             raise ValueError(
                 f"{self.cache}: sequences {self.sequences} of {available}; give A:B with 0 <= A < B <= {available}"
             )

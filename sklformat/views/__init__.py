@@ -1,6 +1,10 @@
 """Views: caches and runs as people look at them; nothing here needs torch.
 
-curves   training runs on one sheet
-page     a stretch of text with what teachers and students said of each token, as one file of HTML
-serving  that page on this machine alone
+card        the dataset card of a cache, for a hub
+characters  text as a terminal can show it
+curves      training runs on one sheet
+overview    a cache at a glance, or how far a capture is
+page        a stretch of text with what teachers and students said of each token, as one file of HTML
+passage     one sequence, token by token, for a terminal
+serving     that page on this machine alone
 """

@@ -109,6 +109,30 @@ def test_inspect_says_which_weights_are_biased(cache, tmp_path, capfd):
         assert verdict in line
 
 
+def test_inspect_shows_a_sequence_and_card_the_cache(cache, place, tmp_path, capfd):
+    """A capture is shown token by token in the text that the teacher read, and described for a hub."""
+    cache(columns="label_logprob,entropy")
+    directory, teacher = str(tmp_path / "cache"), str(place / "teacher")
+    one, tokenizer = skl.open(directory)[2], loading.load_tokenizer(teacher)
+    assert 0 == main(["inspect", directory, "--sequence", "2", "--tokenizer", teacher, "--json"])
+    rows = json.loads(capfd.readouterr().out)["rows"]
+    assert [tokenizer.decode([token]) for token in one.tokens[: len(rows)]] == [row["token"]["text"] for row in rows]
+    assert 0 == main(["inspect", directory, "--sequence", "2", "--tokenizer", teacher, "--positions", "1:3"])
+    out = capfd.readouterr().out
+    assert f"Text by the tokenizer {teacher}." in " ".join(out.split())
+    assert 3 <= out.count("●")  # one in the heading, one of each position
+    assert re.search(r"\n  1  \"", out)
+    assert 0 == main(["inspect", directory])
+    assert "the teacher's, not named" in capfd.readouterr().out
+    other = tokenization.train_tokenizer(["other words make other ids"] * 3, 300)
+    other.save_pretrained(tmp_path / "other")
+    assert 1 == main(["inspect", directory, "--sequence", "2", "--tokenizer", str(tmp_path / "other")])
+    err = capfd.readouterr().err
+    assert f"(fingerprint {skl.open(directory).header.tokenizer_fingerprint}, here " in err
+    assert 0 == main(["card", directory, "--license", "mit"])
+    assert "license: mit\n" in capfd.readouterr().out
+
+
 def test_every_input_gives_the_same_cache(cache, place, tmp_path, monkeypatch):
     """Files, rows, a dataset, a token store and a bare RaggedMmap of the same documents give the same bytes."""
     documents = list(read_documents(place / "text"))

@@ -129,7 +129,7 @@ def test_rubbish_is_one_line(cache, tmp_path):
 
 
 def test_a_torn_shard_is_recovered(cache, tmp_path):
-    """Recover keeps whole sequences of a shard whose writer died, and inspect points to it."""
+    """Recover keeps whole sequences of a shard whose writer died, and inspect counts them."""
     directory = tmp_path / "torn"
     directory.mkdir()
     header = skl.open(cache).header
@@ -139,7 +139,9 @@ def test_a_torn_shard_is_recovered(cache, tmp_path):
     writer.close()
     partial = directory / "shard-00000.skl.partial"
     os.truncate(partial, partial.stat().st_size - 1)
-    status, _, err = quickly("inspect", directory)
+    status, out, _ = quickly("inspect", directory, "--json")
+    assert (0, {partial.name: 11}) == (status, json.loads(out)["unsealed"])
+    status, _, err = quickly("inspect", directory, "--sequence", 0)
     assert (1, True) == (status, "shard-00000.skl.partial: the shard is unfinished" in err)
     status, out, _ = quickly("recover", directory, "--json")
     [kept] = json.loads(out)

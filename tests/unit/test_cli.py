@@ -19,6 +19,7 @@ from sklformat.errors import WriteError
 from sklformat.files.disk import locked_directory, shared_directory
 from sklformat.flags import UsageError, parse
 from sklformat.settings.cache import CacheConfig
+from sklformat.views import overview
 
 
 def write_shard(path, number=0, first=0, sequences=3, *, seal=True):
@@ -63,6 +64,7 @@ def test_help_names_every_verb(capfd):
         "eval",
         "demo",
         "inspect",
+        "card",
         "verify",
         "recover",
         "check",
@@ -400,7 +402,7 @@ def test_output_to_nobody(cache):
 
 def test_numbers_print_short():
     """A ratio of an empty cache has no number."""
-    assert ("-", "2.50") == (cli._number(None), cli._number(np.float64(2.5)))
+    assert ("-", "2.50") == (overview.mean_of(None), overview.mean_of(np.float64(2.5)))
 
 
 @pytest.mark.parametrize(

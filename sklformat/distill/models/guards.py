@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from sklformat.distill.models import hub
 from sklformat.errors import is_memory_short
 
-# What a broken config, a library that is missing, or code that came with a model, may end with.
-_FAILURES = (
+FAILURES = (
     AssertionError, AttributeError, ImportError, KeyError, OSError, RuntimeError, SafetensorError, TypeError,
     ValueError,
 )  # fmt: skip
+"""What a broken config, a library that is missing, or code that came with a model, may end with."""
 _MOST_CHARACTERS = 300
 
 
@@ -59,7 +59,7 @@ def named(path: Path | str, what: str) -> Iterator[bool]:
         yield bool(not_asked)
     except RefusedError:
         raise
-    except _FAILURES as error:
+    except FAILURES as error:
         if is_memory_short(error):
             raise
         if isinstance(error, ValueError) and "trust_remote_code" in str(error):

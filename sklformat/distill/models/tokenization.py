@@ -14,6 +14,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from sklformat.distill.models.guards import FAILURES, quiet
 from sklformat.settings.text import Bos, BosPlace, SpecialTokens
 
 END_OF_TEXT = "<|endoftext|>"
@@ -48,6 +49,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     bpe.train_from_iterator(texts, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def load_here(name: str, *, revision: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a name on the hub as an earlier download left it; None: none did. The hub is not asked."""
+    try:
+        with quiet():
+            return transformers.AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True)
+    except FAILURES:
+        return None
 
 
 class TextEncoder:

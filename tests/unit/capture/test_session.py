@@ -33,6 +33,7 @@ from sklformat.cache.contents import mark_unfinished
 from sklformat.cache.manifest import remove_manifest
 from sklformat.cache.recovery import unseal
 from sklformat.capture import Capture, ShardWork, merge_draws
+from sklformat.capture.advance import find_advance
 from sklformat.format import layout
 
 
@@ -234,7 +235,11 @@ def test_an_exception_keeps_what_was_pushed(tmp_path):
     assert 6 == capture.durable
     left = {"shard-00000.skl", "shard-00001.skl.partial", "capture.skl.partial"}
     assert left == names(tmp_path / "cache")
+    advance = find_advance(tmp_path / "cache")  # the mark says how far it is to go
+    assert (NUM_SEQUENCES, 0, 6) == (advance.goal, advance.before, advance.sequences)
     with open_capture(tmp_path / "cache") as capture:
+        advance = find_advance(tmp_path / "cache")
+        assert (NUM_SEQUENCES, 6, 6) == (advance.goal, advance.before, advance.sequences)
         assert [ShardWork(1, 4, 4, 6), ShardWork(2, 8, 3, 8)] == list(capture.shards())
         push_all(capture)
     assert expected == shard_bytes(tmp_path / "cache")

@@ -1,16 +1,22 @@
 """What a page shows beside a cache: text of tokens, and a student's probabilities."""
 
+import socket
 import types
 
+import huggingface_hub
 import numpy as np
 import pytest
+import tiny
 import torch
 from operation_data import VOCAB, write
 
+from sklformat.distill.models import loading, tokenization
 from sklformat.distill.student.measures import showing
+from sklformat.distill.text.fingerprints import tokenizer_fingerprint
 from sklformat.errors import SettingsError
-from sklformat.settings.inspection import ViewConfig
+from sklformat.settings.inspection import InspectConfig, ViewConfig
 from sklformat.views.page import read_stretch
+from sklformat.views.passage import read_passage
 
 
 class Letters:
@@ -128,3 +134,61 @@ def test_a_damaged_sequence_is_not_asked_about(tmp_path, monkeypatch):
     missing, found = showing.say(config, stretch)["answers"][0]
     assert missing is None
     np.testing.assert_allclose(np.full(stretch.rows[1].ids.size, 1 / VOCAB), found, rtol=1e-6)
+
+
+def passage_of(path, **settings):
+    config = InspectConfig(path=str(path), sequence=0, **settings)
+    return config, read_passage(config)
+
+
+def test_texts_of_a_passage(tmp_path, monkeypatch):
+    """The tokenizer that was asked for gives texts, or is refused with both fingerprints."""
+    own = tokenizer_fingerprint(Letters())
+    monkeypatch.setattr(loading, "load_tokenizer", lambda *_, **__: Letters())
+    config, passage = passage_of(write(tmp_path / "a", 1, tokenizer_fingerprint=own), tokenizer="mine")
+    texts, name = showing.find_texts(config, passage)
+    assert ("mine", passage.ids()) == (name, sorted(texts))
+    config, passage = passage_of(write(tmp_path / "b", 1, tokenizer_fingerprint="ab" * 16), tokenizer="mine")
+    with pytest.raises(
+        SettingsError, match=f"mine: did not make the ids of .*{'ab' * 16}, here {own}.*; give the one that did"
+    ):
+        showing.find_texts(config, passage)
+
+
+def test_the_teachers_tokenizer_is_found_by_its_name(tmp_path, monkeypatch):
+    """One that an earlier download left here is taken if it made the ids; else it is said why ids are shown."""
+    own = tokenizer_fingerprint(Letters())
+    capture = {"teacher": {"name": "org/big", "revision": "abc"}}
+    config, passage = passage_of(write(tmp_path / "a", 1, tokenizer_fingerprint=own, capture=capture))
+    asked = []
+    monkeypatch.setattr(tokenization, "load_here", lambda name, revision: asked.append((name, revision)))
+    assert (None, "the tokenizer of org/big is not on this machine; --tokenizer org/big fetches it") == (
+        showing.find_texts(config, passage)
+    )
+    assert [("org/big", "abc")] == asked
+    monkeypatch.setattr(tokenization, "load_here", lambda *_, **__: Letters())
+    texts, name = showing.find_texts(config, passage)
+    assert ("org/big", passage.ids()) == (name, sorted(texts))
+    config, passage = passage_of(write(tmp_path / "b", 1, tokenizer_fingerprint="ab" * 16, capture=capture))
+    texts, why = showing.find_texts(config, passage)
+    assert texts is None
+    assert why.startswith("the tokenizer of org/big that is on this machine did not make them: ids mean other tokens")
+
+
+def test_a_tokenizer_is_looked_for_on_this_machine_alone(tmp_path, monkeypatch):
+    """What an earlier download left is loaded, and nothing else is; the hub is not asked."""
+
+    def connect(*_, **__):
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert tokenization.load_here("org/big", revision="main") is None
+    folder = tmp_path / "models--org--big"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    tiny.train_tokenizer(tiny.make_documents(2)).save_pretrained(folder / "snapshots" / ("0" * 40))
+    (folder / "snapshots" / ("0" * 40) / "config.json").write_text('{"model_type": "llama"}')
+    found = tokenization.load_here("org/big", revision="main")
+    assert "alpha" == found.decode(found("alpha")["input_ids"])

@@ -1,4 +1,4 @@
-"""What a page shows beside a cache: the text of its tokens, and what students say of them."""
+"""What pages show beside a cache: the text of its tokens, and what students say of them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sklformat.distill.models import loading, outputs
+from sklformat.distill.models import loading, outputs, tokenization
 from sklformat.distill.student.measures.origins import find_model
 from sklformat.distill.student.streams import made_by
 from sklformat.distill.student.validation import check_finite
 from sklformat.errors import SettingsError
-from sklformat.settings.inspection import ViewConfig
+from sklformat.settings.inspection import InspectConfig, ViewConfig
 from sklformat.views.page import Stretch
+from sklformat.views.passage import NO_TOKENIZER, Passage
 
 _REPLACED = "\ufffd"
 
@@ -64,6 +65,41 @@ def say(config: ViewConfig, stretch: Stretch) -> dict[str, Any]:
         answers = [_answers(student, stretch, config.trust_remote_code) for student in config.students]
         said |= {"students": config.students, "answers": answers}
     return said
+
+
+def find_texts(config: InspectConfig, passage: Passage) -> tuple[dict[int, str] | None, str]:
+    """
+    Texts of the tokens of a passage, by the tokenizer that was asked for, or the teacher's if an earlier download left
+    it here; nothing is fetched that was not asked for.
+
+    Args:
+        config: Names the tokenizer.
+        passage: What is shown.
+
+    Returns:
+        Text of each id, and the tokenizer's name; or None, and why.
+
+    Raises:
+        SettingsError: The tokenizer that was asked for gives the ids another meaning; shows both fingerprints.
+        OSError, ValueError: It cannot be loaded.
+    """
+    maker = made_by(passage.header)
+    if config.tokenizer is not None:
+        tokenizer = loading.load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
+        if why := maker.conflict(tokenizer):
+            raise SettingsError(
+                f"{config.tokenizer}: did not make the ids of {passage.path}: {why}; give the one that did"
+            )
+        return texts_of(tokenizer, passage.ids()), config.tokenizer
+    if passage.teacher is None:
+        return None, NO_TOKENIZER
+    name, revision = passage.teacher
+    found = tokenization.load_here(name, revision=revision)
+    if found is None:
+        return None, f"the tokenizer of {name} is not on this machine; --tokenizer {name} fetches it"
+    if why := maker.conflict(found):
+        return None, f"the tokenizer of {name} that is on this machine did not make them: {why}"
+    return texts_of(found, passage.ids()), name
 
 
 def texts_of(tokenizer: Any, ids: list[int]) -> dict[int, str]:
