@@ -35,6 +35,7 @@ from sklformat.files.copies import LocalCopies
 from sklformat.format.header import Header
 from sklformat.format.records import Sequence, SparseTargets
 from sklformat.sampler import draw
+from sklformat.views.stats import stats
 
 __version__ = "0.1.0"
 
@@ -70,5 +71,6 @@ __all__ = [
     "draw",
     "open",
     "recover",
+    "stats",
     "verify",
 ]

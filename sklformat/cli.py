@@ -39,6 +39,7 @@ from sklformat.settings.inspection import (
     InspectConfig,
     PlotConfig,
     RecoverConfig,
+    StatsConfig,
     VerifyConfig,
     ViewConfig,
 )
@@ -273,6 +274,19 @@ def _run_recover(name: str, arguments: list[str]) -> int:
     return 0
 
 
+def _run_stats(name: str, arguments: list[str]) -> int:
+    from sklformat.views.stats import gather, table  # noqa: PLC0415
+
+    config, as_json = parse(StatsConfig, name, arguments, positional=True)
+    with _progress("sequence") as tell:
+        found = gather(config, lambda done, total: tell("stats", done, total))
+    if as_json:
+        _print_json(found)
+    else:
+        _print_table(table(found))
+    return 0
+
+
 def _run_plot(name: str, arguments: list[str]) -> int:
     config, as_json = parse(PlotConfig, name, arguments, positional=True)
     from sklformat.views.curves import plot  # noqa: PLC0415  loads matplotlib
@@ -379,6 +393,7 @@ _VERBS = {
     "eval": _Verb("measure a student on held-out text or records", EvalConfig, _EVAL, _AGAIN),
     "demo": _Verb("run the whole pipeline once, from text to the paper's table", DemoConfig, _DEMO),
     "inspect": _Verb("show what a cache holds", InspectConfig, _run_inspect, _AGAIN),
+    "stats": _Verb("show what a cache holds, in numbers", StatsConfig, _run_stats, _AGAIN),
     "plot": _Verb("draw training runs on one sheet", PlotConfig, _run_plot, _AGAIN),
     "view": _Verb("show on one page what the teacher said of each token", ViewConfig, _run_view, _AGAIN),
     "card": _Verb("write the dataset card of a cache, for a hub", CardConfig, _run_card, _AGAIN),

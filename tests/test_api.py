@@ -21,7 +21,7 @@ NAMES = """
     AlignmentError Cache CacheWriter Capture CaptureError CorruptError EngineError FormatError Header InUseError
     LocalCopies MissingShardError Problem Recovered RemoteError ResumeError RingClosedError RingTimeoutError Sequence
     SettingsError Shard ShardWriter SklError SparseTargets TruncatedError UnfinishedError UnreadableError
-    UnsupportedError draw open recover verify
+    UnsupportedError draw open recover stats verify
 """
 LEARNING_NAMES = """
     Batch DenseTargets DenseTeacher OutputHead Shard SparseLogitDataset SparseLogitSequences Targets Teachers
@@ -61,6 +61,7 @@ FLAGS = {
     "card": "json license name",
     "inspect": "json positions sequence tokenizer trust-remote-code",
     "plot": "json",
+    "stats": "json sample seed",
     "view": "first json port positions serve student tokenizer trust-remote-code",
 }
 

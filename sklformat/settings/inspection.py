@@ -1,4 +1,4 @@
-"""The settings of ``sklformat inspect``, ``view``, ``card``, ``verify``, ``recover``, ``check`` and ``plot``."""
+"""The settings of ``sklformat inspect``, ``stats``, ``view``, ``card``, ``verify``, ``recover``, ``check``, ``plot``."""
 
 from __future__ import annotations
 
@@ -62,6 +62,24 @@ class InspectConfig:
                 f"with 0 <= A < B <= {available}"
             )
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsConfig:
+    """Show what a cache holds, in numbers: of its records, how labels and records agree, and what looks wrong."""
+
+    path: str
+    """Cache directory, or one .skl shard, or the URL of either."""
+
+    sample: int | None = None
+    """Read so many sequences, drawn at random, and state standard errors; None: all."""
+
+    seed: int = 0
+    """Of that draw."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 2, "sample")
+        check_least(self, 0, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)

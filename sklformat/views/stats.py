@@ -1,0 +1,304 @@
+"""
+What a cache holds, in numbers: distributions of its records, how labels and records agree, and what looks wrong.
+
+Reads and adds up; prints and draws nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sklformat import native
+from sklformat.cache.reader import Cache
+from sklformat.errors import FormatError
+from sklformat.format.block import block_shape
+from sklformat.format.columns import size_of
+from sklformat.format.header import Header
+from sklformat.format.layout import RECORD_SIZE
+from sklformat.native import RowError
+from sklformat.settings.inspection import StatsConfig
+
+Floats = NDArray[np.float64]
+_BUCKETS, _GROUP_BYTES, _MOST_UNIQUES = 16, 1 << 20, 4096
+_ESTIMATE = "Miller-Madow: -sum(c/N log(c/N)) + (unique tokens - 1) / 2N"
+
+
+def stats(path: Any, sample: int | None = None, seed: int = 0) -> dict[str, Any]:
+    """
+    What a cache holds, in numbers, ready for JSON; entropies in nats, shares in 0..1.
+
+    Every mean over positions comes as {"mean", "error"}: the standard error, clustered by sequence, where a sample was
+    taken, else None.  Positions without record do not count in them.
+
+    Args:
+        path: Cache directory or .skl shard, or the URL of either.
+        sample: So many sequences, drawn without replacement; None: all.
+        seed: Of the draw.
+
+    Raises:
+        FormatError, FileNotFoundError: As ``skl.open``; a block that is damaged is named.
+        ValueError: sample is below 2.
+    """
+    return gather(StatsConfig(path=str(path), sample=sample, seed=seed))
+
+
+def gather(config: StatsConfig, tell: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """As ``stats``; ``tell`` hears of how many sequences so many are done."""
+    with Cache(config.path) as cache:
+        numbers = np.arange(len(cache))
+        if config.sample is not None and config.sample < len(cache):
+            rng = np.random.default_rng(config.seed)
+            numbers = np.sort(rng.choice(len(cache), config.sample, replace=False))
+        lengths = np.concatenate([shard.index.num_positions for shard in cache.shards()])
+        records = np.concatenate([shard.index.num_records for shard in cache.shards()])
+        header, longest = cache.header, int(lengths.max(initial=1))
+        ids = _special_ids(header)
+        tables = native.StatsTables(
+            _MOST_UNIQUES, _BUCKETS, -(-longest // _BUCKETS), np.array([*ids.values()], np.uint32)
+        )
+        rows = _add(cache, numbers, records, tables, tell)
+        sums = _Sums(rows, lengths[numbers].astype(np.float64), len(cache), sampled=numbers.size < len(cache))
+        found = {
+            "path": str(cache.path),
+            "fingerprint": cache.fingerprint,
+            "sequences": len(cache),
+            "sampled_sequences": int(numbers.size),
+            "positions": int(lengths.sum(dtype=np.uint64)),
+            "records": cache.num_records,
+            "lengths": _spread(lengths),
+            "repeated_sequences": len(cache) - int(np.unique(cache.alignments()).size),
+            "bytes": _bytes(header, lengths, records, cache.size_bytes),
+            "positions_without_records": sums.mean("positions", of_all=True, flip=True),
+            "unique_tokens": {**sums.mean("records"), **_histogram(tables.uniques)},
+            **_of_kind(header, sums, tables.sizes),
+        }
+        if header.token_size:
+            found |= {"labels": _labels(header, sums, tables), "tokens": _tokens(header, sums, tables, ids)}
+        return found
+
+
+def _add(
+    cache: Cache,
+    numbers: NDArray[np.int64],
+    records: NDArray[np.uint32],
+    tables: native.StatsTables,
+    tell: Callable[[int, int], None] | None,
+) -> Floats:
+    """Rows of all sequences; a megabyte or so at a time, which stays in the caches."""
+    shape, scale = block_shape(cache.header, 0, 0), cache.header.scale_log2
+    pieces = np.cumsum(RECORD_SIZE[cache.header.profile or "R24"] * records[numbers].astype(np.int64)) // _GROUP_BYTES
+    groups = np.split(numbers, np.flatnonzero(np.diff(pieces)) + 1)
+    rows, done = [np.zeros((0, len(native.SUMS)))], 0
+    for group in groups:
+        payloads = cache.payloads(group)
+        arrays = payloads.sources, payloads.sizes, payloads.num_positions, payloads.num_records
+        try:
+            rows.append(tables.add(shape, scale, *arrays))
+        except RowError as error:
+            _ = cache[int(group[error.row])]  # names file, block and byte
+            if isinstance(error.__cause__, FormatError):
+                raise error.__cause__ from None
+            raise
+        done += group.size
+        if tell is not None:
+            tell(done, numbers.size)
+    return np.concatenate(rows)
+
+
+class _Sums:
+    """Means over positions of what rows add up to, with errors by sequence."""
+
+    def __init__(self, rows: Floats, lengths: Floats, population: int, *, sampled: bool) -> None:
+        self._rows, self._lengths, self._population, self._sampled = rows, lengths, population, sampled
+        self.positions = float(self._column("positions").sum())
+        self.num_tokens = float((lengths + 1).sum())
+
+    def _column(self, name: str) -> Floats:
+        return self._rows[:, native.SUMS.index(name)]
+
+    def total(self, name: str) -> float:
+        return float(self._column(name).sum())
+
+    def mean(
+        self, *names: str, shift: float = 0.0, factor: float = 1.0, of_all: bool = False, flip: bool = False
+    ) -> dict[str, float | None]:
+        """The sum of the first less that of the others, over positions: {"mean", "error"}."""
+        over = self._lengths if of_all else self._column("positions")
+        values = self._column(names[0]) - sum((self._column(name) for name in names[1:]), np.zeros(()))
+        total, n = float(over.sum()), over.size
+        if total == 0:
+            return {"mean": None, "error": None}
+        ratio = float(values.sum()) / total
+        error = None
+        if self._sampled and n > 1:
+            spread = float(((values - ratio * over) ** 2).sum()) * n / (n - 1) * (1 - n / self._population)
+            error = math.sqrt(spread) / total * abs(factor)
+        mean = factor * ratio + shift
+        return {"mean": 1 - mean if flip else mean, "error": error}
+
+
+def _of_kind(header: Header, sums: _Sums, sizes: NDArray[np.uint64]) -> dict[str, Any]:
+    shown = np.trim_zeros(sizes, "b").tolist()
+    found: dict[str, Any] = {"confidence": sums.mean("top")}
+    if header.kind == "counts":
+        plain, unique = sums.mean("entropy"), sums.mean("records")
+        found["counts"] = {"histogram": shown}
+        found["entropy"] = {
+            "mean": None
+            if plain["mean"] is None or unique["mean"] is None
+            else plain["mean"] + (unique["mean"] - 1) / (2 * header.rounds),
+            "error": plain["error"],
+            "method": _ESTIMATE,
+        }
+    else:
+        found["retained_mass"] = sums.mean("mass")
+        found["weights"] = {"histogram": shown, "bins": "by powers of two below 1: bin k holds 2^-k to 2^-(k-1)"}
+        found["entropy"] = {**sums.mean("entropy"), "method": "of the records alone, without what they leave out"}
+    if "entropy" in header.columns:
+        found["entropy"] = {**sums.mean("exact_entropy"), "method": "exact, of the column entropy"}
+    if "label_logprob" in header.columns:
+        found["label_logprob"] = sums.mean("label_logprob")
+    return found
+
+
+def _labels(header: Header, sums: _Sums, tables: native.StatsTables) -> dict[str, Any]:
+    rate, chance = sums.mean("hits"), sums.mean("other_hits")
+    expected: dict[str, Any] = {"mean": None, "error": None, "method": "not known of weighted records"}
+    if header.kind == "counts":
+        expected = {**sums.mean("unseen", flip=True), "method": "Good-Turing: 1 - tokens drawn once / N"}
+    elif header.sampler in ("topk", "topp"):
+        expected = {**sums.mean("mass"), "method": "the retained mass"}
+    suspicious = None
+    if rate["mean"] is not None and chance["mean"] is not None and expected["mean"] is not None:
+        suspicious = rate["mean"] - chance["mean"] < (expected["mean"] - chance["mean"]) / 2
+    found = {
+        "in_support": rate,
+        "expected": expected,
+        "chance": chance,
+        "confidence": sums.mean("label"),
+        "is_top": sums.mean("right"),
+        "suspicious": suspicious,
+        "along_the_sequence": [
+            {"positions": int(n), "in_support": hits / n, "chance": others / n}
+            for n, hits, others, *_ in tables.buckets.tolist()
+            if n
+        ],
+        "reliability": [
+            {"confidence": top / n, "accuracy": right / n, "share": n / sums.positions}
+            for n, top, right in tables.bins.tolist()
+            if n
+        ],
+    }
+    if suspicious:
+        found["warning"] = (
+            f"labels are among the records of their position in {100 * (rate['mean'] or 0):.1f} % of positions, where "
+            f"{100 * expected['mean']:.1f} % are expected and {100 * (chance['mean'] or 0):.1f} % are by chance: "
+            "tokens and records look misaligned"
+        )
+    return found
+
+
+def _special_ids(header: Header) -> dict[str, int]:
+    packing = header.capture.get("packing")
+    if not isinstance(packing, Mapping):
+        return {}
+    bos = packing.get("bos")
+    named = {"separator": packing.get("separator_id"), "bos": bos.get("id") if isinstance(bos, Mapping) else None}
+    return {name: value for name, value in named.items() if type(value) is int and 0 <= value < 1 << 32}
+
+
+def _tokens(header: Header, sums: _Sums, tables: native.StatsTables, ids: dict[str, int]) -> dict[str, Any]:
+    tokens = sums.num_tokens
+    found: dict[str, Any] = {
+        name: {"id": ids[name], "share": int(count) / tokens if tokens else None}
+        for name, count in zip(ids, tables.id_counts.tolist(), strict=True)
+    }
+    if "document_start" in header.columns:
+        found["documents"] = int(sums.total("documents"))
+        if "bos" in ids and found["documents"]:
+            found["bos_a_document"] = int(tables.id_counts[list(ids).index("bos")]) / found["documents"]
+    return found
+
+
+def _bytes(header: Header, lengths: NDArray[np.uint32], records: NDArray[np.uint32], size: int) -> dict[str, int]:
+    positions, number = lengths.astype(np.uint64), records.astype(np.uint64)
+    found = {
+        "numbers of records": int(positions.sum()) * (header.record_count_size or 0),
+        "records": int(number.sum()) * RECORD_SIZE[header.profile or "R24"],
+        "tokens": int((positions + np.uint64(1)).sum()) * (header.token_size or 0),
+    }
+    found |= {name: int(size_of(name, positions, number).sum()) for name in header.columns}
+    return found | {"headers, index and padding": size - sum(found.values()), "total": size}
+
+
+def _spread(lengths: NDArray[np.uint32]) -> dict[str, float]:
+    return {
+        "shortest": int(lengths.min(initial=1 << 31)) if lengths.size else 0,
+        "mean": float(lengths.mean()) if lengths.size else 0.0,
+        "longest": int(lengths.max(initial=0)),
+    }
+
+
+def _histogram(numbers: NDArray[np.uint64]) -> dict[str, Any]:
+    """Percentiles of positions that have records, and how many positions have 0, 1, 2, ... of them."""
+    some = numbers.astype(np.int64)
+    some[0] = 0
+    reached, total = np.cumsum(some), int(some.sum())
+    percentiles = {
+        f"p{p}": int(np.searchsorted(reached, p / 100 * total)) if total else None for p in (1, 10, 50, 90, 99)
+    }
+    return {**percentiles, "histogram": np.trim_zeros(numbers, "b").tolist()}
+
+
+def table(found: dict[str, Any]) -> dict[str, str]:
+    """The same for people, line by line."""
+    unique, entropy, lengths = found["unique_tokens"], found["entropy"], found["lengths"]
+    lines = {
+        "path": found["path"],
+        "sequences": f"{found['sequences']:,}, {found['repeated_sequences']:,} of them repeated"
+        + (f"; sample of {found['sampled_sequences']:,}" * (found["sampled_sequences"] < found["sequences"])),
+        "positions": f"{found['positions']:,}, {lengths['shortest']:,} to {lengths['longest']:,} in a sequence",
+        "without records": _said(found["positions_without_records"], percent=True),
+        "unique tokens": f"{_said(unique)}; half <= {unique['p50']}, 99 % <= {unique['p99']}",
+        "entropy": f"{_said(entropy)} nats ({entropy['method']})",
+        "confidence": f"{_said(found['confidence'], percent=True)} in the largest record, too high by chance of counts",
+    }
+    if "retained_mass" in found:
+        lines["retained mass"] = _said(found["retained_mass"], percent=True)
+    if "label_logprob" in found:
+        lines["log-prob of label"] = f"{_said(found['label_logprob'])} (exact, of the column)"
+    if labels := found.get("labels"):
+        lines |= {
+            "confidence in label": _said(labels["confidence"], percent=True),
+            "label has a record": f"{_said(labels['in_support'], percent=True)}; expected "
+            f"{_said(labels['expected'], percent=True)}, by chance {_said(labels['chance'], percent=True)}",
+            "along the sequence": " ".join(f"{100 * part['in_support']:.0f}" for part in labels["along_the_sequence"])
+            + " %",
+            "label is the largest": _said(labels["is_top"], percent=True),
+        }
+        lines |= {"suspicious": labels["warning"]} if labels["suspicious"] else {}
+    for name, value in found.get("tokens", {}).items():
+        lines[name.replace("_", " ")] = (
+            f"id {value['id']}, {100 * (value['share'] or 0):.2f} % of tokens"
+            if isinstance(value, dict)
+            else f"{value:,.6g}"
+        )
+    total = found["bytes"]["total"]
+    return lines | {
+        f"bytes: {name}": f"{size:,} ({100 * size / total:.1f} %)"
+        for name, size in found["bytes"].items()
+        if size and name != "total"
+    }
+
+
+def _said(value: Mapping[str, Any], *, percent: bool = False) -> str:
+    if value["mean"] is None:
+        return "unknown"
+    factor, unit = (100, " %") if percent else (1, "")
+    error = "" if value["error"] is None else f" ± {factor * value['error']:.2g}"
+    return f"{factor * value['mean']:.4g}{error}{unit}"
