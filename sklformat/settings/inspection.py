@@ -72,7 +72,7 @@ class StatsConfig:
     """Cache directory, or one .skl shard, or the URL of either."""
 
     sample: int | None = None
-    """Read so many sequences, drawn at random, and state standard errors; None: all."""
+    """Read this many sequences, drawn at random, and state standard errors; None: all."""
 
     seed: int = 0
     """Of that draw."""

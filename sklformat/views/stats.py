@@ -37,7 +37,7 @@ def stats(path: Any, sample: int | None = None, seed: int = 0) -> dict[str, Any]
 
     Args:
         path: Cache directory or .skl shard, or the URL of either.
-        sample: So many sequences, drawn without replacement; None: all.
+        sample: This many sequences, drawn without replacement; None: all.
         seed: Of the draw.
 
     Raises:
@@ -48,7 +48,7 @@ def stats(path: Any, sample: int | None = None, seed: int = 0) -> dict[str, Any]
 
 
 def gather(config: StatsConfig, tell: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """As ``stats``; ``tell`` hears of how many sequences so many are done."""
+    """As ``stats``; ``tell`` hears how many sequences of how many are done."""
     with Cache(config.path) as cache:
         numbers = np.arange(len(cache))
         if config.sample is not None and config.sample < len(cache):
