@@ -50,8 +50,12 @@ def write_contents(_app: Sphinx, name: str, source: list[str]) -> None:
                 source[0] += f".. literalinclude:: ../recipes/{path.name}\n   :language: {language}\n"
 
 
-def list_returns(_app: Sphinx, _what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:
-    """What several values are that a function returns, as a list, which napoleon would make one paragraph of."""
+def adapt_docstring(_app: Sphinx, _what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:
+    """Several returned values as a list, which napoleon would make one paragraph of; |x| stays as it is written."""
+    for number, line in enumerate(lines):
+        plain = line.split("``")  # every second piece is code
+        plain[::2] = [piece.replace("|", r"\|") for piece in plain[::2]]
+        lines[number] = "``".join(plain)
     if "Returns:" not in lines:
         return
     begin = lines.index("Returns:") + 1
@@ -72,5 +76,5 @@ def write_index(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     app.connect("source-read", write_contents)
-    app.connect("autodoc-process-docstring", list_returns, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", adapt_docstring, priority=100)  # before napoleon
     app.connect("build-finished", write_index)
