@@ -58,8 +58,8 @@ class InspectConfig:
         found = range(min(_SHOWN, available)) if self.positions is None else part_of(self.positions, available)
         if found is None:
             raise ValueError(
-                f"{self.path}: positions {self.positions} of sequence {self.sequence}, which has {available}; give A:B "
-                f"with 0 <= A < B <= {available}"
+                f"{self.path}: positions {self.positions} are asked for, and sequence {self.sequence} has {available}; "
+                f"give A:B with 0 <= A < B <= {available}"
             )
         return found
 

@@ -164,9 +164,9 @@ def test_json_holds_no_control_character(tmp_path, capfd, monkeypatch):
         (
             1,
             ("--sequence", "0", "--positions", "4:9"),
-            "positions 4:9 of sequence 0, which has 8; give A:B with 0 <= A",
+            "positions 4:9 are asked for, and sequence 0 has 8; give A:B with 0 <= A",
         ),
-        (1, ("--sequence", "0", "--positions", "5:5"), "positions 5:5 of sequence 0, which has 8"),
+        (1, ("--sequence", "0", "--positions", "5:5"), "positions 5:5 are asked for, and sequence 0 has 8"),
         (2, ("--sequence", "0", "--positions", "5"), "the positions to show must be A:B, such as 0:32, got '5'"),
         (2, ("--positions", "0:5"), "positions is about one sequence; say which: --sequence I"),
     ],
