@@ -1,4 +1,4 @@
-"""The settings of ``sklformat inspect``, ``stats``, ``view``, ``card``, ``verify``, ``recover``, ``check``, ``plot``."""
+"""The settings of the verbs that look at caches and runs: ``inspect``, ``stats``, ``view``, ``card``, ``verify``, …"""
 
 from __future__ import annotations
 
