@@ -86,8 +86,9 @@ class CacheConfig(TextFiles):
     first_sequence: int = 0
     """Number of the packed sequence that becomes sequence 0 of the cache."""
 
-    sampler: Literal["multinomial", "systematic", "topk", "topp"] = "multinomial"
-    """How records are taken from the teacher's distribution. The first two are unbiased, the others are not."""
+    sampler: Literal["multinomial", "systematic", "topk", "topp"] = "systematic"
+    """How records are taken from the teacher's distribution. multinomial (the paper's) and systematic (evenly spaced
+    draws, less noise) are unbiased, the others are not."""
 
     rounds: int = 50
     """Draws per position, for multinomial and systematic."""

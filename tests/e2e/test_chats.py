@@ -103,7 +103,7 @@ def test_only_answers_have_records(place, cache, tmp_path):
         assert answers[1:].tolist() == has_records.tolist()
         with torch.no_grad():
             logits = model(torch.from_numpy(sequence.tokens[None, :-1].astype(np.int64))).logits[0]
-        drawn = draw(logits, rounds=5, sequence=i)
+        drawn = draw(logits, rounds=5, sampler="systematic", sequence=i)
         is_of_answer = np.repeat(has_records, np.diff(drawn.offsets))
         assert drawn.token_ids[is_of_answer].tolist() == sequence.targets.token_ids.tolist()
         assert drawn.counts[is_of_answer].tolist() == sequence.targets.counts.tolist()
@@ -297,7 +297,7 @@ def test_packed_chats_may_be_kept_apart(place, cache, tmp_path):
                 continue
             with torch.no_grad():
                 logits = model(torch.from_numpy(ids[None].astype(np.int64))).logits[0]
-            drawn = draw(logits, rounds=5, sequence=number, first_position=begin)
+            drawn = draw(logits, rounds=5, sampler="systematic", sequence=number, first_position=begin)
             for t in np.flatnonzero(has_records[begin : begin + ids.size]):
                 found = sequence.targets.token_ids[slice(*sequence.targets.offsets[begin + t : begin + t + 2])]
                 same += drawn.token_ids[slice(*drawn.offsets[t : t + 2])].tolist() == found.tolist()

@@ -62,7 +62,12 @@ def alone(model, sequence):
 
 @pytest.mark.parametrize(
     ("by", "flags"),
-    [("host", {}), ("device", {}), ("host", {"sampler": "topk", "k": 5}), ("device", {"sampler": "systematic"})],
+    [
+        ("host", {"sampler": "multinomial"}),
+        ("device", {"sampler": "multinomial"}),
+        ("host", {"sampler": "topk", "k": 5}),
+        ("device", {"sampler": "systematic"}),
+    ],
     ids=str,
 )
 def test_records_are_those_of_each_document_alone(config, place, monkeypatch, by, flags):

@@ -48,7 +48,13 @@ def place(tmp_path_factory):
 
 
 def capture(place, out, **settings):
-    common = {"seq_len": SEQ_LEN, "num_sequences": SEQUENCES, "rounds": 20, "batch_size": BATCH}
+    common = {
+        "seq_len": SEQ_LEN,
+        "num_sequences": SEQUENCES,
+        "rounds": 20,
+        "sampler": "multinomial",
+        "batch_size": BATCH,
+    }
     common |= {"sequences_per_shard": PER_SHARD, "text": (place / "text",)}
     cache_teacher(CacheConfig(teacher=str(place / "first"), out=out, **common | settings))
 

@@ -81,7 +81,7 @@ def share_of_equal_draws(place, directory, rounds=50, seed=3):
         for number, sequence in enumerate(cache):
             ids = torch.from_numpy(sequence.tokens.astype(np.int64))[None]
             logits = model(ids[:, :-1]).logits[0, :, : cache.header.vocab_size]
-            expected = skl.draw(logits, rounds=rounds, seed=seed, sequence=number)
+            expected = skl.draw(logits, rounds, cache.header.sampler, seed=seed, sequence=number)
             for position in range(len(sequence.targets.offsets) - 1):
                 found, wanted = (counts_at(targets, position) for targets in (sequence.targets, expected))
                 if found:

@@ -57,10 +57,10 @@ TOKENS = {"cache": None, "tokens": Path("store"), "seq_len": 8}
         (CACHE, {"out": "s3://b/c"}, "out s3://b/c is a URL: give work_dir, a directory here for shards that are not"),
         (CACHE, {"work_dir": Path("w")}, "work_dir belongs to an out that is a URL, got out"),
         (CACHE, {"out": "s3://b/c", "work_dir": Path("s3:/b")}, "work_dir s3:/b is a URL, must be a directory here"),
-        (CACHE, {"rounds": 0}, "rounds must be >= 1 and <= 65535 for sampler multinomial, got 0"),
+        (CACHE, {"rounds": 0}, "rounds must be >= 1 and <= 65535 for sampler systematic, got 0"),
         (CACHE, {"sampler": "topk"}, r"sampler topk needs k in 1\.\.65535, got None"),
         (CACHE, {"sampler": "topp", "p": 1.5}, r"sampler topp needs p in \(0, 1\], got 1\.5"),
-        (CACHE, {"k": 3}, "k and p belong to topk and topp, not to sampler multinomial"),
+        (CACHE, {"k": 3}, "k and p belong to topk and topp, not to sampler systematic"),
         (
             CACHE,
             {"sampler": "topk", "k": 3, "proposal_temperature": 0.5},
