@@ -156,7 +156,7 @@ def _usage() -> str:
 
 def _print_result(result: Any, *, as_json: bool) -> None:
     if as_json:
-        _print_json(dataclasses.asdict(result))
+        _print_json(result if isinstance(result, dict) else dataclasses.asdict(result))
     elif "__str__" in vars(type(result)):
         sys.stdout.write(f"{result}\n")
     else:
@@ -274,19 +274,6 @@ def _run_recover(name: str, arguments: list[str]) -> int:
     return 0
 
 
-def _run_stats(name: str, arguments: list[str]) -> int:
-    from sklformat.views.stats import gather, table  # noqa: PLC0415
-
-    config, as_json = parse(StatsConfig, name, arguments, positional=True)
-    with _progress("sequence") as tell:
-        found = gather(config, lambda done, total: tell("stats", done, total))
-    if as_json:
-        _print_json(found)
-    else:
-        _print_table(table(found))
-    return 0
-
-
 def _run_plot(name: str, arguments: list[str]) -> int:
     config, as_json = parse(PlotConfig, name, arguments, positional=True)
     from sklformat.views.curves import plot  # noqa: PLC0415  loads matplotlib
@@ -381,6 +368,7 @@ _TRAIN = _learning(TrainConfig, "student.training", "train", holds="out")
 _RESCORE = _learning(RescoreConfig, "rescoring.passes", "rescore", holds="out", positional=True)
 _EVAL = _learning(EvalConfig, "student.measures.evaluation", "evaluate")
 _DEMO = _learning(DemoConfig, "demo.stages", "run_demo", holds="out")
+_STATS = _long(StatsConfig, "views.stats", "gather")
 _CHECK = _long(CheckConfig, "check", "check")
 _CONVERT = _long(ConvertConfig, "interop", "convert")
 _MERGE = _long(MergeConfig, "operations", "merge_caches")
@@ -393,7 +381,7 @@ _VERBS = {
     "eval": _Verb("measure a student on held-out text or records", EvalConfig, _EVAL, _AGAIN),
     "demo": _Verb("run the whole pipeline once, from text to the paper's table", DemoConfig, _DEMO),
     "inspect": _Verb("show what a cache holds", InspectConfig, _run_inspect, _AGAIN),
-    "stats": _Verb("show what a cache holds, in numbers", StatsConfig, _run_stats, _AGAIN),
+    "stats": _Verb("show what a cache holds, in numbers", StatsConfig, _STATS, _AGAIN),
     "plot": _Verb("draw training runs on one sheet", PlotConfig, _run_plot, _AGAIN),
     "view": _Verb("show on one page what the teacher said of each token", ViewConfig, _run_view, _AGAIN),
     "card": _Verb("write the dataset card of a cache, for a hub", CardConfig, _run_card, _AGAIN),

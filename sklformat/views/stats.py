@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +21,28 @@ from sklformat.format.columns import size_of
 from sklformat.format.header import Header
 from sklformat.format.layout import RECORD_SIZE
 from sklformat.native import RowError
-from sklformat.settings.inspection import StatsConfig
+from sklformat.views.characters import visible
+
+if TYPE_CHECKING:
+    from sklformat.settings.inspection import StatsConfig
 
 Floats = NDArray[np.float64]
 _BUCKETS, _GROUP_BYTES, _MOST_UNIQUES = 16, 1 << 20, 4096
 _ESTIMATE = "Miller-Madow: -sum(c/N log(c/N)) + (unique tokens - 1) / 2N"
 
 
-def stats(path: Any, sample: int | None = None, seed: int = 0) -> dict[str, Any]:
+class Stats(dict[str, Any]):
+    """What ``stats`` found, by name, ready for JSON; printed it is a table for people."""
+
+    def __str__(self) -> str:
+        lines = table(self)
+        width = max(map(len, lines)) + 2
+        return "\n".join(f"{name:<{width}}{visible(value)}" for name, value in lines.items())
+
+
+def stats(path: Any, sample: int | None = None, seed: int = 0) -> Stats:
     """
-    What a cache holds, in numbers, ready for JSON; entropies in nats, shares in 0..1.
+    What a cache holds, in numbers, ready for JSON; entropies in nats, shares in 0..1.  Printed it is a table.
 
     Every mean over positions comes as {"mean", "error"}: the standard error, clustered by sequence, where a sample was
     taken, else None.  Positions without record do not count in them.
@@ -44,11 +56,13 @@ def stats(path: Any, sample: int | None = None, seed: int = 0) -> dict[str, Any]
         FormatError, FileNotFoundError: As ``skl.open``; a block that is damaged is named.
         ValueError: sample is below 2.
     """
+    from sklformat.settings.inspection import StatsConfig  # noqa: PLC0415  opening a cache needs no settings
+
     return gather(StatsConfig(path=str(path), sample=sample, seed=seed))
 
 
-def gather(config: StatsConfig, tell: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """As ``stats``; ``tell`` hears how many sequences of how many are done."""
+def gather(config: StatsConfig, tell: Callable[[str, int, int], None] | None = None) -> Stats:
+    """As ``stats``; ``tell`` hears what is being done, and how many sequences of how many are done."""
     with Cache(config.path) as cache:
         numbers = np.arange(len(cache))
         if config.sample is not None and config.sample < len(cache):
@@ -63,20 +77,22 @@ def gather(config: StatsConfig, tell: Callable[[int, int], None] | None = None) 
         )
         rows = _add(cache, numbers, records, tables, tell)
         sums = _Sums(rows, lengths[numbers].astype(np.float64), len(cache), sampled=numbers.size < len(cache))
-        found = {
-            "path": str(cache.path),
-            "fingerprint": cache.fingerprint,
-            "sequences": len(cache),
-            "sampled_sequences": int(numbers.size),
-            "positions": int(lengths.sum(dtype=np.uint64)),
-            "records": cache.num_records,
-            "lengths": _spread(lengths),
-            "repeated_sequences": len(cache) - int(np.unique(cache.alignments()).size),
-            "bytes": _bytes(header, lengths, records, cache.size_bytes),
-            "positions_without_records": sums.mean("positions", of_all=True, flip=True),
-            "unique_tokens": {**sums.mean("records"), **_histogram(tables.uniques)},
-            **_of_kind(header, sums, tables.sizes),
-        }
+        found = Stats(
+            {
+                "path": str(cache.path),
+                "fingerprint": cache.fingerprint,
+                "sequences": len(cache),
+                "sampled_sequences": int(numbers.size),
+                "positions": int(lengths.sum(dtype=np.uint64)),
+                "records": cache.num_records,
+                "lengths": _spread(lengths),
+                "repeated_sequences": len(cache) - int(np.unique(cache.alignments()).size),
+                "bytes": _bytes(header, lengths, records, cache.size_bytes),
+                "positions_without_records": sums.mean("positions", of_all=True, flip=True),
+                "unique_tokens": {**sums.mean("records"), **_histogram(tables.uniques)},
+                **_of_kind(header, sums, tables.sizes),
+            }
+        )
         if header.token_size:
             found |= {"labels": _labels(header, sums, tables), "tokens": _tokens(header, sums, tables, ids)}
         return found
@@ -87,7 +103,7 @@ def _add(
     numbers: NDArray[np.int64],
     records: NDArray[np.uint32],
     tables: native.StatsTables,
-    tell: Callable[[int, int], None] | None,
+    tell: Callable[[str, int, int], None] | None,
 ) -> Floats:
     """Rows of all sequences; a megabyte or so at a time, which stays in the caches."""
     shape, scale = block_shape(cache.header, 0, 0), cache.header.scale_log2
@@ -106,7 +122,7 @@ def _add(
             raise
         done += group.size
         if tell is not None:
-            tell(done, numbers.size)
+            tell("stats", done, numbers.size)
     return np.concatenate(rows)
 
 
@@ -255,7 +271,7 @@ def _histogram(numbers: NDArray[np.uint64]) -> dict[str, Any]:
     return {**percentiles, "histogram": np.trim_zeros(numbers, "b").tolist()}
 
 
-def table(found: dict[str, Any]) -> dict[str, str]:
+def table(found: Mapping[str, Any]) -> dict[str, str]:
     """The same for people, line by line."""
     unique, entropy, lengths = found["unique_tokens"], found["entropy"], found["lengths"]
     lines = {
