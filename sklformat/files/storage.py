@@ -93,6 +93,10 @@ class ReadFile:
             close()  # now: the error's traceback refers to this object
             raise empty(path)
 
+    def fileno(self) -> int:
+        """Its descriptor, open for as long as this object is there."""
+        return self._fd
+
     def read(self, offset: int, length: int) -> memoryview:
         data = memoryview(bytearray(length))
         self.read_into(offset, data)

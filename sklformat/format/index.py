@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,10 @@ class Index:
         rows = (offsets, index.alignment[of], checksums, index.num_positions[of], index.num_records[of])
         for column, values in zip(self._columns.values(), rows, strict=True):
             column.frombytes(np.ascontiguousarray(values, f"u{column.itemsize}").view(np.uint8).data)
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Copies of its columns, unsigned, by their names in SPEC section 8."""
+        return {name: np.array(column, f"u{column.itemsize}") for name, column in self._columns.items()}
 
     def alignment(self, number: int) -> int:
         """Alignment checksum of sequence ``number``."""

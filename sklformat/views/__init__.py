@@ -3,6 +3,7 @@
 card        the dataset card of a cache, for a hub
 characters  text as a terminal can show it
 curves      training runs on one sheet
+holdings    what there is to count of a cache, whole or not
 overview    a cache at a glance, or how far a capture is
 page        a stretch of text with what teachers and students said of each token, as one file of HTML
 passage     one sequence, token by token, for a terminal

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sklformat import native
-from sklformat.cache.reader import Cache
 from sklformat.errors import FormatError
 from sklformat.format.block import block_shape
 from sklformat.format.columns import size_of
@@ -22,6 +22,7 @@ from sklformat.format.header import Header
 from sklformat.format.layout import RECORD_SIZE
 from sklformat.native import RowError
 from sklformat.views.characters import visible
+from sklformat.views.holdings import Holdings, hold
 
 if TYPE_CHECKING:
     from sklformat.settings.inspection import StatsConfig
@@ -48,12 +49,13 @@ def stats(path: Any, sample: int | None = None, seed: int = 0) -> Stats:
     taken, else None.  Positions without record do not count in them.
 
     Args:
-        path: Cache directory or .skl shard, or the URL of either.
+        path: Cache directory or .skl shard, or the URL of either; also the directory of a capture that has not ended.
         sample: This many sequences, drawn without replacement; None: all.
         seed: Of the draw.
 
     Raises:
         FormatError, FileNotFoundError: As ``skl.open``; a block that is damaged is named.
+        UnfinishedError: A capture has not ended, and has written nothing yet.
         ValueError: sample is below 2.
     """
     from sklformat.settings.inspection import StatsConfig  # noqa: PLC0415  opening a cache needs no settings
@@ -63,30 +65,31 @@ def stats(path: Any, sample: int | None = None, seed: int = 0) -> Stats:
 
 def gather(config: StatsConfig, tell: Callable[[str, int, int], None] | None = None) -> Stats:
     """As ``stats``; ``tell`` hears what is being done, and how many sequences of how many are done."""
-    with Cache(config.path) as cache:
-        numbers = np.arange(len(cache))
-        if config.sample is not None and config.sample < len(cache):
+    with closing(hold(config.path)) as cache:
+        lengths, records = cache.num_positions, cache.num_records
+        available = lengths.size
+        numbers = np.arange(available)
+        if config.sample is not None and config.sample < available:
             rng = np.random.default_rng(config.seed)
-            numbers = np.sort(rng.choice(len(cache), config.sample, replace=False))
-        lengths = np.concatenate([shard.index.num_positions for shard in cache.shards()])
-        records = np.concatenate([shard.index.num_records for shard in cache.shards()])
+            numbers = np.sort(rng.choice(available, config.sample, replace=False))
         header, longest = cache.header, int(lengths.max(initial=1))
         ids = _special_ids(header)
         tables = native.StatsTables(
             _MOST_UNIQUES, _BUCKETS, -(-longest // _BUCKETS), np.array([*ids.values()], np.uint32)
         )
-        rows = _add(cache, numbers, records, tables, tell)
-        sums = _Sums(rows, lengths[numbers].astype(np.float64), len(cache), sampled=numbers.size < len(cache))
+        rows = _add(cache, numbers, tables, tell)
+        sums = _Sums(rows, lengths[numbers].astype(np.float64), available, sampled=numbers.size < available)
         found = Stats(
             {
                 "path": str(cache.path),
                 "fingerprint": cache.fingerprint,
-                "sequences": len(cache),
+                **cache.advance,
+                "sequences": available,
                 "sampled_sequences": int(numbers.size),
                 "positions": int(lengths.sum(dtype=np.uint64)),
-                "records": cache.num_records,
+                "records": int(records.sum(dtype=np.uint64)),
                 "lengths": _spread(lengths),
-                "repeated_sequences": len(cache) - int(np.unique(cache.alignments()).size),
+                "repeated_sequences": available - int(np.unique(cache.alignments).size),
                 "bytes": _bytes(header, lengths, records, cache.size_bytes),
                 "positions_without_records": sums.mean("positions", of_all=True, flip=True),
                 "unique_tokens": {**sums.mean("records"), **_histogram(tables.uniques)},
@@ -99,24 +102,25 @@ def gather(config: StatsConfig, tell: Callable[[str, int, int], None] | None = N
 
 
 def _add(
-    cache: Cache,
+    cache: Holdings,
     numbers: NDArray[np.int64],
-    records: NDArray[np.uint32],
     tables: native.StatsTables,
     tell: Callable[[str, int, int], None] | None,
 ) -> Floats:
     """Rows of all sequences; a megabyte or so at a time, which stays in the caches."""
     shape, scale = block_shape(cache.header, 0, 0), cache.header.scale_log2
-    pieces = np.cumsum(RECORD_SIZE[cache.header.profile or "R24"] * records[numbers].astype(np.int64)) // _GROUP_BYTES
+    pieces = (
+        np.cumsum(RECORD_SIZE[cache.header.profile or "R24"] * cache.num_records[numbers].astype(np.int64))
+        // _GROUP_BYTES
+    )
     groups = np.split(numbers, np.flatnonzero(np.diff(pieces)) + 1)
     rows, done = [np.zeros((0, len(native.SUMS)))], 0
     for group in groups:
-        payloads = cache.payloads(group)
-        arrays = payloads.sources, payloads.sizes, payloads.num_positions, payloads.num_records
+        of = cache.rows(group)
         try:
-            rows.append(tables.add(shape, scale, *arrays))
+            rows.append(tables.add(shape, scale, of.sources, of.sizes, of.num_positions, of.num_records))
         except RowError as error:
-            _ = cache[int(group[error.row])]  # names file, block and byte
+            cache.check(int(group[error.row]))  # names file, block and byte
             if isinstance(error.__cause__, FormatError):
                 raise error.__cause__ from None
             raise
@@ -276,11 +280,13 @@ def table(found: Mapping[str, Any]) -> dict[str, str]:
     unique, entropy, lengths = found["unique_tokens"], found["entropy"], found["lengths"]
     lines = {
         "path": found["path"],
+        **_state(found),
         "sequences": f"{found['sequences']:,}, {found['repeated_sequences']:,} of them repeated"
         + (f"; sample of {found['sampled_sequences']:,}" * (found["sampled_sequences"] < found["sequences"])),
         "positions": f"{found['positions']:,}, {lengths['shortest']:,} to {lengths['longest']:,} in a sequence",
         "without records": _said(found["positions_without_records"], percent=True),
-        "unique tokens": f"{_said(unique)}; half <= {unique['p50']}, 99 % <= {unique['p99']}",
+        "unique tokens": _said(unique)
+        + (f"; half <= {unique['p50']}, 99 % <= {unique['p99']}" * (unique["p50"] is not None)),
         "entropy": f"{_said(entropy)} nats ({entropy['method']})",
         "confidence": f"{_said(found['confidence'], percent=True)} in the largest record, too high by chance of counts",
     }
@@ -310,6 +316,15 @@ def table(found: Mapping[str, Any]) -> dict[str, str]:
         for name, size in found["bytes"].items()
         if size and name != "total"
     }
+
+
+def _state(found: Mapping[str, Any]) -> dict[str, str]:
+    """That a capture has not ended, and how far it is."""
+    if not found.get("unfinished"):
+        return {}
+    goal, unsealed = found["num_sequences"], sum(found["unsealed"].values())
+    of = f" of {goal:,}" if goal else ""
+    return {"state": f"unfinished: {found['sequences']:,}{of} sequences so far, {unsealed:,} of them not sealed"}
 
 
 def _said(value: Mapping[str, Any], *, percent: bool = False) -> str:
