@@ -30,6 +30,7 @@ from sklformat.settings.eval import EvalConfig
 from sklformat.settings.files import TextFiles
 
 _NOMINAL_POSITIONS = 1e9  # of a capture whose bytes per position alone are asked for
+_SAME_BYTES = 1.02  # times the bytes of a row: up to there another costs the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,8 @@ class Advice:
         num_sequences, num_positions: Measured on.
         noise: The share that is allowed.
         rows: All that was tried.
-        recommended: Of the rows whose share is below that for each student, the one of the fewest bytes; None: none is.
+        recommended: Of the rows whose share is at most that for each student, the one of the fewest bytes, as
+            ``choose`` says; None: none is.
         close: What is within a standard error of another choice, in words.
         positions, gpu_hours, days, price: Of the whole capture, whatever its rounds; None where not known.
     """
@@ -283,18 +285,24 @@ def choose(rows: Sequence[NoiseRow], noise: float) -> tuple[NoiseRow | None, lis
     """
     The row of the fewest bytes whose share is at most ``noise`` for each student, and what is too close to say.
 
+    Of rows whose bytes are within 2 % of the fewest, that of the smallest share.
+
     Returns:
         The row, None where there is none; and a line for it if its share is within a standard error of ``noise``, and
-        one for the next smaller row of its sampler that may be enough.
+        one for the smallest of fewer bytes that may be enough.
     """
     ordered = sorted(rows, key=lambda row: row.bytes_per_position)
-    chosen = next((row for row in ordered if _worst(row) <= noise), None)
+    enough = [row for row in ordered if _worst(row) <= noise]
+    same = [row for row in enough if row.bytes_per_position <= enough[0].bytes_per_position * _SAME_BYTES]
+    chosen = min(same, key=_worst, default=None)
     close = []
     if chosen is not None and not _is_sure(chosen, noise):
         surer = next((row for row in ordered if _is_sure(row, noise)), None)
         advice = "nothing here is surer" if surer is None else f"{_name(surer)} is surer"
         close.append(f"close: its share is within a standard error of {noise:g}; {advice}")
-    smaller = [row for row in ordered if chosen is None or row.bytes_per_position < chosen.bytes_per_position]
+    smaller = [
+        row for row in ordered if chosen is None or row.bytes_per_position * _SAME_BYTES < chosen.bytes_per_position
+    ]
     may_do = next((row for row in smaller if _may_do(row, noise)), None)
     if may_do is not None:
         close.append(f"close: {_name(may_do)} may be enough, within a standard error; more noise_sequences would tell")
