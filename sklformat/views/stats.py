@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 _BUCKETS, _GROUP_BYTES, _MOST_UNIQUES = 16, 1 << 20, 4096
+_MOST_FALSE_ALARMS = 1e-4  # more of them, and nothing is said to be suspicious or not
 _ESTIMATE = "Miller-Madow: -sum(c/N log(c/N)) + (unique tokens - 1) / 2N"
 
 
@@ -193,9 +194,13 @@ def _labels(header: Header, sums: _Sums, tables: native.StatsTables) -> dict[str
         expected = {**sums.mean("unseen", flip=True), "method": "Good-Turing: 1 - tokens drawn once / N"}
     elif header.sampler in ("topk", "topp"):
         expected = {**sums.mean("mass"), "method": "the retained mass"}
-    suspicious = None
+    suspicious = false_alarms = None
     if rate["mean"] is not None and chance["mean"] is not None and expected["mean"] is not None:
-        suspicious = rate["mean"] - chance["mean"] < (expected["mean"] - chance["mean"]) / 2
+        gap = max(expected["mean"] - chance["mean"], 0.0)
+        # By Hoeffding: hit - chance / 2 - expected / 2 is in -1..1, gap / 2 in the mean, and depends on one other.
+        false_alarms = math.exp(-sums.positions * gap * gap / 16)
+        if false_alarms <= _MOST_FALSE_ALARMS:
+            suspicious = rate["mean"] - chance["mean"] < gap / 2
     found = {
         "in_support": rate,
         "expected": expected,
@@ -203,6 +208,7 @@ def _labels(header: Header, sums: _Sums, tables: native.StatsTables) -> dict[str
         "confidence": sums.mean("label"),
         "is_top": sums.mean("right"),
         "suspicious": suspicious,
+        "false_alarm_rate": false_alarms,
         "along_the_sequence": [
             {"positions": int(n), "in_support": hits / n, "chance": others / n}
             for n, hits, others, *_ in tables.buckets.tolist()
