@@ -9,7 +9,7 @@ from pathlib import Path
 from sklformat.sampler import MAX_ROUNDS
 from sklformat.settings.cache import ModelDtype
 from sklformat.settings.files import TextFiles
-from sklformat.settings.limits import check_least, check_positive
+from sklformat.settings.limits import MAX_DRAWN, check_least, check_picture, check_positive
 
 # Independent draws that leave 12 records per position, the paper's number, add 0.1 to 0.2.
 NOISE = 0.1
@@ -159,6 +159,10 @@ class EstimateConfig(TextFiles):
                 f"the noise is measured of draws from the teacher's own distribution: proposal_temperature must be 1 "
                 f"with a student, got {self.proposal_temperature:g}"
             )
+        if self.plot is not None:
+            check_picture("plot", self.plot)
+            if len(self.student) > MAX_DRAWN:
+                raise ValueError(f"plot draws 1 to {MAX_DRAWN} students, got {len(self.student)}; leave it out")
         check_positive(self, "noise")
         check_least(self, 0, "noise_seed")
         if self.noise_sequences < 3:

@@ -6,11 +6,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sklformat.settings.limits import check_least, is_part, part_of
+from sklformat.settings.limits import MAX_DRAWN, check_least, check_picture, is_part, part_of
 
-MAX_RUNS = 8
 MAX_PORT = 65535
-_ENDINGS = (".png", ".svg", ".pdf")
 _SHOWN = 32  # positions of a sequence, where nobody says which
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
@@ -121,10 +119,9 @@ class PlotConfig:
     """File to write; its ending chooses the format: .png, .svg or .pdf."""
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.paths) <= MAX_RUNS:
-            raise ValueError(f"plot draws 1 to {MAX_RUNS} runs, got {len(self.paths)}")
-        if self.out.suffix.lower() not in _ENDINGS:
-            raise ValueError(f"out must end in {', '.join(_ENDINGS[:-1])} or {_ENDINGS[-1]}, got {str(self.out)!r}")
+        if not 1 <= len(self.paths) <= MAX_DRAWN:
+            raise ValueError(f"plot draws 1 to {MAX_DRAWN} runs, got {len(self.paths)}")
+        check_picture("out", self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
+PICTURES = (".png", ".svg", ".pdf")
+MAX_DRAWN = 8
+"""Runs or students on one sheet."""
 _PART = re.compile(r"(\d*):(\d*)")
 
 
@@ -32,6 +36,17 @@ def check_positive(settings: object, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_picture(name: str, path: Path) -> None:
+    """
+    A setting of this name is a file that matplotlib can write, by its ending.
+
+    Raises:
+        ValueError: It is not; shows it.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(f"{name} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}, got {str(path)!r}")
 
 
 def is_part(words: str) -> bool:

@@ -88,6 +88,12 @@ TOKENS = {"cache": None, "tokens": Path("store"), "seq_len": 8}
         (ESTIMATE, {"student": ("s",)}, "^student s learns from a teacher, which is not given; give both"),
         (NOISE, {"student": ("s", "s")}, "^a student is given twice: s s; give each once"),
         (NOISE, {"proposal_temperature": 0.8}, "must be 1 with a student, got 0.8"),
+        (NOISE, {"plot": Path("x.bmp")}, r"^plot must end in \.png, \.svg or \.pdf, got 'x\.bmp'"),
+        (
+            NOISE,
+            {"plot": Path("x.png"), "student": tuple("abcdefghi")},
+            "^plot draws 1 to 8 students, got 9; leave it out",
+        ),
         (NOISE, {"noise": 0.0}, r"^noise must be positive and finite, got 0\.0"),
         (NOISE, {"noise_seed": -1}, "^noise_seed must be >= 0, got -1"),
         (NOISE, {"noise_sequences": 2}, "^noise_sequences must be >= 3, for a variance and its error, got 2"),

@@ -7,6 +7,7 @@ Measures through ``noise``, and prices each row by ``capture.estimates``.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from sklformat.distill.student.measures.noise import Lesson, NoiseTable, measure
 from sklformat.distill.student.measures.passages import Passages
 from sklformat.distill.text.chats import read_dataset_texts, write_first_rows
 from sklformat.errors import SettingsError
-from sklformat.plot import plot_noise
 from sklformat.progress import say, show
 from sklformat.settings.estimate import EstimateConfig
 from sklformat.settings.eval import EvalConfig
@@ -148,8 +148,10 @@ def advise(config: EstimateConfig, *, progress: bool = True) -> Advice:
         SettingsError: A student's tokenizer or vocabulary is not the teacher's; shows both.
         ValueError: A wrong argument, no such device, or too few sequences; or as ``measure_noise``.
         OSError: A model or the text cannot be read, or the plot cannot be written.
+        ModuleNotFoundError: matplotlib is not installed, and a plot is asked for.
     """
     assert config.teacher is not None
+    draw = None if config.plot is None else importlib.import_module("sklformat.plot").plot_noise  # loads matplotlib
     device = find_device(config.device)
     if progress:
         say(f"estimate: loading {config.teacher} and {', '.join(config.student)}")
@@ -174,9 +176,9 @@ def advise(config: EstimateConfig, *, progress: bool = True) -> Advice:
             reach=reach,
         )
     advice = _advice(config, table, vocab_size)
-    if config.plot is not None:
+    if draw is not None:
         rows: list[Any] = [dataclasses.asdict(row) for row in advice.rows]
-        plot_noise(rows, advice.students, config.noise, config.plot)
+        draw(rows, advice.students, config.noise, config.plot)
     return advice
 
 

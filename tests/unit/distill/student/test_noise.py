@@ -1,8 +1,11 @@
 """The shares of measure_noise against gradients of each sequence by brute force, and draws by their exact law."""
 
 import copy
+import importlib
 import itertools
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,3 +253,14 @@ def test_of_the_same_bytes_the_smaller_share():
         assert few == choose([few, more], 0.1)[0]
         # That the first may be enough too is not worth saying: it saves nothing.
         assert (close, []) == choose(rows, 0.085)
+
+
+def test_no_plot_needs_no_matplotlib(place, monkeypatch):
+    """matplotlib belongs to an extra: who asks for no plot does without it, who does is told before a read."""
+    for name in ("sklformat.plot", "sklformat.distill.student.measures.advice"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fresh = importlib.import_module("sklformat.distill.student.measures.advice")
+    assert fresh.advise(config_of(place), progress=False).rows
+    with pytest.raises(ModuleNotFoundError, match="matplotlib"):
+        fresh.advise(config_of(place, teacher="nowhere", plot=Path("x.png")), progress=False)
