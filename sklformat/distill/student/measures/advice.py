@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import operator
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class Advice:
         if row is None:
             best = min(self.rows, key=_worst)
             return (
-                f"none of these adds less than {self.noise:g} for each student (the least is {_name(best)}, with "
+                f"none of these adds at most {self.noise:g} for each student (the least is {_name(best)}, with "
                 f"{_worst(best):.3g}); try more rounds"
             )
         return (
@@ -306,7 +307,9 @@ def choose(rows: Sequence[NoiseRow], noise: float) -> tuple[NoiseRow | None, lis
         row for row in ordered if chosen is None or row.bytes_per_position * _SAME_BYTES < chosen.bytes_per_position
     ]
     may_do = next((row for row in smaller if _may_do(row, noise)), None)
-    if may_do is not None:
+    if may_do is not None and any(map(operator.gt, may_do.share_errors, may_do.shares)):
+        close.append(f"the share of {_name(may_do)} is not known: its error is larger; give more noise_sequences")
+    elif may_do is not None:
         close.append(f"close: {_name(may_do)} may be enough, within a standard error; more noise_sequences would tell")
     return chosen, close
 
@@ -324,7 +327,7 @@ def _may_do(row: NoiseRow, noise: float) -> bool:
 
 
 def _name(row: NoiseRow) -> str:
-    return f"{row.sampler} with {row.rounds} rounds"
+    return f"{row.sampler} with {row.rounds} round{'s' * (row.rounds > 1)}"
 
 
 def _letters(names: Sequence[str]) -> list[str]:

@@ -264,3 +264,10 @@ def test_no_plot_needs_no_matplotlib(place, monkeypatch):
     assert fresh.advise(config_of(place), progress=False).rows
     with pytest.raises(ModuleNotFoundError, match="matplotlib"):
         fresh.advise(config_of(place, teacher="nowhere", plot=Path("x.png")), progress=False)
+
+
+def test_an_error_above_the_share_is_no_hope():
+    """What is not known is not said to be enough, perhaps."""
+    unknown = row("multinomial", 1, 13, 15, error=50)
+    said = "the share of multinomial with 1 round is not known: its error is larger; give more noise_sequences"
+    assert (None, [said]) == choose([unknown], 0.1)
