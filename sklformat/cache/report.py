@@ -6,12 +6,13 @@ Prints and draws nothing.  SPEC.md section 13 lists what is checked.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,12 @@ from sklformat.cache.manifest import MANIFEST_NAME, has_manifest, read_manifest
 from sklformat.cache.payloads import Payloads
 from sklformat.cache.reader import Cache
 from sklformat.cache.shard import Shard, describe
-from sklformat.errors import FormatError, UnreadableError, UnsupportedError
-from sklformat.files.places import Place, is_url
+from sklformat.errors import FormatError, UnfinishedError, UnreadableError, UnsupportedError
+from sklformat.files import remote
+from sklformat.files.places import Place, is_url, join, url_of
 from sklformat.files.regular import is_directory
+from sklformat.files.storage import StreamedFile
+from sklformat.format import layout
 from sklformat.format.header import Header
 from sklformat.format.listing import Entry, check_contiguous, place_in_cache
 
@@ -77,7 +81,8 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
     An unfinished shard beside sealed ones is a problem too, unless a manifest says which shards the cache has.
 
     Args:
-        path: A ``.skl`` file or a cache directory.
+        path: A ``.skl`` file or a cache directory, or the URL of either.  Behind a URL the store's bytes are read, once
+            and not through local copies; a few MiB of them are in memory at a time.
         progress: Told how far it is, in bytes.
 
     Returns:
@@ -87,19 +92,13 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
         FileNotFoundError: Nothing is there.
         MissingShardError: A directory without any shard.
         UnsupportedError: Every file here is of another format or version; one among shards is a problem like any other.
-            Or a URL.
+        RemoteError: The store behind a URL failed; nothing is said of the cache then.
 
     Source: SPEC section 13.
     """
-    if isinstance(path, str) and is_url(path):
-        raise UnsupportedError(
-            "verify reads files of this machine; copy the cache here first (readers check whatever they read of a URL)",
-            path=path,
-        )
-    root = Path(path)
-    among = is_directory(root)
-    files = shard_files(root) if among else [root]
-    unfinished = find_unfinished(root) if among and not has_manifest(root) else []
+    root: Place = path.rstrip("/") if isinstance(path, str) and is_url(path) else Path(path)
+    found = _find_remote(root) if isinstance(root, str) else _find_here(root)
+    among, listed, files, unfinished = found.among, found.listed, found.files, found.unfinished
     if among and not files:
         raise unfinished[0] if unfinished else no_shards(root)
     sizes = [_size_of(file) for file in files]
@@ -109,7 +108,7 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
     refused: list[FormatError] = []
     for file, size in zip(files, sizes, strict=True):
         try:
-            shard = Shard(file, "pread")  # a byte of a bad disk is then an error; in a mapping it ends the process
+            shard = _open(file, size)
         except FormatError as error:
             refused.append(error)
             problems.append(_problem(error, file))
@@ -128,12 +127,56 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
     if not opened and all(isinstance(error, UnsupportedError) for error in refused):
         raise refused[0]  # nothing here is a shard that this version reads, so nothing is damaged
     if among:
-        problems += _check_together(root, opened)
+        problems += _check_together(root, opened, listed)
     return problems
 
 
-def _size_of(file: Path) -> int:
+class _Found(NamedTuple):
+    among: bool  # whether it is a directory
+    listed: bool  # by a manifest
+    files: Sequence[Place]
+    unfinished: Sequence[FormatError]
+
+
+def _find_here(root: Path) -> _Found:
+    if not is_directory(root):
+        return _Found(among=False, listed=False, files=[root], unfinished=[])
+    listed = has_manifest(root)
+    return _Found(
+        among=True, listed=listed, files=shard_files(root), unfinished=[] if listed else find_unfinished(root)
+    )
+
+
+def _find_remote(url: str) -> _Found:
+    """As of a directory here; but the manifest's shards are looked for too where the store's listing lags behind."""
+    if url.endswith(layout.SHARD_SUFFIX):
+        return _Found(among=False, listed=False, files=[url], unfinished=[])
+    names = {name for name in remote.list_names(url) if name.endswith(layout.SHARD_SUFFIX)}
+    manifest, unfinished = join(url, MANIFEST_NAME), list[FormatError]()
+    listed = remote.exists(str(manifest))
+    if listed:
+        with contextlib.suppress(FormatError):  # which is named when the shards are checked against it
+            unseen = {entry.name for entry in read_manifest(manifest)} - names
+            names |= {name for name in unseen if remote.exists(url_of(url, name))}
+    elif names:
+        unfinished = [
+            UnfinishedError(
+                f"shards without {MANIFEST_NAME}, which comes last: the capture or conversion has not ended", path=url
+            )
+        ]
+    return _Found(among=True, listed=listed, files=[url_of(url, name) for name in sorted(names)], unfinished=unfinished)
+
+
+def _open(file: Place, size: int) -> Shard:
+    if isinstance(file, str):
+        return Shard(file, file=StreamedFile(file, size))
+    return Shard(file, "pread")  # a byte of a bad disk is then an error; in a mapping it ends the process
+
+
+def _size_of(file: Place) -> int:
     """Bytes to be checked; 0 where opening the file will say why there are none."""
+    if isinstance(file, str):
+        return remote.size(file)
     try:
         return file.stat().st_size
     except OSError:
@@ -184,7 +227,7 @@ def _check_distinct(header: Header, offsets: NDArray[np.int64], token_ids: NDArr
         native.check_distinct(offsets, token_ids)
 
 
-def _check_together(root: Path, opened: list[tuple[Entry, Header]]) -> list[Problem]:
+def _check_together(root: Place, opened: list[tuple[Entry, Header]], listed: bool) -> list[Problem]:
     entries = sorted((entry for entry, _ in opened), key=place_in_cache)
     problems = [
         Problem(
@@ -198,9 +241,8 @@ def _check_together(root: Path, opened: list[tuple[Entry, Header]]) -> list[Prob
     ]
     try:
         check_contiguous(entries, root)
-        if has_manifest(root):
-            listed = read_manifest(root / MANIFEST_NAME)
-            problems += _check_listed(listed, entries)
+        if listed:
+            problems += _check_listed(read_manifest(join(root, MANIFEST_NAME)), entries)
     except FormatError as error:
         problems.append(_problem(error, root))
     return problems

@@ -37,6 +37,7 @@ class Shard:
             when it is touched for the first time, one that is read each time.  A URL is read by ranges: "auto".
         copies: Where pieces of remote files are kept; None: a ``LocalCopies`` with its defaults.
         entry: What the cache's manifest says of it, if there is one; saves asking where a URL's file ends.
+        file: It, open already; None: it is opened here.
 
     Raises:
         FormatError: Its children, as ``parse_header``, ``parse_trailer`` and ``parse_index`` say.
@@ -55,10 +56,13 @@ class Shard:
         *,
         copies: LocalCopies | None = None,
         entry: Entry | None = None,
+        file: OpenFile | None = None,
     ) -> None:
         self.path: Place
         self._file: OpenFile | None
-        if isinstance(path, str) and is_url(path):
+        if file is not None:
+            self.path, self._file = path, file
+        elif isinstance(path, str) and is_url(path):
             self.path, self._file = path, _open_remote(path, io, copies or LocalCopies(), entry)
         else:
             self.path = Path(path)

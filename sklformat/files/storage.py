@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import weakref
+from collections import OrderedDict
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -24,6 +25,10 @@ from sklformat.native import address_of
 
 Io = Literal["auto", "mmap", "pread"]
 
+PIECE = 8 << 20
+"""Bytes that a file behind a URL is read by where it is read once, from begin to end."""
+
+_IN_MEMORY = 3  # such pieces: the end of a file, and two that a read may lie across
 _MORE = 4096  # bytes that are asked for beyond the size that a file claims
 _MOUNTS = Path("/proc/self/mountinfo")
 _LOCAL = {
@@ -132,6 +137,41 @@ class RemoteFile:
 
     def read_into(self, offset: int, out: memoryview) -> None:
         out[:] = self.read(offset, len(out))
+
+
+class StreamedFile:
+    """A file behind a URL that is read once: the store's own bytes, no local copies, a few pieces of it in memory."""
+
+    address: int | None = None
+
+    def __init__(self, url: str, size: int) -> None:
+        if size == 0:
+            raise empty(url)
+        self.url, self.size = url, size
+        self._pieces: OrderedDict[int, bytes] = OrderedDict()
+
+    def read(self, offset: int, length: int) -> memoryview:
+        data = memoryview(bytearray(length))
+        self.read_into(offset, data)
+        return data
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        done = 0
+        while done < len(out):
+            number, skipped = divmod(offset + done, PIECE)
+            part = self._piece(number)[skipped : skipped + len(out) - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+
+    def _piece(self, number: int) -> bytes:
+        if number not in self._pieces:
+            start, last = number * PIECE, (self.size - 1) // PIECE
+            # The end is kept: it is read first, for the index, and again behind all blocks.
+            if len(self._pieces) == _IN_MEMORY:
+                del self._pieces[next(kept for kept in self._pieces if kept != last)]
+            self._pieces[number] = remote.read_range(self.url, start, min(PIECE, self.size - start))
+        self._pieces.move_to_end(number)
+        return self._pieces[number]
 
 
 def open_file(path: Path, io: Io) -> OpenFile:

@@ -85,7 +85,7 @@ class VerifyConfig:
     """Check every byte of a cache. Damage is listed, one line each, and the exit status is then 3."""
 
     path: str
-    """Cache directory, or one .skl shard."""
+    """Cache directory, or one .skl shard, or the URL of either."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,10 +177,10 @@ def test_verify_of_what_is_not_finished(capfd, cache):
 
 
 def test_verify_of_a_url(capfd):
-    """A URL is no missing file: verify says what it reads, and what to do."""
+    """A URL is verified like a directory; where nothing is, that is said in one line."""
     status, out, err = run(capfd, "verify", "memory://there/cache")
     assert (1, "") == (status, out)
-    assert "verify: memory://there/cache: verify reads files of this machine; copy the cache here first" in err
+    assert "verify: memory://there/cache: no .skl shards here" in err
 
 
 def test_recover(capfd, cache):
