@@ -169,6 +169,7 @@ lm_eval|lm-eval==0.4.13
 trl|trl==1.16.0
 torchtitan|torchtitan==0.3.0 triton
 ray|ray==2.60.0
+s3|moto[server]==5.2.5 s3fs==2026.9.0
 axolotl|$(OF_AXOLOTL)|axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6
 endef
 export NEIGHBOURS
