@@ -274,14 +274,6 @@ def _run_recover(name: str, arguments: list[str]) -> int:
     return 0
 
 
-def _run_plot(name: str, arguments: list[str]) -> int:
-    config, as_json = parse(PlotConfig, name, arguments, positional=True)
-    from sklformat.views.curves import plot  # noqa: PLC0415  loads matplotlib
-
-    _print_result(plot(config), as_json=as_json)
-    return 0
-
-
 def _run_view(name: str, arguments: list[str]) -> int:
     from sklformat.views.page import read_stretch, render  # noqa: PLC0415
     from sklformat.views.serving import opened  # noqa: PLC0415
@@ -369,6 +361,7 @@ _RESCORE = _learning(RescoreConfig, "rescoring.passes", "rescore", holds="out", 
 _EVAL = _learning(EvalConfig, "student.measures.evaluation", "evaluate")
 _DEMO = _learning(DemoConfig, "demo.stages", "run_demo", holds="out")
 _STATS = _long(StatsConfig, "views.stats", "gather")
+_PLOT = _long(PlotConfig, "views.sheets", "plot")
 _CHECK = _long(CheckConfig, "check", "check")
 _CONVERT = _long(ConvertConfig, "interop", "convert")
 _MERGE = _long(MergeConfig, "operations", "merge_caches")
@@ -382,7 +375,7 @@ _VERBS = {
     "demo": _Verb("run the whole pipeline once, from text to the paper's table", DemoConfig, _DEMO),
     "inspect": _Verb("show what a cache holds", InspectConfig, _run_inspect, _AGAIN),
     "stats": _Verb("show what a cache holds, in numbers", StatsConfig, _STATS, _AGAIN),
-    "plot": _Verb("draw training runs on one sheet", PlotConfig, _run_plot, _AGAIN),
+    "plot": _Verb("draw caches or training runs on one sheet", PlotConfig, _PLOT, _AGAIN),
     "view": _Verb("show on one page what the teacher said of each token", ViewConfig, _run_view, _AGAIN),
     "card": _Verb("write the dataset card of a cache, for a hub", CardConfig, _run_card, _AGAIN),
     "verify": _Verb("check every byte of a cache", VerifyConfig, _run_verify, _AGAIN),

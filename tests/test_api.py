@@ -60,7 +60,7 @@ FLAGS = {
     """,
     "card": "json license name",
     "inspect": "json positions sequence tokenizer trust-remote-code",
-    "plot": "json",
+    "plot": "json sample seed",
     "stats": "json sample seed",
     "view": "first json port positions serve student tokenizer trust-remote-code",
 }

@@ -23,6 +23,8 @@ class StatsTables:
     What was seen so far, added up over every payload that ``add`` was given.
 
     Attributes:
+        bucket_positions: As given.
+        ids: As given.
         uniques: uint64 [num_uniques], positions by their number of records; the last for that many or more.
         sizes: uint64 [256], records by their count; of ratios by the powers of two that they are below 1.
         id_counts: uint64 [len(ids)], how often each is a token.
@@ -32,8 +34,8 @@ class StatsTables:
     """
 
     def __init__(self, num_uniques: int, num_buckets: int, bucket_positions: int, ids: NDArray[np.uint32]) -> None:
-        self._num_uniques, self._num_buckets, self._bucket_positions = num_uniques, num_buckets, bucket_positions
-        self.ids = ids
+        self._num_uniques, self._num_buckets = num_uniques, num_buckets
+        self.bucket_positions, self.ids = bucket_positions, ids
         self.uniques, self.sizes = np.zeros(num_uniques, np.uint64), np.zeros(256, np.uint64)
         self.id_counts = np.zeros(ids.size, np.uint64)
         self.bins, self.buckets = np.zeros((lib.SKL_STATS_BINS, 3)), np.zeros((num_buckets, 5))
@@ -92,7 +94,7 @@ class StatsTables:
             view("double[]", self.buckets, writable=True),
         ]
         room = [self._offsets.size - 1, self._codes.size]
-        tables = [self._num_uniques, self._num_buckets, self._bucket_positions, self.ids.size]
+        tables = [self._num_uniques, self._num_buckets, self.bucket_positions, self.ids.size]
         row, fault = ffi.new("uint32_t *"), ffi.new("skl_fault *")
         addresses = view("uint64_t[]", sources)
         status = lib.skl_gather_stats(

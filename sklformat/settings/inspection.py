@@ -110,17 +110,31 @@ class CheckConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draw training runs on one sheet: losses, distance to the teacher, calibration error and reliability."""
+    """
+    Draw caches on one sheet, or training runs, side by side.
 
-    paths: tuple[Path, ...]
-    """Directories of runs, as sklformat train writes them, 1 to 8; evaluation.json in one, of eval, is drawn too."""
+    Caches: unique tokens, confidence against correctness, label-in-support along the sequence, bytes by column, counts.
+    Runs: losses, distance to the teacher, calibration error and reliability.
+    """
+
+    paths: tuple[str, ...]
+    """1 to 8 caches: directories, .skl shards, or URLs of either; or 1 to 8 directories of runs, as sklformat train
+    writes them: evaluation.json in one, of eval, is drawn too."""
 
     out: Path = field(metadata={"flag": "out", "short": "-o"})
     """File to write; its ending chooses the format: .png, .svg or .pdf."""
 
+    sample: int | None = None
+    """Of each cache read this many sequences, drawn at random; None: all."""
+
+    seed: int = 0
+    """Of that draw."""
+
     def __post_init__(self) -> None:
+        check_least(self, 2, "sample")
+        check_least(self, 0, "seed")
         if not 1 <= len(self.paths) <= MAX_DRAWN:
-            raise ValueError(f"plot draws 1 to {MAX_DRAWN} runs, got {len(self.paths)}")
+            raise ValueError(f"plot draws 1 to {MAX_DRAWN} runs or caches, got {len(self.paths)}")
         check_picture("out", self.out)
 
 

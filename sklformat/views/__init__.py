@@ -8,5 +8,6 @@ overview    a cache at a glance, or how far a capture is
 page        a stretch of text with what teachers and students said of each token, as one file of HTML
 passage     one sequence, token by token, for a terminal
 serving     that page on this machine alone
+sheets      caches on one sheet, and which sheet a path is for
 stats       what a cache holds, in numbers, and what looks wrong
 """

@@ -17,7 +17,9 @@ from sklformat.files.regular import check_exists
 from sklformat.plot import ReliabilityBin, RunRow, plot_runs
 from sklformat.settings.inspection import PlotConfig
 
-_LOG, _EVALUATION = "metrics.jsonl", "evaluation.json"
+LOG = "metrics.jsonl"
+"""What makes a directory that of a run."""
+_EVALUATION = "evaluation.json"
 # Of each curve, the name in the log.
 _CURVES = {
     "loss": "loss",
@@ -30,13 +32,13 @@ _CURVES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plotted:
-    """The sheet that was drawn, and of which runs."""
+    """The sheet that was drawn, and of which runs or caches."""
 
     out: Path
-    runs: list[str]
+    names: list[str]
 
     def __str__(self) -> str:
-        return f"{self.out}: {', '.join(self.runs)}"
+        return f"{self.out}: {', '.join(self.names)}"
 
 
 def plot(config: PlotConfig) -> Plotted:
@@ -49,12 +51,12 @@ def plot(config: PlotConfig) -> Plotted:
         CorruptError: Its log or its evaluation cannot be read; names the line.
         OSError: The sheet cannot be written.
     """
-    names = [path.resolve().name for path in config.paths]
+    names = [Path(path).resolve().name for path in config.paths]
     if len(set(names)) < len(names):
-        names = [str(path) for path in config.paths]
-    rows = [read_run(path, name) for path, name in zip(config.paths, names, strict=True)]
+        names = [*config.paths]
+    rows = [read_run(Path(path), name) for path, name in zip(config.paths, names, strict=True)]
     plot_runs(rows, config.out)
-    return Plotted(out=config.out, runs=names)
+    return Plotted(out=config.out, names=names)
 
 
 def read_run(directory: Path, name: str) -> RunRow:
@@ -69,9 +71,9 @@ def read_run(directory: Path, name: str) -> RunRow:
         FileNotFoundError, UnsupportedError, CorruptError: As ``plot``.
     """
     check_exists(directory)
-    log = directory / _LOG
+    log = directory / LOG
     if not log.is_file():
-        raise UnsupportedError(f"not a training run: it has no {_LOG}, which sklformat train writes", path=directory)
+        raise UnsupportedError(f"not a training run: it has no {LOG}, which sklformat train writes", path=directory)
     curves: dict[str, list[tuple[int, float]]] = {curve: [] for curve in _CURVES}
     # A line without its end is being written, or was cut off by a crash.
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)

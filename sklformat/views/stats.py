@@ -168,7 +168,7 @@ def _of_kind(header: Header, sums: _Sums, sizes: NDArray[np.uint64]) -> dict[str
     found: dict[str, Any] = {"confidence": sums.mean("top")}
     if header.kind == "counts":
         plain, unique = sums.mean("entropy"), sums.mean("records")
-        found["counts"] = {"histogram": shown}
+        found["counts"] = {"rounds": header.rounds, "histogram": shown}
         found["entropy"] = {
             "mean": None
             if plain["mean"] is None or unique["mean"] is None
@@ -210,8 +210,13 @@ def _labels(header: Header, sums: _Sums, tables: native.StatsTables) -> dict[str
         "suspicious": suspicious,
         "false_alarm_rate": false_alarms,
         "along_the_sequence": [
-            {"positions": int(n), "in_support": hits / n, "chance": others / n}
-            for n, hits, others, *_ in tables.buckets.tolist()
+            {
+                "first": place * tables.bucket_positions,
+                "positions": int(n),
+                "in_support": hits / n,
+                "chance": others / n,
+            }
+            for place, (n, hits, others, *_) in enumerate(tables.buckets.tolist())
             if n
         ],
         "reliability": [

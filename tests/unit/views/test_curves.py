@@ -1,54 +1,15 @@
 """Training runs on one sheet: what is read of them, and that the sheet can be read."""
 
-import itertools
-import json
-
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
+from sheet_data import BINS, make_run, overlaps
 
 from sklformat.cli import main
 from sklformat.errors import CorruptError, UnsupportedError
 from sklformat.plot import draw_runs, plot_runs
 from sklformat.settings.inspection import PlotConfig
 from sklformat.views.curves import plot, read_run
-
-EVALUATED = {"eval_lm_loss": 3.5, "eval_kl": 0.25, "eval_kl_to_records": 1.5, "eval_calibration_error": 0.04}
-BINS = [{"confidence": 0.25, "accuracy": 0.5, "share": 0.75}, {"confidence": 0.75, "accuracy": 0.5, "share": 0.25}]
-
-
-def make_run(directory, *, evaluated=True, end=""):
-    """A run of 20 steps at ``directory``."""
-    directory.mkdir(parents=True)
-    rows = [{"step": 10, "loss": 4.5}, {"step": 20, "loss": 4.25}]
-    rows += [{"step": 20, **EVALUATED}] if evaluated else []
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
-    if evaluated:
-        (directory / "evaluation.json").write_text(json.dumps({"lm_loss": 3.5, "reliability": BINS}))
-    return directory
-
-
-def is_beyond(place, axis):
-    """Whether a tick lies beyond the limits of its axis, where it is kept but not drawn."""
-    low, high = axis.get_view_interval()
-    return not low <= place <= high
-
-
-def overlaps(figure):
-    """Pairs of texts of a drawn figure whose boxes meet."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    width, height = canvas.get_width_height()
-    axes = [axis for each in figure.axes for axis in (each.xaxis, each.yaxis)]
-    undrawn = [tick for axis in axes for tick in axis.get_major_ticks() if is_beyond(tick.get_loc(), axis)]
-    hidden = {id(text) for tick in undrawn for text in tick.findobj(Text)}
-    hidden |= {id(text) for one in figure.axes if not one.axison for text in one.xaxis.findobj(Text)}
-    hidden |= {id(text) for one in figure.axes if not one.axison for text in one.yaxis.findobj(Text)}
-    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text() and id(t) not in hidden]
-    boxes = [(t.get_text(), t.get_window_extent(canvas.get_renderer())) for t in texts]
-    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for _, box in boxes)
-    return [(a, b) for (a, one), (b, other) in itertools.combinations(boxes, 2) if one.overlaps(other)]
 
 
 def test_what_is_read_of_a_run(tmp_path):
@@ -104,17 +65,20 @@ def test_plot_by_the_command_line(tmp_path, capsys, ending, magic):
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
     """Nothing is written then."""
     assert 1 == main(["plot", str(tmp_path), "-o", str(tmp_path / "x.png")])
-    said = f"sklformat plot: {tmp_path}: not a training run: it has no metrics.jsonl, which sklformat train writes\n"
-    assert said == capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said == (
+        f"sklformat plot: {tmp_path}: neither a training run nor a cache: it has no metrics.jsonl, "
+        "which sklformat train writes, and no .skl shards\n"
+    )
     assert [] == list(tmp_path.iterdir())
 
 
 def test_bad_settings(tmp_path):
     """A wrong number of runs, and an ending that is not drawn."""
-    with pytest.raises(ValueError, match="plot draws 1 to 8 runs, got 9"):
-        PlotConfig(paths=(tmp_path,) * 9, out=tmp_path / "x.png")
+    with pytest.raises(ValueError, match="plot draws 1 to 8 runs or caches, got 9"):
+        PlotConfig(paths=(str(tmp_path),) * 9, out=tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"out must end in \.png, \.svg or \.pdf, got 'x\.bmp'"):
-        PlotConfig(paths=(tmp_path,), out=type(tmp_path)("x.bmp"))
+        PlotConfig(paths=(str(tmp_path),), out=type(tmp_path)("x.bmp"))
     with pytest.raises(ValueError, match="plot_runs draws 1 to 8 runs, got 0"):
         plot_runs([], tmp_path / "x.png")
 
@@ -141,7 +105,7 @@ def test_a_damaged_evaluation(tmp_path):
 def test_a_path_that_is_not_there(tmp_path):
     """And a file that is no run."""
     with pytest.raises(FileNotFoundError):
-        plot(PlotConfig(paths=(tmp_path / "none",), out=tmp_path / "x.png"))
+        plot(PlotConfig(paths=(str(tmp_path / "none"),), out=tmp_path / "x.png"))
     (tmp_path / "file").touch()
     with pytest.raises(UnsupportedError, match="not a training run"):
-        plot(PlotConfig(paths=(tmp_path / "file",), out=tmp_path / "x.png"))
+        plot(PlotConfig(paths=(str(tmp_path / "file"),), out=tmp_path / "x.png"))

@@ -36,6 +36,7 @@ def test_what_is_said_of_a_sound_cache(tmp_path, capsys):
     labels = found["labels"]
     assert (1.0, False) == (labels["in_support"]["mean"], labels["suspicious"])
     assert 0.75 == found["confidence"]["mean"] == labels["confidence"]["mean"]
+    assert [*range(0, 64, 4)] == [part["first"] for part in labels["along_the_sequence"]]
     assert found["entropy"]["mean"] == pytest.approx(0.5623351446 + 1 / 16)
     assert sum(size for name, size in found["bytes"].items() if name != "total") == path.stat().st_size
     assert 0 == main(["stats", str(path), "--json"])

@@ -7,21 +7,29 @@ the LM loss of each method, and how far its confidence can be trusted.
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from sklformat.plot.rows import CacheRow, ComparisonRow, NoiseRow, RunRow
 
 BASELINE_COLOUR = "#7f7f7f"
 COLOURS = ("#4477aa", "#cc6677", "#228833", "#aa7733", "#66ccee", "#aa3377", "#999933", "#332288")
 # One of each for a run, so that runs differ without colour.
 STYLES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (3, 5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++")
+_WIDE = 128  # an axis that reaches beyond is logarithmic
+_NO_EVALUATION = "no evaluation.json in the run;\nsklformat eval --out writes it"
+_NO_LABELS = "no tokens in the cache,\nso no labels are known"
 # What a user has in matplotlibrc must not change the project's figures; a $ in a run's name begins no formula.
 _STYLE: dict[str, Any] = {
     **mpl.rcParamsDefault,
@@ -30,64 +38,6 @@ _STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "text.parse_math": False,
 }
-
-
-class ReliabilityBin(TypedDict):
-    """One confidence bin of a reliability diagram."""
-
-    confidence: float
-    """Mean confidence of the predictions in the bin, 0..1."""
-
-    accuracy: float
-    """Share of them that were right, 0..1."""
-
-    share: float
-    """Share of all predictions that fell into the bin, 0..1."""
-
-
-class ComparisonRow(TypedDict):
-    """What is drawn of one method."""
-
-    method: str
-    """Name next to the bar."""
-
-    lm_loss: float
-    """Nats per token on held-out text."""
-
-    calibration_error: float
-    """Expected calibration error, a fraction in 0..1."""
-
-    reliability: Sequence[ReliabilityBin]
-    """Bins in rising order of confidence; empty bins may be left out."""
-
-
-class RunRow(TypedDict):
-    """What is drawn of one training run."""
-
-    name: str
-    """In the legend."""
-
-    curves: Mapping[str, Sequence[tuple[int, float]]]
-    """(step, value) of loss, lm_loss, kl, kl_to_records (nats) and calibration_error (a fraction); may be empty."""
-
-    reliability: Sequence[ReliabilityBin]
-    """As in ``ComparisonRow``; empty where the run was not evaluated."""
-
-
-class NoiseRow(TypedDict):
-    """What is drawn of one sampler and number of rounds."""
-
-    sampler: str
-    """Of which the rows are one line."""
-
-    bytes_per_position: float
-    """How large a cache of it is."""
-
-    shares: Sequence[float]
-    """Of each student the draws' part of the gradient's noise, above 0."""
-
-    share_errors: Sequence[float]
-    """Their standard errors."""
 
 
 def plot_comparison(rows: Sequence[ComparisonRow], path: Path | str, *, title: str = "") -> None:
@@ -180,11 +130,45 @@ def draw_runs(rows: Sequence[RunRow]) -> Figure:
             axis.set_xlabel("step")
             axis.set_ylabel(unit)
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        _draw_reliabilities(axes[4], rows)
-        axes[5].set_axis_off()
-        names = ["\n".join(textwrap.wrap(_shortened(row["name"]), 34)) for row in rows]
-        handles = [Line2D([], [], **_look(index)) for index in range(len(rows))]
-        axes[5].legend(handles, names, loc="upper left", frameon=False, fontsize=11, handlelength=4)
+        words = "confidence in the top token (%), below the line too high", "how often it was right (%)"
+        _draw_reliabilities(axes[4], "Reliability", words, _NO_EVALUATION, rows)
+        _draw_names(axes[5], [(row["name"], []) for row in rows])
+    return figure
+
+
+def plot_caches(rows: Sequence[CacheRow], path: Path | str, *, by_weight: bool = False) -> None:
+    """
+    Draw caches into one PNG, SVG or PDF file: unique tokens, reliability, labels in support, bytes and sizes.
+
+    Args:
+        rows: One entry per cache, 1 to 8.
+        path: File to write; its ending chooses the format.
+        by_weight: Whether ``sizes`` are weights, from each power of two to the next, in place of counts.
+
+    Raises:
+        ValueError: No rows, more than 8, or a file ending that matplotlib cannot write.
+        OSError: The file cannot be written.
+    """
+    with mpl.rc_context(_STYLE):
+        draw_caches(rows, by_weight=by_weight).savefig(path)
+
+
+def draw_caches(rows: Sequence[CacheRow], *, by_weight: bool = False) -> Figure:
+    """The sheet of ``plot_caches``, not yet written; arguments and errors as there."""
+    if not 1 <= len(rows) <= len(MARKERS):
+        raise ValueError(f"plot_caches draws 1 to {len(MARKERS)} caches, got {len(rows)}")
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(13.5, 8.0), dpi=130, layout="constrained")
+        axes: Any = figure.subplots(2, 3).flatten()
+        uniques, sizes = [row["uniques"] for row in rows], [row["sizes"] for row in rows]
+        _draw_shares(axes[0], "Unique tokens", "records of a position", "positions that have records (%)", uniques)
+        words = "share of the largest record (%),\nbelow the line too high", "how often it was the label (%)"
+        _draw_reliabilities(axes[1], "Confidence against correctness", words, _NO_LABELS, rows)
+        _draw_support(axes[2], rows)
+        _draw_bytes(axes[3], rows)
+        unit = "weight, from here to twice as much" if by_weight else "count"
+        _draw_shares(axes[4], "Weights" if by_weight else "Counts", unit, "records (%)", sizes, is_log=True)
+        _draw_names(axes[5], [(row["name"], row["notes"]) for row in rows], hatched=True)
     return figure
 
 
@@ -245,8 +229,24 @@ def _look(index: int) -> dict[str, Any]:
     }
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= 100 else f"{name[:48]} … {name[-48:]}"
+def _shortened(name: str, length: int = 100) -> str:
+    half = length // 2 - 2
+    return name if len(name) <= length else f"{name[:half]} … {name[-half:]}"
+
+
+def _draw_names(axis: Any, rows: Sequence[tuple[str, Sequence[str]]], *, hatched: bool = False) -> None:
+    """Name and notes of each row beside its look; the more there are, the shorter."""
+    length = 102 if len(rows) <= 2 else 34
+    names = ["\n".join([*textwrap.wrap(_shortened(name, length), 34), *notes]) for name, notes in rows]
+    handles: list[Any] = [Line2D([], [], **_look(index)) for index in range(len(rows))]
+    if hatched:
+        handles = [(Patch(**_fill(index)), handle) for index, handle in enumerate(handles)]
+    axis.set_axis_off()
+    axis.legend(handles, names, loc="upper left", frameon=False, fontsize=11 if len(rows) <= 2 else 9, handlelength=4)
+
+
+def _fill(index: int) -> dict[str, Any]:
+    return {"facecolor": COLOURS[index], "alpha": 0.6, "hatch": HATCHES[index], "edgecolor": "black", "linewidth": 0.5}
 
 
 def _say_empty(axis: Any, why: str) -> None:
@@ -255,10 +255,38 @@ def _say_empty(axis: Any, why: str) -> None:
     axis.set_yticks([])
 
 
-def _draw_reliabilities(axis: Any, rows: Sequence[RunRow]) -> None:
-    axis.set_title("Reliability", fontsize=12, fontweight="bold")
+def _draw_shares(
+    axis: Any, title: str, unit: str, of: str, lines: Sequence[Sequence[tuple[float, float]]], *, is_log: bool = False
+) -> None:
+    axis.set_title(title, fontsize=12, fontweight="bold")
+    if not any(lines):
+        _say_empty(axis, "no records")
+        return
+    for index, points in enumerate(lines):
+        shown = [(x, 100 * share) for x, share in points if share or not is_log]
+        axis.plot(*zip(*shown, strict=True), **_look(index), markevery=max(1, len(shown) // 16))
+    if is_log:
+        shares = [share for points in lines for _, share in points if share]
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_ylim(10.0 ** math.floor(math.log10(100 * min(shares))) / 2, 130)
+    if is_log or max(points[-1][0] for points in lines if points) > _WIDE:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.set_xlabel(unit)
+    axis.set_ylabel(of)
+
+
+def _draw_reliabilities(
+    axis: Any, title: str, words: tuple[str, str], without: str, rows: Sequence[RunRow] | Sequence[CacheRow]
+) -> None:
+    axis.set_title(title, fontsize=12, fontweight="bold")
     if not any(row["reliability"] for row in rows):
-        _say_empty(axis, "no evaluation.json in the run;\nsklformat eval --out writes it")
+        _say_empty(axis, without)
         return
     axis.plot([0, 100], [0, 100], color="#bbbbbb", linewidth=1.2)
     for index, row in enumerate(rows):
@@ -268,8 +296,40 @@ def _draw_reliabilities(axis: Any, rows: Sequence[RunRow]) -> None:
         )
     axis.set_xlim(0, 100)
     axis.set_ylim(0, 100)
-    axis.set_xlabel("confidence in the top token (%), below the line too high")
-    axis.set_ylabel("how often it was right (%)")
+    axis.set_xlabel(words[0])
+    axis.set_ylabel(words[1])
+
+
+def _draw_support(axis: Any, rows: Sequence[CacheRow]) -> None:
+    axis.set_title("Labels among the records", fontsize=12, fontweight="bold")
+    if not any(row["in_support"] for row in rows):
+        _say_empty(axis, _NO_LABELS)
+        return
+    for index, row in enumerate(rows):
+        for points, look in ((row["in_support"], {}), (row["chance"], {"linestyle": "", "markerfacecolor": "none"})):
+            if points:
+                axis.plot([x for x, _ in points], [100 * share for _, share in points], **(_look(index) | look))
+        if row["in_support"] and row["expected"] is not None:
+            axis.axhline(100 * row["expected"], color=COLOURS[index], linestyle=STYLES[index], linewidth=0.8)
+    axis.set_ylim(-3, 103)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.set_xlabel("position in the sequence\n● measured, ○ by chance,\nthin line: expected")
+    axis.set_ylabel("labels that have a record (%)")
+
+
+def _draw_bytes(axis: Any, rows: Sequence[CacheRow]) -> None:
+    axis.set_title("Bytes", fontsize=12, fontweight="bold")
+    columns = list(dict.fromkeys(column for row in rows for column in row["bytes"]))
+    if not columns:
+        _say_empty(axis, "no positions")
+        return
+    height = 0.8 / len(rows)
+    for index, row in enumerate(rows):
+        places = [place + (index + 0.5) * height - 0.4 for place in range(len(columns))]
+        axis.barh(places, [row["bytes"].get(column, 0) for column in columns], height, **_fill(index))
+    axis.set_yticks(range(len(columns)), ["\n".join(textwrap.wrap(column, 15)) for column in columns], fontsize=10)
+    axis.invert_yaxis()
+    axis.set_xlabel("bytes per position")
 
 
 def _colour(index: int, method: str) -> str:
