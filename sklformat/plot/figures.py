@@ -237,12 +237,24 @@ def _shortened(name: str, length: int = 100) -> str:
 def _draw_names(axis: Any, rows: Sequence[tuple[str, Sequence[str]]], *, hatched: bool = False) -> None:
     """Name and notes of each row beside its look; the more there are, the shorter."""
     length = 102 if len(rows) <= 2 else 34
-    names = ["\n".join([*textwrap.wrap(_shortened(name, length), 34), *notes]) for name, notes in rows]
+    names = [
+        "\n".join(
+            [*textwrap.wrap(_shortened(name, length), 34), *([", ".join(notes)] if len(rows) > 4 and notes else notes)]
+        )
+        for name, notes in rows
+    ]
     handles: list[Any] = [Line2D([], [], **_look(index)) for index in range(len(rows))]
     if hatched:
         handles = [(Patch(**_fill(index)), handle) for index, handle in enumerate(handles)]
     axis.set_axis_off()
-    axis.legend(handles, names, loc="upper left", frameon=False, fontsize=11 if len(rows) <= 2 else 9, handlelength=4)
+    axis.legend(
+        handles,
+        names,
+        loc="upper left",
+        frameon=False,
+        fontsize=11 if len(rows) <= 2 else 9 if len(rows) <= 4 else 8,
+        handlelength=4,
+    )
 
 
 def _fill(index: int) -> dict[str, Any]:
