@@ -168,7 +168,7 @@ def scan_directory(path: Path, io: Io = "auto") -> list[Entry]:
     return entries
 
 
-def no_shards(path: Path) -> MissingShardError:
+def no_shards(path: Place) -> MissingShardError:
     """That a directory holds nothing by the name of a shard."""
     return MissingShardError("no .skl shards here: not a cache, or an empty one", path=path)
 
