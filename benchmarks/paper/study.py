@@ -93,16 +93,14 @@ def main() -> None:
     pairs = {
         f"{prefix}{unique:g} records": apart[f"{prefix}systematic {unique:g}"]
         - apart[f"{prefix}multinomial {unique:g}"]
-        for prefix in ("", AGAIN, WIDE)
+        for prefix in ("", AGAIN)
         for unique in UNIQUE
         if f"{prefix}systematic {unique:g}" in apart
     }
-    together = Mean.of(
-        [sum(v) / len(v) for v in zip(*(p.values for n, p in pairs.items() if WIDE not in n), strict=True)]
-    )
+    together = Mean.of([sum(v) / len(v) for v in zip(*(one.values for one in pairs.values()), strict=True)])
     notes = [
         f"systematic less multinomial, {name}: {one.text(4)} nats of KL ({_interval(one)['95 %']})"
-        for name, one in {**pairs, "all but four times the batch together": together}.items()
+        for name, one in {**pairs, "all together": together}.items()
     ]
     notes += [
         f"{name}: {100 * (1 - apart[name].mean / gain):.1f} % of FullKD's gain over CE in KL is kept"
@@ -130,7 +128,9 @@ def main() -> None:
         titles = {"": "one epoch", AGAIN: "three epochs over a third", WIDE: "four times the batch"}
         for axes, (prefix, title) in zip(figure.subplots(1, 3, sharey=True), titles.items(), strict=True):
             for number, sampler in enumerate(SAMPLERS):
-                line(axes, number, [n for u in UNIQUE if (n := f"{prefix}{sampler} {u:g}") in apart], sampler)
+                names = [name for u in UNIQUE if (name := f"{prefix}{sampler} {u:g}") in apart]
+                if names:
+                    line(axes, number, names, sampler)
             if prefix == AGAIN:
                 line(axes, 2, [name for name in apart if "thinned" in name], "multinomial, thinned")
             axes.axhline(0, color="0.4", linewidth=0.8)
