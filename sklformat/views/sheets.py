@@ -125,6 +125,6 @@ def _sizes(found: dict[str, Any], *, by_weight: bool) -> dict[float, int]:
 
 
 def _shares(numbers: dict[Any, int]) -> Points:
-    """Share of each in all."""
+    """Share of each in the sum."""
     total = sum(numbers.values())
     return [(float(value), number / total) for value, number in numbers.items()] if total else []

@@ -38,7 +38,7 @@ def ran(tmp_path_factory):
     return directory, done.stdout
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def out(ran):
     return ran[0]
 

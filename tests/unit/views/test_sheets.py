@@ -154,5 +154,5 @@ def test_an_empty_a_damaged_and_an_unfinished_cache(caches, tmp_path):
         plot(PlotConfig(paths=(str(caches[0]), str(tmp_path / "bad.skl")), out=tmp_path / "x.png"))
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "shard-00000.skl.partial").touch()
-    with pytest.raises(MissingShardError, match="unfinished"):
+    with pytest.raises(MissingShardError, match="the capture has written no sequence yet"):
         plot(PlotConfig(paths=(str(tmp_path / "begun"),), out=tmp_path / "x.png"))
