@@ -257,7 +257,8 @@ def test_of_the_same_bytes_the_smaller_share():
 
 def test_no_plot_needs_no_matplotlib(place, monkeypatch):
     """matplotlib belongs to an extra: who asks for no plot does without it, who does is told before a read."""
-    for name in ("sklformat.plot", "sklformat.distill.student.measures.advice"):
+    loaded = [name for name in sys.modules if name.startswith("sklformat.plot")]
+    for name in (*loaded, "sklformat.distill.student.measures.advice"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     fresh = importlib.import_module("sklformat.distill.student.measures.advice")
