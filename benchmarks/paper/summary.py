@@ -19,6 +19,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: a line for each claim, then each one's table and rule."""
     lines = ["| script | the paper's claim | here |", "|---|---|---|"]
     lines += [f"| {name} | {one['claim']} | **{one['verdict']}** |" for name, one in results.items()]
+    lines += [f"| {name} | see benchmarks/paper/{name}.py | not run yet |" for name in ORDER if name not in results]
     for name, one in results.items():
         lines += ["", f"### {name}: {one['verdict']}", "", f"{one['claim']}.", "", one["table"], ""]
         lines += [f"* {note}" for note in one["notes"]]
