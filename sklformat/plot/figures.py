@@ -284,7 +284,7 @@ def _draw_shares(
         axis.set_ylim(10.0 ** math.floor(math.log10(100 * min(shares))) / 2, 130)
     if is_log or max(points[-1][0] for points in lines if points) > _WIDE:
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
+        axis.xaxis.set_major_locator(LogLocator(base=2, numticks=4))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
     else:

@@ -32,7 +32,7 @@ def make(path, *, kind="counts", shift=0, seed=0, rounds=20, k=6):
                 own = rng.dirichlet(0.3 * np.ones(k))
                 others[rng.choice(k, p=own)] = label
                 said = dict(zip(others.tolist(), rng.multinomial(rounds, own) if rounds else own, strict=True))
-                said = {token: value for token, value in sorted(said.items()) if value > 1e-4}
+                said = {token: value for token, value in sorted(said.items()) if value > 1e-5}
                 ids += said
                 values += said.values()
                 offsets.append(len(ids))
