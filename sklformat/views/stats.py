@@ -191,7 +191,9 @@ def _labels(header: Header, sums: _Sums, tables: native.StatsTables) -> dict[str
     rate, chance = sums.mean("hits"), sums.mean("other_hits")
     expected: dict[str, Any] = {"mean": None, "error": None, "method": "not known of weighted records"}
     if header.kind == "counts":
-        expected = {**sums.mean("unseen", flip=True), "method": "Good-Turing: 1 - tokens drawn once / N"}
+        # Of systematic draws it is too low, by sum N p^2 over Np <= 1 and sum (2 - Np) / N over 1 < Np < 2.
+        least = ", the least of systematic draws" * (header.sampler == "systematic")
+        expected = {**sums.mean("unseen", flip=True), "method": f"Good-Turing: 1 - tokens drawn once / N{least}"}
     elif header.sampler in ("topk", "topp"):
         expected = {**sums.mean("mass"), "method": "the retained mass"}
     suspicious = false_alarms = None

@@ -248,3 +248,23 @@ def test_too_flat_to_tell(tmp_path):
     """Where records say little of labels, noise is not called suspicious."""
     labels = skl.stats(drawn(tmp_path / "a.skl", 0, shift=1, power=0))["labels"]
     assert (None, True) == (labels["suspicious"], labels["false_alarm_rate"] > 1e-4)
+
+
+def test_systematic_draws_hold_more_labels_than_good_turing_says(tmp_path):
+    """By sum N p^2 over Np <= 1 and sum (2 - Np) / N over 1 < Np < 2; each rate within five standard errors."""
+    rounds, positions = 12, 8 * 128
+    law = np.arange(1.0, 301.0) ** -1.2
+    law /= law.sum()
+    times = rounds * law
+    above = float((times * law)[times <= 1].sum() + ((2 - times) / rounds)[(times > 1) & (times < 2)].sum())
+    rng = np.random.default_rng(0)
+    of = skl.Header(vocab_size=300, seq_len=128, kind="counts", rounds=rounds, sampler="systematic")
+    with skl.ShardWriter(tmp_path / "a.skl", header=of) as writer:
+        rows = np.tile(np.log(law).astype(np.float32), (128, 1))
+        for sequence in range(8):
+            records = skl.draw(rows, rounds, "systematic", sequence=sequence)
+            writer.append(rng.choice(300, 129, p=law), records)
+    labels = skl.stats(tmp_path / "a.skl")["labels"]
+    assert labels["expected"]["method"].endswith("the least of systematic draws")
+    assert above > 0.1
+    assert labels["in_support"]["mean"] - labels["expected"]["mean"] == pytest.approx(above, abs=5 / positions**0.5 / 2)
