@@ -14,7 +14,7 @@
 #             it looks like goes to build/browser
 # make docs   these pages, SPEC.md and a reference of the public names as one static site: build/docs/html/index.html
 # make bench  the benchmarks; results go to the terminal
-# make paper  every claim of the paper, with error bars, and the page benchmarks/paper/README.md: two hours on two cores; if
+# make paper  every claim of the paper, with error bars, and the page benchmarks/paper/README.md: hours of one core; if
 #             stopped, the same command resumes (ARGS="--thorough", ARGS="--device cuda")
 # make clean  remove what was built
 # A torch that is in .venv already is kept; PYTHON=... names the interpreter for a new .venv.

@@ -65,7 +65,6 @@ HANDED_ON = {
     "interop/checks.py": ["fault"],
     "views/serving.py": ["error.strerror"],
     "native/batches.py": ["int(row[0])"],
-    "native/stats.py": ["int(row[0])"],
 }
 
 

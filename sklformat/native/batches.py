@@ -83,11 +83,7 @@ def decode_batch(
         row,
         fault,
     )
-    if status != lib.SKL_OK:
-        try:
-            check(status, fault)
-        except (ValueError, FormatError) as error:
-            raise RowError(int(row[0])) from error
+    check_rows(status, fault, row)
     return out
 
 
@@ -138,6 +134,19 @@ class BatchArrays(NamedTuple):
 
 
 _BATCH_TYPES = ("uint32_t[]", *3 * ("int64_t[]",), "uint32_t[]", "float[]", "uint8_t[]", "int64_t[]", "uint8_t[]")
+
+
+def check_rows(status: int, fault: Any, row: Any) -> None:
+    """
+    As ``check``, of a call over many rows.
+
+    Raises:
+        RowError: From what ``check`` raises; says which row, where C left its number.
+    """
+    try:
+        check(status, fault)
+    except (ValueError, FormatError) as error:
+        raise RowError(int(row[0])) from error
 
 
 class RowError(Exception):

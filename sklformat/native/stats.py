@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat.errors import FormatError
-from sklformat.native.batches import RowError
+from sklformat.native.batches import check_rows
 from sklformat.native.codec import Shape
-from sklformat.native.door import check, expect, ffi, lib, view
+from sklformat.native.door import expect, ffi, lib, view
 
 SUMS: tuple[str, ...] = tuple(
     name.removeprefix("SKL_STATS_").lower()
@@ -109,9 +108,5 @@ class StatsTables:
             row,
             fault,
         )
-        if status != lib.SKL_OK:
-            try:
-                check(status, fault)
-            except (ValueError, FormatError) as error:
-                raise RowError(int(row[0])) from error
+        check_rows(status, fault, row)
         return rows
