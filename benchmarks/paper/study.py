@@ -64,7 +64,7 @@ def main() -> None:
     students = arms(of)
     found = train_all(of, list(students.values()), given)
     results = {name: found[student] for name, student in students.items()}
-    # Four times the work each, so with two seeds.
+    # Four times the work each, so with three seeds.
     wide = {
         f"{WIDE}{name}": dataclasses.replace(students[name], batch=4)
         for name in ("FullKD", "systematic 12", "systematic 2.4")
@@ -72,7 +72,7 @@ def main() -> None:
     text = packed(of.directory, of.size, "tokens")
     count = min(4 * of.size.student["steps"] * of.size.student["batch_size"], len(text))
     part = read(given, of.directory / "teacher" / "model", text, count)
-    found = train_all(of, list(wide.values()), dataclasses.replace(given, seeds=given.seeds[:2]), part)
+    found = train_all(of, list(wide.values()), dataclasses.replace(given, seeds=given.seeds[:3]), part)
     results |= {name: found[student] for name, student in wide.items()}
     students |= wide
 
