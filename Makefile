@@ -25,7 +25,7 @@ READY := .venv/ready
 ARGS ?=
 FUZZ_SECONDS ?= 60
 BENCHMARKS := $(wildcard benchmarks/*.py)
-PAPER := $(filter-out $(patsubst %,benchmarks/paper/%.py,bench classifiers students summary teacher),$(wildcard benchmarks/paper/*.py))
+PAPER := $(filter-out $(patsubst %,benchmarks/paper/%.py,bench classifiers drawing students summary teacher),$(wildcard benchmarks/paper/*.py))
 PARTS := benchmarks/declared.py benchmarks/timing.py benchmarks/container_kinds.py
 SANITIZED := build/sanitized
 # -P and -S keep the working tree and its editable install out of the way of the sanitized copy.

@@ -31,10 +31,6 @@ from sklformat.files.disk import write_atomically
 
 SHOWN, NOT_SHOWN, CONTRADICTED = "shown", "not shown at this scale", "contradicted"
 STYLE = {**mpl.rcParamsDefault, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-# Of each curve or bar one: they differ in grey by dash, marker and lightness too.
-COLOURS = ("#332288", "#cc6677", "#228833", "#999933", "#66ccee", "#aa3377", "#bbbbbb", "#000000")
-DASHES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (3, 5)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 @dataclass(frozen=True, kw_only=True)

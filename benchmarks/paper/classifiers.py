@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bench import COLOURS, CONTRADICTED, MARKERS, NOT_SHOWN, SHOWN, Claim, Mean, Options, kept
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, Mean, Options, kept
+from drawing import COLOURS, MARKERS
 from torch import Tensor, nn
 from torch.nn import functional
 

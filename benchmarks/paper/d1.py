@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import COLOURS, CONTRADICTED, DASHES, MARKERS, NOT_SHOWN, SHOWN, Claim, Mean, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, Mean, options
+from drawing import curve
 from figure5 import positions, sharpness
 from teacher import teacher
 from torch import Tensor
@@ -113,10 +114,7 @@ def main() -> None:
         for axes, said in zip(figure.subplots(1, 2, sharey=True), ("", ", sharpened"), strict=True):
             for number, name in enumerate(CODES):
                 values = [Mean.of(found[name, k, f"KL{said}"]) for k in SIZES]
-                axes.errorbar(
-                    [str(k) for k in SIZES], [v.mean for v in values], [v.error for v in values],
-                    color=COLOURS[number], linestyle=DASHES[number], marker=MARKERS[number], capsize=4, label=name,
-                )  # fmt: skip
+                curve(axes, number, [str(k) for k in SIZES], values, name)
             axes.set_yscale("log")
             axes.set_xlabel("K")
             axes.set_title(f"teacher{said}")

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import COLOURS, CONTRADICTED, DASHES, MARKERS, NOT_SHOWN, SHOWN, Claim, Mean, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, Mean, options
+from drawing import COLOURS, DASHES, MARKERS
 
 import sklformat as skl
 from sklformat.progress import show

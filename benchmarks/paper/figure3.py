@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import COLOURS, CONTRADICTED, DASHES, MARKERS, NOT_SHOWN, SHOWN, Claim, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, options
+from drawing import COLOURS, DASHES, MARKERS, ZERO, curve, logarithmic
 from students import CE, DIGITS, FULL, Records, Student, means, rounds_for, train_all
 from teacher import teacher
 
@@ -58,12 +59,9 @@ def main() -> None:
             {"Top-K": [f"Top-K {k}" for k in KS], "random sampling": [f"random sampling {u:g}" for u in TOKENS]}.items()
         ):
             x = [means(results[named[name]], "records").mean for name in names]
-            right.errorbar(x, [apart[n].mean for n in names], [apart[n].error for n in names], color=COLOURS[number],
-                           linestyle=DASHES[number], marker=MARKERS[number], capsize=4, label=label)  # fmt: skip
-        right.axhline(0, color="0.4", linewidth=0.8)
-        right.set_xscale("log")
-        right.set_xticks([2, 5, 12, 25, 57], ["2", "5", "12", "25", "57"])
-        right.minorticks_off()
+            curve(right, number, x, [apart[n] for n in names], label)
+        right.axhline(0, color=ZERO, linewidth=0.8)
+        logarithmic(right, [2, 5, 12, 25, 57])
         right.set_xlabel("tokens per position")
         right.set_ylabel("confidence less accuracy, to FullKD's, points")
         right.legend(frameon=False)

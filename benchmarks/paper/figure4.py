@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import COLOURS, CONTRADICTED, DASHES, MARKERS, NOT_SHOWN, SHOWN, Claim, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, options
+from drawing import curve
 from students import DIGITS, Records, Student, means, percent, rounds_for, start, train_all
 from teacher import teacher
 
@@ -53,8 +54,7 @@ def main() -> None:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        axes.errorbar(sizes, [g.mean for g in gains], [g.error for g in gains], color=COLOURS[0], linestyle=DASHES[0],
-                      marker=MARKERS[0], capsize=4)  # fmt: skip
+        curve(axes, 0, sizes, gains)
         axes.set_xlabel("parameters of the student, millions")
         axes.set_ylabel("LM loss of CE less random sampling's, nats")
         axes.set_ylim(bottom=0)

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import COLOURS, CONTRADICTED, DASHES, MARKERS, NOT_SHOWN, SHOWN, Claim, Mean, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, Mean, options
+from drawing import COLOURS, DASHES, MARKERS, logarithmic
 from teacher import teacher
 from torch import Tensor
 
@@ -109,10 +110,8 @@ def main() -> None:
                 ROUNDS, np.exp(np.polyval(line, np.log(ROUNDS))), color=COLOURS[number], linestyle=DASHES[number],
                 marker=MARKERS[number], markevery=[], label=f"{name}: exponent {exponents[name].text(3)}",
             )  # fmt: skip
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.set_xticks(ROUNDS, [str(n) for n in ROUNDS])
-        axes.set_yticks(ROUNDS, [str(n) for n in ROUNDS])
+        logarithmic(axes, ROUNDS, base=2)
+        logarithmic(axes, ROUNDS, axis="y", base=2)
         axes.set_ylim(0.8)
         axes.set_xlabel("rounds")
         axes.set_ylabel("unique tokens per position")

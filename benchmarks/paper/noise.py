@@ -12,7 +12,8 @@ import math
 from typing import Any
 
 import torch
-from bench import COLOURS, CONTRADICTED, MARKERS, NOT_SHOWN, SHOWN, Claim, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, options
+from drawing import COLOURS, MARKERS, ZERO
 from students import CE, FULL, Records, Student, means, rounds_for, train_all, train_one
 from teacher import model_of, teacher
 
@@ -85,7 +86,7 @@ def main() -> None:
                           linestyle="none", capsize=4, label=sampler)  # fmt: skip
         ends = [min(shares.values()), max(shares.values())]
         x0, y0 = sum(x) / len(x), sum(y) / len(y)
-        axes.plot(ends, [math.exp(y0 + slope * (math.log(e) - x0)) for e in ends], color="0.4", linewidth=0.8)
+        axes.plot(ends, [math.exp(y0 + slope * (math.log(e) - x0)) for e in ends], color=ZERO, linewidth=0.8)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("share of the gradient's variance that draws add, late in training")

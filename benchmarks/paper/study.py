@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from bench import COLOURS, CONTRADICTED, DASHES, MARKERS, NOT_SHOWN, SHOWN, Claim, Mean, options, student_t
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, Mean, options, student_t
+from drawing import ZERO, curve, logarithmic
 from students import CE, FULL, Records, Student, means, rounds_for, train_all
 from teacher import Teacher, packed, read, teacher
 
@@ -116,13 +117,8 @@ def main() -> None:
     verdict = SHOWN if max(ends) < gain / 6 else CONTRADICTED if max(starts) > gain / 6 else NOT_SHOWN
 
     def line(axes: Any, number: int, names: list[str], label: str) -> None:
-        found = [apart[name] for name in names]
-        axes.errorbar(
-            [means(results[name], "records").mean for name in names],
-            [one.mean for one in found],
-            [one.within()[1] - one.mean for one in found],
-            color=COLOURS[number], linestyle=DASHES[number], marker=MARKERS[number], capsize=4, label=label,
-        )  # fmt: skip
+        records = [means(results[name], "records").mean for name in names]
+        curve(axes, number, records, [apart[name] for name in names], label, level=0.95)
 
     def draw(figure: Any) -> None:
         titles = {"": "one epoch", AGAIN: "three epochs over a third", WIDE: "four times the batch"}
@@ -133,10 +129,8 @@ def main() -> None:
                     line(axes, number, names, sampler)
             if prefix == AGAIN:
                 line(axes, 2, [name for name in apart if "thinned" in name], "multinomial, thinned")
-            axes.axhline(0, color="0.4", linewidth=0.8)
-            axes.set_xscale("log")
-            axes.set_xticks([2, 4, 8, 16], ["2", "4", "8", "16"])
-            axes.minorticks_off()
+            axes.axhline(0, color=ZERO, linewidth=0.8)
+            logarithmic(axes, [2, 4, 8, 16])
             axes.set_xlabel("records per position")
             axes.set_title(title)
         figure.axes[1].legend(frameon=False, fontsize=9)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import COLOURS, CONTRADICTED, DASHES, MARKERS, NOT_SHOWN, SHOWN, Claim, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, options
+from drawing import curve, levels, logarithmic
 from students import CE, DIGITS, FULL, Records, Student, columns, means, train_all
 from teacher import teacher
 
@@ -47,22 +48,15 @@ def main() -> None:
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
+        ends = {"CE": CE, "FullKD": FULL}
         for axes, figures, label in (
             (left, losses, "LM loss, nats"),
             (right, over, "confidence less accuracy, points"),
         ):
-            axes.errorbar(
-                KS, [one.mean for one in figures], [one.error for one in figures],
-                color=COLOURS[0], marker=MARKERS[0], capsize=4, label="Top-K",
-            )  # fmt: skip
+            curve(axes, 0, KS, figures, "Top-K")
             name = "lm_loss" if axes is left else "confidence_gap"
-            for number, (other, student) in enumerate((("CE", CE), ("FullKD", FULL)), 1):
-                axes.axhline(
-                    means(results[student], name).mean, color=COLOURS[number], linestyle=DASHES[number], label=other
-                )
-            axes.set_xscale("log")
-            axes.set_xticks(KS, [str(k) for k in KS])
-            axes.minorticks_off()
+            levels(axes, {other: means(results[student], name) for other, student in ends.items()})
+            logarithmic(axes, KS)
             axes.set_xlabel("K")
             axes.set_ylabel(label)
         left.legend(frameon=False)

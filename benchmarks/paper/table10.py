@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import COLOURS, CONTRADICTED, NOT_SHOWN, SHOWN, Claim, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, options
+from drawing import bars
 from students import CE, DIGITS, FULL, Records, Student, columns, means, rounds_for, train_all
 from teacher import teacher
 
@@ -49,11 +50,9 @@ def main() -> None:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        names = ["CE", *students, "FullKD"]
-        found = [means(results[{"CE": CE, **students, "FullKD": FULL}[name]]) for name in names]
-        axes.bar(names, [one.mean for one in found], yerr=[one.error for one in found], color=COLOURS[4], capsize=4)
-        axes.set_ylim(min(one.mean for one in found) - 0.2)
-        axes.set_ylabel("LM loss, nats")
+        named = {"CE": CE, **students, "FullKD": FULL}
+        bars(axes, {name: means(results[student]) for name, student in named.items()}, room=0.2)
+        axes.set_xlabel("LM loss, nats")
 
     claim.end(rule, verdict, draw, digits=DIGITS)
 

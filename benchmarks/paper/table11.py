@@ -13,7 +13,8 @@ import dataclasses
 import itertools
 from typing import Any
 
-from bench import COLOURS, CONTRADICTED, NOT_SHOWN, SHOWN, Claim, Options, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, Options, options
+from drawing import bars
 from students import CE, DIGITS, Records, Student, means, rounds_for, train_all
 from teacher import Teacher, model_of, packed, read, teacher
 
@@ -53,10 +54,8 @@ def main() -> None:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        losses = [means(found) for found in results.values()]
-        axes.bar(list(results), [m.mean for m in losses], yerr=[m.error for m in losses], color=COLOURS[4], capsize=4)
-        axes.set_ylim(min(m.mean for m in losses) - 0.2)
-        axes.set_ylabel("LM loss, nats")
+        bars(axes, {name: means(found) for name, found in results.items()}, room=0.2)
+        axes.set_xlabel("LM loss, nats")
 
     claim.end(rule, verdict, draw, digits=DIGITS, notes=notes)
 

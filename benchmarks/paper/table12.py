@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import COLOURS, CONTRADICTED, NOT_SHOWN, SHOWN, Claim, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, options
+from drawing import bars
 from students import CE, DIGITS, FULL, Student, columns, means, train_all
 from teacher import teacher
 
@@ -41,10 +42,7 @@ def main() -> None:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        found = [means(results[student]) for student in students.values()]
-        axes.barh(list(students), [f.mean for f in found], xerr=[f.error for f in found], color=COLOURS[4], capsize=4)
-        axes.invert_yaxis()
-        axes.set_xlim(left=min(f.mean for f in found) - 0.3)
+        bars(axes, {name: means(results[student]) for name, student in students.items()}, room=0.3)
         axes.set_xlabel("LM loss, nats")
 
     claim.end(rule, verdict, draw, digits=DIGITS, notes=notes)

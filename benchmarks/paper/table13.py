@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import COLOURS, CONTRADICTED, NOT_SHOWN, SHOWN, Claim, Options, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, Options, options
+from drawing import bars
 from students import CE, DIGITS, FULL, Records, Student, columns, means, rounds_for, train_all
 from teacher import Part, Teacher, hidden_states, model_of, packed, teacher
 
@@ -43,9 +44,7 @@ def main() -> None:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        shares = [(row["row"], row["ours"]["% CE to FullKD"]) for row in claim.rows]
-        axes.barh([name for name, _ in shares], [s.mean for _, s in shares], xerr=[s.error for _, s in shares],
-                  color=COLOURS[4], capsize=4)  # fmt: skip
+        bars(axes, {row["row"]: row["ours"]["% CE to FullKD"] for row in claim.rows})
         axes.set_xlabel("% CE to FullKD")
 
     claim.end(rule, verdict, draw, digits=DIGITS)

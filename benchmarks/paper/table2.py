@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import COLOURS, CONTRADICTED, NOT_SHOWN, SHOWN, Claim, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, options
+from drawing import bars
 from students import CE, DIGITS, FULL, Records, Student, columns, means, train_all
 from teacher import teacher
 
@@ -54,15 +55,10 @@ def main() -> None:
     def draw(figure: Any) -> None:
         labels = {"LM loss": "LM loss, nats", "confidence gap %": "confidence less accuracy, points"}
         for axes, (name, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
-            found = [row["ours"][name] for row in claim.rows]
-            axes.barh(
-                range(len(found)), [one.mean for one in found], xerr=[one.error for one in found], color=COLOURS[4]
-            )
-            axes.set_yticks(range(len(found)), [row["row"] for row in claim.rows] if name == "LM loss" else [])
-            axes.invert_yaxis()
+            found = {row["row"]: row["ours"][name] for row in claim.rows}
+            bars(axes, found, room=0.3 if name == "LM loss" else None)
             axes.set_xlabel(label)
-        low = min(one.mean for one in (row["ours"]["LM loss"] for row in claim.rows))
-        figure.axes[0].set_xlim(left=low - 0.3)
+        figure.axes[1].set_yticklabels([])
 
     claim.end(rule, verdict, draw, digits=DIGITS)
 

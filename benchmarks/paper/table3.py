@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench import COLOURS, CONTRADICTED, DASHES, MARKERS, NOT_SHOWN, SHOWN, Claim, Mean, kept, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, Mean, kept, options
+from drawing import curve, logarithmic
 from students import FULL, rounds_for, trained
 from teacher import Teacher, teacher
 from torch import Tensor
@@ -150,18 +151,11 @@ def main() -> None:
             strict=True,
         ):
             for number, (name, ours) in enumerate((n, v) for n, v in values.items() if n != "FullKD"):
-                axes.errorbar(
-                    counts, [v.mean for v in ours], [v.error for v in ours], color=COLOURS[number], capsize=3,
-                    linestyle=DASHES[number], marker=MARKERS[number], markersize=5, label=name,
-                )  # fmt: skip
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(counts, [f"{count:,}" for count in counts])
-            axes.minorticks_off()
+                curve(axes, number, counts, ours, name)
+            logarithmic(axes, counts, base=2)
             axes.set_xlabel("tokens of the batch")
             axes.set_ylabel(what)
-        figure.axes[0].set_yscale("log")
-        figure.axes[0].set_yticks([2, 5, 10, 20, 40, 80], ["2", "5", "10", "20", "40", "80"])
-        figure.axes[0].minorticks_off()
+        logarithmic(figure.axes[0], [2, 5, 10, 20, 40, 80], axis="y")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
 
     digits = {f"angle °, {count:,} tokens": 1 for count in counts} | {f"norm, {count:,}": 2 for count in counts}

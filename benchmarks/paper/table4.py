@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import COLOURS, CONTRADICTED, NOT_SHOWN, SHOWN, Claim, Mean, Options, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, Mean, Options, options
+from drawing import COLOURS
 from timing import measure
 from torch.nn import functional
 

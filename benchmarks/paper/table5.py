@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import COLOURS, CONTRADICTED, DASHES, MARKERS, NOT_SHOWN, SHOWN, Claim, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, options
+from drawing import curve, levels, logarithmic
 from students import CE, DIGITS, FULL, Records, Student, columns, means, rounds_for, train_all
 from teacher import teacher
 
@@ -43,20 +44,14 @@ def main() -> None:
     verdict = SHOWN if lost[1] < sixth and abs(apart) < 1 else CONTRADICTED if lost[0] > sixth else NOT_SHOWN
 
     def draw(figure: Any) -> None:
-        names = [f"{unique:g} tokens" for unique in UNIQUE]
+        names, ends = [f"{unique:g} tokens" for unique in UNIQUE], {"CE": CE, "FullKD": FULL}
         labels = {"lm_loss": "LM loss, nats", "confidence_gap": "confidence less accuracy, points"}
         for axes, (name, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
             found = [means(results[students[one]], name) for one in names]
             x = [means(results[students[one]], "records").mean for one in names]
-            axes.errorbar(x, [one.mean for one in found], [one.error for one in found], color=COLOURS[0],
-                          marker=MARKERS[0], capsize=4, label="random sampling")  # fmt: skip
-            for number, (other, student) in enumerate((("CE", CE), ("FullKD", FULL)), 1):
-                axes.axhline(
-                    means(results[student], name).mean, color=COLOURS[number], linestyle=DASHES[number], label=other
-                )
-            axes.set_xscale("log")
-            axes.set_xticks([2, 5, 12, 25, 57], ["2", "5", "12", "25", "57"])
-            axes.minorticks_off()
+            curve(axes, 0, x, found, "random sampling")
+            levels(axes, {other: means(results[student], name) for other, student in ends.items()})
+            logarithmic(axes, [2, 5, 12, 25, 57])
             axes.set_xlabel("records per position")
             axes.set_ylabel(label)
         figure.axes[0].legend(frameon=False)

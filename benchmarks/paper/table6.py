@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from bench import COLOURS, CONTRADICTED, DASHES, MARKERS, NOT_SHOWN, SHOWN, Claim, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, options
+from drawing import curve
 from students import CE, DIGITS, FULL, Records, Student, columns, means, rounds_for, train_all
 from teacher import packed, read, teacher
 
@@ -55,8 +56,7 @@ def main() -> None:
         ):
             for number, (one, other) in enumerate(zip(short, longer, strict=True)):
                 found = [means(results[short[one]], name), means(results[longer[other]], name)]
-                axes.errorbar([1, LONGER], [f.mean for f in found], [f.error for f in found], color=COLOURS[number],
-                              linestyle=DASHES[number], marker=MARKERS[number], capsize=4, label=one)  # fmt: skip
+                curve(axes, number, [1, LONGER], found, one)
             axes.set_xticks([1, LONGER], ["1", f"{LONGER}"])
             axes.set_xlabel("steps, and text, times")
             axes.set_ylabel(label)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import COLOURS, CONTRADICTED, DASHES, MARKERS, NOT_SHOWN, SHOWN, Claim, options
+from bench import CONTRADICTED, NOT_SHOWN, SHOWN, Claim, options
+from drawing import ZERO, curve
 from students import CE, DIGITS, FULL, Records, Student, means, percent, rounds_for, train_all
 from teacher import teacher
 
@@ -50,10 +51,8 @@ def main() -> None:
         axes = figure.subplots()
         for number, ratio in enumerate(RATIOS):
             found = [shares[alpha, ratio] for alpha in ALPHAS]
-            style: dict[str, Any] = {"color": COLOURS[number], "linestyle": DASHES[number], "marker": MARKERS[number]}
-            mean, error = [f.mean for f in found], [f.error for f in found]
-            axes.errorbar(ALPHAS, mean, error, capsize=4, label=f"ratio {ratio:g}", **style)
-        axes.axhline(100, color="0.4", linewidth=0.8)
+            curve(axes, number, ALPHAS, found, f"ratio {ratio:g}")
+        axes.axhline(100, color=ZERO, linewidth=0.8)
         axes.set_xlabel("weight α of cross-entropy")
         axes.set_ylabel("% CE to FullKD")
         axes.legend(frameon=False)

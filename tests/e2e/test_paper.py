@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PAPER = Path(__file__).parents[2] / "benchmarks" / "paper"
-PARTS = {"bench", "classifiers", "students", "summary", "teacher"}
+PARTS = {"bench", "classifiers", "drawing", "students", "summary", "teacher"}
 SCRIPTS = sorted({path.stem for path in PAPER.glob("*.py")} - PARTS)
 RUN_ALL = """
 import pathlib, runpy, sys
