@@ -16,6 +16,7 @@ def test_the_page_shows_the_arithmetic(name):
 
 def test_a_small_cache_takes_what_the_arithmetic_says():
     """Bytes, shards and requests of a capture into a store and of an epoch from there, within 1 %."""
+    pytest.importorskip("torch")
     found = scale.check(sequences=120, per_shard=60)
     for what, (counted, said) in found.items():
         assert said == pytest.approx(counted, rel=0.01), what
