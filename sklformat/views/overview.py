@@ -22,7 +22,12 @@ from sklformat.format.layout import UNBIASED_SAMPLERS
 from sklformat.progress import describe_duration
 from sklformat.views.characters import visible
 
-_SAID_ABOVE = ("teacher", "tokenizer")  # of a capture, what the table says in words
+# Of a capture, what the table says in words: all, or these parts.
+_SAID_ABOVE: dict[str, frozenset[str] | None] = {
+    "teacher": None,
+    "tokenizer": None,
+    "sampler": frozenset({"k", "p", "unbiased"}),
+}
 
 
 def look(path: str) -> dict[str, Any]:
@@ -158,8 +163,22 @@ def _setting_lines(facts: Mapping[str, Any]) -> dict[str, str]:
         "columns": ", ".join(header["columns"]) or "none",
         "seeds": f"draws {header['sampling_seed']}, packing {header['packing_seed']}",
         **_source_lines(facts),
-        **{f"capture.{key}": json.dumps(value) for key, value in capture.items() if key not in _SAID_ABOVE},
+        **{f"capture.{key}": json.dumps(value) for key, value in _rest_of(capture).items()},
     }
+
+
+def _rest_of(capture: Mapping[str, Any]) -> dict[str, Any]:
+    """What the lines above leave of a capture, and of that what is set."""
+    rest = {}
+    for key, value in capture.items():
+        said = _SAID_ABOVE.get(key, frozenset())
+        if said is None:
+            continue
+        is_set = {name: each for name, each in _object(capture, key).items() if each is not None and name not in said}
+        left = is_set if isinstance(value, dict) else value
+        if left not in (None, {}):
+            rest[key] = left
+    return rest
 
 
 def describe_sampler(facts: Mapping[str, Any]) -> str:
@@ -167,6 +186,9 @@ def describe_sampler(facts: Mapping[str, Any]) -> str:
     header = facts["header"]
     drawn = f", {header['rounds']} rounds" if header["rounds"] else ""
     drawn += f", proposal p**{header['proposal_temperature']:g}" if header["proposal_temperature"] != 1 else ""
+    how = _object(header["capture"], "sampler")
+    drawn += "".join(f", {name} {json.dumps(how[name])}" for name in ("k", "p") if how.get(name) is not None)
+    drawn += ", weights not normalised" if how.get("unbiased") is True else ""
     verdict = "yes" if facts["biased"] else "unknown"
     if header["sampler"] in UNBIASED_SAMPLERS:
         unbiased = is_unbiased(header["sampler"], header["proposal_temperature"], header["capture"])

@@ -53,6 +53,37 @@ def test_what_is_not_known_is_said(tmp_path):
         assert table(look(str(write(tmp_path / f"c{len(odd)}", 1, capture=odd))))
 
 
+@pytest.mark.parametrize(
+    ("sampler", "how", "changes", "words"),
+    [
+        ("systematic", {"k": None, "p": None, "unbiased": False}, {}, "no: sampler systematic, 20 rounds"),
+        ("topk", {"k": 12, "p": None, "unbiased": False}, {"kind": "ratios", "rounds": 0}, "yes: sampler topk, k 12"),
+        ("topp", {"k": 40, "p": 0.6}, {"kind": "ratios", "rounds": 0}, "yes: sampler topp, k 40, p 0.6"),
+        (
+            "multinomial",
+            {"k": None, "p": None, "unbiased": True},
+            {"kind": "ratios", "proposal_temperature": 0.5},
+            "no: sampler multinomial, 20 rounds, proposal p**0.5, weights not normalised",
+        ),
+    ],
+)
+def test_what_is_set_of_a_sampler_is_said_once(tmp_path, sampler, how, changes, words):
+    """Beside whether it is biased, without what is not set; JSON has what the header has."""
+    facts = look(str(write(tmp_path / "a", 1, sampler=sampler, capture={"sampler": how, "note": None}, **changes)))
+    said = table(facts)
+    assert words == said["biased"]
+    assert not [name for name in said if name.startswith("capture.")]
+    assert {"sampler": how, "note": None} == facts["header"]["capture"]
+
+
+def test_a_sampler_of_another_making(tmp_path):
+    """Whatever else a header says of it is shown as it is there."""
+    odd = {"sampler": {"k": "five", "seed": 3, "unbiased": "\x1b"}, "note": 0}
+    said = table(look(str(write(tmp_path / "a", 1, capture=odd))))
+    assert 'no: sampler multinomial, 20 rounds, k "five"' == said["biased"]
+    assert ('{"seed": 3}', "0") == (said["capture.sampler"], said["capture.note"])
+
+
 def test_a_url_has_no_date(memory_store):
     """The times of files behind a URL are not asked for."""
     said = table(look(memory_store))
