@@ -6,7 +6,6 @@ Prints and draws nothing.  SPEC.md section 13 lists what is checked.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -98,8 +97,8 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
     """
     root: Place = path.rstrip("/") if isinstance(path, str) and is_url(path) else Path(path)
     found = _find_remote(root) if isinstance(root, str) else _find_here(root)
-    among, listed, files, unfinished = found.among, found.listed, found.files, found.unfinished
-    if among and not files:
+    files, unfinished = found.files, found.unfinished
+    if not files:
         raise unfinished[0] if unfinished else no_shards(root)
     sizes = [_size_of(file) for file in files]
     total, done = sum(sizes), 0
@@ -126,45 +125,53 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
             progress(done, total)
     if not opened and all(isinstance(error, UnsupportedError) for error in refused):
         raise refused[0]  # nothing here is a shard that this version reads, so nothing is damaged
-    if among:
-        problems += _check_together(root, opened, listed)
+    if found.among:
+        problems += _check_together(root, opened, found.listed)
     return problems
 
 
 class _Found(NamedTuple):
     among: bool  # whether it is a directory
-    listed: bool  # by a manifest
+    listed: list[Entry] | FormatError | None  # by a manifest, which may be damaged; None: there is none
     files: Sequence[Place]
     unfinished: Sequence[FormatError]
 
 
 def _find_here(root: Path) -> _Found:
     if not is_directory(root):
-        return _Found(among=False, listed=False, files=[root], unfinished=[])
-    listed = has_manifest(root)
-    return _Found(
-        among=True, listed=listed, files=shard_files(root), unfinished=[] if listed else find_unfinished(root)
-    )
+        return _Found(among=False, listed=None, files=[root], unfinished=[])
+    listed = _read_listed(root) if has_manifest(root) else None
+    unfinished = find_unfinished(root) if listed is None else []
+    return _Found(among=True, listed=listed, files=shard_files(root), unfinished=unfinished)
 
 
 def _find_remote(url: str) -> _Found:
     """As of a directory here; but the manifest's shards are looked for too where the store's listing lags behind."""
     if url.endswith(layout.SHARD_SUFFIX):
-        return _Found(among=False, listed=False, files=[url], unfinished=[])
+        return _Found(among=False, listed=None, files=[url], unfinished=[])
     names = {name for name in remote.list_names(url) if name.endswith(layout.SHARD_SUFFIX)}
-    manifest, unfinished = join(url, MANIFEST_NAME), list[FormatError]()
-    listed = remote.exists(str(manifest))
-    if listed:
-        with contextlib.suppress(FormatError):  # which is named when the shards are checked against it
-            unseen = {entry.name for entry in read_manifest(manifest)} - names
-            names |= {name for name in unseen if remote.exists(url_of(url, name))}
-    elif names:
+    unfinished = list[FormatError]()
+    listed = _read_listed(url)
+    if isinstance(listed, list):
+        unseen = {entry.name for entry in listed} - names
+        names |= {name for name in unseen if remote.exists(url_of(url, name))}
+    elif listed is None and names:
         unfinished = [
             UnfinishedError(
                 f"shards without {MANIFEST_NAME}, which comes last: the capture or conversion has not ended", path=url
             )
         ]
     return _Found(among=True, listed=listed, files=[url_of(url, name) for name in sorted(names)], unfinished=unfinished)
+
+
+def _read_listed(root: Place) -> list[Entry] | FormatError | None:
+    """What the manifest lists; the error that it raises, for when the shards are checked against it; None: none."""
+    try:
+        return read_manifest(join(root, MANIFEST_NAME))
+    except FileNotFoundError:
+        return None
+    except FormatError as error:
+        return error
 
 
 def _open(file: Place, size: int) -> Shard:
@@ -227,7 +234,9 @@ def _check_distinct(header: Header, offsets: NDArray[np.int64], token_ids: NDArr
         native.check_distinct(offsets, token_ids)
 
 
-def _check_together(root: Place, opened: list[tuple[Entry, Header]], listed: bool) -> list[Problem]:
+def _check_together(
+    root: Place, opened: list[tuple[Entry, Header]], listed: list[Entry] | FormatError | None
+) -> list[Problem]:
     entries = sorted((entry for entry, _ in opened), key=place_in_cache)
     problems = [
         Problem(
@@ -241,8 +250,9 @@ def _check_together(root: Place, opened: list[tuple[Entry, Header]], listed: boo
     ]
     try:
         check_contiguous(entries, root)
-        if listed:
-            problems += _check_listed(read_manifest(join(root, MANIFEST_NAME)), entries)
+        if isinstance(listed, FormatError):
+            raise listed
+        problems += [] if listed is None else _check_listed(listed, entries)
     except FormatError as error:
         problems.append(_problem(error, root))
     return problems

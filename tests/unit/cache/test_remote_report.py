@@ -62,6 +62,33 @@ def test_each_byte_is_read_once(store, local, monkeypatch):
     assert [] == skl.verify(f"{URL}/shard-00001.skl")
 
 
+def test_the_manifest_is_asked_for_once(store, local, monkeypatch):
+    """Its size and its bytes, whatever is made of them; sound, damaged or missing."""
+    asked = []
+
+    def asking(name, plain):
+        def ask(self, path, *rest, **named):
+            asked.append((name, path))
+            return plain(self, path, *rest, **named)
+
+        return ask
+
+    for name in ("info", "cat_file"):
+        monkeypatch.setattr(type(store), name, asking(name, getattr(type(store), name)))
+    path = f"{ROOT}/{MANIFEST_NAME}"
+    upload(store, local)
+    assert [] == skl.verify(URL)
+    assert (1, 1) == (asked.count(("info", path)), asked.count(("cat_file", path)))
+    store.pipe_file(path, b"{")
+    asked.clear()
+    assert ["CorruptError"] == [problem.error for problem in skl.verify(URL)]
+    assert (1, 1) == (asked.count(("info", path)), asked.count(("cat_file", path)))
+    store.rm(path)
+    asked.clear()
+    assert ["UnfinishedError"] == [problem.error for problem in skl.verify(URL)]
+    assert 1 == asked.count(("info", path))
+
+
 DAMAGES = {
     "block": lambda data: data[: 4096 + 70] + bytes([data[4096 + 70] ^ 1]) + data[4096 + 71 :],
     "header": lambda data: bytes([data[0] ^ 1]) + data[1:],
