@@ -6,13 +6,15 @@ SPEC.md sections 11 and 13.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from contextlib import closing
 from pathlib import Path
 
 from sklformat.cache.manifest import MANIFEST_NAME, has_manifest, read_manifest
 from sklformat.cache.shard import Shard, describe
-from sklformat.errors import CorruptError, MissingShardError, UnfinishedError, UnsupportedError
+from sklformat.errors import CorruptError, MissingShardError, RemoteError, UnfinishedError, UnsupportedError
+from sklformat.files import remote
 from sklformat.files.copies import LocalCopies
 from sklformat.files.disk import Disk
 from sklformat.files.places import Place, join
@@ -88,13 +90,12 @@ def list_shards(path: Place, io: Io = "auto", copies: LocalCopies | None = None)
         try:
             return read_manifest(join(path, MANIFEST_NAME))
         except FileNotFoundError:
-            raise MissingShardError(
-                f"no {MANIFEST_NAME} here, which a cache behind a URL needs; sklformat cache and convert write it last",
-                path=path,
-            ) from None
+            raise _without_manifest(path) from None
     if not is_directory(path):
         if path.suffix in PLAIN_SUFFIXES:
             raise UnsupportedError("plain columns, not a cache; sklformat convert makes a cache of them", path=path)
+        if is_partial(path):
+            raise describe_unfinished(path)
         return [_entry(path, io, copies)]
     if not has_manifest(path):
         return scan_directory(path, io)
@@ -110,13 +111,31 @@ def shard_files(path: Path) -> list[Path]:
     Raises:
         UnreadableError: The directory cannot be read.
     """
-    suffix = layout.SHARD_SUFFIX
-    return [file for file in list_directory(path) if file.name.endswith(suffix) and file.name != suffix]
+    return [file for file in list_directory(path) if _is_shard(file.name)]
+
+
+def remote_shards(url: str) -> list[str]:
+    """
+    The same of the directory at a URL: names, sorted.
+
+    Raises:
+        RemoteError: The store failed.
+    """
+    return [name for name in remote.list_names(url) if _is_shard(name)]
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(layout.SHARD_SUFFIX) and name != layout.SHARD_SUFFIX
 
 
 def partial_files(path: Path) -> list[Path]:
     """What a directory holds by the name of an unfinished shard, in order; the mark of an unfinished cache too."""
     return sorted(path.glob(f"*{layout.SHARD_SUFFIX}{layout.PARTIAL_SUFFIX}"))
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a file is an unfinished shard by its name, and not the mark of an unfinished cache."""
+    return path.name.endswith(f"{layout.SHARD_SUFFIX}{layout.PARTIAL_SUFFIX}") and path.name != UNFINISHED_NAME
 
 
 def _check_listed(entries: list[Entry], path: Path) -> None:
@@ -180,14 +199,34 @@ def describe_stranger(name: str, ours: Header, theirs: Header) -> str:
 
 def find_unfinished(path: Path) -> list[UnfinishedError]:
     """One error for each ``.partial`` of a directory without manifest: its sequences belong to the cache, unsealed."""
-    return [
-        UnfinishedError(
-            "the shard is unfinished, so this cache is incomplete; rerun the command that started it to finish it "
-            "(sklformat recover says what it keeps), or move it away to read the sealed shards alone",
-            path=partial,
-        )
-        for partial in partial_files(path)
-    ]
+    return [describe_unfinished(partial) for partial in partial_files(path)]
+
+
+def describe_unfinished(partial: Path) -> UnfinishedError:
+    """That a shard is not sealed."""
+    return UnfinishedError(
+        "the shard is unfinished, so this cache is incomplete; rerun the command that started it to finish it "
+        "(sklformat recover says what it keeps), or move it away to read the sealed shards alone",
+        path=partial,
+    )
+
+
+def describe_unlisted(url: str) -> UnfinishedError:
+    """That shards behind a URL have no manifest."""
+    return UnfinishedError(
+        f"shards without {MANIFEST_NAME}, which comes last: the capture or conversion has not ended", path=url
+    )
+
+
+def _without_manifest(url: str) -> MissingShardError:
+    """That a URL has no manifest: what writes there has not ended, or it is no cache; not every store can list."""
+    with contextlib.suppress(RemoteError):
+        if remote_shards(url):
+            return describe_unlisted(url)
+    return MissingShardError(
+        f"no {MANIFEST_NAME} here, which a cache behind a URL needs; sklformat cache and convert write it last",
+        path=url,
+    )
 
 
 def _entry(path: Place, io: Io, copies: LocalCopies | None) -> Entry:

@@ -17,12 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklformat import native
-from sklformat.cache.contents import describe_stranger, find_unfinished, no_shards, shard_files
+from sklformat.cache.contents import (
+    describe_stranger,
+    describe_unfinished,
+    describe_unlisted,
+    find_unfinished,
+    is_partial,
+    no_shards,
+    remote_shards,
+    shard_files,
+)
 from sklformat.cache.manifest import MANIFEST_NAME, has_manifest, read_manifest
 from sklformat.cache.payloads import Payloads
 from sklformat.cache.reader import Cache
 from sklformat.cache.shard import Shard, describe
-from sklformat.errors import FormatError, UnfinishedError, UnreadableError, UnsupportedError
+from sklformat.errors import FormatError, UnreadableError, UnsupportedError
 from sklformat.files import remote
 from sklformat.files.places import Place, is_url, join, url_of
 from sklformat.files.regular import is_directory
@@ -139,7 +148,13 @@ class _Found(NamedTuple):
 
 def _find_here(root: Path) -> _Found:
     if not is_directory(root):
-        return _Found(among=False, listed=None, files=[root], unfinished=[])
+        unsealed = is_partial(root)
+        return _Found(
+            among=False,
+            listed=None,
+            files=[] if unsealed else [root],
+            unfinished=[describe_unfinished(root)] if unsealed else [],
+        )
     listed = _read_listed(root) if has_manifest(root) else None
     unfinished = find_unfinished(root) if listed is None else []
     return _Found(among=True, listed=listed, files=shard_files(root), unfinished=unfinished)
@@ -149,19 +164,16 @@ def _find_remote(url: str) -> _Found:
     """As of a directory here; but the manifest's shards are looked for too where the store's listing lags behind."""
     if url.endswith(layout.SHARD_SUFFIX):
         return _Found(among=False, listed=None, files=[url], unfinished=[])
-    names = {name for name in remote.list_names(url) if name.endswith(layout.SHARD_SUFFIX)}
-    unfinished = list[FormatError]()
-    listed = _read_listed(url)
+    names, listed = set(remote_shards(url)), _read_listed(url)
     if isinstance(listed, list):
         unseen = {entry.name for entry in listed} - names
         names |= {name for name in unseen if remote.exists(url_of(url, name))}
-    elif listed is None and names:
-        unfinished = [
-            UnfinishedError(
-                f"shards without {MANIFEST_NAME}, which comes last: the capture or conversion has not ended", path=url
-            )
-        ]
-    return _Found(among=True, listed=listed, files=[url_of(url, name) for name in sorted(names)], unfinished=unfinished)
+    return _Found(
+        among=True,
+        listed=listed,
+        files=[url_of(url, name) for name in sorted(names)],
+        unfinished=[describe_unlisted(url)] if listed is None and names else [],
+    )
 
 
 def _read_listed(root: Place) -> list[Entry] | FormatError | None:

@@ -13,10 +13,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from sklformat.cache.contents import UNFINISHED_NAME, partial_files, shard_files
+from sklformat.cache.contents import UNFINISHED_NAME, is_partial, partial_files, remote_shards, shard_files
 from sklformat.cache.manifest import has_manifest
 from sklformat.cache.recovery import count_blocks
-from sklformat.cache.shard import Shard
+from sklformat.cache.shard import Shard, describe
+from sklformat.files.copies import LocalCopies
+from sklformat.files.places import Place, url_of
 from sklformat.files.regular import is_directory
 from sklformat.format.header import Header
 
@@ -26,10 +28,10 @@ _GOAL, _BEFORE = "num_sequences", "sequences_there"
 @dataclass(frozen=True, slots=True)
 class Advance:
     """
-    What a directory holds of a cache that is not whole.
+    What there is of a cache that is not whole.
 
     Attributes:
-        directory: The directory.
+        place: Its directory, or the URL of it, or one shard that is not sealed.
         header: Settings of any of its shards; None: none was begun.
         shards: Sealed ones.
         sealed: Sequences in these.
@@ -41,7 +43,7 @@ class Advance:
         written: When a shard was written last, seconds since the epoch; None: none was begun.
     """
 
-    directory: Path
+    place: Place
     header: Header | None
     shards: int
     sealed: int
@@ -74,35 +76,73 @@ class Advance:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a path is a directory of a cache that is still to be finished.  SPEC section 11."""
-    return path.exists() and is_directory(path) and not has_manifest(path) and bool(partial_files(path))
+    """Whether a path is a directory of a cache that is still to be finished, or an unsealed shard.  SPEC section 11."""
+    if not path.exists():
+        return False
+    if not is_directory(path):
+        return is_partial(path)
+    return not has_manifest(path) and bool(partial_files(path))
 
 
-def find_advance(directory: Path) -> Advance:
+def find_advance(place: Place) -> Advance:
     """
-    Look at the directory of a capture that has not ended.
+    Look at what there is of a capture that has not ended.
+
+    Args:
+        place: Its directory, the URL where its sealed shards go, or one shard that is not sealed.
 
     Raises:
         FormatError: A sealed shard here is damaged.
+        RemoteError: The store behind a URL failed.
         OSError: The system's own.
     """
+    if isinstance(place, str):
+        return _find_uploaded(place)
+    if not is_directory(place):
+        return _find_here(place, [], [place], None)
+    return _find_here(place, shard_files(place), partial_files(place), place / UNFINISHED_NAME)
+
+
+def _find_uploaded(url: str) -> Advance:
+    """By the sealed shards alone: the others are where they are written."""
+    copies, headers, sizes, sealed = LocalCopies(), [], [], 0
+    for name in remote_shards(url):
+        with closing(Shard(url_of(url, name), copies=copies)) as shard:
+            headers.append(shard.header)
+            sizes.append(describe(shard).size_bytes)
+            sealed += len(shard)
+    return Advance(
+        place=url,
+        header=headers[0] if headers else None,
+        shards=len(headers),
+        sealed=sealed,
+        partials=(),
+        size_bytes=sum(sizes),
+        goal=None,
+        begun=None,
+        before=None,
+        written=None,
+    )
+
+
+def _find_here(place: Path, shards: list[Path], unsealed: list[Path], mark: Path | None) -> Advance:
     header: Header | None = None
     files, sealed, partials = [], [], []
-    for path in shard_files(directory):
+    for path in shards:
         with contextlib.suppress(FileNotFoundError), closing(Shard(path)) as shard:  # it was uploaded meanwhile
             files.append(path.stat())
             header = header or shard.header
             sealed.append(len(shard))
-    for path in partial_files(directory):
+    for path in unsealed:
         if path.name != UNFINISHED_NAME:
             with contextlib.suppress(FileNotFoundError):  # it was sealed meanwhile
                 of, count = count_blocks(path)
                 files.append(path.stat())
                 header = header or of
                 partials.append((path.name, count))
-    goal, before, begun = _read_mark(directory / UNFINISHED_NAME)
+    goal, before, begun = (None, None, None) if mark is None else _read_mark(mark)
     return Advance(
-        directory=directory,
+        place=place,
         header=header,
         shards=len(sealed),
         sealed=sum(sealed),
@@ -113,6 +153,11 @@ def find_advance(directory: Path) -> Advance:
         before=before,
         written=max((facts.st_mtime for facts in files), default=None),
     )
+
+
+def find_goal(directory: Path) -> int | None:
+    """Sequences that a cache will have which is being written into a directory; None: nobody said."""
+    return _read_mark(directory / UNFINISHED_NAME)[0]
 
 
 def describe_goal(directory: Path, num_sequences: int, *, uploads: bool) -> bytes:

@@ -14,13 +14,22 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sklformat.cache.contents import UNFINISHED_NAME, describe_stranger, partial_files, partial_path, shard_files
+from sklformat.cache.contents import (
+    UNFINISHED_NAME,
+    describe_stranger,
+    partial_files,
+    partial_path,
+    remote_shards,
+    shard_files,
+)
 from sklformat.cache.reader import Cache
 from sklformat.cache.recovery import scan
-from sklformat.cache.shard import Shard
-from sklformat.capture.advance import find_advance, is_unfinished
+from sklformat.cache.shard import Shard, describe
+from sklformat.capture.advance import find_goal, is_unfinished
 from sklformat.errors import CorruptError, TruncatedError, UnfinishedError
-from sklformat.files.places import Place, is_url
+from sklformat.files.copies import LocalCopies
+from sklformat.files.places import Place, is_url, name_of, url_of
+from sklformat.files.regular import is_directory
 from sklformat.files.storage import ReadFile
 from sklformat.format import layout
 from sklformat.format.header import Header
@@ -76,13 +85,19 @@ class Holdings(Protocol):
 
 def hold(path: str) -> Holdings:
     """
-    Open a cache, or the directory of a capture that has not ended; takes no lock.
+    Open a cache, or what there is of one whose capture has not ended: its directory, the URL of it, or an unsealed
+    shard; takes no lock.
 
     Raises:
         FormatError, FileNotFoundError: As ``skl.open``.
         UnfinishedError: The capture has written nothing yet.
     """
-    return Whole(Cache(path)) if is_url(path) or not is_unfinished(Path(path)) else Begun(Path(path))
+    if not is_url(path):
+        return Begun(Path(path)) if is_unfinished(Path(path)) else Whole(Cache(Path(path)))
+    try:
+        return Whole(Cache(path))
+    except UnfinishedError:  # shards are there, and no manifest
+        return Begun(path.rstrip("/"))
 
 
 class Whole:
@@ -131,36 +146,34 @@ class Unsealed:
 
 
 class Begun:
-    """What the directory of a capture that has not ended holds: sealed shards, and whole sequences of the others."""
+    """What there is of a capture that has not ended: sealed shards, and whole sequences of the others."""
 
     fingerprint: str | None = None
 
-    def __init__(self, directory: Path) -> None:
-        self.path: Place = directory
-        unsealed = _find_unsealed(directory)  # first: one that is sealed meanwhile is found as a shard
-        sealed = shard_files(directory)
-        names = {partial_path(path).name for path in sealed}
-        unsealed = [part for part in unsealed if part.path.name not in names]
-        self._parts: list[Path | Unsealed] = [*sealed, *unsealed]
-        self._opened: tuple[Path, Shard] | None = None
+    def __init__(self, place: Place) -> None:
+        self.path: Place = place
+        sealed, unsealed = _find_parts(place)
+        self._parts: list[Place | Unsealed] = [*sealed, *unsealed]
+        self._copies = LocalCopies() if isinstance(place, str) else None
+        self._opened: tuple[Place, Shard] | None = None
         headers, sizes = [], []
         indexes: list[tuple[NDArray[Any], ...]] = []
         for path in sealed:
-            with closing(Shard(path)) as shard:
+            with closing(Shard(path, copies=self._copies)) as shard:
                 headers.append((path, shard.header))
                 index = shard.index
                 indexes.append((index.num_positions, index.num_records, index.alignment))
-                sizes.append(shard.trailer.index_offset + shard.trailer.index_size + layout.TRAILER_SIZE)
+                sizes.append(describe(shard).size_bytes)
         for part in unsealed:
             headers += [(part.path, part.header)] if part.header is not None else []
             indexes.append(tuple(part.index[name] for name in ("num_positions", "num_records", "alignment")))
             sizes.append(part.size)
         if not headers:
-            raise UnfinishedError("the capture has written no sequence yet; look again later", path=directory)
+            raise UnfinishedError("the capture has written no sequence yet; look again later", path=place)
         first, header = headers[0]
         for path, other in headers:
             if other.cache_key != header.cache_key:
-                raise CorruptError(describe_stranger(first.name, header, other), path=path)
+                raise CorruptError(describe_stranger(name_of(first), header, other), path=path)
         self.header = dataclasses.replace(header, shard_number=0, first_sequence=0)
         self.size_bytes = sum(sizes)
         columns = [np.concatenate(column) for column in zip(*indexes, strict=True)]
@@ -168,7 +181,7 @@ class Begun:
         self._starts = np.cumsum([0, *(lengths.size for lengths, *_ in indexes)])
         self.advance: dict[str, Any] = {
             "unfinished": True,
-            "num_sequences": find_advance(directory).goal,
+            "num_sequences": find_goal(place) if isinstance(place, Path) else None,
             "sequences_sealed": int(self._starts[len(sealed)]),
             "unsealed": {part.path.name: int(part.index["offset"].size) for part in unsealed},
         }
@@ -196,7 +209,7 @@ class Begun:
             return part
         if self._opened is None or self._opened[0] != part:
             self.close()
-            self._opened = part, Shard(part)
+            self._opened = part, Shard(part, copies=self._copies)
         return self._opened[1]
 
     def close(self) -> None:
@@ -204,9 +217,21 @@ class Begun:
             self._opened[1].close()
 
 
-def _find_unsealed(directory: Path) -> list[Unsealed]:
+def _find_parts(place: Place) -> tuple[list[Place], list[Unsealed]]:
+    """The sealed shards, and the others: behind a URL there are none, and an unsealed shard is one by itself."""
+    if isinstance(place, str):
+        return [url_of(place, name) for name in remote_shards(place)], []
+    if not is_directory(place):
+        return [], _unsealed([place])
+    unsealed = _unsealed(partial_files(place))  # first: one that is sealed meanwhile is found as a shard
+    sealed = shard_files(place)
+    names = {partial_path(path).name for path in sealed}
+    return [*sealed], [part for part in unsealed if part.path.name not in names]
+
+
+def _unsealed(paths: list[Path]) -> list[Unsealed]:
     found = []
-    for path in partial_files(directory):
+    for path in paths:
         if path.name != UNFINISHED_NAME:
             try:
                 file = ReadFile(path)

@@ -16,7 +16,8 @@ from typing import Any
 from sklformat.cache.contents import shard_files
 from sklformat.cache.report import inspect, settings_of
 from sklformat.capture.advance import Advance, find_advance, is_unfinished
-from sklformat.files.places import is_url
+from sklformat.errors import UnfinishedError
+from sklformat.files.places import Place, is_url
 from sklformat.format.header import is_unbiased
 from sklformat.format.layout import UNBIASED_SAMPLERS
 from sklformat.progress import describe_duration
@@ -34,16 +35,22 @@ def look(path: str) -> dict[str, Any]:
     """
     What ``sklformat inspect`` says of a cache, for JSON: ``cache.report.inspect``, names beside fingerprints, dates.
 
-    Of the directory of a capture that has not ended: how far it is, and the settings of what is there.
+    Of a capture that has not ended, its directory, the URL of it or one unsealed shard: how far it is, and the settings
+    of what is there.
 
     Raises:
         FormatError, FileNotFoundError: As ``skl.open``, which takes no unfinished cache.
     """
-    place = Path(path)
-    if not is_url(path) and is_unfinished(place):
+    place: Place = path.rstrip("/") if is_url(path) else Path(path)
+    if isinstance(place, Path) and is_unfinished(place):
         return _unfinished(find_advance(place))
-    facts = inspect(path)
-    return facts | _sources(facts["header"]) | {"sealed": None if is_url(path) else _dates(place)}
+    try:
+        facts = inspect(path)
+    except UnfinishedError:
+        if isinstance(place, Path):  # sealed or begun meanwhile
+            raise
+        return _unfinished(find_advance(place))
+    return facts | _sources(facts["header"]) | {"sealed": _dates(place) if isinstance(place, Path) else None}
 
 
 def _sources(header: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def _date(seconds: float) -> str:
 def _unfinished(advance: Advance) -> dict[str, Any]:
     header = advance.header
     facts: dict[str, Any] = {
-        "path": str(advance.directory),
+        "path": str(advance.place),
         "unfinished": True,
         "sequences": advance.sequences,
         "num_sequences": advance.goal,
@@ -138,9 +145,9 @@ def _advance_lines(facts: Mapping[str, Any]) -> dict[str, str]:
         "path": facts["path"],
         "state": "unfinished: no reader takes it before the command that writes it has ended",
         "sequences": f"{there:,}{of}",
-        "shards": f"{facts['shards']:,} sealed, of {facts['sequences_sealed']:,} sequences",
+        "shards": f"{facts['shards']:,} sealed, of {counted(facts['sequences_sealed'], 'sequence')}",
     }
-    lines |= {name: f"{count:,} whole sequences, not sealed" for name, count in unsealed.items()}
+    lines |= {name: f"{counted(count, 'whole sequence')}, not sealed" for name, count in unsealed.items()}
     lines["bytes"] = f"{facts['bytes']:,}"
     if facts["written"] is not None:
         ago = describe_duration(facts["seconds_since_written"])
@@ -232,6 +239,11 @@ def _source_lines(facts: Mapping[str, Any]) -> dict[str, str]:
 
 def _said(date: str) -> str:
     return date.replace("T", " ").replace("+00:00", " UTC")
+
+
+def counted(count: int, what: str) -> str:
+    """A number of something that is given in the singular."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def mean_of(value: float | None) -> str:

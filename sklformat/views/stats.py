@@ -23,6 +23,7 @@ from sklformat.format.layout import RECORD_SIZE
 from sklformat.native import RowError
 from sklformat.views.characters import visible
 from sklformat.views.holdings import Holdings, hold
+from sklformat.views.overview import counted
 
 if TYPE_CHECKING:
     from sklformat.settings.inspection import StatsConfig
@@ -50,7 +51,8 @@ def stats(path: Any, sample: int | None = None, seed: int = 0) -> Stats:
     taken, else None.  Positions without record do not count in them.
 
     Args:
-        path: Cache directory or .skl shard, or the URL of either; also the directory of a capture that has not ended.
+        path: Cache directory or .skl shard, or the URL of either; also what there is of a capture that has not ended:
+            its directory, the URL that its shards go to, or a .skl.partial shard.
         sample: This many sequences, drawn without replacement; None: all.
         seed: Of the draw.
 
@@ -335,9 +337,9 @@ def _state(found: Mapping[str, Any]) -> dict[str, str]:
     """That a capture has not ended, and how far it is."""
     if not found.get("unfinished"):
         return {}
-    goal, unsealed = found["num_sequences"], sum(found["unsealed"].values())
-    of = f" of {goal:,}" if goal else ""
-    return {"state": f"unfinished: {found['sequences']:,}{of} sequences so far, {unsealed:,} of them not sealed"}
+    there, goal, unsealed = found["sequences"], found["num_sequences"], sum(found["unsealed"].values())
+    far = f"{there:,} of {counted(goal, 'sequence')}" if goal else counted(there, "sequence")
+    return {"state": f"unfinished: {far} so far, {unsealed:,} of them not sealed"}
 
 
 def _said(value: Mapping[str, Any], *, percent: bool = False) -> str:

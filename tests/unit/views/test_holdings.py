@@ -56,6 +56,56 @@ def test_a_torn_tail_does_not_count(tmp_path):
     assert before == partial.read_bytes()
 
 
+def test_one_unsealed_shard(tmp_path, capsys):
+    """By itself it counts as its part of the directory; inspect says how far it is, and no reader takes it."""
+    begin(tmp_path, 4, seq_len=0)
+    partial = tmp_path / "shard-00001.skl.partial"
+    found = skl.stats(partial)
+    assert (1, str(partial)) == (found["sequences"], found["path"])
+    assert {
+        "unfinished": True,
+        "num_sequences": None,
+        "sequences_sealed": 0,
+        "unsealed": {partial.name: 1},
+    }.items() <= (found.items())
+    assert found["positions"] == skl.stats(tmp_path)["positions"] - skl.stats(tmp_path / "shard-00000.skl")["positions"]
+    assert "unfinished: 1 sequence so far, 1 of them not sealed" in str(found)
+    assert 0 == main(["inspect", str(partial)])
+    assert "1 whole sequence, not sealed" in capsys.readouterr().out
+    for verb in (["card"], ["view"], ["verify"], ["inspect", "--sequence", "0"]):
+        assert 1 == main([*verb, str(partial)])
+        said = capsys.readouterr()
+        assert "unfinished" in said.err
+        assert "" == said.out
+
+
+def test_an_unfinished_capture_behind_a_url(tmp_path, capsys):
+    """Shards without a manifest count as in a directory whose capture goes on, and only readers refuse them."""
+    fsspec = pytest.importorskip("fsspec")
+    begin(tmp_path, 7)
+    here = skl.stats(tmp_path)
+    (tmp_path / "shard-00002.skl.partial").unlink()
+    store, url = fsspec.filesystem("memory"), "memory://unfinished"
+    try:
+        store.makedirs("/unfinished")
+        assert 1 == main(["stats", url])
+        assert "no manifest.json here" in capsys.readouterr().err
+        for path in tmp_path.glob("*.skl"):
+            store.pipe(f"/unfinished/{path.name}", path.read_bytes())
+        found = skl.stats(f"{url}/")
+        assert {"path": url, "sequences": 6, "sequences_sealed": 6, "unsealed": {}}.items() <= found.items()
+        assert (here["lengths"], skl.stats(url, sample=6)) == (found["lengths"], found)
+        assert "unfinished: 6 sequences so far, 0 of them not sealed" in str(found)
+        assert 0 == main(["inspect", url])
+        assert "2 sealed, of 6 sequences" in capsys.readouterr().out
+        with pytest.raises(skl.UnfinishedError, match="the capture or conversion has not ended"):
+            skl.open(url)
+        assert 1 == main(["card", url])
+        assert "unfinished" in capsys.readouterr().err
+    finally:
+        store.rm("/unfinished", recursive=True)
+
+
 def test_a_capture_that_has_written_nothing(tmp_path, capsys):
     """Neither with the mark alone, nor with a shard that is still empty."""
     for name in (UNFINISHED_NAME, "shard-00000.skl.partial"):
