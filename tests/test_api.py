@@ -62,7 +62,7 @@ FLAGS = {
     "inspect": "json positions sequence tokenizer trust-remote-code",
     "plot": "json sample seed",
     "stats": "json sample seed",
-    "view": "first json port positions serve student tokenizer trust-remote-code",
+    "view": "device dtype first json port positions serve student tokenizer trust-remote-code",
 }
 
 

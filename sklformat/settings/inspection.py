@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from sklformat.settings.limits import MAX_DRAWN, check_least, check_picture, is_part, part_of
 
@@ -167,6 +168,12 @@ class ViewConfig:
     students: tuple[str, ...] = field(default=(), metadata={"flag": "student"})
     """Students to show beside the teacher: directories or names."""
 
+    device: str = "auto"
+    """Where the students run: cpu, cuda, cuda:1, …; auto: the GPU if there is one."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the students' weights in memory; probabilities are computed in float32."""
+
     trust_remote_code: bool = False
     """Whether code that comes with a model or tokenizer may be run."""
 
@@ -177,6 +184,8 @@ class ViewConfig:
             raise ValueError("a page shows one cache or more, got none")
         if self.port > MAX_PORT:
             raise ValueError(f"port must be <= {MAX_PORT}, got {self.port}")
+        if not self.students and (self.device, self.dtype) != ("auto", "float32"):
+            raise ValueError("device and dtype are those of students, and none is given")
         if self.port and not self.serve:
             raise ValueError(f"port {self.port} belongs to --serve, which is not given")
 

@@ -90,6 +90,33 @@ def test_students(tmp_path, monkeypatch):
         np.testing.assert_allclose(probs[np.arange(8), tokens[1:]], of_rows[first])
 
 
+def test_where_students_run(tmp_path, monkeypatch):
+    """Weights of that type on that device, and the tokens there; a device that is not here or for nobody is refused."""
+    path, loaded = write(tmp_path / "a", 1), []
+    stand_in(monkeypatch)
+
+    class Asked(Student):
+        def __call__(self, input_ids, use_cache):
+            loaded.append(input_ids.device.type)
+            return super().__call__(input_ids, use_cache)
+
+    monkeypatch.setattr(
+        showing.loading, "load_model", lambda *_, **how: loaded.append(how) or Asked(torch.zeros(1, 8, VOCAB))
+    )
+    config = config_of(path, students=("kid",), device="cpu", dtype="bfloat16")
+    (answers,) = showing.say(config, read_stretch(config))["answers"]
+    assert "float32" == answers[0].dtype
+    how, *tokens_at = loaded
+    assert {"dtype": "bfloat16", "device": torch.device("cpu"), "trust_remote_code": False} == how
+    assert ["cpu"] == tokens_at
+    config = config_of(path, students=("kid",), device="tpu")
+    with pytest.raises(ValueError, match="device 'tpu' is not known"):
+        showing.say(config, read_stretch(config))
+    for settings in ({"device": "cpu"}, {"dtype": "bfloat16"}):
+        with pytest.raises(ValueError, match="device and dtype are those of students, and none is given"):
+            config_of(path, **settings)
+
+
 def test_students_that_do_not_fit(tmp_path, monkeypatch):
     """Another tokenizer, too few ids, too few positions and weights that are broken are refused, with both values."""
     config = config_of(write(tmp_path / "a", 1, tokenizer_fingerprint="ab" * 16), students=("kid",))

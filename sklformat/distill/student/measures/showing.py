@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from sklformat.distill.models import loading, outputs, tokenization
+from sklformat.distill.models.devices import find_device
 from sklformat.distill.student.measures.origins import find_model
 from sklformat.distill.student.streams import made_by
 from sklformat.distill.student.validation import check_finite
@@ -31,9 +32,10 @@ def say(config: ViewConfig, stretch: Stretch) -> dict[str, Any]:
     Raises:
         SettingsError: A tokenizer gives the ids another meaning; a student has fewer ids than the cache, or would
             read isolated documents as one text, or tokens that no cache stores.
-        OSError, ValueError: One of them cannot be loaded.
+        OSError, ValueError: One of them cannot be loaded, or there is no such device.
     """
     said: dict[str, Any] = {}
+    device = find_device(config.device)
     made = made_by(stretch.headers[0])
     if config.tokenizer is not None:
         tokenizer = loading.load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
@@ -62,7 +64,7 @@ def say(config: ViewConfig, stretch: Stretch) -> dict[str, Any]:
         if own is not None and "texts" not in said:
             said["texts"] = texts_of(own, stretch.ids())
     if config.students:
-        answers = [_answers(student, stretch, config.trust_remote_code) for student in config.students]
+        answers = [_answers(student, stretch, config, device) for student in config.students]
         said |= {"students": config.students, "answers": answers}
     return said
 
@@ -114,9 +116,13 @@ def texts_of(tokenizer: Any, ids: list[int]) -> dict[int, str]:
 
 
 @torch.inference_mode()
-def _answers(student: str, stretch: Stretch, trust_remote_code: bool) -> list[NDArray[np.float32] | None]:
+def _answers(
+    student: str, stretch: Stretch, config: ViewConfig, device: torch.device
+) -> list[NDArray[np.float32] | None]:
     """Of each sequence a student's probability of each row [n]; None where its tokens are not known."""
-    model = loading.load_model(find_model(student), trust_remote_code=trust_remote_code)
+    model = loading.load_model(
+        find_model(student), dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code
+    )
     vocab_size = max(header.vocab_size for header in stretch.headers)
     width = outputs.head_width(model)
     if width < vocab_size:
@@ -133,10 +139,10 @@ def _answers(student: str, stretch: Stretch, trust_remote_code: bool) -> list[ND
         if tokens is None:
             answers.append(None)
             continue
-        ids = torch.from_numpy(tokens.astype(np.int64))
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
         # A head may be padded beyond the ids that mean something.
         logits_TV = outputs.logits(model, ids[None, :-1])[0, :, :vocab_size].float()
         check_finite(logits_TV, student)
         probs_TV = logits_TV.softmax(-1)
-        answers.append(probs_TV[torch.from_numpy(rows.positions), torch.from_numpy(rows.ids)].numpy())
+        answers.append(probs_TV[torch.from_numpy(rows.positions), torch.from_numpy(rows.ids)].cpu().numpy())
     return answers
