@@ -1,6 +1,7 @@
 """An engine that works as vLLM does, in its scheduling and in the shapes of its two runners, with a made-up model."""
 
 import contextlib
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,6 +54,14 @@ def connected(hook="runner", **changes):
         Desk(listener, settings(**changes)) as desk,
     ):
         yield desk
+
+
+def try_layer_out():
+    """What a layer of logits is asked for before the engine has started; whoever listens must answer meanwhile."""
+    tried = threading.Thread(target=lambda: worker_here().show_layer(torch.zeros(3, WIDTH)), daemon=True)
+    tried.start()
+    tried.join(10)
+    assert not tried.is_alive(), "nobody answers while the engine starts"
 
 
 class FirstRunner:
@@ -134,7 +143,7 @@ class FakeEngine:
         owner, method = RUNNERS[kind]
         self._class = type(owner.__name__, (owner,), {})
         self._runner = self._class(self._compute_logits)
-        hooks.wrap(method, self._class, lambda step: show_logits(step, worker_here()))
+        hooks.wrap(method, self._class, lambda step: step.rows and show_logits(step, worker_here()))
         self._requests, self._budget, self._happens, self._steps = [], budget, happens or {}, 0
         self.window, self._lingers, self._backwards = window, lingers, backwards
         self.calls, self.submitted, self.own = [], [], []
@@ -142,6 +151,12 @@ class FakeEngine:
     def _compute_logits(self, states):
         self.calls.append(len(states))
         return head(states)
+
+    def try_out(self):
+        """What a runner does before the engine has started: a step of its own requests."""
+        request = Request("_warmup_0_", np.arange(3, dtype=np.uint32), 0)
+        request.name = "_warmup_0_"
+        self._runner.finish_step([(request, 3)], states_of(np.arange(3), 0))
 
     @property
     def is_busy(self):

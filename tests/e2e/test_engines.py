@@ -38,6 +38,7 @@ class FakePlan:
     @contextlib.contextmanager
     def started(self, path):
         with messages.announced(self.hook, path):
+            engine_data.try_layer_out()
             yield FakeEngine(budget=50, happens=dict(self.happens))
 
 

@@ -179,6 +179,10 @@ def _blocks(rows: Sequence[Rows], most: int) -> Iterator[list[Rows]]:
 
 
 def _rows(name: str, first: int, scheduled: int, offset: int, prompt: int) -> list[Rows]:
-    """Those of the prompt, if any; what is beyond it was generated."""
-    count = min(scheduled, prompt - first)
+    """
+    Those of the prompt, if any; what is beyond it was generated.
+
+    None of the requests with which an engine tries itself out before it has started: their names are no numbers.
+    """
+    count = min(scheduled, prompt - first) if name[:1].isdecimal() else 0
     return [Rows(name, first, count, offset, prompt)] if count > 0 else []

@@ -113,7 +113,8 @@ def cache_by_vllm(
             vocab_size=vocab_size,
             on_device=on_device,
         )
-        with plan.started(path) as engine, Desk(listener, settings) as desk:
+        # Who is asked while an engine starts must answer, since it tries its layers out.
+        with Desk(listener, settings) as desk, plan.started(path) as engine:
             rehearse(engine, desk, vocab_size, config.seq_len)
             packed = ranks.in_turn(lambda check: source.pack(vocab_size, check=check))
             header = make_header(

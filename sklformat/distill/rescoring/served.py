@@ -115,6 +115,6 @@ def served_scorer(
             "versions": {**versions(), "vllm": plan.version},
             "repeatable": False,
         }
-        with plan.started(path) as engine, Desk(listener, settings) as desk:
+        with Desk(listener, settings) as desk, plan.started(path) as engine:
             rehearse(engine, desk, width, header.seq_len or questions.longest)
             yield ServedScorer(engine, desk), how

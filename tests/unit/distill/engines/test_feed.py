@@ -66,6 +66,18 @@ def test_a_worker_that_is_not_understood_is_hung_up_on():
         assert desk.next(5.0) == Gone()
         assert line.receive() is None
         line.close()
+    for thread in threading.enumerate():  # its error is this test's, not that of the next
+        if thread.name == "desk line":
+            thread.join()
+
+
+@pytest.mark.parametrize("kind", engine_data.RUNNERS)
+def test_an_engine_that_tries_itself_out(kind):
+    """Its own requests, which it makes up before it has started, are nobody's sequences; and nobody is asked yet."""
+    with messages.listening() as (_, path), messages.announced("runner", path):
+        engine = FakeEngine(kind)
+        engine.try_out()
+    assert [] == engine.calls
 
 
 @pytest.mark.parametrize("kind", engine_data.RUNNERS)

@@ -71,6 +71,7 @@ class FakePlan:
     @contextlib.contextmanager
     def started(self, path):
         with served.messages.announced(self.hook, path):
+            engine_data.try_layer_out()
             yield FakeEngine(budget=50)
 
 
