@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from queue import Queue, SimpleQueue
+from queue import Full, Queue, SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from sklformat.format.records import SparseTargets
 
 _OF_ONE = 4  # arrays that tell of one sequence
 _WAITING = 64  # chunks at most that are drawn and not sent
+_LOOK_SECONDS = 1.0  # between looks at whether anybody is still told
 _here: dict[str, Worker] = {}
 
 
@@ -161,7 +162,7 @@ class Worker:
             said = {"rows": sequence, "first": first, "columns": list(part.columns)}
             self._line.send(said, part.lengths, part.token_ids, part.pairs, *part.columns.values())
 
-        self._queue.put(tell)
+        self._put(tell)
 
     def _test(self, sequence: int, first: int, known: _Known, logits_PV: Tensor) -> None:
         """Send log-probs in place of records: of the tokens that follow, and the greatest of each row."""
@@ -172,31 +173,47 @@ class Worker:
         self._line.send(said, labels, scores_PV.amax(-1).cpu().numpy())
 
     def _refuse(self, reason: str) -> None:
-        self._queue.put(functools.partial(self._line.send, {"refused": reason}))
+        self._put(functools.partial(self._line.send, {"refused": reason}))
+
+    def _put(self, tell: Callable[[], None]) -> None:
+        """Queue what is to be told, and wait while too much is; once nobody is told any more, let go of it."""
+        while not self._lost:
+            with contextlib.suppress(Full):
+                self._queue.put(tell, timeout=_LOOK_SECONDS)
+                return
 
     def _tell(self) -> None:
         """Tell what is queued, when its device has it; a thread of its own."""
-        while True:
-            tell = self._queue.get()
-            try:
-                tell()
-            except ValueError as error:  # logits that may not be drawn from
-                with contextlib.suppress(OSError):
-                    self._line.send({"refused": str(error)})
-            except OSError:
-                self._lost = True
+        try:
+            with contextlib.suppress(OSError):
+                while not self._lost:
+                    tell = self._queue.get()
+                    try:
+                        tell()
+                    except ValueError as error:  # logits that may not be drawn from
+                        self._line.send({"refused": str(error)})
+        finally:  # whatever else ended it, an error of its device say, nobody may wait for what is not told
+            self._hang_up()
 
     def _listen(self) -> None:
         """Take what the driving process says; a thread of its own."""
-        with contextlib.suppress(OSError):
-            while (message := self._line.receive()) is not None:
-                number = message[0].get("sync")
-                if number is None:
-                    self._answers.put(message)
-                else:
-                    self._queue.put(functools.partial(self._line.send, {"synced": number}))
+        try:
+            with contextlib.suppress(OSError):
+                while (message := self._line.receive()) is not None:
+                    number = message[0].get("sync")
+                    if number is None:
+                        self._answers.put(message)
+                    else:
+                        self._put(functools.partial(self._line.send, {"synced": number}))
+        finally:
+            self._hang_up()
+            self._answers.put(None)
+
+    def _hang_up(self) -> None:
         self._lost = True
-        self._answers.put(None)
+        self._line.close()
+        with contextlib.suppress(Full):
+            self._queue.put_nowait(lambda: None)  # so that who waits for something to tell looks
 
     def _ask(self, numbers: Iterable[int]) -> None:
         """Learn what these sequences are."""

@@ -9,7 +9,7 @@ import torch
 from engine_data import FakeEngine, LayerEngine, connected, logits_of, tokens_of
 
 import sklformat as skl
-from sklformat.distill.engines import hooks, messages
+from sklformat.distill.engines import hooks, messages, worker
 from sklformat.distill.engines.desk import Desk, Gone
 from sklformat.distill.engines.feed import Feed
 from sklformat.distill.engines.worker import show_logits
@@ -165,6 +165,22 @@ def test_a_worker_that_dies_ends_the_capture():
         captured(Killed(budget=20))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("budget", [1, 40])
+def test_a_device_that_fails_behind_the_engine(monkeypatch, budget):
+    """What it drew never arrives: the driving process learns it at once, however much waits to be told."""
+
+    def fail(*_):
+        raise RuntimeError("an error of the device")
+
+    monkeypatch.setattr(worker, "_part", fail)
+    with pytest.raises(CaptureError, match=r"the process that draws in the engine has ended|the engine ends"):
+        captured(FakeEngine(budget=budget), range(4))
+    for thread in threading.enumerate():  # its error is this test's, not that of the next
+        if thread.name in ("sklformat", "desk line"):
+            thread.join()
+
+
 def test_a_worker_that_hangs():
     """One that does not answer is not waited for without limit."""
 
@@ -185,15 +201,15 @@ def test_a_worker_whose_driver_is_gone_ends():
         desk.open(0, tokens(0), None)
         engine.submit(0, tokens(0)[:-1])
         engine.step()
-        worker = engine_data.worker_here()
+        own = engine_data.worker_here()
     engine.submit(1, tokens(1)[:-1])
     step = hooks.Step([hooks.Rows("1-x", 0, 5, 0, 100)], torch.zeros(5, 2), engine_data.head)
     with pytest.raises(CaptureError, match="capture does not answer; the engine ends"):
-        worker.show(step)
-    worker._lost = True
+        own.show(step)
+    own._lost = True
     step = hooks.Step([hooks.Rows("0-x", 20, 5, 0, 40)], torch.zeros(5, 2), engine_data.head)
     with pytest.raises(CaptureError, match="capture is gone; the engine ends"):
-        worker.show(step)
+        own.show(step)
 
 
 @pytest.mark.parametrize("on_device", [False, True])
