@@ -205,20 +205,24 @@ def test_a_model_that_vllm_does_not_serve(installed, monkeypatch):
 
 
 def test_an_engine_that_has_died(monkeypatch):
-    """vLLM's own error becomes one of ours."""
+    """vLLM's own error becomes one of ours, also where a request is the first to find out."""
     error = type("EngineDeadError", (Exception,), {})
     monkeypatch.setitem(sys.modules, "vllm.v1.engine.exceptions", SimpleNamespace(EngineDeadError=error))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
 
-    def step():
+    def find_out(*_):
         raise error
 
     scheduler = SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=64)
     of_model = SimpleNamespace(max_model_len=129)
     config = SimpleNamespace(scheduler_config=scheduler, model_config=of_model)
     served = vllm.Served(
-        SimpleNamespace(vllm_config=config, step=step), SimpleNamespace(hook="runner", described="vllm 9.9")
+        SimpleNamespace(vllm_config=config, step=find_out, add_request=find_out),
+        SimpleNamespace(hook="runner", described="vllm 9.9"),
     )
     assert 48 == served.window
+    with pytest.raises(EngineError, match=r"vllm 9\.9: the engine has ended, its own messages are above"):
+        served.submit(0, np.arange(4, dtype=np.uint32))
     with pytest.raises(EngineError, match=r"vllm 9\.9: the engine has ended, its own messages are above"):
         served.step()
 

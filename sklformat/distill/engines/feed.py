@@ -39,7 +39,12 @@ class Engine(Protocol):
     def is_busy(self) -> bool: ...
 
     def submit(self, sequence: int, prompt: NDArray[np.uint32]) -> None:
-        """Begin a request; its id is the sequence's number."""
+        """
+        Begin a request; its id is the sequence's number.
+
+        Raises:
+            EngineError: It has ended.
+        """
 
     def step(self) -> None:
         """

@@ -161,13 +161,19 @@ class Served:
         return bool(self._engine.has_unfinished_requests())
 
     def submit(self, sequence: int, prompt: NDArray[np.uint32], **wanted: Any) -> None:
-        """Begin a request whose id is the sequence's number; ``wanted``: what vLLM itself is to say of it."""
+        """
+        Begin a request whose id is the sequence's number; ``wanted``: what vLLM itself is to say of it.
+
+        Raises:
+            EngineError: It has ended.
+        """
         from vllm import SamplingParams  # noqa: PLC0415
 
         if self.runs_alone:  # else the layer would not see the rows of a prompt
             wanted = {"prompt_logprobs": 0} | wanted
         params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **wanted)
-        self._engine.add_request(str(sequence), {"prompt_token_ids": prompt.tolist()}, params)
+        with self._living():
+            self._engine.add_request(str(sequence), {"prompt_token_ids": prompt.tolist()}, params)
 
     def step(self) -> None:
         """
@@ -204,16 +210,21 @@ class Served:
         return said
 
     def _outputs(self) -> list[Any]:
+        with self._living():
+            return [output for output in self._engine.step() if output.finished]
+
+    @contextlib.contextmanager
+    def _living(self) -> Iterator[None]:
+        """Say in our words that it is not."""
         from vllm.v1.engine.exceptions import EngineDeadError  # noqa: PLC0415
 
         try:
-            outputs: list[Any] = self._engine.step()
+            yield
         except EngineDeadError as error:
             raise EngineError(
                 f"{self.described}: the engine has ended, its own messages are above; what was captured is kept, run "
                 "the same command again to resume"
             ) from error
-        return [output for output in outputs if output.finished]
 
 
 def hook_in(hook: Hook) -> None:
