@@ -180,18 +180,17 @@ class Desk:
             self._arrived.put(Gone())
 
     def _answer(self, line: Line, asked: list[int] | None) -> None:
-        with self._lock:
-            if asked is None:
-                if self._alone is None:
-                    line.send({"sequence": None})
-                    return
-                sequence, run = self._alone
-                known = self._open[sequence]
-                line.send({"sequence": sequence, "run": run, "wanted": known.wanted}, *known.arrays)
-                return
-            found = [self._open.get(sequence, _NOTHING) for sequence in asked]
-            arrays = [array for known in found for array in known.arrays]
+        with self._lock:  # let go of before anything is sent: a worker may take long to read
+            alone = self._alone
+            about = ([] if alone is None else alone[:1]) if asked is None else asked
+            found = [self._open.get(sequence, _NOTHING) for sequence in about]
+        arrays = [array for known in found for array in known.arrays]
+        if asked is not None:
             line.send({"wanted": [known.wanted for known in found]}, *arrays)
+        elif alone is None:
+            line.send({"sequence": None})
+        else:
+            line.send({"sequence": alone[0], "run": alone[1], "wanted": found[0].wanted}, *arrays)
 
 
 def _arrived(said: dict[str, Any], arrays: list[NDArray[Any]]) -> Arrived:

@@ -71,6 +71,22 @@ def test_a_worker_that_is_not_understood_is_hung_up_on():
             thread.join()
 
 
+@pytest.mark.parametrize("asked", [[0], None])
+def test_a_worker_that_does_not_take_its_answer(asked):
+    """Who drives knows of other sequences meanwhile, so that it comes to see that nothing arrives."""
+    with messages.listening() as (listener, path), Desk(listener, engine_data.settings()) as desk:
+        line = messages.dial(path)
+        assert line.receive() is not None
+        desk.open(0, np.zeros(1 << 20, np.uint32), None)
+        line.send({"ask": asked})
+        line._socket.recv(1)  # the answer is on its way, and is more than a socket holds
+        opened = threading.Thread(target=desk.open, args=(1, np.zeros(2, np.uint32), None), daemon=True)
+        opened.start()
+        opened.join(5)
+        assert not opened.is_alive()
+        line.close()
+
+
 @pytest.mark.parametrize("kind", engine_data.RUNNERS)
 def test_an_engine_that_tries_itself_out(kind):
     """Its own requests, which it makes up before it has started, are nobody's sequences; and nobody is asked yet."""
