@@ -13,7 +13,7 @@ import base64
 import binascii
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,14 @@ _About = list[tuple[NDArray[np.int64], NDArray[np.float64]]]
 _ID_PREFIX = "token_id:"
 _NOTHING = (np.zeros(0, np.int64), np.zeros(0))
 _FLAT = "input_top_logprobs"
+
+
+class _Said(NamedTuple):
+    """About one token: ids, values, and places among the most likely, from 1 on, 0 where they are not said."""
+
+    ids: NDArray[np.int64]
+    values: NDArray[np.float64]
+    ranks: NDArray[np.int64]
 
 
 def recognise(path: Path) -> str | None:
@@ -198,9 +206,11 @@ def _read_vllm(line: Mapping[str, Any]) -> Iterator[_Answer]:
     for part in parts:
         # Of completions each choice has the prompt; of chats, and of the class RequestOutput, the whole answer.
         both = {**line, **{name: value for name, value in part.items() if value is not None}}
-        about_prompt, seen = _by_id(both.get("prompt_logprobs"))
-        about_output, _ = _by_id(_generated(part))
+        said = _said(both.get("prompt_logprobs"))
+        about_prompt = [_most_likely(row) for row in said]
+        seen = {place: int(row.ids[0]) for place, row in enumerate(said) if row.ids.size}
         output = part.get("token_ids") or []
+        about_output = _about_generated(part, output)
         if about_output and not output:
             raise ValueError("has log-probs of generated tokens, but not their ids; ask for return_token_ids")
         if not about_prompt and not about_output:
@@ -210,65 +220,80 @@ def _read_vllm(line: Mapping[str, Any]) -> Iterator[_Answer]:
         yield _Answer(both.get("prompt_token_ids"), about_prompt, output, about_output, seen)
 
 
-def _generated(part: Mapping[str, Any]) -> Any:
-    """Of a choice what is said about its tokens, in one form for completions, chats and RequestOutput."""
-    logprobs = part.get("logprobs")
-    if isinstance(logprobs, Mapping) and "top_logprobs" in logprobs:
-        return logprobs["top_logprobs"]
-    if isinstance(logprobs, Mapping) and "content" in logprobs:
-        return [{top["token"]: top["logprob"] for top in one["top_logprobs"]} for one in logprobs["content"] or []]
-    return logprobs
+def _about_generated(part: Mapping[str, Any], output: Sequence[int]) -> _About:
+    """
+    What a choice says about its tokens, in one form for completions, chats and RequestOutput.
+
+    The endpoints name ids, and say no ranks: first comes the token itself, be it among the k most likely or not.
+    """
+    rows, are_named = part.get("logprobs"), False
+    if isinstance(rows, Mapping) and "top_logprobs" in rows:
+        rows, are_named = rows["top_logprobs"], True
+    elif isinstance(rows, Mapping) and "content" in rows:
+        tops = [one["top_logprobs"] for one in rows["content"] or []]
+        rows, are_named = [{top["token"]: top["logprob"] for top in row} for row in tops], True
+    said = _said(rows, are_named=are_named)
+    about = [_most_likely(row) for row in said]
+    for place, (row, token) in enumerate(zip(said, output, strict=False)):
+        if row.ids.size and token not in row.ids:
+            raise ValueError(
+                f"has log-probs of the ids {', '.join(map(str, row.ids))}, and none of its generated token {place}, "
+                f"which is {token}"
+            )
+        if are_named:
+            about[place] = _without_last(row, token)
+    return about
 
 
-def _by_id(rows: Any) -> tuple[_About, dict[int, int]]:
-    """What vLLM says about each token, and which token that is where it says it."""
+def _said(rows: Any, *, are_named: bool = False) -> list[_Said]:
+    """What vLLM says about each token, in its order; whether keys would be texts if they were no ids."""
     if rows is None:
-        return [], {}
+        return []
     if isinstance(rows, Mapping):
         return _flat_rows(rows)
-    about, seen = _About(), dict[int, int]()
-    for place, row in enumerate(rows):
+    said = []
+    for row in rows:
         ids, values, ranks = list[int](), list[float](), list[int]()
         for key, entry in (row or {}).items():
             is_full = isinstance(entry, Mapping)
-            ids.append(_id_of(key))
+            ids.append(_id_of(key, is_named=are_named))
             values.append(float(entry["logprob"] if is_full else entry))
             ranks.append(int((entry.get("rank") if is_full else None) or 0))
-        if ids:
-            seen[place] = ids[0]
-        about.append(_most_likely(np.array(ids, np.int64), np.array(values), np.array(ranks)))
-    return about, seen
+        said.append(_Said(np.array(ids, np.int64), np.array(values, np.float64), np.array(ranks, np.int64)))
+    return said
 
 
-def _flat_rows(flat: Mapping[str, Any]) -> tuple[_About, dict[int, int]]:
+def _flat_rows(flat: Mapping[str, Any]) -> list[_Said]:
     ids, values = np.array(flat["token_ids"], np.int64), np.array(flat["logprobs"], np.float64)
     ranks = np.array([rank or 0 for rank in flat["ranks"]], np.int64)
     if not ids.size == values.size == ranks.size:
         sizes = f"{ids.size} token_ids, {values.size} logprobs, {ranks.size} ranks"
         raise ValueError(f"has flat lists of different lengths: {sizes}")
-    about, seen = _About(), dict[int, int]()
+    said = []
     for place, (begin, end) in enumerate(zip(flat["start_indices"], flat["end_indices"], strict=True)):
         if not 0 <= begin <= end <= ids.size:
             raise ValueError(f"token {place} has entries {begin} to {end} of {ids.size}")
-        if begin < end:
-            seen[place] = int(ids[begin])
-        about.append(_most_likely(ids[begin:end], values[begin:end], ranks[begin:end]))
-    return about, seen
+        said.append(_Said(ids[begin:end], values[begin:end], ranks[begin:end]))
+    return said
 
 
-def _most_likely(
-    ids: NDArray[np.int64], values: NDArray[np.float64], ranks: NDArray[Any]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _most_likely(row: _Said) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Without the token itself where it is none of the k most likely, and where it is there twice."""
-    kept = ranks <= ids.size  # of k entries, or k and the token itself: those of rank 1 to their number
-    ids, values = ids[kept], values[kept]
+    kept = row.ranks <= row.ids.size  # of k entries, or k and the token itself: those of rank 1 to their number
+    ids, values = row.ids[kept], row.values[kept]
     first = np.sort(np.unique(ids, return_index=True)[1])
     return ids[first], values[first]
 
 
-def _id_of(key: str) -> int:
+def _without_last(row: _Said, token: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Of several ids without ranks, without the token itself where it is the least likely: it may be none of k."""
+    kept = (row.ids != token) | (row.values > row.values.min(initial=np.inf)) | (row.ids.size == 1)
+    return row.ids[kept], row.values[kept]
+
+
+def _id_of(key: str, *, is_named: bool) -> int:
     digits = key.removeprefix(_ID_PREFIX)
-    if not digits.isdecimal():
+    if not digits.isdecimal() or (is_named and digits == key):  # digits may be a text as well
         raise ValueError(
             f"names tokens by their text ({key!r}), which several may share; ask for return_tokens_as_token_ids"
         )

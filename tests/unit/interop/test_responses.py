@@ -75,7 +75,7 @@ def vllm_flat(truth):
 
 def vllm_completion(truth):
     """The completions endpoint with return_tokens_as_token_ids and return_token_ids, in a batch's result file."""
-    top = [{f"token_id:{i}": float(truth.logs[t, i]) for i in truth.top(t)} for t in range(P, P + R)]
+    top = [{f"token_id:{i}": float(truth.logs[t, i]) for i, _ in truth.ranked(t)} for t in range(P, P + R)]
     choice = {
         "prompt_logprobs": vllm_request(truth)["prompt_logprobs"],
         "prompt_token_ids": truth.tokens[:P].tolist(),
@@ -86,11 +86,13 @@ def vllm_completion(truth):
 
 
 def vllm_chat(truth):
-    """The chat endpoint."""
+    """The chat endpoint, which says the token itself and of the k most likely as many as there is room for."""
     content = [
         {
             "token": "x",
-            "top_logprobs": [{"token": f"token_id:{i}", "logprob": float(truth.logs[t, i])} for i in truth.top(t)],
+            "top_logprobs": [
+                {"token": f"token_id:{i}", "logprob": float(truth.logs[t, i])} for i, _ in truth.ranked(t)[:K]
+            ],
         }
         for t in range(P, P + R)
     ]
@@ -155,14 +157,17 @@ def run(tmp_path, *lines, **settings):
     return skl.open(tmp_path / "cache"), made
 
 
-def assert_holds(sequence, truth, first=1):
-    """Rows about tokens ``first`` on are the k most likely, with their probabilities to the code's step."""
+def assert_holds(sequence, truth, first=1, unsure=False):
+    """
+    Rows about tokens ``first`` on are the k most likely, with their probabilities to the code's step; those of the
+    answer one fewer where it is not sure that the least likely one is among them.
+    """
     assert sequence.tokens.tolist() == truth.tokens.tolist()
     targets = sequence.targets
     for t in range(1, P + R):
         begin, end = targets.offsets[t - 1], targets.offsets[t]
         found = dict(zip(targets.token_ids[begin:end].tolist(), targets.weights[begin:end].tolist(), strict=True))
-        expected = truth.top(t) if t >= first else []
+        expected = truth.top(t)[: K - (unsure and t >= P)] if t >= first else []
         expected = [i for i in expected if np.exp(truth.logs[t, i]) > 2e-3]
         assert set(found) >= set(map(int, expected))
         assert set(found) <= set(map(int, truth.top(t))) if t >= first else not found
@@ -176,7 +181,7 @@ def test_every_layout(tmp_path, layout):
     truths = [Truth(seed) for seed in range(3)]
     cache, made = run(tmp_path, *(LAYOUTS[layout](truth) for truth in truths))
     for i, truth in enumerate(truths):
-        assert_holds(cache[i], truth)
+        assert_holds(cache[i], truth, unsure=layout in ("completion", "chat"))
     told = cache.header.capture["converted"]
     assert told["from"] == ("vllm" if layout in ("request", "flat", "completion", "chat") else "sglang")
     assert told["values"] == "log-probabilities"
@@ -232,8 +237,8 @@ def test_minus_infinity(tmp_path):
     assert gone not in targets.token_ids[targets.offsets[1] : targets.offsets[2]]
 
 
-def spoil_text(answer):
-    answer["response"]["body"]["choices"][0]["logprobs"]["top_logprobs"][0] = {"the": -1.0}
+def spoil_text(answer, text="the"):
+    answer["response"]["body"]["choices"][0]["logprobs"]["top_logprobs"][0] = {text: -1.0}
 
 
 def spoil_all(answer):
@@ -247,6 +252,21 @@ def meta(**changes):
 
 BAD = [
     ("completion", spoil_text, "names tokens by their text .'the'., which several may share; ask for return_tokens"),
+    (
+        "completion",
+        lambda a: spoil_text(a, "7"),
+        "names tokens by their text .'7'., which several may share; ask for return_tokens",
+    ),
+    (
+        "chat",
+        lambda a: a["choices"][0]["logprobs"]["content"][0]["top_logprobs"][1].update(token="7"),
+        "names tokens by their text .'7'., which several may share; ask for return_tokens",
+    ),
+    (
+        "request",
+        lambda a: a["outputs"][0]["logprobs"].reverse(),
+        "has log-probs of the ids .*, and none of its generated token 0, which is",
+    ),
     (
         "request",
         lambda a: a["prompt_logprobs"].append({"1": {"logprob": -1.0}}),
