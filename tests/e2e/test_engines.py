@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -202,6 +203,27 @@ def test_a_model_that_vllm_does_not_serve(installed, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     with pytest.raises(EngineError, match="model: vLLM does not serve it: no such architecture"):
         plan()
+
+
+def test_a_device_whose_memory_is_not_known(installed, monkeypatch):
+    """Before anything is started, since the worker would fail at its first row."""
+    model = SimpleNamespace(hf_config=None, get_vocab_size=lambda: 300)
+    engine = SimpleNamespace(create_engine_config=lambda: SimpleNamespace(model_config=model))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(EngineArgs=lambda **_: engine))
+    platforms = SimpleNamespace(current_platform=SimpleNamespace(device_type="tpu"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    with pytest.raises(EngineError, match="vLLM runs on tpu here, draws are known on cpu and cuda"):
+        plan()
+
+
+def test_a_path_that_no_socket_has(monkeypatch, tmp_path):
+    """The system's own words would name neither the path nor what decides it."""
+    place = tmp_path / ("x" * 100)
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    with pytest.raises(EngineError, match="a socket takes 107; set TMPDIR to a directory with a shorter path"):
+        messages.listening().__enter__()
+    assert [] == list(place.iterdir())
 
 
 def test_an_engine_that_has_died(monkeypatch):

@@ -24,6 +24,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from sklformat.errors import EngineError
+
 Hook: TypeAlias = Literal["runner", "layer"]
 """Where a worker sees rows: in its model runner, or in the layer that makes logits."""
 
@@ -37,6 +39,7 @@ ADDRESS = "SKLFORMAT_CAPTURE"
 Message: TypeAlias = tuple[dict[str, Any], list[NDArray[Any]]]
 
 _LENGTH = struct.Struct("<I")  # bytes of the object
+_LONGEST_PATH = 107  # of a socket, in bytes
 _TYPES = ("bool", "uint8", "float16", "float32", "uint32", "int64")
 
 
@@ -126,9 +129,19 @@ class Line:
 
 @contextlib.contextmanager
 def listening() -> Iterator[tuple[socket.socket, str]]:
-    """A socket that listens, and its path, in a directory that no other user can enter."""
+    """
+    A socket that listens, and its path, in a directory that no other user can enter.
+
+    Raises:
+        EngineError: The path is too long for a socket.
+    """
     with tempfile.TemporaryDirectory(prefix="sklformat-") as directory:
         path = str(Path(directory) / "line")
+        if (size := len(os.fsencode(path))) > _LONGEST_PATH:
+            raise EngineError(
+                f"{path}: the path has {size} bytes, a socket takes {_LONGEST_PATH}; set TMPDIR to a directory with a "
+                "shorter path"
+            )
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(path)
             listener.listen()

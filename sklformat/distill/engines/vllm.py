@@ -64,7 +64,8 @@ class Plan:
         whole: vLLM's config of the engine.
 
     Raises:
-        EngineError: vLLM is not installed, does not load our plug-in, or refuses the model; the reason is its own.
+        EngineError: vLLM is not installed, does not load our plug-in, refuses the model for a reason of its own, or
+            runs on a kind of device that is not known here.
     """
 
     def __init__(
@@ -108,6 +109,11 @@ class Plan:
             if self.hook == "layer":
                 alone = {"max_num_seqs": 1, "max_num_batched_tokens": seq_len + 1, "enable_chunked_prefill": False}
                 whole = EngineArgs(**given | alone).create_engine_config()
+        if self.device not in hooks.ROWS_AT_ONCE:
+            raise EngineError(
+                f"{model}: vLLM runs on {self.device} here, draws are known on {' and '.join(hooks.ROWS_AT_ONCE)}; "
+                "take engine transformers"
+            )
         self.whole = whole
         self.config: Any = whole.model_config.hf_config
         self.width = int(whole.model_config.get_vocab_size())
