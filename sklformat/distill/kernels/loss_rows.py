@@ -26,6 +26,8 @@ METHODS = {name: number for number, names in enumerate(_NAMES) for name in names
 
 _NORMALISED, _SMOOTHING, _GHOST, _NAIVE = (tl.constexpr(number) for number in (1, 2, 3, 4))
 LOWEST = tl.constexpr(-1e30)  # stands for a logit of minus infinity where a product with 0 must be 0
+_LEAST = tl.constexpr(2.0**-126)  # the least normal number
+_LOG_LEAST = tl.constexpr(-87.33654475)
 _LARGEST_BLOCK = 32768
 _RECORDS = 64
 
@@ -165,9 +167,9 @@ def _sparse_rows(
         a += residual
         u = -share
     if METHOD == _GHOST:
-        log_rest = tl.log(tl.maximum(rest_e, 1.17549435e-38)) + (top - log_sum)
+        log_rest = tl.log(tl.maximum(rest_e, _LEAST)) + (top - log_sum)
         loss += _x_log_x(residual) - residual * log_rest
-        a = 1 - residual * tl.exp(-log_rest)
+        a = 1 - tl.exp(tl.minimum(tl.log(tl.maximum(residual, _LEAST)) - log_rest, -_LOG_LEAST))
     if METHOD == _NAIVE:
         joins = 1 - has_label
         loss += joins * (_x_log_x(residual) - residual * log_p_label)

@@ -15,6 +15,7 @@ Shape letters: V vocabulary, N records of all positions together (ragged), R pos
 # ruff: noqa: N815 - shape suffixes
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -91,7 +92,10 @@ def _ghost_token(b: Block) -> Form:
     rest_R = b.residual()
     loss_R = b.sum(torch.xlogy(b.t_N, b.t_N) - b.t_N * b.logp_N) + torch.xlogy(rest_R, rest_R) - rest_R * b.log_rest_R
     # Outside K the student's p_j is scaled by 1 - (1 - S) / (1 - P_K); inside, the full teacher's gradient (A.5).
-    return Form(loss_R, 1 - rest_R * torch.exp(-b.log_rest_R), b.p_N - b.t_N)
+    # The quotient is finite: 0 times infinity is no gradient, where all p_j have underflowed.
+    log_least = math.log(torch.finfo(rest_R.dtype).tiny)
+    log_quotient_R = rest_R.log().clamp_(min=log_least) - b.log_rest_R
+    return Form(loss_R, 1 - log_quotient_R.clamp_(max=-log_least).exp(), b.p_N - b.t_N)
 
 
 def _naive_fix(b: Block) -> Form:

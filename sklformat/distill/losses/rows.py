@@ -228,7 +228,7 @@ class LossRows(TargetRows):
         if self.ce_weight > 0 and not self.has_hard_part:
             mix_ce(form, b, self.ce_weight)
         if want_grad:
-            a_R = form.a_R * weights_R
+            a_R = (form.a_R * weights_R).clamp_(min=lowest)  # finite, as its entries may all have underflowed to 0
             if form.d == 0:
                 z_RV.mul_((a_R / sum_R).unsqueeze(1))
             else:

@@ -107,6 +107,16 @@ def test_each_method_has_its_oracles_value_and_gradients(method, dtype, in_kerne
     assert len(in_kernels) == 3  # a chunk each
 
 
+def test_a_tail_that_underflows_gives_the_ghost_token_no_nan(in_kernels):
+    x_PV = torch.zeros(1, 12, device=DEVICE)
+    x_PV[0, :8] = 1000.0
+    targets = Targets(torch.arange(8).to(DEVICE), torch.full((8,), 0.05).to(DEVICE), torch.tensor([0, 8]).to(DEVICE))
+    weights = torch.tensor([30.0], device=DEVICE)
+    sparse_kl(x_PV.requires_grad_(), targets, method="ghost_token", position_weights_P=weights).backward()
+    assert in_kernels
+    torch.testing.assert_close(x_PV.grad[0].cpu(), torch.tensor([0.075] * 8 + [0.0] * 4), rtol=1e-4, atol=0)
+
+
 HEADS = [{"bias": True}, {"softcap": 3.0, "scale": 0.5}, {"bias": True, "scale": -1.5}]
 
 

@@ -446,6 +446,22 @@ def test_the_weight_gradient_does_not_stall_over_many_chunks():
     torch.testing.assert_close(torch.autograd.grad(loss, weight_VD)[0], expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("far", "mass"), [(0.0, 0.4), (-math.inf, 0.4), (0.0, 1.0)])
+def test_a_tail_that_underflows_gives_the_ghost_token_no_nan(far, mass, dtype):
+    """One over a rest that is too small for the type is no number, and 0 times that no gradient."""
+    x_PV = torch.full((1, 12), far, dtype=dtype)
+    x_PV[0, :8] = 1000.0
+    targets = Ragged(torch.arange(8), torch.full((8,), mass / 8), torch.tensor([0, 8]))
+    loss = sparse_kl(
+        x_PV.requires_grad_(), targets, method="ghost_token", position_weights_P=torch.tensor([30.0]), normaliser=30.0
+    )
+    value, grad_PV = value_and_grads(loss, x_PV)
+    assert value.isfinite()
+    expected = torch.tensor([(1 - mass) / 8] * 8 + [0.0] * 4, dtype=torch.float64)
+    torch.testing.assert_close(grad_PV[0].double(), expected, rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("method", SPARSE_METHODS)
 def test_masked_ids_give_no_nan(method):
     """An id with a logit of minus infinity outside the records takes nothing and breaks nothing where S = 1."""
