@@ -55,15 +55,21 @@ class TargetRows(Arguments):
         """Over all processes that have a part of the rows."""
         return list(tensors) if self.shard is None else self.shard.sums(*tensors)
 
-    def _normalised(self, log_RV: Tensor) -> Tensor:
-        """Logits less their maxima as logarithms of probabilities, in place; none below that of the least number."""
+    def _normalised(self, log_RV: Tensor, least: float) -> Tensor:
+        """Logits less their maxima as logarithms of probabilities, in place; none below ``least``."""
         (sum_R,) = self._sums(log_RV.exp().sum(1))
-        return log_RV.sub_(sum_R.log().unsqueeze(1)).clamp_(min=math.log(torch.finfo(self.dtype).tiny))
+        return log_RV.sub_(sum_R.log().unsqueeze(1)).clamp_(min=least)
 
-    def _log_targets(self, block: tuple[int, int, int, int]) -> Tensor:
-        """A fresh [R, V] block of logarithms of the targets in the accumulation type, not below that of the least."""
+    def _log_targets(self, block: tuple[int, int, int, int], teacher_RV: Tensor | None) -> Tensor:
+        """
+        A fresh [R, V] block of logarithms of the targets in the accumulation type, not below that of the least number.
+
+        ``teacher_RV``: what ``_own_teacher_logits`` gave, less the rows' maxima; it becomes the block.
+        """
         start, stop, first, end = block
         least = torch.finfo(self.dtype).tiny
+        if teacher_RV is not None:
+            return self._normalised(teacher_RV, math.log(least))
         if isinstance(self.dense, DenseTeacher):
             log_RV = self._teacher_logits(start, stop).log_softmax(1, dtype=self.dtype)
             return log_RV.clamp_(min=math.log(least))

@@ -28,6 +28,9 @@ from sklformat.distill.losses.targets import DenseTargets, DenseTeacher
 # the cost of the ragged operations (CPU) or of the launches (accelerators).
 BLOCK_ELEMENTS_CPU = 1 << 20
 BLOCK_ELEMENTS_DEVICE = 1 << 26
+# What stands for log 0 where products with it must be numbers: no logit is as far from another, and times the least
+# target it is 0.
+_MASKED_LOG = -1e6
 
 
 def knows_kernel(divergence: str, temperature: float, ce_weight: float) -> bool:
@@ -147,7 +150,7 @@ class LossRows(TargetRows):
             made = self._teacher_probs(start, stop) if teacher_RV is None else exponentials(teacher_RV)
             loss_R = self._run_dense(z_RV, made, own_R, labels_R, want_grad=grad_RV is not None)
         else:
-            log_q_RV = self._log_targets(block) if teacher_RV is None else self._normalised(teacher_RV)
+            log_q_RV = self._log_targets(block, teacher_RV)
             loss_R = self._run_divergence(z_RV, log_q_RV, own_R, labels_R, want_grad=grad_RV is not None)
         if hard is not None:
             loss_R = self._mix_hard(loss_R, z_RV if grad_RV is not None else None, hard, weights_R)
@@ -298,7 +301,7 @@ class LossRows(TargetRows):
         want_grad: bool,
     ) -> Tensor:
         alpha = 0.0 if self.has_hard_part else self.ce_weight
-        log_p_RV, p_RV = self._normalised(z_RV.clone()), None
+        log_p_RV, p_RV = self._normalised(z_RV.clone(), _MASKED_LOG), None
         ce_R = None
         if alpha > 0 and labels_R is not None:
             labels = self._entries(z_RV, torch.arange(len(z_RV), device=self.device), labels_R)

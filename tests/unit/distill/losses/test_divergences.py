@@ -233,6 +233,21 @@ def test_ids_that_both_mask_add_nothing(method, divergence):
     torch.testing.assert_close([found[0], found[1][:, :11]], expected, **EXACT)
 
 
+@pytest.mark.parametrize("method", ["random_sampling", "label_smoothing", "full"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_student_may_be_far_from_the_label(method, divergence):
+    """Cross-entropy and the forward part say how far, also where the probability is no number of float32."""
+    x_1V = torch.tensor([[0.0, -250.0, -1e4, 0.0]], dtype=torch.float64)
+    given = torch.tensor([[0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
+    targets = DenseTargets(given) if method == "full" else Ragged(torch.arange(4), given[0], torch.tensor([0, 4]))
+    args = {"method": method, "divergence": divergence, "labels_P": torch.tensor([2]), "ce_weight": 0.5}
+    loss, exact = sparse_kl(x_1V.float(), targets, **args), sparse_kl(x_1V, targets, **args)
+    forward = {"forward_kl": 1.0, "forward_reverse_kl": 0.5}.get(divergence, 0.0)
+    by_hand = torch.tensor(1e4 / 2 + forward * 10250 / 8, dtype=torch.float64)
+    torch.testing.assert_close(exact, by_hand, rtol=2e-2, atol=0)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+
+
 def test_a_reverse_divergence_of_draws_is_finite():
     """Where the records are all of the target, the rest counts as 1e-6, and a tiny record as itself."""
     x_1V = torch.log(torch.tensor([[0.5, 0.25, 0.2, 0.05]], dtype=torch.float64))
