@@ -297,11 +297,13 @@ def _run_estimate(name: str, arguments: list[str]) -> int:
     from sklformat.capture.estimates import estimate  # noqa: PLC0415
 
     config, as_json = parse(EstimateConfig, name, arguments)
+    measures = "sklformat.distill.student.measures.advice"
+    if config.plot is not None:
+        importlib.import_module(measures).drawing(config.plot)
     if config.teacher is not None:
         from sklformat.distill.teacher.calibration import calibrate  # noqa: PLC0415
 
         config = calibrate(config)
-    measures = "sklformat.distill.student.measures.advice"
     told = importlib.import_module(measures).advise(config) if config.student else estimate(config)
     _print_result(told, as_json=as_json)
     return 0

@@ -245,6 +245,11 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def make_place_of(path: Path) -> None:
+    """Make the directory that a file will be in; best before the work that the file is of, which else may be lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """
     Replace ``path`` by ``data``: a crash leaves the old file or the new one, whole.

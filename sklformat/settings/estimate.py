@@ -13,6 +13,7 @@ from sklformat.settings.limits import MAX_DRAWN, check_least, check_picture, che
 
 # Independent draws that leave 12 records per position, the paper's number, add 0.1 to 0.2.
 NOISE = 0.1
+MAX_NOISE_SEED = 1 << 48
 NOISE_ROUNDS = (1, 2, 4, 8, 12, 18, 32, 50)
 _OF_NOISE = ("noise", "noise_rounds", "noise_sequences", "noise_seed", "plot")
 
@@ -164,7 +165,8 @@ class EstimateConfig(TextFiles):
             if len(self.student) > MAX_DRAWN:
                 raise ValueError(f"plot draws 1 to {MAX_DRAWN} students, got {len(self.student)}; leave it out")
         check_positive(self, "noise")
-        check_least(self, 0, "noise_seed")
+        if not 0 <= self.noise_seed < MAX_NOISE_SEED:
+            raise ValueError(f"noise_seed must be in 0..2**48 - 1, got {self.noise_seed}")
         if self.noise_sequences < 3:
             raise ValueError(f"noise_sequences must be >= 3, for a variance and its error, got {self.noise_sequences}")
         if not self.noise_rounds:
@@ -172,3 +174,6 @@ class EstimateConfig(TextFiles):
         for rounds in self.noise_rounds:
             if not 1 <= rounds <= MAX_ROUNDS:
                 raise ValueError(f"noise_rounds must be in 1..{MAX_ROUNDS}, got {rounds}")
+        if len(set(self.noise_rounds)) < len(self.noise_rounds):
+            twice = " ".join(map(str, self.noise_rounds))
+            raise ValueError(f"noise_rounds holds a number twice: {twice}; give each once")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sklformat
-from sklformat.files.disk import write_atomically
+from sklformat.files.disk import make_place_of, write_atomically
 from sklformat.files.yaml import dump_settings
 from sklformat.format import layout
 from sklformat.settings.inspection import CardConfig
@@ -66,6 +66,7 @@ def write_card(config: CardConfig) -> Card:
         raise FileExistsError(f"{config.out}: is there, and may hold what somebody wrote; remove it, or choose another")
     text = f"---\n{dump_settings(_fields(config, facts))}---\n\n{_body(config, facts)}"
     if config.out is not None:
+        make_place_of(config.out)
         write_atomically(config.out, text.encode())
     blanks = f"the licence is left as {BLANK}, which a hub refuses; fill it in, or give --license"
     return Card(text=text, blanks="" if config.license else blanks)

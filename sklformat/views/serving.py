@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sklformat.errors import InUseError
-from sklformat.files.disk import write_atomically
+from sklformat.files.disk import make_place_of, write_atomically
 from sklformat.settings.inspection import ViewConfig
 from sklformat.views.page import policy
 
@@ -41,11 +41,13 @@ def opened(config: ViewConfig, page: bytes) -> Iterator[tuple[dict[str, Any], Ca
     out = config.out if config.out is not None or config.serve else Path("page.html")
     if not config.serve:
         assert out is not None
+        make_place_of(out)
         write_atomically(out, page)
         yield {"page": str(out)}, lambda: None
         return
     with PageServer(page, config.port) as server:  # first, so that nothing is written where the port is taken
         if out is not None:
+            make_place_of(out)
             write_atomically(out, page)
             result["page"] = str(out)
         yield {**result, "address": server.address}, server.serve

@@ -14,6 +14,7 @@ from typing import Any
 from sklformat.cache.contents import partial_files, shard_files
 from sklformat.cache.manifest import has_manifest
 from sklformat.errors import UnsupportedError
+from sklformat.files.disk import make_place_of
 from sklformat.files.places import is_url
 from sklformat.files.regular import check_exists
 from sklformat.plot import CacheRow, plot_caches
@@ -42,6 +43,7 @@ def plot(config: PlotConfig, tell: Callable[[str, int, int], None] | None = None
         OSError: The sheet cannot be written.
     """
     is_run = [_is_run(path) for path in config.paths]
+    make_place_of(config.out)
     if all(is_run):
         return curves.plot(config)
     if any(is_run):

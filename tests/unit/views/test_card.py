@@ -30,7 +30,7 @@ def fields_of(text, directory):
 def test_card(tmp_path, capfd):
     """The file holds the card: a header with the fields of a hub, what the cache is, how to load and check it."""
     path = write(tmp_path / "my cache|1", 4, capture=CAPTURE, columns=("entropy",))
-    out = tmp_path / "README.md"
+    out = tmp_path / "new" / "README.md"
     assert 0 == main(["card", str(path), "--out", str(out), "--license", "cc-by-4.0", "--name", "Big: 語 #1"])
     printed = capfd.readouterr()
     assert (f"{out}: the card of {path}\n", "") == printed

@@ -191,8 +191,8 @@ def test_command(tmp_path, capsys, monkeypatch):
     expected = {"page": "page.html", "sequences": 2, "bytes": (tmp_path / "page.html").stat().st_size}
     expected["tokens"] = "as ids; --tokenizer shows their text"
     assert expected == json.loads(capsys.readouterr().out)
-    assert 0 == main(["view", "a", "-o", "b.html"])
-    assert "b.html" in capsys.readouterr().out
+    assert 0 == main(["view", "a", "-o", "new/b.html"])
+    assert "new/b.html" in capsys.readouterr().out
     for words, said in {
         ("a", "--first", "4"): "a: first is sequence 4 of 4; give less",
         ("empty",): "empty: holds no sequence, so a page has nothing to show",

@@ -122,7 +122,7 @@ def test_a_port_that_the_system_refuses(monkeypatch):
 
 def test_until_ctrl_c(tmp_path):
     """The verb says where the page is, serves what it wrote, and ends on Ctrl-C in one line with status 130."""
-    out = tmp_path / "page.html"
+    out = tmp_path / "new" / "page.html"
     command = [sys.executable, "-m", "sklformat", "view", write(tmp_path / "a", 2), "--serve", "-o", out, "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         result = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")

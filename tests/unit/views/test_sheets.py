@@ -107,8 +107,8 @@ def test_what_is_not_known_is_said():
 
 @pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_plot_by_the_command_line(caches, tmp_path, capsys, ending, magic):
-    """What the paths are decides; the ending chooses the format."""
-    out = tmp_path / f"sheet.{ending}"
+    """What the paths are decides; the ending chooses the format; a directory that is missing is made."""
+    out = tmp_path / "new" / f"sheet.{ending}"
     assert 0 == main(["plot", *map(str, caches), "-o", str(out), "--sample", "5", "--json"])
     assert {"out": str(out), "names": ["counts.skl", "ratios.skl"]} == json.loads(capsys.readouterr().out)
     assert out.read_bytes().startswith(magic)

@@ -25,6 +25,7 @@ from sklformat.distill.student.measures.noise import Lesson, NoiseTable, measure
 from sklformat.distill.student.measures.passages import Passages
 from sklformat.distill.text.chats import read_dataset_texts, write_first_rows
 from sklformat.errors import SettingsError
+from sklformat.files.disk import make_place_of
 from sklformat.progress import say, show
 from sklformat.settings.estimate import EstimateConfig
 from sklformat.settings.eval import EvalConfig
@@ -152,7 +153,7 @@ def advise(config: EstimateConfig, *, progress: bool = True) -> Advice:
         ModuleNotFoundError: matplotlib is not installed, and a plot is asked for.
     """
     assert config.teacher is not None
-    draw = None if config.plot is None else importlib.import_module("sklformat.plot").plot_noise  # loads matplotlib
+    draw = None if config.plot is None else drawing(config.plot)
     device = find_device(config.device)
     if progress:
         say(f"estimate: loading {config.teacher} and {', '.join(config.student)}")
@@ -181,6 +182,19 @@ def advise(config: EstimateConfig, *, progress: bool = True) -> Advice:
         rows: list[Any] = [dataclasses.asdict(row) for row in advice.rows]
         draw(rows, advice.students, config.noise, config.plot)
     return advice
+
+
+def drawing(path: Path) -> Any:
+    """
+    What draws the plot, and a directory for it: had before anything is measured, which could else be for nothing.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        OSError: The directory cannot be made.
+    """
+    draw = importlib.import_module("sklformat.plot").plot_noise  # loads matplotlib
+    make_place_of(path)
+    return draw
 
 
 def _asked(config: EstimateConfig, place: Path) -> EvalConfig:

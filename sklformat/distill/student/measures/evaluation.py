@@ -28,7 +28,7 @@ from sklformat.distill.student.validation import Validation, check_finite
 from sklformat.distill.text.chats import read_texts, write_texts
 from sklformat.distill.text.fingerprints import tokenizer_fingerprint, vocabulary_fingerprint
 from sklformat.errors import SettingsError
-from sklformat.files.disk import write_atomically
+from sklformat.files.disk import make_place_of, write_atomically
 from sklformat.progress import say, show
 from sklformat.settings.eval import EvalConfig
 
@@ -143,13 +143,14 @@ def evaluate(config: EvalConfig, *, progress: bool = True) -> Evaluation:
     Source: Anshumann et al. 2025 (arXiv 2503.16870), section 4 and Table 5.
     """
     device = find_device(config.device)
+    if config.out is not None:
+        make_place_of(config.out)
     config = dataclasses.replace(config, student=origins.find_model(config.student))
     if progress:
         say(f"eval: loading {config.student} and reading {'the text' if config.cache is None else config.cache}")
     with opened(config) as passages:
         evaluation = _evaluate(config, passages, device, progress=progress)
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(evaluation), indent=1)
         write_atomically(config.out, (text + "\n").encode())
     return evaluation

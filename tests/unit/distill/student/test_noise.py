@@ -13,6 +13,7 @@ import tiny
 import torch
 
 from sklformat.capture.estimates import estimate
+from sklformat.cli import main
 from sklformat.distill.student.measures.advice import NoiseRow, advise, choose
 from sklformat.distill.student.measures.noise import Lesson, measure_noise
 from sklformat.errors import SettingsError
@@ -173,7 +174,7 @@ def config_of(place, **changes):
 
 def test_advice_says_shares_and_costs(place, tmp_path):
     """Each row has a share of each student and its bytes; what is recommended follows; the same seed, the same."""
-    config = config_of(place, positions=1e12, positions_per_second=1e6, noise=1e9, plot=tmp_path / "plot.png")
+    config = config_of(place, positions=1e12, positions_per_second=1e6, noise=1e9, plot=tmp_path / "new/plot.png")
     found = advise(config, progress=False)
     assert [("multinomial", 1), ("multinomial", 8), ("systematic", 1), ("systematic", 8)] == [
         (row.sampler, row.rounds) for row in found.rows
@@ -194,7 +195,7 @@ def test_advice_says_shares_and_costs(place, tmp_path):
     text = str(found)
     assert f"share B: {place / 'late'}" in text
     assert "recommended: --sampler" in text
-    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (tmp_path / "new/plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     without = advise(config_of(place), progress=False)
     assert [row.shares for row in without.rows] == [row.shares for row in found.rows]
     assert {None} == {row.bytes for row in without.rows}
@@ -265,6 +266,17 @@ def test_no_plot_needs_no_matplotlib(place, monkeypatch):
     assert fresh.advise(config_of(place), progress=False).rows
     with pytest.raises(ModuleNotFoundError, match="matplotlib"):
         fresh.advise(config_of(place, teacher="nowhere", plot=Path("x.png")), progress=False)
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_a_read(place, tmp_path, capfd):
+    """By the command, too, which measures the teacher's speed first."""
+    (tmp_path / "file").write_text("")
+    config = config_of(place, teacher="nowhere", plot=tmp_path / "file" / "x.png")
+    with pytest.raises(FileExistsError, match="file"):
+        advise(config, progress=False)
+    words = ["estimate", "--teacher", "nowhere", "--student", "s", "--text", str(*config.text), "--plot"]
+    assert 1 == main([*words, str(config.plot)])
+    assert f"sklformat estimate: {tmp_path / 'file'}: File exists" in capfd.readouterr().err
 
 
 def test_an_error_above_the_share_is_no_hope():
