@@ -9,6 +9,7 @@ reads.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any
 from sklformat.checksums import fingerprint_of
 from sklformat.errors import RemoteError
 
-_CHUNK = 8 << 20
+_CHUNK = 16 << 20
+_WAITS = (0.1, 0.5, 2.0)
+"""Seconds before each further request for a range of which fewer bytes came; failures are the library's to repeat."""
 
 
 def size(url: str) -> int:
@@ -73,21 +76,37 @@ def list_names(url: str) -> list[str]:
 
 def read_range(url: str, offset: int, length: int) -> bytes:
     """
-    Bytes ``offset`` to ``offset + length`` of a file, in one request.
+    Bytes ``offset`` to ``offset + length`` of a file, in one request; in more if the store cuts its answers short.
 
     Raises:
         FileNotFoundError: No such file.
-        RemoteError: The store failed, or gave another number of bytes.
+        RemoteError: The store failed, or gave another number of bytes each time.
     """
-    with _failures(url, "be read"):
-        fs, path = _open(url)
-        data = bytes(fs.cat_file(path, start=offset, end=offset + length))
+    if length == 0:  # a range that HTTP cannot say
+        return b""
+    data = _asked_once(url, offset, length)
+    for wait in _WAITS:
+        if len(data) == length:
+            return data
+        if (there := size(url)) < offset + length:
+            raise RemoteError(
+                f"{url}: asked for {length} bytes from byte {offset} on, got {len(data)}; the file has {there} bytes "
+                f"there, which should be {offset + length} or more: upload it again"
+            )
+        time.sleep(wait)
+        data = _asked_once(url, offset, length)
     if len(data) != length:
         raise RemoteError(
-            f"{url}: asked for {length} bytes from byte {offset} on, got {len(data)}; "
-            "the file is shorter than it should be, or the store takes no ranges: upload it again"
+            f"{url}: asked {1 + len(_WAITS)} times for {length} bytes from byte {offset} on, got {len(data)}; "
+            "the store cuts its answers short, or takes no ranges: run the same command again, or use another store"
         )
     return data
+
+
+def _asked_once(url: str, offset: int, length: int) -> bytes:
+    with _failures(url, "be read"):
+        fs, path = _open(url)
+        return bytes(fs.cat_file(path, start=offset, end=offset + length))
 
 
 def read(url: str) -> bytes:
@@ -116,7 +135,10 @@ def upload(local: Path, url: str) -> None:
         except FileNotFoundError:  # a store with directories needs them made first; others have none
             fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             fs.put_file(str(local), path)
-    for what, wanted, read_back in (("bytes", local_size, size), ("XXH3-128", local_digest, digest)):
+    for what, wanted, read_back in (
+        ("bytes", local_size, size),
+        ("XXH3-128", local_digest, lambda url: digest(url, local_size)),
+    ):
         try:
             found = read_back(url)
         except FileNotFoundError:
@@ -128,28 +150,20 @@ def upload(local: Path, url: str) -> None:
             )
 
 
-def digest(url: str) -> str:
+def digest(url: str, num_bytes: int) -> str:
     """
-    XXH3-128 of a file's bytes, all of them read: 32 hexadecimal digits.
+    XXH3-128 of the first ``num_bytes`` bytes of a file, all of them read: 32 hexadecimal digits.
 
     Raises:
         FileNotFoundError, RemoteError: As ``read_range``.
     """
-    return fingerprint_of(_chunks(url))
+    starts = range(0, num_bytes, _CHUNK)
+    return fingerprint_of(read_range(url, start, min(_CHUNK, num_bytes - start)) for start in starts)
 
 
 def _local_facts(local: Path) -> tuple[int, str]:
     with local.open("rb") as file:
         return os.fstat(file.fileno()).st_size, fingerprint_of(iter(lambda: file.read(_CHUNK), b""))
-
-
-def _chunks(url: str) -> Iterator[bytes]:
-    with _failures(url, "be read"):
-        fs, path = _open(url)
-        file = fs.open(path, "rb", cache_type="readahead", block_size=_CHUNK)
-    with _failures(url, "be read"), file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
 
 
 def _open(url: str) -> tuple[Any, str]:

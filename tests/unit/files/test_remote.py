@@ -64,7 +64,7 @@ def test_what_is_uploaded_is_there(store, local, tmp_path, kind):
 def test_what_is_not_there_is_named(store):
     """A missing file is FileNotFoundError with its URL, whatever is asked of it."""
     url = url_of(store, "none")
-    for ask in (remote.size, remote.read, remote.digest, lambda url: remote.read_range(url, 0, 4)):
+    for ask in (remote.size, remote.read, lambda url: remote.digest(url, 4), lambda url: remote.read_range(url, 0, 4)):
         with pytest.raises(FileNotFoundError, match=url):
             ask(url)
 
@@ -73,8 +73,45 @@ def test_a_range_beyond_the_end_is_refused(store, local):
     """Fewer bytes than asked for are never given for all of them."""
     url = url_of(store, "x")
     remote.upload(local, url)
-    with pytest.raises(skl.RemoteError, match=rf"{url}: asked for 10 bytes from byte {len(DATA) - 4} on, got 4"):
+    message = rf"{url}: asked for 10 bytes from byte {len(DATA) - 4} on, got 4; the file has {len(DATA)} bytes there, "
+    with pytest.raises(skl.RemoteError, match=message + f"which should be {len(DATA) + 6} or more: upload it again"):
         remote.read_range(url, len(DATA) - 4, 10)
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """How many bytes of its next answers the store keeps back; and the waits, which are none."""
+    kept_back, memory = [], type(fsspec.filesystem("memory"))
+    cat_file = memory.cat_file
+
+    def cut_short(self, path, start=None, end=None, **kwargs):
+        data = cat_file(self, path, start, end, **kwargs)
+        return data[: len(data) - kept_back.pop(0)] if kept_back else data
+
+    monkeypatch.setattr(memory, "cat_file", cut_short)
+    monkeypatch.setattr(remote, "_WAITS", (0.0, 0.0))
+    return kept_back
+
+
+def test_answers_that_are_cut_short_are_asked_for_again(store, local, answers):
+    """A range, and what comes back of an upload, are right after an answer or two of fewer bytes."""
+    url = url_of(store, "x")
+    answers += [1, 7]
+    remote.upload(local, url)
+    assert [] == answers
+    answers += [1, 300]
+    assert DATA[1000:1300] == remote.read_range(url, 1000, 300)
+    assert [] == answers
+
+
+def test_a_store_that_always_cuts_short(store, local, answers):
+    """It is asked a stated number of times, and then named."""
+    url = url_of(store, "x")
+    remote.upload(local, url)
+    answers += [1, 2, 3, 4]
+    with pytest.raises(skl.RemoteError, match=rf"{url}: asked 3 times for 300 bytes from byte 1000 on, got 297; the"):
+        remote.read_range(url, 1000, 300)
+    assert [4] == answers
 
 
 @pytest.mark.parametrize(
@@ -115,7 +152,7 @@ def test_a_store_that_fails_is_one_error(store, local, monkeypatch):
         ("info", remote.exists),
         ("ls", remote.list_names),
         ("cat_file", lambda url: remote.read_range(url, 0, 1)),
-        ("_open", remote.digest),
+        ("cat_file", lambda url: remote.digest(url, 1)),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(type(fsspec.filesystem("memory")), name, fail)
