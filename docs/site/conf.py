@@ -36,7 +36,14 @@ def write_contents(_app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\((?:docs/)?recipes/\)", "](/docs/site/recipes.rst)", source[0])
     if name == FIRST:
         pages = re.findall(r"^\* \[(docs/[\w-]+)\.md\]", source[0], re.MULTILINE)
-        pages += ["docs/site/recipes", "docs/site/api", "SPEC", "benchmarks/RESULTS", "benchmarks/paper/README", "CHANGELOG"]
+        pages += [
+            "docs/site/recipes",
+            "docs/site/api",
+            "SPEC",
+            "benchmarks/RESULTS",
+            "benchmarks/paper/README",
+            "CHANGELOG",
+        ]
         source[0] += "\n".join(["", "```{toctree}", ":hidden:", ":titlesonly:", "", *pages, "```", ""])
     elif name == "docs/site/api":  # errors last, as they are read
         errors = [name for name in sklformat.__all__ if name.endswith("Error")]
