@@ -12,7 +12,6 @@ import dataclasses
 import errno
 import importlib
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -46,6 +45,7 @@ from sklformat.settings.inspection import (
 from sklformat.settings.operations import MergeConfig, SliceConfig, SubsampleConfig
 from sklformat.settings.rescore import RescoreConfig
 from sklformat.settings.train import TrainConfig
+from sklformat.views.printing import prepare_streams, print_json, print_result, print_table
 
 UNFINISHED, DAMAGED = 1, 3
 STOPPED = 130
@@ -84,19 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status, as the module's docstring says.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] in (["-h"], ["--help"]):
-        sys.stdout.write(_usage())
-        return 0
-    if arguments[:1] == ["--version"]:
-        form = f"{VERSION_MAJOR}.{VERSION_MINOR}"
-        sys.stdout.write(f"sklformat {__version__}, format {form}, kernels {kernels_name()}\n")
-        return 0
-    if not arguments or arguments[0] not in _VERBS:
-        problem = f"no such verb: {arguments[0]}" if arguments else "a verb is missing"
-        return _fail("sklformat", f"{problem}; choose one of {', '.join(_VERBS)}; see sklformat --help", 2)
-    name, verb = f"sklformat {arguments[0]}", _VERBS[arguments[0]]
+    prepare_streams()
+    name, verb = "sklformat", _NO_VERB
+    if arguments and arguments[0] in _VERBS:
+        name, verb = f"sklformat {arguments[0]}", _VERBS[arguments.pop(0)]
     try:
-        status = verb.run(name, arguments[1:])
+        status = verb.run(name, arguments)
         sys.stdout.flush()
     except SystemExit as end:  # tyro's, after it printed the help that was asked for
         return int(end.code or 0)
@@ -151,32 +144,6 @@ def _usage() -> str:
     return "\n".join(lines)
 
 
-# --- from result to output ------------------------------------------------------------------------------------------
-
-
-def _print_result(result: Any, *, as_json: bool) -> None:
-    if as_json:
-        _print_json(result if isinstance(result, dict) else dataclasses.asdict(result))
-    elif "__str__" in vars(type(result)):
-        sys.stdout.write(f"{result}\n")
-    else:
-        values = {f.name.replace("_", " "): getattr(result, f.name) for f in dataclasses.fields(result)}
-        _print_table({n: v for n, v in values.items() if v is not None and not isinstance(v, list | dict)})
-
-
-def _print_json(value: Any) -> None:
-    text = json.dumps(value, indent=1, default=str, ensure_ascii=False)
-    # What shows no ink, such as an escape of a terminal in a corpus, stays an escape of JSON.
-    sys.stdout.write("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text) + "\n")
-
-
-def _print_table(values: dict[str, Any]) -> None:
-    width = max(len(name) for name in values) + 2
-    for name, value in values.items():
-        text = f"{value:.6g}" if isinstance(value, float) else str(value)
-        sys.stdout.write(f"{name:<{width}}{text}\n")
-
-
 @contextlib.contextmanager
 def _progress(unit: progress.Unit) -> Iterator[Callable[[str, int, int | None], None]]:
     """Show how far a verb is, part after part; takes (what is being done, how far, of how much)."""
@@ -195,13 +162,26 @@ def _progress(unit: progress.Unit) -> Iterator[Callable[[str, int, int | None], 
 # --- the verbs -------------------------------------------------------------------------------------------------------
 
 
+def _run_alone(_name: str, arguments: list[str]) -> int:
+    """What the program does without a verb."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        sys.stdout.write(_usage())
+    elif arguments[:1] == ["--version"]:
+        form = f"{VERSION_MAJOR}.{VERSION_MINOR}"
+        sys.stdout.write(f"sklformat {__version__}, format {form}, kernels {kernels_name()}\n")
+    else:
+        problem = f"no such verb: {arguments[0]}" if arguments else "a verb is missing"
+        raise UsageError(f"{problem}; choose one of {', '.join(_VERBS)}")
+    return 0
+
+
 def _run_inspect(name: str, arguments: list[str]) -> int:
     from sklformat.views import overview, passage  # noqa: PLC0415
 
     config, as_json = parse(InspectConfig, name, arguments, positional=True)
     if config.sequence is None:
         facts = overview.look(config.path)
-        _print_json(facts) if as_json else _print_table(overview.table(facts))
+        print_json(facts) if as_json else print_table(overview.table(facts))
         return 0
     found = passage.read_passage(config)
     texts, who = None, passage.NO_TOKENIZER
@@ -209,7 +189,7 @@ def _run_inspect(name: str, arguments: list[str]) -> int:
         texts, who = importlib.import_module("sklformat.distill.student.measures.showing").find_texts(config, found)
     facts = passage.facts_of(found, texts, who)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         sys.stdout.write(passage.page(facts, shutil.get_terminal_size().columns, sys.stdout.encoding))
     return 0
@@ -225,7 +205,7 @@ def _run_card(name: str, arguments: list[str]) -> int:
     config, as_json = parse(CardConfig, name, arguments, positional=True)
     card = write_card(config)
     if as_json:
-        _print_json(dataclasses.asdict(card))
+        print_json(dataclasses.asdict(card))
     elif config.out is None:
         sys.stdout.write(card.text)
     else:
@@ -248,7 +228,7 @@ def _run_verify(name: str, arguments: list[str]) -> int:
         problems = verify(config.path, follow)
     unfinished = bool(problems) and all(problem.error == UnfinishedError.__name__ for problem in problems)
     if as_json:
-        _print_json(
+        print_json(
             {"path": str(config.path), "sound": not problems, "problems": list(map(dataclasses.asdict, problems))}
         )
     else:
@@ -268,7 +248,7 @@ def _run_recover(name: str, arguments: list[str]) -> int:
         raise FileNotFoundError(f"{path}: no unfinished shard here (.skl{PARTIAL_SUFFIX}); nothing to recover")
     results = [recover(partial) for partial in partials]
     if as_json:
-        _print_json([dataclasses.asdict(result) for result in results])
+        print_json([dataclasses.asdict(result) for result in results])
     else:
         sys.stdout.writelines(f"{result}; rerun the command that started it to resume\n" for result in results)
     return 0
@@ -287,7 +267,7 @@ def _run_view(name: str, arguments: list[str]) -> int:
     with opened(config, page) as (result, serve):
         result |= {"sequences": len(stretch.numbers), "bytes": len(page)}
         result["tokens"] = "as text" if said.get("texts") else "as ids; --tokenizer shows their text"
-        (_print_json if as_json else _print_table)(result)
+        (print_json if as_json else print_table)(result)
         sys.stdout.flush()
         serve()
     return 0
@@ -305,7 +285,7 @@ def _run_estimate(name: str, arguments: list[str]) -> int:
 
         config = calibrate(config)
     told = importlib.import_module(measures).advise(config) if config.student else estimate(config)
-    _print_result(told, as_json=as_json)
+    print_result(told, as_json=as_json)
     return 0
 
 
@@ -337,7 +317,7 @@ def _learning(
             refuse_held(Path(getattr(config, holds)))
         result = getattr(importlib.import_module(f"sklformat.distill.{module}"), function)(config)
         if os.environ.get("RANK", "0") == "0":  # torchrun's; every process has the same result
-            _print_result(result, as_json=as_json)
+            print_result(result, as_json=as_json)
         return 0
 
     return run
@@ -350,13 +330,19 @@ def _long(config_type: type[Any], module: str, function: str) -> Callable[[str, 
         config, as_json = parse(config_type, name, arguments, positional=True)
         with _progress("sequence") as tell:
             result = getattr(importlib.import_module(f"sklformat.{module}"), function)(config, tell)
-        _print_result(result, as_json=as_json)
+        print_result(result, as_json=as_json)
         return 0
 
     return run
 
 
+@dataclass(frozen=True)
+class _NoConfig:
+    """No flags."""
+
+
 _AGAIN = "nothing was changed"
+_NO_VERB = _Verb("", _NoConfig, _run_alone, _AGAIN)
 _CACHE = _learning(CacheConfig, "engines.serving", "cache", holds="directory")
 _TRAIN = _learning(TrainConfig, "student.training", "train", holds="out")
 _RESCORE = _learning(RescoreConfig, "rescoring.passes", "rescore", holds="out", positional=True)

@@ -20,6 +20,7 @@ from sklformat.files.disk import locked_directory, shared_directory
 from sklformat.flags import UsageError, parse
 from sklformat.settings.cache import CacheConfig
 from sklformat.views import overview
+from sklformat.views.printing import print_result
 
 
 def write_shard(path, number=0, first=0, sequences=3, *, seal=True):
@@ -377,9 +378,9 @@ def test_results_without_text_are_a_table(capfd):
         accuracy: None = None
         bins: tuple = ()
 
-    cli._print_result(Result(1.23456789, Path("m"), bins=[1]), as_json=False)
+    print_result(Result(1.23456789, Path("m"), bins=[1]), as_json=False)
     assert "lm loss  1.23457\nmodel    m\n" == capfd.readouterr().out
-    cli._print_result(Result(1.5, Path("m")), as_json=True)
+    print_result(Result(1.5, Path("m")), as_json=True)
     assert {"lm_loss": 1.5, "model": "m", "accuracy": None, "bins": []} == json.loads(capfd.readouterr().out)
 
 
