@@ -58,7 +58,7 @@ FLAGS = {
         param-dtype report-to save-every schedule seed seq-len shard steps student teacher temperature tokenizer tokens
         truncate trust-remote-code warmup warmup-steps weight-decay window
     """,
-    "card": "json license name",
+    "card": "json license name teacher text",
     "inspect": "json positions sequence tokenizer trust-remote-code",
     "plot": "json sample seed",
     "stats": "json sample seed",

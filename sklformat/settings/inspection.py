@@ -207,10 +207,17 @@ class CardConfig:
     name: str | None = field(default=None, metadata={"flag": "name"})
     """Name of the dataset. None: one that says the teacher."""
 
+    teacher: str | None = field(default=None, metadata={"flag": "teacher"})
+    """Name of the teacher, such as org/model, where the cache has none: of a local path it keeps the fingerprint."""
+
+    text: str | None = field(default=None, metadata={"flag": "text"})
+    """Name of the text, such as that of a dataset: a cache keeps the fingerprint."""
+
     def __post_init__(self) -> None:
         if self.license is not None and not _LICENCE.fullmatch(self.license):
             raise ValueError(
                 f"the licence must be as the hub names it, in small letters, such as apache-2.0, got {self.license!r}"
             )
-        if self.name is not None and not self.name.strip():
-            raise ValueError("the name of the dataset is empty; give one, or leave it out")
+        for of, name in (("dataset", self.name), ("teacher", self.teacher), ("text", self.text)):
+            if name is not None and not name.strip():
+                raise ValueError(f"the name of the {of} is empty; give one, or leave it out")

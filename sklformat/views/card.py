@@ -17,7 +17,7 @@ from sklformat.files.yaml import dump_settings
 from sklformat.format import layout
 from sklformat.settings.inspection import CardConfig
 from sklformat.views.characters import visible
-from sklformat.views.overview import describe_sampler, look, mean_of
+from sklformat.views.overview import counted, describe_sampler, look, mean_of, size_of_text
 
 BLANK = "FILL-IN"
 """In place of the licence where nobody gave one; no hub takes it."""
@@ -55,7 +55,7 @@ def write_card(config: CardConfig) -> Card:
 
     Raises:
         FileExistsError: The file exists; a card may hold what somebody wrote into it.
-        ValueError: The cache is not finished.
+        ValueError: The cache is not finished, or names another teacher.
         FormatError, FileNotFoundError: As ``skl.open``.
         ModuleNotFoundError: PyYAML is not installed.
     """
@@ -64,19 +64,43 @@ def write_card(config: CardConfig) -> Card:
         raise ValueError(f"{config.path}: the cache is unfinished, and a card says how large it is; finish it first")
     if config.out is not None and config.out.exists():
         raise FileExistsError(f"{config.out}: is there, and may hold what somebody wrote; remove it, or choose another")
+    facts = _with_teacher(config, facts)
     text = f"---\n{dump_settings(_fields(config, facts))}---\n\n{_body(config, facts)}"
     if config.out is not None:
         make_place_of(config.out)
         write_atomically(config.out, text.encode())
-    blanks = f"the licence is left as {BLANK}, which a hub refuses; fill it in, or give --license"
-    return Card(text=text, blanks="" if config.license else blanks)
+    return Card(text=text, blanks="; ".join(_blanks(config, facts)))
+
+
+def _blanks(config: CardConfig, facts: Mapping[str, Any]) -> list[str]:
+    blanks = []
+    if not config.license:
+        blanks.append(f"the licence is left as {BLANK}, which a hub refuses; fill it in, or give --license")
+    if not facts["teacher"]["name"]:
+        blanks.append("the cache does not name its teacher; give --teacher")
+    if not config.text:
+        blanks.append("no cache names its text; give --text")
+    return blanks
+
+
+def _with_teacher(config: CardConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the name that was given to the teacher; a name that the cache itself has stays."""
+    own = facts["teacher"]["name"]
+    if config.teacher is None:
+        return dict(facts)
+    if own is not None and own != config.teacher:
+        raise ValueError(
+            f"{config.path}: the cache names its teacher, {own}, not {config.teacher}; leave out --teacher"
+        )
+    named = {part: facts[part] | {"name": config.teacher} for part in ("teacher", "tokenizer")}
+    return {**facts, **named, "given": own is None}
 
 
 def _fields(config: CardConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
     header = facts["header"]
     return {
         "license": config.license or BLANK,
-        "pretty_name": _title(config, facts),
+        "pretty_name": visible(_title(config, facts)),
         "tags": ["knowledge-distillation", "sparse-logits", "sklformat", str(header["kind"]), str(header["sampler"])],
         "task_categories": ["text-generation"],
         "size_categories": [_size_category(facts["sequences"])],
@@ -85,7 +109,7 @@ def _fields(config: CardConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _title(config: CardConfig, facts: Mapping[str, Any]) -> str:
-    return visible(config.name or f"Sparse logits of {facts['teacher']['name'] or 'a teacher'}")
+    return config.name or f"Sparse logits of {facts['teacher']['name'] or 'a teacher'}"
 
 
 def _size_category(count: int) -> str:
@@ -106,7 +130,7 @@ def _body(config: CardConfig, facts: Mapping[str, Any]) -> str:
         else f"**Not stated yet.** Fill in `license: {BLANK}` above before you publish this, and look first at the "
         "licences of the teacher and of the text."
     )
-    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _rows(facts).items())
+    rows = "\n".join(f"| {name} | {_plain(value)} |" for name, value in _rows(config, facts).items())
     columns = f"  Columns: {', '.join(f'`{name}`' for name in header['columns'])}." if header["columns"] else ""
     tokens = (
         "The tokens of each sequence are stored with its records."
@@ -115,7 +139,7 @@ def _body(config: CardConfig, facts: Mapping[str, Any]) -> str:
     )
     name = _file_name(facts["path"])
     return f"""\
-# {_title(config, facts)}
+# {_plain(_title(config, facts))}
 
 What {who} predicts at each position of a text, as {_records_in_words(header)}: students learn from it
 without the teacher.  The format is that of `sklformat`, version {layout.VERSION_MAJOR}.{layout.VERSION_MINOR}.
@@ -173,20 +197,22 @@ def _records_in_words(header: Mapping[str, Any]) -> str:
     return "a few (token id, weight) records"
 
 
-def _rows(facts: Mapping[str, Any]) -> dict[str, str]:
+def _rows(config: CardConfig, facts: Mapping[str, Any]) -> dict[str, str]:
     header, teacher, text = facts["header"], facts["teacher"], facts["text"]
     author = header["capture"].get("author")
     revision = f", revision {teacher['revision']}" if teacher["revision"] else ""
-    counted = [f"{text[key]:,} {key}" for key in ("documents", "tokens") if isinstance(text[key], int)]
-    length = f"{header['seq_len']:,}" if header["seq_len"] else "any number"
+    who = f"{teacher['name'] or 'not named'}{revision}" + ", as whoever published this says" * facts.get("given", False)
+    of_text = [f"{config.text}, as whoever published this says"] if config.text else []
+    of_text += [", ".join(sizes)] if (sizes := size_of_text(text)) else []
+    length = f"each of {counted(header['seq_len'], 'position')}" if header["seq_len"] else "of any number of positions"
     return {
-        "Teacher": f"{teacher['name'] or 'not named'}{revision}; fingerprint {teacher['fingerprint'] or 'unknown'}",
+        "Teacher": f"{who}; fingerprint {teacher['fingerprint'] or 'unknown'}",
         "Tokenizer": f"{facts['tokenizer']['name'] or 'not named'}, {header['vocab_size']:,} ids; fingerprint "
         f"{facts['tokenizer']['fingerprint'] or 'unknown'}",
-        "Text": f"{', '.join(counted) or 'not described'}; fingerprint {text['fingerprint'] or 'unknown'}",
+        "Text": f"{'; '.join(of_text) or 'not described'}; fingerprint {text['fingerprint'] or 'unknown'}",
         **({"Author of the text": json.dumps(author)} if author else {}),
-        "Sampler, whether it is biased": describe_sampler(facts),
-        "Sequences": f"{facts['sequences']:,} of {length} positions",
+        "Biased": describe_sampler(facts),
+        "Sequences": f"{facts['sequences']:,}, {length}",
         "Files": f"{facts['shards']:,}",
         "Positions": f"{facts['positions']:,}",
         "Records": f"{facts['records']:,}, {mean_of(facts['unique_tokens_per_position'])} per position",
@@ -221,6 +247,6 @@ def _code(text: str) -> str:
     return visible(text).replace("`", "'")
 
 
-def _cell(text: str) -> str:
-    """A text that stays in its cell of a table, and is no markup."""
-    return "".join(f"\\{c}" if c in "|*_`<>[]" else c for c in visible(text).replace("\\", "/"))
+def _plain(text: str) -> str:
+    """A text that is no markup, neither in a heading nor in a cell of a table, where it stays."""
+    return "".join(f"\\{c}" if c in "\\|*_`<>[]&~$" else c for c in visible(text))

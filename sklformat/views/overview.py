@@ -215,8 +215,8 @@ def _source_lines(facts: Mapping[str, Any]) -> dict[str, str]:
     name = teacher["name"] or (f"{unnamed} (was a local path, which may move)" if said else unnamed)
     at = f", revision {teacher['revision']}" if teacher["revision"] else ""
     how = "".join(f", {key} {json.dumps(value)}" for key, value in said.items() if key not in ("name", "revision"))
-    counted = [f"{text[key]:,} {key}" for key in ("documents", "tokens") if isinstance(text[key], int)]
-    of_text = f"{', '.join(counted)} (names of files are not kept)" if counted else "unknown"
+    sizes = size_of_text(text)
+    of_text = f"{', '.join(sizes)} (names of files are not kept)" if sizes else "unknown"
     of_tokenizer = f"the teacher's, {teacher['name']}" if teacher["name"] else f"the teacher's, {unnamed}"
     lines = {
         "teacher": f"{name}{at}{how}",
@@ -235,6 +235,11 @@ def _source_lines(facts: Mapping[str, Any]) -> dict[str, str]:
     elif not facts.get("unfinished"):
         lines["date"] = "unknown: a store behind a URL is not asked"
     return lines
+
+
+def size_of_text(text: Mapping[str, Any]) -> list[str]:
+    """Documents and tokens of a text, where they are known."""
+    return [counted(text[key], key[:-1]) for key in ("documents", "tokens") if type(text[key]) is int]
 
 
 def _said(date: str) -> str:

@@ -368,6 +368,16 @@ def test_bugs_are_not_hidden(monkeypatch):
         cli.main(["train"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "problem"), [([], "a verb is missing"), (["bogus"], "no such verb: bogus"), ([""], "no such verb: ")]
+)
+def test_without_a_verb(capfd, arguments, problem):
+    """One line names the verbs; exit status 2."""
+    assert 2 == cli.main(arguments)
+    said = f"sklformat: {problem}; choose one of cache, estimate, .*, subsample; see sklformat --help\n"
+    assert re.fullmatch(said, capfd.readouterr().err)
+
+
 def test_results_without_text_are_a_table(capfd):
     """A result that is plain data prints as name and value; lists and what is not known stay for --json."""
 

@@ -31,7 +31,9 @@ def test_card(tmp_path, capfd):
     """The file holds the card: a header with the fields of a hub, what the cache is, how to load and check it."""
     path = write(tmp_path / "my cache|1", 4, capture=CAPTURE, columns=("entropy",))
     out = tmp_path / "new" / "README.md"
-    assert 0 == main(["card", str(path), "--out", str(out), "--license", "cc-by-4.0", "--name", "Big: 語 #1"])
+    assert 0 == main(
+        ["card", str(path), "--out", str(out), "--license", "cc-by-4.0", "--name", "Big: 語 #1", "--text", "org/news"]
+    )
     printed = capfd.readouterr()
     assert (f"{out}: the card of {path}\n", "") == printed
     text = out.read_text()
@@ -45,8 +47,9 @@ def test_card(tmp_path, capfd):
     } == fields_of(text, tmp_path)
     for said in (
         "What `org/big` predicts at each position of a text, as a few (token id, count) records of 20 draws",
-        "| Text | 12 documents, 3,456 tokens; ",
-        "| Sequences | 4 of 8 positions |",
+        "| Teacher | org/big, revision main; fingerprint unknown |",
+        "| Text | org/news, as whoever published this says; 12 documents, 3,456 tokens; ",
+        "| Sequences | 4, each of 8 positions |",
         'Author of the text | {"name": "teacher"} |',
         "| Made with | sklformat 0.9 |",
         'skl.open("my-cache-1")',
@@ -70,7 +73,10 @@ def test_the_licence_is_a_blank_that_is_said(tmp_path, capfd):
     out, err = capfd.readouterr()
     assert "FILL-IN" == fields_of(out, tmp_path)["license"]
     assert "**Not stated yet.** Fill in `license: FILL-IN` above before you publish this" in out
-    assert "sklformat card: the licence is left as FILL-IN, which a hub refuses; fill it in, or give --license\n" == err
+    assert (
+        "sklformat card: the licence is left as FILL-IN, which a hub refuses; fill it in, or give --license; the cache "
+        "does not name its teacher; give --teacher; no cache names its text; give --text\n"
+    ) == err
     assert 0 == main(["card", str(path), "--json"])
     assert out == json.loads(capfd.readouterr().out)["text"]
 
@@ -85,7 +91,34 @@ def test_hostile_names(tmp_path):
     assert "FILL-IN" == fields["license"]
     assert "Sparse logits of a`b|c\\n---\\nlicense: mit\\x1b[2J$(rm)" == fields["pretty_name"]
     assert "--tokenizer THE-TOKENIZER --out" in card.text
-    assert "| Teacher | a\\`b\\|c/n---/nlicense: mit/x1b\\[2J$(rm); " in card.text
+    plain = r"a\`b\|c\\n---\\nlicense: mit\\x1b\[2J\$(rm)"
+    assert f"| Teacher | {plain}; " in card.text
+    assert f"\n# Sparse logits of {plain}\n" in card.text
+
+
+def test_a_heading_is_no_markup(tmp_path):
+    """Whatever a teacher is called, its name in the heading and in the table is text."""
+    name = "<script>alert(1)</script> [x](javascript:y) &lt; ~~z~~ $1$ a_b_c"
+    card = write_card(CardConfig(path=str(write(tmp_path / "a", 1, capture={"teacher": {"name": name}}))))
+    (heading,) = [line for line in card.text.splitlines() if line.startswith("# ")]
+    rows = [line for line in card.text.splitlines() if line.startswith(("| Teacher", "| Tokenizer"))]
+    for line in (heading, *rows):
+        assert not re.search(r"(?<!\\)[<>\[\]&~$_*`]", line), line
+
+
+def test_names_that_the_cache_has_not(tmp_path):
+    """The teacher's may be given where the cache has none, and the card says by whom; another is refused."""
+    path = str(write(tmp_path / "a", 1, capture={"teacher": {"dtype": "float32"}}))
+    card = write_card(CardConfig(path=path, license="mit", teacher="org/big", text="org/news"))
+    assert "" == card.blanks
+    assert "| Teacher | org/big, as whoever published this says; " in card.text
+    assert "| Tokenizer | org/big, 300 ids; " in card.text
+    assert "pretty_name: Sparse logits of org/big\n" in card.text
+    assert "--tokenizer org/big --out" in card.text
+    path = str(write(tmp_path / "b", 1, capture={"teacher": {"name": "org/big"}}))
+    assert write_card(CardConfig(path=path)).text == write_card(CardConfig(path=path, teacher="org/big")).text
+    with pytest.raises(ValueError, match="b: the cache names its teacher, org/big, not org/small; leave out --teacher"):
+        write_card(CardConfig(path=path, teacher="org/small"))
 
 
 @pytest.mark.parametrize(
@@ -109,5 +142,6 @@ def test_what_has_no_card(tmp_path, capfd):
     assert "the cache is unfinished, and a card says how large it is; finish it first" in capfd.readouterr().err
     with pytest.raises(ValueError, match=r"the licence must be as the hub names it.*got 'Apache 2\.0'"):
         CardConfig(path="a", license="Apache 2.0")
-    with pytest.raises(ValueError, match="the name of the dataset is empty; give one, or leave it out"):
-        CardConfig(path="a", name=" ")
+    for of, settings in (("dataset", {"name": " "}), ("teacher", {"teacher": ""}), ("text", {"text": "\n"})):
+        with pytest.raises(ValueError, match=f"the name of the {of} is empty; give one, or leave it out"):
+            CardConfig(path="a", **settings)
