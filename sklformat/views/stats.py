@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 _BUCKETS, _GROUP_BYTES, _MOST_UNIQUES = 16, 1 << 20, 4096
 _MOST_FALSE_ALARMS = 1e-4  # more of them, and nothing is said to be suspicious or not
+_LEAST = "the least of systematic draws"
+_TOP = "the largest record"
+_DRAWN_TOP = "the largest record, too high by chance"
 _ESTIMATE = "Miller-Madow: -sum(c/N log(c/N)) + (unique tokens - 1) / 2N"
 
 
@@ -167,7 +170,8 @@ class _Sums:
 
 def _of_kind(header: Header, sums: _Sums, sizes: NDArray[np.uint64]) -> dict[str, Any]:
     shown = np.trim_zeros(sizes, "b").tolist()
-    found: dict[str, Any] = {"confidence": sums.mean("top")}
+    drawn = header.kind == "counts" or header.sampler in ("multinomial", "systematic", "thinned")
+    found: dict[str, Any] = {"confidence": {**sums.mean("top"), "method": _DRAWN_TOP if drawn else _TOP}}
     if header.kind == "counts":
         plain, unique = sums.mean("entropy"), sums.mean("records")
         found["counts"] = {"rounds": header.rounds, "histogram": shown}
@@ -194,7 +198,7 @@ def _labels(header: Header, sums: _Sums, tables: native.StatsTables) -> dict[str
     expected: dict[str, Any] = {"mean": None, "error": None, "method": "not known of weighted records"}
     if header.kind == "counts":
         # Of systematic draws it is too low, by sum N p^2 over Np <= 1 and sum (2 - Np) / N over 1 < Np < 2.
-        least = ", the least of systematic draws" * (header.sampler == "systematic")
+        least = f", {_LEAST}" * (header.sampler == "systematic")
         expected = {**sums.mean("unseen", flip=True), "method": f"Good-Turing: 1 - tokens drawn once / N{least}"}
     elif header.sampler in ("topk", "topp"):
         expected = {**sums.mean("mass"), "method": "the retained mass"}
@@ -291,46 +295,53 @@ def _histogram(numbers: NDArray[np.uint64]) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> dict[str, str]:
-    """The same for people, line by line."""
-    unique, entropy, lengths = found["unique_tokens"], found["entropy"], found["lengths"]
+    """The same for people, line by line; what is not known has no line."""
+    unique, entropy = found["unique_tokens"], found["entropy"]
     lines = {
         "path": found["path"],
         **_state(found),
         "sequences": f"{found['sequences']:,}, {found['repeated_sequences']:,} of them repeated"
         + (f"; sample of {found['sampled_sequences']:,}" * (found["sampled_sequences"] < found["sequences"])),
-        "positions": f"{found['positions']:,}, {lengths['shortest']:,} to {lengths['longest']:,} in a sequence",
-        "without records": _said(found["positions_without_records"], percent=True),
-        "unique tokens": _said(unique)
-        + (f"; half <= {unique['p50']}, 99 % <= {unique['p99']}" * (unique["p50"] is not None)),
-        "entropy": f"{_said(entropy)} nats ({entropy['method']})",
-        "confidence": f"{_said(found['confidence'], percent=True)} in the largest record, too high by chance of counts",
+        "positions": f"{found['positions']:,}{_each(found['lengths'])}",
+        **_line("without records", found["positions_without_records"], percent=True),
+        **_line("unique tokens", unique, f"; half <= {unique['p50']}, 99 % <= {unique['p99']}"),
+        **_line("entropy", entropy, f" nats ({entropy['method'].partition(':')[0]})"),
+        **_line("confidence", found["confidence"], f" ({found['confidence']['method']})", percent=True),
     }
     if "retained_mass" in found:
-        lines["retained mass"] = _said(found["retained_mass"], percent=True)
+        lines |= _line("retained mass", found["retained_mass"], percent=True)
     if "label_logprob" in found:
-        lines["log-prob of label"] = f"{_said(found['label_logprob'])} (exact, of the column)"
+        lines |= _line("log-prob of label", found["label_logprob"], " (exact, of the column)")
     if labels := found.get("labels"):
-        lines |= {
-            "confidence in label": _said(labels["confidence"], percent=True),
-            "label has a record": f"{_said(labels['in_support'], percent=True)}; expected "
-            f"{_said(labels['expected'], percent=True)}, by chance {_said(labels['chance'], percent=True)}",
-            "along the sequence": " ".join(f"{100 * part['in_support']:.0f}" for part in labels["along_the_sequence"])
-            + " %",
-            "label is the largest": _said(labels["is_top"], percent=True),
-        }
+        least = "at least " * labels["expected"]["method"].endswith(_LEAST)
+        beside = [("expected", f"expected {least}"), ("chance", "by chance ")]
+        known = [f"{words}{_said(labels[name], percent=True)}" for name, words in beside if _is_known(labels[name])]
+        lines |= _line("confidence in label", labels["confidence"], percent=True)
+        lines |= _line("label has a record", labels["in_support"], f"; {', '.join(known)}", percent=True)
+        if along := " ".join(f"{100 * part['in_support']:.0f}" for part in labels["along_the_sequence"]):
+            lines["along the sequence"] = f"{along} %"
+        lines |= _line("label is the largest", labels["is_top"], percent=True)
         lines |= {"suspicious": labels["warning"]} if labels["suspicious"] else {}
     for name, value in found.get("tokens", {}).items():
-        lines[name.replace("_", " ")] = (
-            f"id {value['id']}, {100 * (value['share'] or 0):.2f} % of tokens"
-            if isinstance(value, dict)
-            else f"{value:,.6g}"
-        )
+        if isinstance(value, dict):
+            lines[name] = f"id {value['id']}" + (
+                "" if value["share"] is None else f", {100 * value['share']:.2f} % of tokens"
+            )
+        else:
+            lines[name.replace("_", " ")] = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     total = found["bytes"]["total"]
     return lines | {
         f"bytes: {name}": f"{size:,} ({100 * size / total:.1f} %)"
         for name, size in found["bytes"].items()
         if size and name != "total"
     }
+
+
+def _each(lengths: Mapping[str, float]) -> str:
+    shortest, longest = lengths["shortest"], lengths["longest"]
+    if not longest:
+        return ""
+    return f", {longest:,} in each sequence" if shortest == longest else f", {shortest:,} to {longest:,} in a sequence"
 
 
 def _state(found: Mapping[str, Any]) -> dict[str, str]:
@@ -342,9 +353,16 @@ def _state(found: Mapping[str, Any]) -> dict[str, str]:
     return {"state": f"unfinished: {far} so far, {unsealed:,} of them not sealed"}
 
 
-def _said(value: Mapping[str, Any], *, percent: bool = False) -> str:
-    if value["mean"] is None:
-        return "unknown"
+def _line(name: str, value: Mapping[str, Any], note: str = "", *, percent: bool = False) -> dict[str, str]:
+    return {name: _said(value, percent=percent) + note} if _is_known(value) else {}
+
+
+def _is_known(value: Mapping[str, Any]) -> bool:
+    return value["mean"] is not None
+
+
+def _said(value: Mapping[str, Any], *, percent: bool) -> str:
     factor, unit = (100, " %") if percent else (1, "")
     error = "" if value["error"] is None else f" ± {factor * value['error']:.2g}"
-    return f"{factor * value['mean']:.4g}{error}{unit}"
+    mean = factor * value["mean"]
+    return f"{mean:{',.0f' if abs(mean) >= 1e4 else '.4g'}}{error}{unit}"

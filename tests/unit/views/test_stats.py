@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -143,6 +144,32 @@ def test_ratios(tmp_path):
     assert "retained mass" in str(found)
 
 
+def test_what_people_read(tmp_path):
+    """Drawn records have a largest that is too high by chance, kept ones have not; what is least is said to be."""
+    drawn = str(skl.stats(write(tmp_path / "a", 5)))
+    assert "8 in each sequence" in drawn
+    assert " % (the largest record, too high by chance)" in drawn
+    assert re.search(r"nats \(Miller-Madow\)$", drawn, re.MULTILINE)
+    assert re.search(r"; expected [0-9.]+ %, by chance", drawn)
+    kept = str(skl.stats(write(tmp_path / "b", 5, seq_len=0, kind="ratios", rounds=0, sampler="topk")))
+    assert "3 to 6 in a sequence" in kept
+    assert " % (the largest record)" in kept
+    systematic = str(skl.stats(write(tmp_path / "c", 5, sampler="systematic")))
+    assert re.search(r"; expected at least [0-9.]+ %, by chance", systematic)
+    weighted = {"kind": "ratios", "proposal_temperature": 0.5, "sampler": "multinomial"}
+    assert re.search(r"label has a record +[0-9.]+ %; by chance", str(skl.stats(write(tmp_path / "d", 5, **weighted))))
+
+
+def test_large_numbers_have_all_their_digits(tmp_path):
+    """Of whatever size; a mean above 10 000 has no power of ten."""
+    found = skl.stats(write(tmp_path / "a", 3, columns=("document_start",)))
+    found["tokens"]["documents"] = 1_234_567_890_123
+    found["unique_tokens"]["mean"] = 123_456.7
+    said = str(found)
+    assert re.search(r"^documents +1,234,567,890,123$", said, re.MULTILINE)
+    assert re.search(r"^unique tokens +123,457; half", said, re.MULTILINE)
+
+
 def test_without_tokens(tmp_path):
     """No labels, so nothing is said of them; the rest is."""
     found = skl.stats(write(tmp_path / "a", 4, store_tokens=False))
@@ -152,13 +179,15 @@ def test_without_tokens(tmp_path):
 
 
 def test_an_empty_cache(tmp_path, capsys):
-    """Nothing is unknown but means."""
+    """Nothing is unknown but means, which people are not told."""
     path = write(tmp_path / "a", 0)
     found = skl.stats(path)
     assert (0, 0, None) == (found["sequences"], found["positions"], found["entropy"]["mean"])
     assert found["labels"]["suspicious"] is None
     assert 0 == main(["stats", str(path)])
-    assert "entropy" in capsys.readouterr().out
+    assert ["path", "sequences", "positions", "bytes: headers, index and padding"] == [
+        line.partition("  ")[0] for line in capsys.readouterr().out.splitlines()
+    ]
 
 
 def test_repeated_sequences(tmp_path):
