@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from sklformat.distill.loader.teachers import Teachers
 from sklformat.distill.losses.confidence import check_rates
-from sklformat.distill.losses.divergences import check_divergence
+from sklformat.distill.losses.divergences import check_divergence, check_temperature
 from sklformat.settings.train import Decode, Divergence
 
 Method = Literal[
@@ -90,8 +90,17 @@ class LossArguments:
     easy_percentile: float = 50.0
 
     def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(f"method is {self.method!r}; one of {', '.join(get_args(Method))}")
+        if not 0 <= self.ce_weight <= 1 or (self.method == "ce" and self.ce_weight):
+            raise ValueError(
+                f"ce_weight is {self.ce_weight}, method {self.method}; need 0..1, and 0 where ce is the method"
+            )
         check_divergence(self.divergence, self.method)
         check_rates(self.lr_ratio, self.easy_percentile)
+        if self.lr_ratio == 1 and self.easy_percentile != LossArguments.easy_percentile:
+            raise ValueError(f"easy_percentile is {self.easy_percentile}, and belongs to an lr_ratio, which is 1")
+        check_temperature(self.temperature)
         if self.method == "ce" and self.divergence != "forward_kl":
             raise ValueError(f"divergence is {self.divergence!r}, method 'ce', which is cross-entropy and nothing else")
         if self.temperature != 1 and self.method != "topk_normalised":
@@ -127,21 +136,21 @@ class LossArguments:
 _NAMES = {"random_sampling": "kl_to_records", "topk": "kl_to_records", "ce": "cross_entropy"}
 
 
-def check_loss(method: str, ce_weight: float, decode: str, lr_ratio: float = 1.0) -> None:
+def check_decode(decode: str, loss: LossArguments) -> None:
     """
-    Look at what the loss is to be.
+    Look at where records are to be decoded.
 
     Raises:
-        ValueError: There is no such method or way to decode, or weight or way does not fit the method or the rates.
+        ValueError: There is no such way, or it does not fit the method or the rates.
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method is {method!r}; one of {', '.join(get_args(Method))}")
-    if not 0 <= ce_weight <= 1 or (method == "ce" and ce_weight):
-        raise ValueError(f"ce_weight is {ce_weight}, method {method}; need 0..1, and 0 where ce is the method")
-    if decode not in get_args(Decode) or (method == "ce" and decode == "cuda"):
-        raise ValueError(f"decode is {decode!r}, method {method}; one of auto, cpu, cuda, which ce has no records for")
-    if decode == "cuda" and lr_ratio != 1:
-        raise ValueError(f"decode is 'cuda', lr_ratio {lr_ratio}, for which the host reads the records; decode=\"cpu\"")
+    if decode not in get_args(Decode) or (loss.method == "ce" and decode == "cuda"):
+        raise ValueError(
+            f"decode is {decode!r}, method {loss.method}; one of auto, cpu, cuda, which ce has no records for"
+        )
+    if decode == "cuda" and loss.lr_ratio != 1:
+        raise ValueError(
+            f"decode is 'cuda', lr_ratio {loss.lr_ratio}, for which the host reads the records; decode=\"cpu\""
+        )
 
 
 def check_hold_out(cache: Any, available: int, hold_out: int, eval_cache: Any) -> range:

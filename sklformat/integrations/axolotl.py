@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from sklformat.cache.reader import open_cache
 from sklformat.distill.loader.sequences import SparseLogitSequences
+from sklformat.distill.student.inputs import check_method
 from sklformat.errors import SettingsError
+from sklformat.integrations.arguments import LossArguments
 
 _PLACE = __name__  # where Axolotl finds what it is told by name
 # What would make, cut or put together sequences, or ask for a loss that is not that of the records.
@@ -44,6 +46,12 @@ class SparseKDSettings(BaseModel):
     temperature: float = 1.0
     lr_ratio: float = 1.0
     easy_percentile: float = 50.0
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> SparseKDSettings:
+        """What does not go together is refused with the YAML, before a model is loaded."""
+        LossArguments(**self.model_dump(exclude={"cache", "hold_out"}))
+        return self
 
 
 class SparseKDArgs(BaseModel):
@@ -104,12 +112,13 @@ class SparseKDPlugin(BasePlugin):  # type: ignore[misc]  # axolotl has no types
         The sequences of the cache, as Axolotl counts them; the trainer reads its own stream.
 
         Raises:
-            SettingsError: ``hold_out`` leaves nothing to train on.
+            SettingsError: ``hold_out`` leaves nothing to train on, or the method does not fit the records.
         """
         from axolotl.common.datasets import TrainDatasetMeta  # noqa: PLC0415  it loads what Axolotl patches later
 
         settings = SparseKDSettings(**cfg.sparse_kd)
         cache = open_cache(settings.cache)
+        check_method(cache.path, str(cache.header.sampler), settings.method)
         border = len(cache) - settings.hold_out
         if not 0 < border <= len(cache):
             raise SettingsError(

@@ -41,9 +41,9 @@ from sklformat.integrations.arguments import (
     LossArguments,
     Method,
     check_arguments,
+    check_decode,
     check_hold_out,
     check_launched,
-    check_loss,
     precision_note,
 )
 from sklformat.integrations.inputs import inputs_of, moved, weigh, with_confidence
@@ -114,9 +114,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
     ) -> None:
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args  # as the Trainer does
         check_arguments(args, others)
-        check_loss(method, ce_weight, decode, lr_ratio)
         self.loss = LossArguments(method=method, ce_weight=ce_weight, divergence=divergence, temperature=temperature,
                                   lr_ratio=lr_ratio, easy_percentile=easy_percentile)  # fmt: skip
+        check_decode(decode, self.loss)
         self.sources, part = Sources.of(cache, tokens, None), None
         if hold_out:
             part = check_hold_out(cache, self.sources.sizes[0], hold_out, eval_cache)

@@ -162,7 +162,7 @@ def test_axolotl_has_the_hooks_that_the_plugin_uses():
 
 
 def test_settings_are_checked(place):
-    """A name that there is not, and a held-out part that leaves nothing."""
+    """A name that there is not, a held-out part that leaves nothing, and what does not go together, in time."""
     from types import SimpleNamespace
 
     from axolotl.integrations.base import load_plugin
@@ -176,6 +176,14 @@ def test_settings_are_checked(place):
     cfg.sparse_kd |= {"hold_out": 3}
     found = load_plugin(PLUGIN).load_datasets(cfg)
     assert (20, 3, 5) == (len(found.train_dataset), len(found.eval_dataset), found.total_num_steps)
+    for own, error, message in (
+        ({"method": "topk"}, SettingsError, "holds records of sampler multinomial, which method topk does not fit"),
+        ({"method": "full"}, ValidationError, "method is 'full'; one of random_sampling, topk"),
+        ({"temperature": 2.0}, ValidationError, "records keep the temperature of their capture"),
+    ):
+        other = SimpleNamespace(**vars(cfg) | {"sparse_kd": cfg.sparse_kd | own})
+        with pytest.raises(error, match=message):
+            load_plugin(PLUGIN).load_datasets(other)
     cfg.sparse_kd |= {"holdout": 3}
     with pytest.raises(ValidationError, match="holdout"):
         load_plugin(PLUGIN).load_datasets(cfg)

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from sklformat.distill.losses.divergences import check_divergence
+from sklformat.distill.losses.divergences import check_divergence, check_temperature
 from sklformat.distill.losses.heads import OutputHead, Shape, Shard, refuse_sharded
 from sklformat.distill.losses.methods import METHODS, segment_sum
 from sklformat.distill.losses.targets import AnyTargets, DenseTargets, DenseTeacher, Ragged, RaggedTargets
@@ -72,8 +72,7 @@ class Arguments:
         if method not in METHODS:
             raise ValueError(f"method {method!r} is unknown; one of {', '.join(METHODS)}")
         check_divergence(divergence, method)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}; logits are divided by it: above 0, and finite")
+        check_temperature(temperature)
         if not 0 <= ce_weight <= 1:
             raise ValueError(f"ce_weight {ce_weight} is outside [0, 1]")
         if not like.is_floating_point():

@@ -47,6 +47,17 @@ def check_divergence(divergence: str, method: str) -> None:
         )
 
 
+def check_temperature(temperature: float) -> None:
+    """
+    Look at a temperature.
+
+    Raises:
+        ValueError: It is no number above 0.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; logits are divided by it: above 0, and finite")
+
+
 def is_dense(divergence: str, method: str) -> bool:
     """Whether records become a target of every id: the rest is on each of them, and f is not linear in p there."""
     return method == "label_smoothing" and divergence != "forward_kl"

@@ -630,6 +630,12 @@ def test_processes_that_would_spoil_the_run(place):
             ValueError,
             "temperature is 2.0, method 'random_sampling': records keep the temperature of",
         ),
+        (
+            {"temperature": -2.0, "method": "topk_normalised"},
+            ValueError,
+            "temperature is -2.0; logits are divided by it: above 0, and finite",
+        ),
+        ({"easy_percentile": 30.0}, ValueError, "easy_percentile is 30.0, and belongs to an lr_ratio, which is 1"),
         ({"lr_ratio": -1.0}, ValueError, "lr_ratio is -1.0; need a finite number above 0, 1 for one rate of all"),
         ({"lr_ratio": 2.0, "decode": "cuda"}, ValueError, "decode is 'cuda', lr_ratio 2.0, for which the host reads"),
         ({"hold_out": 23}, ValueError, "hold_out is 23 of 23 sequences; it must leave some"),
