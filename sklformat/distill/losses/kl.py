@@ -204,7 +204,9 @@ def linear_sparse_kl(
     torch operations, in the chunks that they have elsewhere.
 
     Args:
-        hidden_PD: Student's last hidden states, [P, D], float16, bfloat16, float32 or float64.
+        hidden_PD: Student's last hidden states, [P, D], float16, bfloat16, float32 or float64.  At positions that do
+            not count they must be finite too: the weight's gradient has them times 0, as it has under torch's own
+            ``cross_entropy``, and 0 times NaN is NaN.
         head: Weight of the output layer, [V, D], or an OutputHead, as ``output_head(model)`` gives it.  The weight is
             of the type of the hidden states unless autocast is on, and may be tied to the embedding.
         targets: As in ``sparse_kl``.

@@ -1,6 +1,7 @@
 """SparseKDTrainer in one process: its stream, its loss, its checkpoints, its figures and what it refuses."""
 
 import dataclasses
+import itertools
 import json
 import math
 import runpy
@@ -248,19 +249,38 @@ def test_cross_entropy_is_the_trainers_own(place):
     assert pytest.approx(losses(plain), rel=1e-5) == losses(ours, "cross_entropy")
 
 
-def test_the_balancing_loss_is_in_the_loss_alone(place, capsys):
-    """A mixture of experts that asks for it gets it, weighted as its config says; without, a note says so."""
+def experts(*, asked):
+    """A small mixture of two experts, which asks for its balancing loss or not."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "vocab_size": VOCAB}
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**sizes, router_aux_loss_coef=0.5, output_router_logits=asked))
+
+
+def test_the_balancing_loss_is_in_the_loss_alone(place, capsys):
+    """A mixture of experts that asks for it gets it, weighted as its config says; without, a note says so."""
     for asked in (True, False):
-        torch.manual_seed(0)
-        student = MixtralForCausalLM(MixtralConfig(**sizes, router_aux_loss_coef=0.5, output_router_logits=asked))
+        student = experts(asked=asked)
         first = next(iter(SparseLogitDataset(place / "even", batch_size=4, seed=42)))
         balance = 0.5 * student(input_ids=first.input_ids, output_router_logits=True).aux_loss.item()
         trainer = trained(place / "out", place / "even", student, max_steps=1)
         extra = losses(trainer)[0] - losses(trainer, "kl_to_records")[0]
         assert pytest.approx(balance if asked else 0, rel=1e-4, abs=1e-6) == extra
         assert asked != ("note: the balancing loss of the student's experts is left out" in capsys.readouterr().err)
+
+
+def test_accumulation_leaves_the_balancing_loss_its_weight(place):
+    """Of a step's micro-batches it is the mean, by the positions that count."""
+    student = experts(asked=True)
+    stream, parts = iter(SparseLogitDataset(place / "ragged", batch_size=2, seed=42, window=6)), []
+    for batch in itertools.islice(stream, 3):
+        balance = 0.5 * student(input_ids=batch.input_ids, output_router_logits=True).aux_loss.item()
+        parts.append((int((batch.labels != -100).sum()), balance))
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 1}
+    trainer = trained(place / "out", place / "ragged", student, **changes)
+    extra = losses(trainer)[0] - losses(trainer, "kl_to_records")[0]
+    wanted = sum(count * balance for count, balance in parts) / sum(count for count, _ in parts)
+    assert pytest.approx(wanted, rel=1e-4) == extra
 
 
 def test_half_precision_and_checkpointed_activations(place):

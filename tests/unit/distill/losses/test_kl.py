@@ -641,6 +641,25 @@ def test_rows_that_do_not_count_may_hold_anything(method, dtype):
     assert grad_PV[0].any()
 
 
+def test_hidden_states_that_do_not_count_and_are_no_numbers():
+    """As in torch the value is without them, and the gradient of the weight is NaN; unlike there, theirs is 0."""
+    g = generator(0)
+    hidden_PD, weight_VD = torch.randn(3, 4, generator=g), torch.randn(7, 4, generator=g)
+    hidden_PD[1] = math.nan
+    labels_P = torch.tensor([2, -100, 5])
+    targets = Ragged(torch.tensor([2, 0, 5]), torch.ones(3), torch.arange(4))
+    ours = [t.clone().requires_grad_() for t in (hidden_PD, weight_VD)]
+    theirs = [t.clone().requires_grad_() for t in (hidden_PD, weight_VD)]
+    loss = linear_sparse_kl(*ours, targets, labels_P=labels_P, position_weights_P=(labels_P >= 0).float())
+    expected = functional.cross_entropy(functional.linear(*theirs), labels_P)
+    found, wanted = value_and_grads(loss, *ours), value_and_grads(expected, *theirs)
+    torch.testing.assert_close([found[0], found[1][[0, 2]]], [wanted[0], wanted[1][[0, 2]]])
+    torch.testing.assert_close(found[2], wanted[2], equal_nan=True)
+    assert found[2].isnan().all()
+    assert wanted[1][1].isnan().all()
+    assert not found[1][1].any()
+
+
 def take(arguments):
     """The loss of arguments by name."""
     named = dict(arguments)
