@@ -283,7 +283,7 @@ def check(*, sequences: int = 240, per_shard: int = 60, seq_len: int = 1024) -> 
 
         store.taken()
         target = Target(directory, url)
-        target.find(entries[0].name)  # which lists what is there
+        target.find(entries[0].name, unlisted=False)  # which lists what is there
         uploader = Uploader(url)
         for entry in entries:
             uploader.put(Path(entry.path))

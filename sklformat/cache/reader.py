@@ -284,7 +284,12 @@ class Cache:
             entry = self._entries[place]
             if isinstance(entry.path, Path) and not os.path.lexists(entry.path):
                 raise missing(entry)
-            shard = Shard(entry.path, self.io, copies=self.copies, entry=entry)
+            try:
+                shard = Shard(entry.path, self.io, copies=self.copies, entry=entry)
+            except FileNotFoundError:
+                if isinstance(entry.path, Path):
+                    raise  # it went just now
+                raise missing(entry) from None
             self._check_belongs(shard, entry)
             self._open_shards[place] = shard
             kept = len(self._entries) if len(self._entries) <= MAX_OPEN_SHARDS else MAX_OPEN_SHARDS // 2

@@ -6,6 +6,7 @@ Prints and draws nothing.  SPEC.md section 13 lists what is checked.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -109,12 +110,11 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
     files, unfinished = found.files, found.unfinished
     if not files:
         raise unfinished[0] if unfinished else no_shards(root)
-    sizes = [_size_of(file) for file in files]
-    total, done = sum(sizes), 0
+    total, done = sum(files.values()), 0
     problems = [_problem(error, root) for error in unfinished]
     opened: list[tuple[Entry, Header]] = []
     refused: list[FormatError] = []
-    for file, size in zip(files, sizes, strict=True):
+    for file, size in files.items():
         try:
             shard = _open(file, size)
         except FormatError as error:
@@ -142,7 +142,7 @@ def verify(path: Path | str, progress: Progress | None = None) -> list[Problem]:
 class _Found(NamedTuple):
     among: bool  # whether it is a directory
     listed: list[Entry] | FormatError | None  # by a manifest, which may be damaged; None: there is none
-    files: Sequence[Place]
+    files: dict[Place, int]  # and the bytes of each; 0 where opening it will say why there are none
     unfinished: Sequence[FormatError]
 
 
@@ -152,28 +152,27 @@ def _find_here(root: Path) -> _Found:
         return _Found(
             among=False,
             listed=None,
-            files=[] if unsealed else [root],
+            files={} if unsealed else {root: _size_of(root)},
             unfinished=[describe_unfinished(root)] if unsealed else [],
         )
     listed = _read_listed(root) if has_manifest(root) else None
     unfinished = find_unfinished(root) if listed is None else []
-    return _Found(among=True, listed=listed, files=shard_files(root), unfinished=unfinished)
+    files: dict[Place, int] = {file: _size_of(file) for file in shard_files(root)}
+    return _Found(among=True, listed=listed, files=files, unfinished=unfinished)
 
 
 def _find_remote(url: str) -> _Found:
-    """As of a directory here; but the manifest's shards are looked for too where the store's listing lags behind."""
+    """As of a directory here; but what the store's listing shows is looked for, and so is what the manifest lists."""
     if url.endswith(layout.SHARD_SUFFIX):
-        return _Found(among=False, listed=None, files=[url], unfinished=[])
-    names, listed = set(remote_shards(url)), _read_listed(url)
+        return _Found(among=False, listed=None, files={url: remote.size(url)}, unfinished=[])
+    names, listed, files = set(remote_shards(url)), _read_listed(url), dict[Place, int]()
     if isinstance(listed, list):
-        unseen = {entry.name for entry in listed} - names
-        names |= {name for name in unseen if remote.exists(url_of(url, name))}
-    return _Found(
-        among=True,
-        listed=listed,
-        files=[url_of(url, name) for name in sorted(names)],
-        unfinished=[describe_unlisted(url)] if listed is None and names else [],
-    )
+        names |= {entry.name for entry in listed}
+    for file in (url_of(url, name) for name in sorted(names)):
+        with contextlib.suppress(FileNotFoundError):  # a listing that lags; what the manifest lists is missed later
+            files[file] = remote.size(file)
+    unfinished = [describe_unlisted(url)] if listed is None and files else []
+    return _Found(among=True, listed=listed, files=files, unfinished=unfinished)
 
 
 def _read_listed(root: Place) -> list[Entry] | FormatError | None:
@@ -192,10 +191,7 @@ def _open(file: Place, size: int) -> Shard:
     return Shard(file, "pread")  # a byte of a bad disk is then an error; in a mapping it ends the process
 
 
-def _size_of(file: Place) -> int:
-    """Bytes to be checked; 0 where opening the file will say why there are none."""
-    if isinstance(file, str):
-        return remote.size(file)
+def _size_of(file: Path) -> int:
     try:
         return file.stat().st_size
     except OSError:

@@ -1,7 +1,8 @@
 """
 Where the sealed shards of a capture lie: in the directory they are written in, or at a URL they are uploaded to.
 
-Looks at headers, indexes and trailers, not at records.  Nothing at a URL is believed that its bytes do not say.
+Looks at headers, indexes and trailers, not at records.  Nothing at a URL is believed that its bytes do not say, a
+listing least: of some stores it lags behind, and shows what is gone, or not yet what has come.
 """
 
 from __future__ import annotations
@@ -38,9 +39,13 @@ class Target:
         self._directory, self._url = directory, url
         self._uploaded: set[str] | None = None
 
-    def find(self, name: str) -> tuple[Header, Entry] | None:
+    def find(self, name: str, *, unlisted: bool = True) -> tuple[Header, Entry] | None:
         """
         Header and description of a sealed shard, or None where it is not in its final place.
+
+        Args:
+            name: Of the shard.
+            unlisted: Whether a shard that the store's listing does not show is asked for by its name, one request.
 
         Raises:
             FormatError: What is there is damaged.
@@ -49,15 +54,29 @@ class Target:
         if self._url is not None:
             if self._uploaded is None:
                 self._uploaded = set(remote.list_names(self._url))
-            return _describe_remote(url_of(self._url, name)) if name in self._uploaded else None
+            if not unlisted and name not in self._uploaded:
+                return None
+            try:
+                return _describe_remote(url_of(self._url, name))
+            except FileNotFoundError:  # also of a name that is listed still
+                return None
         path = self._directory / name
         if not path.exists():
             return None
         with closing(Shard(path)) as shard:
             return shard.header, describe(shard)
 
+    def has(self, name: str) -> bool:
+        """
+        Whether a file is there, whatever a listing shows.
+
+        Raises:
+            RemoteError: The store failed.
+        """
+        return (self._directory / name).exists() if self._url is None else remote.exists(url_of(self._url, name))
+
     def names(self) -> list[str]:
-        """Names of all files there."""
+        """Names of all files there; of a store, as its listing shows them."""
         if self._url is not None:
             return remote.list_names(self._url)
         return sorted(path.name for path in self._directory.iterdir())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from sklformat.format.header import Header, parse_header
 from sklformat.format.listing import Entry
 
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.skl(\.partial)?")
+_LAGGING = 16
+"""Shards that a store's listing may lack behind one that is there: asked for by their names, as few as that may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ def survey(
     target, works = Target(directory, url), []
     for somewhere in (target, Target(directory)) if url is not None else (target,):
         _check_numbers(somewhere, num_sequences, sequences_per_shard)
+    absent = 0  # places since the last shard that is there
     for place in places_of(num_sequences, sequences_per_shard):
         is_own = place.number % world_size == rank
         if not is_own and rank != 0:
@@ -97,11 +101,12 @@ def survey(
         if url is not None and path.exists():
             _check_found(Target(directory), header, place)
             kept = place.num_sequences
-        elif entry := _check_found(target, header, place, grows=grows and url is None):
-            kept, is_short = entry.num_sequences, True
+        elif entry := _check_found(target, header, place, grows=grows and url is None, unlisted=absent < _LAGGING):
+            kept, is_short, absent = entry.num_sequences, True, 0
             if kept == place.num_sequences:
                 continue
         else:
+            absent += 1
             _check_partial(path, header, place)
             kept, cut = _kept(path, place) if is_own else (0, None)
         if is_own:
@@ -122,7 +127,7 @@ def sealed_entries(target: Target, header: Header, num_sequences: int, sequences
     for place in places_of(num_sequences, sequences_per_shard):
         entry = _check_found(target, header, place)
         if entry is None:
-            path = target.place(shard_path(Path(), place.number).name)
+            path = target.place(_name_of(place))
             raise MissingShardError(
                 f"sequences {place.first_sequence}..{place.end - 1} are missing; run the capture again to resume it",
                 path=path,
@@ -133,14 +138,15 @@ def sealed_entries(target: Target, header: Header, num_sequences: int, sequences
 
 def unsealed(target: Target, num_sequences: int, sequences_per_shard: int) -> list[int]:
     """
-    Numbers of the shards that are not in their final place, by names alone.
+    Numbers of the shards that are not in their final place, by names alone, up to the first of them by more than that.
 
     Raises:
         RemoteError: The store failed.
     """
     there = set(target.names())
-    places = places_of(num_sequences, sequences_per_shard)
-    return [place.number for place in places if shard_path(Path(), place.number).name not in there]
+    names = {place.number: _name_of(place) for place in places_of(num_sequences, sequences_per_shard)}
+    # A listing may lack the last ones.  If all are there, each of those is found.
+    return list(itertools.dropwhile(lambda n: target.has(names[n]), (n for n in names if names[n] not in there)))
 
 
 def find_header(directory: Path, url: str | None = None) -> Header | None:
@@ -151,7 +157,7 @@ def find_header(directory: Path, url: str | None = None) -> Header | None:
         FormatError, RemoteError: As ``survey``.
     """
     for target in (Target(directory), Target(directory, url)):  # what is sealed here may be half uploaded there
-        for name in target.names():
+        for name in (*target.names(), shard_path(Path(), 0).name):  # the first, where a store does not list it yet
             is_sealed = _SHARD_NAME.fullmatch(name) and not name.endswith(layout.PARTIAL_SUFFIX)
             if is_sealed and (found := target.find(name)) is not None:
                 return found[0]
@@ -195,10 +201,16 @@ def _check_numbers(target: Target, num_sequences: int, sequences_per_shard: int)
             )
 
 
-def _check_found(target: Target, header: Header, place: ShardWork, *, grows: bool = False) -> Entry | None:
+def _name_of(place: ShardWork) -> str:
+    return shard_path(Path(), place.number).name
+
+
+def _check_found(
+    target: Target, header: Header, place: ShardWork, *, grows: bool = False, unlisted: bool = True
+) -> Entry | None:
     """The sealed shard of a place, if it is there; it must be the one that belongs there, or the beginning of it."""
-    name = shard_path(Path(), place.number).name
-    found = target.find(name)
+    name = _name_of(place)
+    found = target.find(name, unlisted=unlisted)
     if found is None:
         return None
     _check_settings(target.place(name), found[0], shard_header(header, place.number, place.first_sequence))

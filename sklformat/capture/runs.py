@@ -197,7 +197,7 @@ def finish_run(directory: Path, name: str, url: str | None = None) -> list[Entry
     run = Run(directory, name)
     with shared_directory(directory, name), run.turn():
         agreed = run.begun()
-        if agreed is None and MANIFEST_NAME in Target(directory, url).names():
+        if agreed is None and Target(directory, url).has(MANIFEST_NAME):
             return read_manifest(directory / MANIFEST_NAME if url is None else url_of(url, MANIFEST_NAME))
         if agreed is None:
             raise SettingsError(f"{directory}: no rank of run {name} has begun here; start its ranks first")

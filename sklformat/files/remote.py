@@ -34,7 +34,10 @@ def size(url: str) -> int:
     with _failures(url, "be looked at"):
         fs, path = _open(url)
         fs.invalidate_cache(path)
-        found = fs.info(path)
+        try:
+            found = fs.info(path)
+        except NotADirectoryError as error:  # nor is anything in a file
+            raise FileNotFoundError from error
     if found.get("type") == "directory":
         raise FileNotFoundError(f"{url}: is a directory, not a file")
     if not isinstance(found.get("size"), int):

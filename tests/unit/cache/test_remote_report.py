@@ -127,6 +127,23 @@ def test_a_listing_that_lags(store, local, monkeypatch):
     assert [] == skl.verify(URL)
 
 
+def test_a_listing_that_shows_what_is_gone(store, local, monkeypatch):
+    """A shard that is listed and not there is missing if the manifest lists it, and else nothing."""
+    upload(store, local)
+    names = [path.name for path in local.iterdir()]
+    monkeypatch.setattr(remote, "list_names", lambda url: sorted([*names, "shard-00009.skl"]))
+    assert [] == skl.verify(URL)
+    store.rm(f"{ROOT}/shard-00002.skl")
+    problems = skl.verify(URL)
+    assert ("MissingShardError", f"{URL}/shard-00002.skl") in [(p.error, p.path) for p in problems]
+    assert not any("shard-00009" in str(problem) for problem in problems)
+    for name in names:
+        if name != "shard-00002.skl":
+            store.rm(f"{ROOT}/{name}")
+    with pytest.raises(skl.MissingShardError, match=r"no \.skl shards here"):
+        skl.verify(URL)
+
+
 def test_a_store_that_fails(store, local, monkeypatch):
     """A store that gives out or cuts an answer short is no damage of the cache: the error names URL and cause."""
     upload(store, local)

@@ -17,7 +17,7 @@ from capture_data import (
 import sklformat as skl
 from sklformat.capture import destinations
 from sklformat.capture.destinations import Target, Uploader
-from sklformat.capture.plan import find_header
+from sklformat.capture.plan import find_header, survey, unsealed
 from sklformat.files import remote
 from sklformat.files.places import url_of
 
@@ -199,3 +199,48 @@ def test_a_local_target_finds_what_is_there(tmp_path, expected):
     assert (1, 4, 4) == (header.shard_number, entry.first_sequence, entry.num_sequences)
     assert target.find("shard-00009.skl") is None
     assert sorted(expected) == target.names()
+
+
+def test_a_listing_that_lags(tmp_path, url, stored, expected, monkeypatch):
+    """What a store does not list yet is neither captured again nor missed by the manifest or by the last rank."""
+    plain = remote.list_names
+    monkeypatch.setattr(remote, "list_names", lambda url: [])
+    with pytest.raises(KeyboardInterrupt), open_capture(tmp_path / "work", url=url) as capture:
+        for sequence in range(9):
+            capture.push_draws(sequence, tokens_of(sequence), draws_of(sequence))
+        raise KeyboardInterrupt
+    assert {"shard-00000.skl", "shard-00001.skl"} == names(stored)
+    target = Target(tmp_path / "work", url)
+    assert [2] == unsealed(target, NUM_SEQUENCES, 4)
+    (tmp_path / "elsewhere").mkdir()
+    assert HEADER == find_header(tmp_path / "elsewhere", url)
+    with open_capture(tmp_path / "work", url=url) as capture:
+        assert [9] == [work.next_sequence for work in capture.shards()]
+        push_all(capture)
+    assert expected == shard_bytes(stored)
+    assert [] == unsealed(target, NUM_SEQUENCES, 4)
+    assert [] == skl.verify(stored)
+    assert plain(url) == sorted(names(stored))
+
+
+def test_a_listing_that_shows_what_is_gone(tmp_path, url, stored, expected, monkeypatch):
+    """A shard that was removed is captured again although the store lists it still."""
+    with open_capture(tmp_path / "work", url=url) as capture:
+        push_all(capture)
+    listed = remote.list_names(url)
+    (stored / "shard-00001.skl").unlink()
+    monkeypatch.setattr(remote, "list_names", lambda url: listed)
+    with open_capture(tmp_path / "work", url=url) as capture:
+        assert [4] == [work.next_sequence for work in capture.shards()]
+        push_all(capture)
+    assert expected == shard_bytes(stored)
+
+
+def test_few_shards_are_asked_for_by_name(tmp_path, url, monkeypatch):
+    """Of a large capture that begins only the first ones are: a lag is short."""
+    asked, plain = [], remote.size
+    monkeypatch.setattr(remote, "size", lambda url: asked.append(url) or plain(url))
+    (tmp_path / "work").mkdir()
+    works = survey(tmp_path / "work", HEADER, 4000, 4, url=url)
+    assert 1000 == len(works)
+    assert [url_of(url, f"shard-{number:05d}.skl") for number in range(16)] == asked

@@ -169,7 +169,10 @@ def test_what_is_not_there(url, tmp_path):
         with pytest.raises((skl.FormatError, skl.RemoteError), match=r"shard-00001\.skl"):
             skl.open(url, copies=LocalCopies(tmp_path / str(len(short))))[20]
     fs.rm(path)
-    with pytest.raises(FileNotFoundError, match=r"copies-test/cache/shard-00001\.skl"):
+    message = (
+        r"copies-test/cache/shard-00001\.skl: sequences 15\.\.22 are missing; put the shard back or capture it again"
+    )
+    with pytest.raises(skl.MissingShardError, match=message):
         skl.open(url, copies=LocalCopies(tmp_path / "gone"))[20]
 
 
