@@ -302,12 +302,12 @@ def _draw_reliabilities(
         return
     axis.plot([0, 100], [0, 100], color="#bbbbbb", linewidth=1.2)
     for index, row in enumerate(rows):
-        bins = row["reliability"]
-        axis.plot(
-            [100 * each["confidence"] for each in bins], [100 * each["accuracy"] for each in bins], **_look(index)
+        confidence, accuracy = (
+            [100 * each[name] for each in row["reliability"]] for name in ("confidence", "accuracy")
         )
-    axis.set_xlim(0, 100)
-    axis.set_ylim(0, 100)
+        axis.plot(confidence, accuracy, **_look(index))
+    axis.set_xlim(-3, 103)  # so that markers on the border are whole
+    axis.set_ylim(-3, 103)
     axis.set_xlabel(words[0])
     axis.set_ylabel(words[1])
 
@@ -325,7 +325,9 @@ def _draw_support(axis: Any, rows: Sequence[CacheRow]) -> None:
             axis.axhline(100 * row["expected"], color=COLOURS[index], linestyle=STYLES[index], linewidth=0.8)
     axis.set_ylim(-3, 103)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axis.set_xlabel("position in the sequence\n● measured, ○ by chance,\nthin line: expected")
+    axis.set_xlabel(
+        "position in the sequence\n● measured, ○ by chance,\nthin line: expected,\nof systematic draws at least"
+    )
     axis.set_ylabel("labels that have a record (%)")
 
 

@@ -21,6 +21,7 @@ from sklformat.plot import CacheRow, plot_caches
 from sklformat.settings.inspection import PlotConfig, StatsConfig
 from sklformat.views import curves
 from sklformat.views.curves import LOG, Plotted
+from sklformat.views.overview import counted
 from sklformat.views.page import short_names
 from sklformat.views.stats import gather
 
@@ -74,9 +75,10 @@ def row_of(found: dict[str, Any], name: str, *, by_weight: bool = False) -> Cach
     """
     labels, positions, size = found.get("labels", {}), found["positions"], found["bytes"]
     part = found["sampled_sequences"] < found["sequences"]
-    notes = [f"{found['sequences']:,} sequences" + f", {found['sampled_sequences']:,} of them read" * part]
+    notes = [counted(found["sequences"], "sequence") + f", {found['sampled_sequences']:,} of them read" * part]
     if positions:
-        notes.append(f"{size['total'] / positions:.3g} bytes per position")
+        mean = size["total"] / positions
+        notes.append(f"{mean:{',.0f' if mean >= 1000 else '.3g'}} bytes per position")
     if labels.get("suspicious"):
         notes.append("suspicious: looks misaligned")
     along = labels.get("along_the_sequence", [])

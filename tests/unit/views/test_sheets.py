@@ -52,6 +52,16 @@ def rows_of(paths, *, by_weight=False):
     return [row_of(skl.stats(path), path.stem, by_weight=by_weight) for path in paths]
 
 
+def test_the_notes_of_one_sequence(tmp_path):
+    """In the singular; bytes of a thousand or more without a power of ten."""
+    of = skl.Header(vocab_size=9, seq_len=0, kind="counts", rounds=20)
+    with skl.ShardWriter(tmp_path / "a.skl", header=of) as writer:
+        writer.append(
+            [0, 1], skl.SparseTargets(token_ids=np.array([1]), counts=np.array([20]), offsets=np.array([0, 1]))
+        )
+    assert ["1 sequence", "4,416 bytes per position"] == row_of(skl.stats(tmp_path / "a.skl"), "a")["notes"]
+
+
 def test_what_is_drawn_of_a_cache(caches):
     """The figures of stats, as shares and for each position."""
     found = skl.stats(caches[0])
