@@ -235,12 +235,15 @@ def _join_run(fd: int, directory: Path, run: str) -> bool | None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let a call that fails on a descriptor, such as a write to a full disk, say of which file it was."""
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """
+    Let a call that fails say of which file it was: on a descriptor, such as a write to a full disk, or on the name that
+    the file has meanwhile.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or error.filename not in (None, None if temporary is None else str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -261,11 +264,12 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """
     disk = Disk()
     temporary = path.with_name(f".{path.name}.tmp")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with naming(path, temporary):
+        fd = os.open(str(temporary), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         lock_named(fd, temporary)
         try:
-            with naming(path):
+            with naming(path, temporary):
                 disk.truncate(fd, 0)
                 disk.write(fd, data, 0)
                 disk.sync(fd)

@@ -196,6 +196,16 @@ def test_write_atomically(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["none/a", "directory"])
+def test_what_cannot_be_replaced_is_named_as_it_is_called(tmp_path, name):
+    """Not by the temporary file beside it, of which nobody knows."""
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(OSError, match="directory") as caught:
+        disk.write_atomically(tmp_path / name, b"new")
+    assert str(tmp_path / name) == caught.value.filename
+    assert [tmp_path / "directory"] == list(tmp_path.iterdir())
+
+
 def test_a_killed_replacement_leaves_nothing(tmp_path):
     """What a writer left that was killed before the rename is taken over, whichever process comes next."""
     code = """
