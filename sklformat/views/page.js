@@ -14,7 +14,11 @@ function make(kind, text, name) {
   return made;
 }
 const textOf = (id) => (data.texts ? data.texts[id] ?? `[${id}]` : String(id));
-const visible = (id) => textOf(id).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣");
+// What shows no ink is written as an escape where a token stands by itself; in the text, where it is all of a token.
+const INKLESS = /^\p{M}|[\p{Cc}\p{Cf}\p{Cs}\p{Z}]/gu, ALL_INKLESS = /^(?![\n\t]+$)[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}\p{M}]+$/u;
+const inked = (text) => text.replace(INKLESS, (c) => `\\u{${c.codePointAt(0).toString(16)}}`);
+const visible = (id) => inked(textOf(id).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣"));
+const inText = (id) => (ALL_INKLESS.test(textOf(id)) ? inked(textOf(id)) : textOf(id).replace(/\n/g, "⏎\n") || "∅");
 const percent = (p) => (p === null ? "–" : p < 0.001 ? "< 0.1 %" : (100 * p).toFixed(1) + " %");
 const sequence = () => data.sequences[at];
 const positions = (s) => s.sizes.length;
@@ -46,7 +50,7 @@ function show() {
   const s = sequence(), box = $("text"), all = document.createDocumentFragment();
   box.className = data.texts ? "" : "ids";
   for (let i = 0; i <= positions(s); i++) {
-    const text = s.tokens ? (data.texts ? textOf(s.tokens[i]).replace(/\n/g, "⏎\n") || "∅" : s.tokens[i]) : "·";
+    const text = s.tokens ? (data.texts ? inText(s.tokens[i]) : s.tokens[i]) : "·";
     const span = make("span", text, i ? colour(confidence(s, i - 1, source)) : "");
     span.dataset.i = i;
     span.tabIndex = -1;
@@ -68,7 +72,7 @@ function choose(i, focus) {
   spans[i].tabIndex = 0;
   if (focus) spans[i].focus();
   const s = sequence(), panel = $("records"), label = s.tokens ? s.tokens[i] : null;
-  const name = label === null ? "not stored" : `${data.texts ? visible(label) + "  " : ""}id ${label}`;
+  const name = label === null ? "not stored" : data.texts ? `${visible(label)} (id ${label})` : `id ${label}`;
   panel.replaceChildren(make("h2", `Token ${i}: ${name}`));
   if (i === 0) panel.append(make("p", "The first token: nothing comes before it, so nobody foretold it."));
   else panel.append(records(s, i - 1));
@@ -169,7 +173,7 @@ function findFault() {
 function go(n) {
   if (n < 0 || n >= data.sequences.length) {
     $("sequence").value = sequence().number;
-    return say(`not on this page, which has ${data.sequences[0].number} to ${data.sequences[data.sequences.length - 1].number}`);
+    return say(`not on this page, which has ${lowest} to ${highest}`);
   }
   say("");
   at = n;
@@ -183,6 +187,8 @@ speakers.forEach((one, c) => {
 });
 document.body.className = speakers.length > 3 ? "many" : "";
 $("by").hidden = speakers.length < 2;
+const [lowest, highest] = [data.sequences[0].number, data.sequences[data.sequences.length - 1].number];
+$("of").textContent = lowest < highest ? `of ${lowest} to ${highest}` : "";
 const faulty = data.sequences.filter(isFaulty).length;
 $("fault").hidden = !faulty;
 $("fault").textContent = `Next of ${faulty} ${faulty > 1 ? "faults" : "fault"}`;

@@ -303,6 +303,23 @@ def test_markup_is_text(seen):
     seen.asked.pop()
 
 
+def test_what_shows_no_ink_is_seen(chromium, stretch, tmp_path):
+    """A token of nothing but marks and controls is an escape in the text; in the records each of them is."""
+    texts = dict.fromkeys(stretch.ids(), "a")
+    first, second, third, fourth = map(int, stretch.tokens[0][1:5])
+    texts |= {first: "\u200b\x00", second: "\u0301", third: "می\u200cخ", fourth: "\t"}
+    path = tmp_path / "page.html"
+    path.write_text(render(stretch, texts))
+    shown = Seen(chromium, path.as_uri())
+    spans = shown.page.locator("#text span")
+    texts_seen = spans.evaluate_all("(all) => all.slice(1, 5).map((span) => span.textContent)")
+    assert [r"\u{200b}\u{0}", r"\u{301}", "می\u200cخ", "\t"] == texts_seen
+    spans.nth(3).click()
+    assert rf"Token 3: می\u{{200c}}خ (id {third})" == shown.text("#records h2")
+    assert "of 0 to 3" == shown.text("#of")
+    shown.context.close()
+
+
 def contrast(pair):
     """Of two colours as a browser writes them."""
     levels = []
