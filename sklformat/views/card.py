@@ -193,7 +193,7 @@ The method is that of [Sparse Logit Sampling]({_PAPER}):
 
 def _records_in_words(header: Mapping[str, Any]) -> str:
     if header["kind"] == "counts":
-        return f"a few (token id, count) records of {header['rounds']} draws per position"
+        return f"a few (token id, count) records of {counted(header['rounds'], 'draw')} per position"
     return "a few (token id, weight) records"
 
 

@@ -191,7 +191,7 @@ def _rest_of(capture: Mapping[str, Any]) -> dict[str, Any]:
 def describe_sampler(facts: Mapping[str, Any]) -> str:
     """Whether records are biased, and by which sampler, of what ``look`` gives."""
     header = facts["header"]
-    drawn = f", {header['rounds']} rounds" if header["rounds"] else ""
+    drawn = f", {counted(header['rounds'], 'round')}" if header["rounds"] else ""
     drawn += f", proposal p**{header['proposal_temperature']:g}" if header["proposal_temperature"] != 1 else ""
     how = _object(header["capture"], "sampler")
     drawn += "".join(f", {name} {json.dumps(how[name])}" for name in ("k", "p") if how.get(name) is not None)

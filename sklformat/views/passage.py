@@ -21,6 +21,7 @@ from sklformat.format.header import Header
 from sklformat.format.records import Sequence
 from sklformat.settings.inspection import InspectConfig
 from sklformat.views.characters import columns, is_writable, padded, visible
+from sklformat.views.overview import counted
 
 NARROWEST, WIDEST = 80, 120
 NO_TOKENIZER = "no tokenizer is at hand; --tokenizer takes one"
@@ -190,7 +191,11 @@ class _Page:
 
     def _head(self) -> list[str]:
         facts, (begin, end) = self._facts, self._facts["positions"]
-        drawn = f"{facts['rounds']} rounds, {facts['sampler']}" if facts["rounds"] else f"sampler {facts['sampler']}"
+        drawn = (
+            f"{counted(facts['rounds'], 'round')}, {facts['sampler']}"
+            if facts["rounds"]
+            else f"sampler {facts['sampler']}"
+        )
         words = [
             f"{self._visible(facts['path'])}: sequence {facts['sequence']:,} of {facts['sequences']:,}",
             f"positions {begin:,} to {end - 1:,} of {facts['num_positions']:,}",
@@ -217,7 +222,8 @@ class _Page:
         if end == of:
             return []
         behind = min(of, end + end - self._facts["positions"][0])
-        return ["", f"{of - end:,} positions follow; the next: --positions {end}:{behind}"]
+        follow = f"{counted(of - end, 'position')} follow{'s' * (of - end == 1)}"
+        return ["", f"{follow}; the next: --positions {end}:{behind}"]
 
     def _table(self) -> Iterator[str]:
         yield self._line("pos", "token", "share", f"{'p':>6}" if self._exact else "", "", "what follows")

@@ -54,6 +54,20 @@ def test_facts_are_what_the_cache_holds(whole):
         assert "rest" not in row  # 20 draws stand for everything
 
 
+def test_one_of_each(tmp_path, capsys):
+    """One round and one position that follows are in the singular, on the page, at a glance and on the card."""
+    of = skl.Header(vocab_size=9, seq_len=2, kind="counts", rounds=1)
+    with skl.ShardWriter(tmp_path / "a.skl", header=of) as writer:
+        records = skl.SparseTargets(token_ids=np.array([1, 2]), counts=np.array([1, 1]), offsets=np.array([0, 1, 2]))
+        writer.append([0, 1, 2], records)
+    page = passage.page(passage.facts_of(read(tmp_path / "a.skl", positions="0:1")))
+    assert "counts (1 round, multinomial)" in page
+    assert page.endswith("\n1 position follows; the next: --positions 1:2\n")
+    for verb, said in (("inspect", "sampler multinomial, 1 round\n"), ("card", "records of 1 draw per position")):
+        assert 0 == main([verb, str(tmp_path / "a.skl")])
+        assert said in capsys.readouterr().out
+
+
 def test_rest(kept):
     """Of the heads of distributions, what was not kept is said; where no tokens are, neither is the label."""
     facts = passage.facts_of(read(kept))
