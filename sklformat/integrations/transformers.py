@@ -47,6 +47,7 @@ from sklformat.integrations.arguments import (
     precision_note,
 )
 from sklformat.integrations.inputs import inputs_of, moved, weigh, with_confidence
+from sklformat.integrations.sums import LossSum
 from sklformat.progress import say
 from sklformat.settings.train import Decode, Divergence
 
@@ -136,9 +137,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         self._resumed: dict[str, Any] | None = None
         self._check_records: Callable[[], None] | None = None  # of the last micro-batch
         self.sampler: StepSampler  # of the last loader
-        # Of the steps since the last line of the log: losses on the device, their sum so far, how many.
-        self._unsettled: Tensor | None = None
-        self._sum, self._steps = 0.0, 0
+        self._losses = LossSum()
         if part is not None:
             held_out: Any = self._held_out(cache, args, range(part.stop, part.stop + hold_out), tokens)
         elif isinstance(eval_cache, Mapping):
@@ -215,7 +214,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
             return [], None
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.sampler.taken += len(batches)
-        self._steps += bool(batches)
+        self._losses.steps += bool(batches)
         weigh(batches, self.loss, Process(self.args.process_index, self.args.world_size, device))
         total = torch.stack([batch["counted"] for batch in batches]).sum() if batches else torch.tensor(0)
         return batches, self.accelerator.reduce(to_device(total, device), reduction="sum")
@@ -261,34 +260,29 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
             )
         if num_items_in_batch is None:
             return loss + balance
-        if self._unsettled is None:
-            self._unsettled = torch.zeros((), dtype=loss.dtype, device=loss.device)
-        self._unsettled += loss.detach()
+        self._losses.add(loss)
         share = to_device(inputs["counted"], loss.device) / total.clamp(min=1)
         return (loss + balance * share) * self.accelerator.num_processes
 
     def _settle(self) -> float:
-        """The sum of the losses since the last line of the log; the only place where the host waits for them."""
-        if self._unsettled is not None:
-            self._sum += float(self.accelerator.reduce(self._unsettled, reduction="sum"))
-            self._unsettled = None
-        if not math.isfinite(self._sum):
+        """The sum of the losses since the last line of the log, each of them a finite number."""
+        total = self._losses.settle(functools.partial(self.accelerator.reduce, reduction="sum"))
+        if not math.isfinite(total):
             last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
             kept = "there is no checkpoint" if last is None else f"the last checkpoint is {last}"
             raise ValueError(
                 f"{self.args.output_dir}: by step {self.state.global_step} a loss was no finite number; {kept}; train "
                 "from there, or again, with a lower learning_rate"
             )
-        return self._sum
+        return total
 
     def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
         """The Trainer's own, with the training loss under its name; the last line, too, is of a finite loss."""
         if "train_loss" in logs:
             self._settle()
-        if "loss" in logs and self._steps:
-            mean = self._settle() / self._steps
-            self._sum, self._steps = 0.0, 0
-            logs = self.loss.named(logs, mean)
+        if "loss" in logs and self._losses.steps:
+            logs = self.loss.named(logs, self._settle() / self._losses.steps)
+            self._losses.clear()
         super().log(logs, *rest, **named)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -369,7 +363,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
     def begin(self) -> None:
         """Stand where the Trainer begins or resumes, and make sure that the checkpoint stood there."""
         sampler, saved = self.sampler, self._resumed
-        self._unsettled, self._sum, self._steps = None, 0.0, 0
+        self._losses.clear()
         sampler.stand_after(self.state.global_step)
         if saved is None:
             sampler.taken = 0
