@@ -15,7 +15,7 @@ import torch
 from sklformat.distill.loader.batches import Batch, Targets
 from sklformat.distill.loader.dataset import SparseLogitDataset
 from sklformat.distill.loader.packed import PackedTargets
-from sklformat.distill.losses.confidence import easy_hard_weights, label_confidence
+from sklformat.distill.losses.confidence import label_confidence, weights_of_step
 from sklformat.distill.losses.kl import IGNORED_LABEL
 from sklformat.distill.student import streams
 from sklformat.distill.student.inputs import take_confidence
@@ -63,16 +63,14 @@ def with_confidence(dataset: SparseLogitDataset, loss: LossArguments, *, is_firs
 
 
 def weigh(batches: list[dict[str, Any]], loss: LossArguments, process: Process) -> None:
-    """Put "weights" [P] in place of the "confidence" of a step's micro-batches, as ``easy_hard_weights`` makes them."""
+    """Put "weights" [P] in place of the "confidence" of a step's micro-batches, as ``weights_of_step`` has them."""
     if loss.lr_ratio == 1:
         return
     labels = [batch["labels"].flatten() for batch in batches]
     sure = [batch.pop("confidence") for batch in batches]
-    own = [own_P[labels_P != IGNORED_LABEL] for own_P, labels_P in zip(sure, labels, strict=True)]
-    step_M = process.together(torch.cat(own) if own else torch.zeros(0))
-    for batch, own_P, labels_P in zip(batches, sure, labels, strict=True):
-        rates = {"lr_ratio": loss.lr_ratio, "easy_percentile": loss.easy_percentile}
-        batch["weights"] = easy_hard_weights(own_P, labels_P, of_step_M=step_M, **rates)
+    rates = {"lr_ratio": loss.lr_ratio, "easy_percentile": loss.easy_percentile}
+    for batch, weights_P in zip(batches, weights_of_step(sure, labels, process.together, **rates), strict=True):
+        batch["weights"] = weights_P
 
 
 def moved(inputs: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], Callable[[], None] | None]:

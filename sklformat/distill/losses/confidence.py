@@ -9,6 +9,7 @@ Shape letters: P positions, M positions of the whole step that count.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -102,3 +103,30 @@ def easy_hard_weights(
     num_hard = (of_step_M <= border).sum()
     easy = number / (lr_ratio * num_hard + (number - num_hard))
     return torch.where(confidence_P <= border, easy * lr_ratio, easy).float() * counted_P
+
+
+def weights_of_step(
+    confidences: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    together: Callable[[Tensor], Tensor],
+    *,
+    lr_ratio: float,
+    easy_percentile: float,
+) -> list[Tensor]:
+    """
+    ``easy_hard_weights`` of each of a step's micro-batches, as they are in one large batch of all processes.
+
+    Args:
+        confidences: Of each micro-batch, [P] with a P of its own.
+        labels: Likewise.
+        together: What makes of [M] of each process those of all of them, one after the other.
+        lr_ratio: As there.
+        easy_percentile: As there.
+    """
+    parts = list(zip(confidences, labels, strict=True))
+    own = [confidence_P[labels_P != IGNORED_LABEL] for confidence_P, labels_P in parts]
+    step_M = together(torch.cat(own) if own else torch.zeros(0))
+    return [
+        easy_hard_weights(confidence_P, labels_P, lr_ratio=lr_ratio, easy_percentile=easy_percentile, of_step_M=step_M)
+        for confidence_P, labels_P in parts
+    ]

@@ -17,8 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sklformat.distill.loader.batches import Batch
-from sklformat.distill.losses.confidence import easy_hard_weights
-from sklformat.distill.losses.kl import IGNORED_LABEL
+from sklformat.distill.losses.confidence import weights_of_step
 from sklformat.distill.models import adapters, layers, loading
 from sklformat.distill.models.devices import to_device
 from sklformat.distill.student import parallelism, streams
@@ -197,13 +196,9 @@ class Learner:
             return [None for _ in micro_batches]
         labels = [batch.labels.flatten() for batch in micro_batches]
         sure = [self.objective.confidence(batch) for batch in micro_batches]
-        own_M = torch.cat([own_P[labels_P != IGNORED_LABEL] for own_P, labels_P in zip(sure, labels, strict=True)])
-        rates = {"lr_ratio": config.lr_ratio, "easy_percentile": config.easy_percentile}
-        step = self.process.together(own_M)
-        weights = [
-            easy_hard_weights(own_P, labels_P, of_step_M=step, **rates)
-            for own_P, labels_P in zip(sure, labels, strict=True)
-        ]
+        weights = weights_of_step(
+            sure, labels, self.process.together, lr_ratio=config.lr_ratio, easy_percentile=config.easy_percentile
+        )
         return [to_device(weights_P, self.process.device) for weights_P in weights]
 
     def _backward(self, batch: Batch, total: int, share: float, weights_P: Tensor | None) -> Tensor:
