@@ -118,7 +118,7 @@ class SparseKDPlugin(BasePlugin):  # type: ignore[misc]  # axolotl has no types
 
         settings = SparseKDSettings(**cfg.sparse_kd)
         cache = open_cache(settings.cache)
-        check_method(cache.path, str(cache.header.sampler), settings.method)
+        check_method(cache, settings.method)
         border = len(cache) - settings.hold_out
         if not 0 < border <= len(cache):
             raise SettingsError(

@@ -57,7 +57,7 @@ def inputs_of(batches: list[Batch], *, loss: LossArguments, isolated: bool) -> d
 
 def with_confidence(dataset: SparseLogitDataset, loss: LossArguments, *, is_first: bool) -> None:
     """Let batches say how sure the teacher is of each label, where that matters and the caches do; else a note."""
-    note = "" if loss.lr_ratio == 1 else take_confidence(dataset, str(dataset.cache.header.sampler))
+    note = "" if loss.lr_ratio == 1 else take_confidence(dataset)
     if note and is_first:
         say(f"note: {note}")
 

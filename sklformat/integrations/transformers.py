@@ -125,7 +125,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
             self.sources = Sources.of(cache, tokens, part)
         self.source, self._parts = cache, {"tokens": tokens, "sequences": part}
         for each in self.sources.caches:
-            check_method(each.path, str(each.header.sampler), method)
+            check_method(each, method)
             check_borders(each)
             if processing_class is not None:
                 check_made_by(processing_class, each)

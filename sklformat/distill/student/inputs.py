@@ -84,25 +84,21 @@ def open_stream(config: TrainConfig, rank: int, world_size: int, device: torch.d
             f"--isolate-documents is given, and {stream.source} was made without: its teacher saw one document before "
             "the next; leave the flag out, so that the student sees them too, or capture with --isolate-documents"
         )
-    check_method(stream.source, stream.sampler, config.method)
+    assert isinstance(stream.dataset, SparseLogitDataset)
+    for cache in stream.dataset.caches:
+        check_method(cache, config.method)
     if config.lr_ratio == 1 or config.teacher is not None:
         return stream
-    note = take_confidence(stream.dataset, stream.sampler)
+    note = take_confidence(stream.dataset)
     return dataclasses.replace(stream, note="; ".join(filter(None, (stream.note, note))))
 
 
-def take_confidence(dataset: Any, sampler: str) -> str:
-    """
-    Let batches say how sure the teacher is of each label, where the caches do, and what to say where they do not.
-
-    Args:
-        dataset: A ``SparseLogitDataset``.
-        sampler: Of its records.
-    """
+def take_confidence(dataset: SparseLogitDataset) -> str:
+    """Let batches say how sure the teacher is of each label, where the caches do, and what to say where they do not."""
     if dataset.have_label_logprob:
         dataset.give_label_logprob()
         return ""
-    if sampler in ("topk", "topp"):
+    if dataset.cache.header.biased:  # as of all of them
         return ""
     return (
         "hard tokens are told by the records' own draws, so that the gradient is no longer unbiased; capture with "
@@ -177,24 +173,20 @@ def _check_unseen(config: TrainConfig, stream: streams.Stream, cache: Cache, par
     check_unseen(cache, part, trained, stream.source)
 
 
-def check_method(source: object, sampler: str, method: str) -> None:
+def check_method(cache: Cache, method: str) -> None:
     """
-    Make sure that a method learns from what a cache holds.
-
-    Args:
-        source: The cache, for the message.
-        sampler: Of its records; "unknown" fits all.
-        method: One of the settings.
+    Make sure that a method, one of the settings', learns from what a cache holds; sampler "unknown" fits all.
 
     Raises:
         SettingsError: It does not; names those that do.
     """
-    if method in _WITHOUT_RECORDS or sampler == "unknown":
+    header = cache.header
+    if method in _WITHOUT_RECORDS or header.sampler == "unknown":
         return
-    fitting = _TOPK_METHODS if sampler in ("topk", "topp") else ("random_sampling",)
+    fitting = _TOPK_METHODS if header.biased else ("random_sampling",)
     if method not in fitting:
         raise SettingsError(
-            f"{source} holds records of sampler {sampler}, which method {method} does not fit; "
+            f"{cache.path} holds records of sampler {header.sampler}, which method {method} does not fit; "
             f"use method {', '.join((*fitting, 'ce'))} or full, or another cache"
         )
 

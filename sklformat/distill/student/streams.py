@@ -157,7 +157,6 @@ class Stream:
         tokenizer: Whose ids these are.
         vocab_size: V of the data.
         seq_len: Positions of every sequence; 0: ragged.
-        sampler: Of the cache's records; "none" for packed text.
         isolated: Whether documents do not see each other.
         note: What whoever trains on it may want to know; "" where there is nothing.
         identity: Fingerprints of the data, for the run's settings.
@@ -169,7 +168,6 @@ class Stream:
     tokenizer: Any
     vocab_size: int
     seq_len: int
-    sampler: str
     isolated: bool
     identity: dict[str, Any]
     note: str = ""
@@ -274,7 +272,6 @@ def open_caches(
         tokenizer=_tokenizer([(path, made_by(cache.header)) for path, cache in named_caches], tokenizer, named),
         vocab_size=caches[0].header.vocab_size,
         seq_len=max(seq_lens) if all(seq_lens) else 0,
-        sampler=str(caches[0].header.sampler),
         isolated=dataset.isolated,
         identity={"cache": fingerprints if len(caches) > 1 else fingerprints[0]},
         note="; ".join(filter(None, (*(_author_note(path, cache.header) for path, cache in named_caches), decoded))),
@@ -359,7 +356,6 @@ def open_tokens(
         tokenizer=loaded,
         vocab_size=facts.vocab_size,
         seq_len=seq_len,
-        sampler="none",
         isolated=isolated,
         identity={"corpus": facts.corpus_fingerprint, "vocabulary": facts.tokenizer_fingerprint},
         store=store,

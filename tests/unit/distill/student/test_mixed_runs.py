@@ -37,6 +37,16 @@ def mixed(place, out, **changes):
     return config_of(place, out, cache=caches, cache_weights=(0.25, 0.75), hold_out=4, **changes)
 
 
+def test_the_method_fits_the_records_of_each_cache(place, tmp_path):
+    """Also where nothing is known of the first one's, which fit all methods."""
+    with skl.open(place / "other") as cache:
+        facts = {"vocab_size": cache.header.vocab_size, "fingerprint": cache.header.tokenizer_fingerprint}
+        student_data.write_cache(tmp_path / "x", [one.tokens for one in cache], sampler="unknown", count=12, **facts)
+    caches = (tmp_path / "x", place / "random")
+    with pytest.raises(skl.SettingsError, match="random holds records of sampler multinomial, which method topk does"):
+        train(config_of(place, tmp_path / "run", cache=caches, method="topk"), report=silent)
+
+
 def test_a_mixture_is_the_streams_own(place, tmp_path):
     """The run learns from the stream of SparseLogitDataset over both, without what each holds out, and says so."""
     train(mixed(place, tmp_path / "run", steps=1), report=silent)
