@@ -133,7 +133,7 @@ def main() -> None:
             logarithmic(axes, [2, 4, 8, 16])
             axes.set_xlabel("records per position")
             axes.set_title(title)
-        figure.axes[1].legend(frameon=False, fontsize=9)
+        figure.axes[2].legend(*figure.axes[1].get_legend_handles_labels(), frameon=False, fontsize=9, loc="upper right")
         figure.axes[0].set_ylabel("KL to the teacher less FullKD's, nats (95 %)")
 
     claim.end(rule, verdict, draw, notes=notes, digits={"records": 1})
