@@ -17,7 +17,7 @@ from sklformat.files.yaml import dump_settings
 from sklformat.format import layout
 from sklformat.settings.inspection import CardConfig
 from sklformat.views.characters import visible
-from sklformat.views.overview import counted, describe_sampler, look, mean_of, size_of_text
+from sklformat.views.overview import counted, describe_sampler, in_bytes, look, mean_of, size_of_text
 
 BLANK = "FILL-IN"
 """In place of the licence where nobody gave one; no hub takes it."""
@@ -216,7 +216,7 @@ def _rows(config: CardConfig, facts: Mapping[str, Any]) -> dict[str, str]:
         "Files": f"{facts['shards']:,}",
         "Positions": f"{facts['positions']:,}",
         "Records": f"{facts['records']:,}, {mean_of(facts['unique_tokens_per_position'])} per position",
-        "Bytes": f"{facts['bytes']:,}, {mean_of(facts['bytes_per_position'])} per position",
+        "Bytes": f"{in_bytes(facts['bytes'])}, {mean_of(facts['bytes_per_position'])} per position",
         "Made with": f"sklformat {_made_with(header)}",
         "Card by": f"sklformat {sklformat.__version__}",
     }

@@ -124,15 +124,15 @@ def table(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _size_lines(facts: Mapping[str, Any]) -> dict[str, str]:
-    header = facts["header"]
+    length = f"{facts['header']['seq_len']:,}" if facts["header"]["seq_len"] else "any number of them"
     return {
         "path": facts["path"],
         "fingerprint": facts["fingerprint"],
         "shards": f"{facts['shards']:,}",
         "sequences": f"{facts['sequences']:,}, from number {facts['first_sequence']:,}",
-        "positions": f"{facts['positions']:,}, {header['seq_len'] or 'any number of them'} per sequence",
+        "positions": f"{facts['positions']:,}, {length} per sequence",
         "records": f"{facts['records']:,}",
-        "bytes": f"{facts['bytes']:,}",
+        "bytes": in_bytes(facts["bytes"]),
         "bytes per position": mean_of(facts["bytes_per_position"]),
         "unique tokens": f"{mean_of(facts['unique_tokens_per_position'])} per position",
     }
@@ -148,7 +148,7 @@ def _advance_lines(facts: Mapping[str, Any]) -> dict[str, str]:
         "shards": f"{facts['shards']:,} sealed, of {counted(facts['sequences_sealed'], 'sequence')}",
     }
     lines |= {name: f"{counted(count, 'whole sequence')}, not sealed" for name, count in unsealed.items()}
-    lines["bytes"] = f"{facts['bytes']:,}"
+    lines["bytes"] = in_bytes(facts["bytes"])
     if facts["written"] is not None:
         ago = describe_duration(facts["seconds_since_written"])
         lines["last written"] = f"{_said(facts['written'])}, {ago} ago"
@@ -249,6 +249,15 @@ def _said(date: str) -> str:
 def counted(count: int, what: str) -> str:
     """A number of something that is given in the singular."""
     return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def in_bytes(size: int) -> str:
+    """Every digit, and of a million bytes or more what people say."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if size >= factor:
+            said = size / factor
+            return f"{size:,} ({said:{'.4g' if said < 1000 else ',.0f'}} {unit})"
+    return f"{size:,}"
 
 
 def mean_of(value: float | None) -> str:

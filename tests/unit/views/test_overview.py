@@ -10,7 +10,7 @@ import sklformat as skl
 from sklformat.cache.contents import UNFINISHED_NAME
 from sklformat.cli import main
 from sklformat.views import overview
-from sklformat.views.overview import look, table
+from sklformat.views.overview import in_bytes, look, table
 
 CAPTURE = {
     "teacher": {"name": "org/big", "revision": "abc", "dtype": "bfloat16", "device": "cuda"},
@@ -51,6 +51,22 @@ def test_what_is_not_known_is_said(tmp_path):
     assert ("unknown", "unknown", "unknown") == (said["teacher"], said["tokenizer"], said["text"])
     for odd in ({"teacher": "a string"}, {"teacher": {"name": 3}, "packing": [1], "tokenizer": None}):
         assert table(look(str(write(tmp_path / f"c{len(odd)}", 1, capture=odd))))
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(0, "0"), (999_999, "999,999"), (10**6, "1,000,000 (1 MB)"), (3_362_752, "3,362,752 (3.363 MB)"),
+     (999_999_999, "999,999,999 (1000 MB)"), (40 * 10**12, "40,000,000,000,000 (40 TB)"),
+     (15 * 10**15, "15,000,000,000,000,000 (15,000 TB)")],
+)  # fmt: skip
+def test_sizes_as_people_say_them(size, words):
+    """Beside every digit."""
+    assert words == in_bytes(size)
+
+
+def test_long_sequences(tmp_path):
+    """Their length has its commas, as all numbers have."""
+    assert "0, 131,072 per sequence" == table(look(str(write(tmp_path / "a", 0, seq_len=131_072))))["positions"]
 
 
 @pytest.mark.parametrize(
