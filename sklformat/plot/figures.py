@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def plot_comparison(rows: Sequence[ComparisonRow], path: Path | str, *, title: s
         right.suptitle("Reliability: on the line is honest, below it over-confident", fontsize=12, fontweight="bold")
         if title:
             figure.suptitle(title, fontsize=12)
-        figure.savefig(path)
+        _save(figure, path)
 
 
 def plot_runs(rows: Sequence[RunRow], path: Path | str) -> None:
@@ -93,7 +94,7 @@ def plot_runs(rows: Sequence[RunRow], path: Path | str) -> None:
         OSError: The file cannot be written.
     """
     with mpl.rc_context(_STYLE):
-        draw_runs(rows).savefig(path)
+        _save(draw_runs(rows), path)
 
 
 def draw_runs(rows: Sequence[RunRow]) -> Figure:
@@ -150,7 +151,7 @@ def plot_caches(rows: Sequence[CacheRow], path: Path | str, *, by_weight: bool =
         OSError: The file cannot be written.
     """
     with mpl.rc_context(_STYLE):
-        draw_caches(rows, by_weight=by_weight).savefig(path)
+        _save(draw_caches(rows, by_weight=by_weight), path)
 
 
 def draw_caches(rows: Sequence[CacheRow], *, by_weight: bool = False) -> Figure:
@@ -216,6 +217,13 @@ def plot_noise(rows: Sequence[NoiseRow], students: Sequence[str], limit: float, 
         axes[0].legend(frameon=False, fontsize=10, loc="lower left")
         figure.supxlabel("bytes per position, with tokens and index", fontsize=11)
         figure.supylabel("noise by draws, share of the text's own", fontsize=11)
+        _save(figure, path)
+
+
+def _save(figure: Figure, path: Path | str) -> None:
+    """A character of a name that the font lacks is a box, as anybody sees."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(path)
 
 
@@ -359,17 +367,8 @@ def _draw_losses(axis: Any, rows: Sequence[ComparisonRow], colours: Sequence[str
     axis.barh(places, [loss - start for loss in losses], left=start, color=colours, height=0.62)
     span = high - start
     for place, loss in zip(places, losses, strict=True):
-        axis.text(
-            loss - 0.02 * span,
-            place,
-            f"{loss:.3f}",
-            va="center",
-            ha="right",
-            fontsize=12,
-            fontweight="bold",
-            color="white",
-            zorder=5,
-        )
+        look: dict[str, Any] = {"fontsize": 12, "fontweight": "bold", "color": "white", "zorder": 5}
+        axis.text(loss - 0.02 * span, place, f"{loss:.3f}", va="center", ha="right", **look)
     baseline = next((row["lm_loss"] for row in rows if row["method"].upper() == "CE"), None)
     if baseline is not None:
         axis.axvline(baseline, color=BASELINE_COLOUR, linestyle="--", linewidth=1.2)

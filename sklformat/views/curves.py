@@ -16,10 +16,13 @@ from sklformat.errors import CorruptError, UnsupportedError, describe_bad_json
 from sklformat.files.regular import check_exists
 from sklformat.plot import ReliabilityBin, RunRow, plot_runs
 from sklformat.settings.inspection import PlotConfig
+from sklformat.views.characters import visible
 
 LOG = "metrics.jsonl"
 """What makes a directory that of a run."""
 _EVALUATION = "evaluation.json"
+# Of what is no step, or no bins: another type, no such name, a number beyond float, or endless lists.
+_BAD = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 # Of each curve, the name in the log.
 _CURVES = {
     "loss": "loss",
@@ -54,6 +57,7 @@ def plot(config: PlotConfig) -> Plotted:
     names = [Path(path).resolve().name for path in config.paths]
     if len(set(names)) < len(names):
         names = [*config.paths]
+    names = [visible(name) for name in names]
     rows = [read_run(Path(path), name) for path, name in zip(config.paths, names, strict=True)]
     plot_runs(rows, config.out)
     return Plotted(out=config.out, names=names)
@@ -90,7 +94,7 @@ def _figures_of(line: str, path: Path, number: int) -> tuple[int, dict[str, floa
         row = json.loads(line)
         values = {key: float(row[key]) for key in _CURVES.values() if row.get(key) is not None}
         return int(row["step"]), {key: value for key, value in values.items() if math.isfinite(value)}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except _BAD:
         raise CorruptError(
             f"line {number} of the log holds no step with its figures: {line.strip()[:60]!r}; take it out to draw "
             "the others",
@@ -109,5 +113,5 @@ def _reliability(path: Path) -> list[ReliabilityBin]:
         ]
     except json.JSONDecodeError as error:
         raise CorruptError(describe_bad_json(error), path=path) from None
-    except (ValueError, TypeError, KeyError):
+    except _BAD:
         raise CorruptError("holds no reliability bins as sklformat eval --out writes them", path=path) from None

@@ -20,6 +20,7 @@ from sklformat.files.regular import check_exists
 from sklformat.plot import CacheRow, plot_caches
 from sklformat.settings.inspection import PlotConfig, StatsConfig
 from sklformat.views import curves
+from sklformat.views.characters import visible
 from sklformat.views.curves import LOG, Plotted
 from sklformat.views.overview import counted
 from sklformat.views.page import short_names
@@ -50,7 +51,7 @@ def plot(config: PlotConfig, tell: Callable[[str, int, int], None] | None = None
     if any(is_run):
         run, cache = config.paths[is_run.index(True)], config.paths[is_run.index(False)]
         raise UnsupportedError(f"a training run, and {cache} is a cache; plot them on sheets of their own", path=run)
-    names = short_names(config.paths)
+    names = [visible(name) for name in short_names(config.paths)]
     all_found = []
     for path, name in zip(config.paths, names, strict=True):
         hear = None if tell is None else lambda _, done, total, name=name: tell(name, done, total)

@@ -1,8 +1,11 @@
 """Training runs on one sheet: what is read of them, and that the sheet can be read."""
 
+import os
+
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
+from operation_data import write
 from sheet_data import BINS, make_run, overlaps
 
 from sklformat.cli import main
@@ -83,7 +86,28 @@ def test_bad_settings(tmp_path):
         plot_runs([], tmp_path / "x.png")
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"loss": 1}', '{"step": 1, "loss": "low"}'])
+def test_names_of_any_characters(tmp_path, capfd, recwarn):
+    """What a font or a terminal lacks, and what is no character at all, stops no sheet and says nothing beside it."""
+    run = make_run(tmp_path / os.fsdecode(b"\xe8\xaa\x9e \x1b[31m\xff$x"))
+    assert 0 == main(["plot", str(run), "-o", str(tmp_path / "sheet.png")])
+    assert f"{tmp_path / 'sheet.png'}: 語 \\x1b[31m\\udcff$x\n" == capfd.readouterr().out
+    cache = write(tmp_path / os.fsdecode(b"b\xff"), 2)
+    assert 0 == main(["plot", str(cache), "-o", str(tmp_path / "caches.png")])
+    assert [] == [str(warning.message) for warning in recwarn]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"loss": 1}',
+        '{"step": 1, "loss": "low"}',
+        '{"step": 1e999}',
+        f'{{"step": 1, "loss": {10**400}}}',
+        "[" * 9999,
+    ],
+)
 def test_a_damaged_log(tmp_path, line):
     """The line is named."""
     run = make_run(tmp_path / "run", end=line + "\n")
@@ -97,9 +121,10 @@ def test_a_damaged_evaluation(tmp_path):
     (run / "evaluation.json").write_text("{")
     with pytest.raises(CorruptError, match="not JSON"):
         read_run(run, "run")
-    (run / "evaluation.json").write_text("{}")
-    with pytest.raises(CorruptError, match="holds no reliability bins as sklformat eval --out writes them"):
-        read_run(run, "run")
+    for text in ("{}", "[" * 9999, f'{{"reliability": [{{"confidence": {10**400}}}]}}'):
+        (run / "evaluation.json").write_text(text)
+        with pytest.raises(CorruptError, match="holds no reliability bins as sklformat eval --out writes them"):
+            read_run(run, "run")
 
 
 def test_a_path_that_is_not_there(tmp_path):
