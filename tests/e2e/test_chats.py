@@ -200,6 +200,21 @@ def test_packed_chats(place, cache, tmp_path):
     assert len(chats) <= 3
 
 
+def test_packed_chats_that_begin_with_a_long_prompt(cache, tmp_path):
+    """The sequences before the first answer have no records, and stop nobody; where there are no others is nothing."""
+    prompt, answer = ({"role": role, "content": " ".join(tiny.WORDS[:12] * 20)} for role in ("user", "assistant"))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": [prompt, answer]}) + "\n")
+    text = tmp_path / "long.jsonl"
+    status, result, err = cache("cache", text, "--packing", "packed")
+    assert 0 == status, err
+    has_records = [sequence.targets.num_records > 0 for sequence in skl.open(tmp_path / "cache")]
+    assert result["sequences"] == len(has_records)
+    assert [False, False, True] == [*has_records[:2], has_records[-1]]
+    refused = cache("none", text, "--packing", "packed", "--num-sequences", 2)
+    assert "2 sequences were packed, and no position of them predicts an answer" in refused[2]
+    assert (1, []) == (refused[0], list((tmp_path / "none").iterdir()))
+
+
 def test_long_chats_are_truncated(cache, place, tmp_path):
     """What they lose is said; one that loses all answers is left out; the other side may be cut instead."""
     for side, kept, lost in (("end", 8, "; 1 of them lose all answers so and are left out"), ("start", 9, "")):

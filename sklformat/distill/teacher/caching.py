@@ -303,9 +303,10 @@ class Part:
                 self.positions += output.num_counted
                 self._bytes += block_size(self._capture.header, output.tokens.size - 1, num_records)
                 seconds, positions = time.perf_counter() - begin, self.positions
+                size = self._bytes / max(1, positions)  # the first sequences of chats may hold no answer
                 reach(
                     there + self.made,
-                    f"{positions / seconds:,.0f} positions/s, {self._bytes / positions:.1f} bytes per position, "
+                    f"{positions / seconds:,.0f} positions/s, {size:.1f} bytes per position, "
                     f"waited {self._capture.wait_seconds / seconds:.1%}",
                 )
 

@@ -79,7 +79,8 @@ class TokenSource:
                 for, on the same machine, opens what is there.
 
         Raises:
-            ValueError: Too little text, or ids that are not the tokenizer's or not the teacher's.
+            ValueError: Too little text, none of it to be learnt from, or ids that are not the tokenizer's or not the
+                teacher's.
             CorruptError, InUseError, OSError: As ``write_token_store``.
             SettingsError: The tokens in the cache's directory are of other text.
         """
@@ -111,6 +112,8 @@ class TokenSource:
             )
             if check and isinstance(sequences, SingleSequences):
                 self._warn_of_length(sequences)
+            if check:
+                _check_counted(sequences)
         except ValueError:
             if made_now:  # else the next run, with more text, would be refused because of it
                 shutil.rmtree(path)
@@ -232,6 +235,14 @@ class TokenSource:
                 f"{store.directory}: made by a different tokenizer from the teacher's: {conflict}; make the tokens "
                 "with the teacher's tokenizer"
             )
+
+
+def _check_counted(sequences: Sequences) -> None:
+    if not sequences.has_counted():
+        raise ValueError(
+            f"{len(sequences)} sequences were packed, and no position of them predicts an answer; take more of the "
+            "text, a larger seq_len, or --packing single"
+        )
 
 
 def _are_most(of_documents: NDArray[np.bool_]) -> bool:

@@ -133,6 +133,11 @@ class Sequences(ABC):
         del begin, end
         return self.seq_len
 
+    def has_counted(self) -> bool:
+        """Whether any position is learnt from."""
+        counted = (self.counted(index) for index in range(len(self)))
+        return any(positions is None or positions.any() for positions in counted)
+
     def num_positions(self) -> int:
         """Positions that are learnt from, of all sequences together."""
         if not self.facts.marks_answers:
