@@ -26,7 +26,7 @@ ARGS ?=
 FUZZ_SECONDS ?= 60
 BENCHMARKS := $(wildcard benchmarks/*.py)
 PAPER := $(filter-out $(patsubst %,benchmarks/paper/%.py,bench classifiers drawing students summary teacher),$(wildcard benchmarks/paper/*.py))
-PARTS := benchmarks/declared.py benchmarks/timing.py benchmarks/container_kinds.py
+PARTS := benchmarks/declared.py benchmarks/timing.py benchmarks/container_kinds.py benchmarks/s3_proxy.py
 SANITIZED := build/sanitized
 # -P and -S keep the working tree and its editable install out of the way of the sanitized copy.
 RUN_SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$(cc -print-file-name=libasan.so) \

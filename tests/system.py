@@ -7,7 +7,7 @@ from pathlib import Path
 
 HANGS = 1200  # seconds; a guard, not a figure: what takes so long on the busiest machine never ends
 
-_PROGRESS = re.compile(r"(cache|check|convert|eval|rescore|train|verify)( [^:]+)?: .+\n")
+_PROGRESS = re.compile(r"(cache|check|convert|eval|rescore|stats|train|verify)( [^:]+)?: .+\n")
 
 
 def complaint(stderr):

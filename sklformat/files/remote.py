@@ -8,19 +8,25 @@ reads.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sklformat.checksums import fingerprint_of
 from sklformat.errors import RemoteError
 
 _CHUNK = 16 << 20
-_WAITS = (0.1, 0.5, 2.0)
-"""Seconds before each further request for a range of which fewer bytes came; failures are the library's to repeat."""
+_WAITS = (0.5, 2.0, 6.0)
+"""Seconds before a request is made again that the store's library has given up, or that brought fewer bytes."""
+_PATIENCE = 60.0
+"""Seconds of failing after which it is not made again: the library has its own waits, some of them long."""
+_FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_FINAL_NUMBERS = {errno.EINVAL, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSYS}
+_Answer = TypeVar("_Answer")
 
 
 def size(url: str) -> int:
@@ -35,7 +41,7 @@ def size(url: str) -> int:
         fs, path = _open(url)
         fs.invalidate_cache(path)
         try:
-            found = fs.info(path)
+            found = _persistently(lambda: fs.info(path))
         except NotADirectoryError as error:  # nor is anything in a file
             raise FileNotFoundError from error
     if found.get("type") == "directory":
@@ -70,7 +76,7 @@ def list_names(url: str) -> list[str]:
         fs, path = _open(url)
         fs.invalidate_cache(path)
         try:
-            found = fs.ls(path, detail=True)
+            found = _persistently(lambda: fs.ls(path, detail=True))
         except FileNotFoundError:
             return []
     names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "file")
@@ -109,7 +115,7 @@ def read_range(url: str, offset: int, length: int) -> bytes:
 def _asked_once(url: str, offset: int, length: int) -> bytes:
     with _failures(url, "be read"):
         fs, path = _open(url)
-        return bytes(fs.cat_file(path, start=offset, end=offset + length))
+        return bytes(_persistently(lambda: fs.cat_file(path, start=offset, end=offset + length)))
 
 
 def read(url: str) -> bytes:
@@ -134,10 +140,10 @@ def upload(local: Path, url: str) -> None:
     with _failures(url, "be written", f"{local} is kept; fix the cause, then run the same command again"):
         fs, path = _open(url)
         try:
-            fs.put_file(str(local), path)
+            _persistently(lambda: fs.put_file(str(local), path))
         except FileNotFoundError:  # a store with directories needs them made first; others have none
             fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            fs.put_file(str(local), path)
+            _persistently(lambda: fs.put_file(str(local), path))
     for what, wanted, read_back in (
         ("bytes", local_size, size),
         ("XXH3-128", local_digest, lambda url: digest(url, local_size)),
@@ -175,6 +181,27 @@ def _open(url: str) -> tuple[Any, str]:
 
     fs, path = fsspec.core.url_to_fs(url)
     return fs, str(path)
+
+
+def _persistently(ask: Callable[[], _Answer]) -> _Answer:
+    """
+    What a store answers, which is asked again after a failure that may pass: each but those that tell of the request.
+
+    Its library has repeated most requests by itself then, but not all, and not for long: s3fs gives up a HEAD that is
+    answered 503 after three seconds, and an answer whose checksum is wrong at once.
+    """
+    begin = time.monotonic()
+    for wait in _WAITS:
+        try:
+            return ask()
+        except (*_FINAL, ImportError, ValueError, TypeError, NotImplementedError):
+            raise
+        except Exception as error:
+            is_final = isinstance(error, OSError) and error.errno in _FINAL_NUMBERS
+            if is_final or time.monotonic() - begin > _PATIENCE:
+                raise
+        time.sleep(wait)
+    return ask()
 
 
 @contextmanager

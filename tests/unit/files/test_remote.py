@@ -1,7 +1,9 @@
 """remote: URLs are told from paths, ranges are exact, an upload is believed only when it comes back."""
 
+import errno
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,8 @@ def test_a_store_that_fails_is_one_error(store, local, monkeypatch):
     def fail(self, *args, **kwargs):
         raise OddError("403\nForbidden")
 
+    monkeypatch.setattr(remote, "_WAITS", ())
+
     for name, ask in (
         ("put_file", lambda url: remote.upload(local, url)),
         ("info", remote.exists),
@@ -189,3 +193,63 @@ remote.exists("s3://bucket/x")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ModuleNotFoundError" in done.stderr
     assert "fsspec" in done.stderr
+
+
+@pytest.fixture
+def failures(store, monkeypatch):
+    """What the store's next calls raise, of whatever kind; and the waits, which are none."""
+    coming, memory = [], type(fsspec.filesystem("memory"))
+
+    def failing(plain):
+        def method(self, *args, **kwargs):
+            if coming:
+                raise coming.pop(0)
+            return plain(self, *args, **kwargs)
+
+        return method
+
+    for name in ("info", "ls", "cat_file", "put_file"):
+        monkeypatch.setattr(memory, name, failing(getattr(memory, name)))
+    monkeypatch.setattr(remote, "_WAITS", (0.0, 0.0))
+    return coming
+
+
+ASKED = {
+    "size": lambda local, url: remote.size(url),
+    "list_names": lambda local, url: remote.list_names(url.rpartition("/")[0]),
+    "read_range": lambda local, url: remote.read_range(url, 0, 4),
+    "upload": remote.upload,
+}
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_what_may_pass_is_asked_again(store, local, failures, what):
+    """Two failures that may pass, of any call, are not seen; a third is, and so is at once one that will not pass."""
+    url = url_of(store, "x")
+    remote.upload(local, url)
+    expected = ASKED[what](local, url)
+    for passing in (OSError(errno.EBUSY, "Service Unavailable"), TimeoutError(), Exception("a wrong checksum")):
+        failures += [passing] * 2
+        assert expected == ASKED[what](local, url)
+        assert [] == failures
+    failures += [OSError(errno.EBUSY, "Service Unavailable")] * 4
+    with pytest.raises(skl.RemoteError, match="Service Unavailable"):
+        ASKED[what](local, url)
+    assert 1 == len(failures)
+    for final in (PermissionError("No room"), ValueError("No room"), OSError(errno.ENOSPC, "No room")):
+        failures[:] = [final] * 2
+        with pytest.raises(skl.RemoteError, match="No room"):
+            ASKED[what](local, url)
+        assert 1 == len(failures)
+
+
+def test_patience_ends(store, local, failures, monkeypatch):
+    """After a minute of failing nothing is asked again."""
+    url = url_of(store, "x")
+    remote.upload(local, url)
+    clock = iter([0.0, 61.0])
+    monkeypatch.setattr(remote, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    failures += [TimeoutError("slow")] * 2
+    with pytest.raises(skl.RemoteError, match="slow"):
+        remote.size(url)
+    assert 1 == len(failures)
