@@ -45,7 +45,7 @@ from sklformat.settings.inspection import (
 from sklformat.settings.operations import MergeConfig, SliceConfig, SubsampleConfig
 from sklformat.settings.rescore import RescoreConfig
 from sklformat.settings.train import TrainConfig
-from sklformat.views.printing import prepare_streams, print_json, print_result, print_table
+from sklformat.views.printing import prepare_streams, print_json, print_line, print_result, print_table
 
 UNFINISHED, DAMAGED = 1, 3
 STOPPED = 130
@@ -127,7 +127,7 @@ def _of_system(error: OSError) -> str:
 
 
 def _fail(name: str, message: str, status: int) -> int:
-    sys.stderr.write(f"{name}: {' '.join(message.split())}\n")
+    progress.say(f"{name}: {' '.join(message.split())}")
     return status
 
 
@@ -209,7 +209,7 @@ def _run_card(name: str, arguments: list[str]) -> int:
     elif config.out is None:
         sys.stdout.write(card.text)
     else:
-        sys.stdout.write(f"{config.out}: the card of {config.path}\n")
+        print_line(f"{config.out}: the card of {config.path}")
     if card.blanks:
         progress.say(f"{name}: {card.blanks}")
     return 0
@@ -232,10 +232,12 @@ def _run_verify(name: str, arguments: list[str]) -> int:
             {"path": str(config.path), "sound": not problems, "problems": list(map(dataclasses.asdict, problems))}
         )
     else:
-        sys.stdout.writelines(f"{problem}\n" for problem in problems)
+        for problem in problems:
+            print_line(str(problem))
         verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)} found" if problems else "sound"
-        sys.stdout.write(f"{config.path}: {'unfinished' if unfinished else verdict}, {checked:,} bytes checked\n")
-        sys.stdout.writelines(f"to fix: {action}\n" for action in dict.fromkeys(p.action for p in problems))
+        print_line(f"{config.path}: {'unfinished' if unfinished else verdict}, {checked:,} bytes checked")
+        for action in dict.fromkeys(p.action for p in problems):
+            print_line(f"to fix: {action}")
     return UNFINISHED if unfinished else DAMAGED if problems else 0
 
 
@@ -250,7 +252,8 @@ def _run_recover(name: str, arguments: list[str]) -> int:
     if as_json:
         print_json([dataclasses.asdict(result) for result in results])
     else:
-        sys.stdout.writelines(f"{result}; rerun the command that started it to resume\n" for result in results)
+        for result in results:
+            print_line(f"{result}; rerun the command that started it to resume")
     return 0
 
 

@@ -20,9 +20,16 @@ clock = time.monotonic
 _SOON, _BETWEEN = 10.0, 60.0  # seconds: until the first line that has a figure, and between two after it
 
 
+def harmless(text: str) -> str:
+    """Lines with each character that shows no ink escaped: a path in them may hold commands of the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(words: str) -> None:
     """Write a line at once."""
-    sys.stderr.write(f"{words}\n")
+    sys.stderr.write(f"{harmless(words)}\n")
     sys.stderr.flush()
 
 
@@ -44,7 +51,7 @@ def show(name: str, total: int | None, *, unit: Unit, first: int = 0, shown: boo
     if not shown:
         yield lambda _done, _note="": None
         return
-    display = (_Bar if sys.stderr.isatty() else _Lines)(name, total, unit, first)
+    display = (_Bar if sys.stderr.isatty() else _Lines)(harmless(name), total, unit, first)
     try:
         yield display.reach
     finally:

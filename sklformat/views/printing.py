@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sklformat.progress import harmless
 from sklformat.views.characters import is_writable
 
 _WIDEST_NAME = 36  # a longer one stands out of its column
@@ -35,10 +36,15 @@ def print_result(result: Any, *, as_json: bool) -> None:
     if as_json:
         print_json(result if isinstance(result, dict) else dataclasses.asdict(result))
     elif "__str__" in vars(type(result)):
-        sys.stdout.write(f"{result}\n")
+        print_line(str(result))
     else:
         values = {f.name.replace("_", " "): getattr(result, f.name) for f in dataclasses.fields(result)}
         print_table({n: v for n, v in values.items() if v is not None and not isinstance(v, list | dict)})
+
+
+def print_line(text: str) -> None:
+    """A line, or several, in which no name commands the terminal."""
+    sys.stdout.write(f"{harmless(text)}\n")
 
 
 def print_json(value: Any) -> None:
@@ -56,7 +62,7 @@ def print_table(values: dict[str, Any]) -> None:
     width = max((len(name) for name in values if len(name) <= _WIDEST_NAME), default=0) + 2
     for name, value in values.items():
         text = f"{value:.6g}" if isinstance(value, float) else str(value)
-        sys.stdout.write(f"{name:<{width}}{text}\n" if len(name) < width else f"{name}  {text}\n")
+        print_line(f"{name:<{width}}{text}" if len(name) < width else f"{name}  {text}")
 
 
 def _escaped(c: str) -> str:

@@ -76,3 +76,23 @@ def test_a_long_name_stands_out_of_its_column(capsys):
     """The others keep their width."""
     print_table({"path": "a", "x" * 99: "b", "bytes": 1.23456789})
     assert f"path   a\n{'x' * 99}  b\nbytes  1.23457\n" == capsys.readouterr().out
+
+
+def test_no_name_commands_the_terminal(tmp_path, monkeypatch, capsys):
+    """Whatever files are called: in results, in problems, in errors and in progress."""
+    path = write(tmp_path / "\x1b]0;title\x07\u202e", 4, per_shard=2)
+    (path / "shard-00001.skl").write_bytes(b"no shard")
+    os.truncate(path / "shard-00000.skl", 5000)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "\x9b2J.skl.partial").touch()
+    for status, verb in (
+        (3, ["verify", str(path)]),
+        (1, ["stats", str(path)]),
+        (0, ["recover", str(tmp_path)]),
+        (1, ["inspect", f"{path}x"]),
+        (2, ["\x1b[2J"]),
+    ):
+        assert status == cli.main(verb), verb
+        said = "".join(capsys.readouterr())
+        assert "\\x" in said
+        assert all(line.isprintable() for line in said.splitlines())
