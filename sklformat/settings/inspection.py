@@ -23,7 +23,8 @@ class InspectConfig:
     """
 
     path: str
-    """Cache directory, or one .skl shard, or the URL of either."""
+    """Cache directory, or one .skl shard, or the URL of either; of a capture that has not ended what there is of it, or
+    one .skl.partial."""
 
     sequence: int | None = field(default=None, metadata={"flag": "sequence"})
     """Sequence to show token by token, counted from 0. None: the cache as a whole is shown."""
@@ -68,7 +69,8 @@ class StatsConfig:
     """Show what a cache holds, in numbers: of its records, how labels and records agree, and what looks wrong."""
 
     path: str
-    """Cache directory, or one .skl shard, or the URL of either."""
+    """Cache directory, or one .skl shard, or the URL of either; of a capture that has not ended what there is of it, or
+    one .skl.partial."""
 
     sample: int | None = None
     """Read this many sequences, drawn at random, and state standard errors; None: all."""
