@@ -92,7 +92,7 @@ def test_names_of_any_characters(tmp_path, capfd, recwarn):
     assert 0 == main(["plot", str(run), "-o", str(tmp_path / "sheet.png")])
     assert f"{tmp_path / 'sheet.png'}: 語 \\x1b[31m\\udcff$x\n" == capfd.readouterr().out
     cache = write(tmp_path / os.fsdecode(b"b\xff"), 2)
-    assert 0 == main(["plot", str(cache), "-o", str(tmp_path / "caches.png")])
+    assert 0 == main(["plot", str(cache), "-o", str(tmp_path / "caches.svg")])
     assert [] == [str(warning.message) for warning in recwarn]
 
 
