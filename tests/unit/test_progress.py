@@ -105,3 +105,13 @@ with progress.show("train ce", 4, unit="step", first=1) as reach:
     assert b"loss 3.5" in drawn
     piped = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, check=True).stderr
     assert b"train ce: 1 of 4 steps\n" == piped
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (89, "89 s"), (90, "2 min"), (7199, "2 h 0 min"), (71 * 3600, "71 h 0 min"), (72 * 3600, "3 days 0 h"),
+     (1e7, "115 days 18 h"), (1e12, "11,574,074 days 2 h")],
+)  # fmt: skip
+def test_durations(seconds, words):
+    """In the unit that people say them in."""
+    assert words == progress.describe_duration(seconds)
