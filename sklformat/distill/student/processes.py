@@ -95,7 +95,11 @@ def joined(device_name: str) -> Iterator[Process]:
         torch.cuda.set_device(device)
     own = not dist.is_initialized()  # by a program that trains several students, say
     if own:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]  # public by torch's documentation
+        # A part of its own: in that of an earlier run of these processes addresses stand where nobody answers.
+        part = dist.PrefixStore(f"run {len(_GROUPS)}", store)  # type: ignore[attr-defined]
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=part, rank=rank, world_size=world_size)
         _GROUPS.append(dist.group.WORLD)
     try:
         yield Process(dist.get_rank(), world_size, device)
