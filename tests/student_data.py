@@ -102,14 +102,8 @@ def stop_at(step):
     return report
 
 
-def train_two(out, place):
-    """One run after the other in the same process, of a step each."""
-    for name in "ab":
-        train_until(out / name, place, 2, 0, steps=1)
-
-
-def train_until(out, place, batch_size, kill, steps=12):
-    """So many steps on the tokens of ``tiny.write_place``; this process is killed after step ``kill`` (0: never)."""
+def train_until(out, place, batch_size, kill):
+    """Twelve steps on the tokens of ``tiny.write_place``; this process is killed after step ``kill`` (0: never)."""
 
     def report(step, *_):
         if step == kill:
@@ -117,7 +111,7 @@ def train_until(out, place, batch_size, kill, steps=12):
 
     config = TrainConfig(
         out=out, tokens=place / "tokens", tokenizer=str(place / "tokenizer"), seq_len=16, method="ce", hidden_size=16,
-        num_layers=1, num_heads=2, steps=steps, batch_size=batch_size, save_every=5, log_every=1, device="cpu",
+        num_layers=1, num_heads=2, steps=12, batch_size=batch_size, save_every=5, log_every=1, device="cpu",
         learning_rate=1e-2,
     )  # fmt: skip
     train(config, report=report)

@@ -37,13 +37,6 @@ def test_a_killed_run_goes_on_bit_for_bit(place):
     assert whole == cut
 
 
-def test_processes_train_one_student_after_another(place, tmp_path):
-    """They meet anew for each, also where the addresses of the first meeting are still known."""
-    for status, _, err in forked.run_ranks(2, student_data.train_two, tmp_path, place):
-        assert status == 0, err
-    assert rows_of(tmp_path / "a")[0]["loss"] == rows_of(tmp_path / "b")[0]["loss"]
-
-
 def by_torchrun(number, out, place):
     command = [sys.executable, *TORCHRUN, str(number), student_data.__file__, str(out), str(place), "2", "0"]
     environment = os.environ | {"PYTHONPATH": str(Path(student_data.__file__).parent)}

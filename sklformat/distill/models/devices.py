@@ -1,20 +1,25 @@
 """
-The devices that torch can use here, by a user's word for them, what goes to them and comes back, and the cores.
+The devices that torch can use here, by a user's word for them, what goes to them and comes back, the cores, and how
+processes of them meet.
 
 Knows no model.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import sys
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 _Carried = TypeVar("_Carried")
+_MEETINGS = itertools.count()
 
 
 def find_device(name: str) -> torch.device:
@@ -133,3 +138,23 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def meet(backend: str, *, timeout: timedelta | None = None) -> None:
+    """
+    Join torchrun's other processes, as ``torch.distributed.init_process_group`` does, however often they part again.
+
+    Each meeting has names of its own: under those of an earlier one, addresses stand where nobody answers any more.
+
+    Args:
+        backend: As there.
+        timeout: As there; None: torch's own.
+
+    Raises:
+        ValueError, RuntimeError: As there.
+    """
+    patience: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+    found = dist.rendezvous("env://", **patience)  # type: ignore[attr-defined]  # public by torch's documentation
+    store, rank, world_size = next(found)
+    part = dist.PrefixStore(f"meeting {next(_MEETINGS)}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=part, rank=rank, world_size=world_size, **patience)

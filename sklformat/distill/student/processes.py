@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sklformat.distill.models.devices import find_device
+from sklformat.distill.models.devices import find_device, meet
 
 # Groups stay until the process ends, since an exception, such as that of a signal, keeps the wrapper of DDP beyond its
 # group: where DDP lets go of one last, it joins gloo's threads while it holds the lock of Python that these wait for.
@@ -95,11 +95,7 @@ def joined(device_name: str) -> Iterator[Process]:
         torch.cuda.set_device(device)
     own = not dist.is_initialized()  # by a program that trains several students, say
     if own:
-        store, rank, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]  # public by torch's documentation
-        # A part of its own: in that of an earlier run of these processes addresses stand where nobody answers.
-        part = dist.PrefixStore(f"run {len(_GROUPS)}", store)  # type: ignore[attr-defined]
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=part, rank=rank, world_size=world_size)
+        meet("nccl" if device.type == "cuda" else "gloo")
         _GROUPS.append(dist.group.WORLD)
     try:
         yield Process(dist.get_rank(), world_size, device)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from sklformat.cache.sharding import other_settings
 from sklformat.capture.plan import find_header
 from sklformat.capture.runs import Agreement, Run
+from sklformat.distill.models.devices import meet
 from sklformat.distill.teacher.provenance import agree_on_versions
 from sklformat.errors import CaptureError, SettingsError
 from sklformat.files.disk import shared_directory
@@ -184,7 +185,7 @@ def joined(run: Run | None = None, *, tensors: bool = False) -> Iterator[Ranks]:
         return
     try:
         on_gpus = tensors and torch.cuda.is_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=_PATIENCE)
+        meet("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"rank {ranks.rank} cannot meet the other ranks ({str(error).partition(chr(10))[0]}); "
