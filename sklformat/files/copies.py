@@ -16,12 +16,14 @@ from pathlib import Path
 
 from sklformat.checksums import checksum, fingerprint
 from sklformat.files import remote
+from sklformat.files.disk import turn
 
 PIECE = 1 << 20
 """Bytes that are fetched in one request: pieces begin at multiples of it."""
 
 _IN_MEMORY = 16  # pieces: those of a batch or two
 _SUM = 8  # bytes of the checksum behind a piece
+_LANES = 64  # of pieces: one piece of each is fetched at a time, whichever thread or process wants it
 _TRIES = 100
 _SHARE = 64  # part of the bound that a process adds before it looks at the whole directory again
 
@@ -46,7 +48,7 @@ class LocalCopies:
     def _forget(self) -> None:
         """Begin as a new process does, with a lock that no thread of another one holds."""
         self._lock = threading.Lock()
-        self._fetching = [threading.Lock() for _ in range(_IN_MEMORY)]
+        self._fetching = [threading.Lock() for _ in range(_LANES)]
         self._memory: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._added: int | None = None  # bytes since the directory was looked at; None: never
         self._numbers = itertools.count()
@@ -85,8 +87,8 @@ class LocalCopies:
     def _piece(self, url: str, key: str, number: int, length: int) -> bytes:
         if self._pid != os.getpid():
             self._forget()
-        # Threads that want the same piece wait for the first of them; others meet by chance only.
-        with self._fetching[hash((key, number)) % len(self._fetching)]:
+        lane = (int(key[:16], 16) + number) % _LANES  # the same in all processes
+        with self._fetching[lane]:
             with self._lock:
                 if (found := self._memory.get((key, number))) is not None:
                     self._memory.move_to_end((key, number))
@@ -95,8 +97,11 @@ class LocalCopies:
             seed = (int(key[:16], 16) + number) % (1 << 64)
             piece = self._kept(path, seed, length)
             if piece is None:
-                piece = remote.read_range(url, number * PIECE, length)
-                self._keep(path, piece + checksum(piece, seed).to_bytes(_SUM, "little"))
+                with turn(self.directory / "turns" / str(lane)):
+                    piece = self._kept(path, seed, length)  # by another process, meanwhile
+                    if piece is None:
+                        piece = remote.read_range(url, number * PIECE, length)
+                        self._keep(path, piece + checksum(piece, seed).to_bytes(_SUM, "little"))
             with self._lock:
                 self._memory[key, number] = piece
                 while len(self._memory) > _IN_MEMORY:

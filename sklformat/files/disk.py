@@ -196,6 +196,23 @@ def shared_directory(
         time.sleep(min(max(_POLL_SECONDS, waited / 10), 1.0))  # of many that wait long, none asks often
 
 
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """
+    Hold a lock file, made if it is missing, when the other processes that want it are done; one thread at a time.
+
+    It saves work, no more: where the system or the file system has no such locks, nobody waits.  A process that is
+    forked meanwhile does not hold it.
+    """
+    with ExitStack() as held:
+        with suppress(ImportError, OSError):
+            import fcntl  # noqa: PLC0415  as above
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.lockf(_open_lock(path, held), fcntl.LOCK_EX)
+        yield
+
+
 def let_go(fd: int, path: Path) -> None:
     """
     Remove a lock file that is about to be closed, unless other processes hold it too.

@@ -1,6 +1,7 @@
 """Caches behind URLs: the same sequences, through local copies that are checked, shared and bounded."""
 
 import concurrent.futures
+import errno
 import multiprocessing
 import os
 import pickle
@@ -107,7 +108,7 @@ def test_damaged_copies_are_fetched_again(url, tmp_path, small_pieces):
     folder = tmp_path / "copies"
     with skl.open(url, copies=LocalCopies(folder)) as cache:
         expected = [s.tokens.tolist() for s in cache]
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(folder.glob("??/*/*"))
     sound = {path: path.read_bytes() for path in files}
     damages = (
         lambda data, _: data[: len(data) // 2],
@@ -261,3 +262,48 @@ def test_processes_share_a_directory(url, tmp_path, small_pieces):
     assert [0] * 4 == [process.exitcode for process in processes]
     assert failures.empty()
     assert [] == [path.name for path in (tmp_path / "copies").rglob(".*")]
+
+
+def _read_together(url, folder, size, together, requests):
+    plain = remote.read_range
+
+    def read_range(url, offset, length):
+        with requests.get_lock():
+            requests.value += 1
+        os.sched_yield()
+        return plain(url, offset, length)
+
+    remote.read_range = read_range
+    copies = LocalCopies(folder)
+    for offset in range(0, size, 4096):
+        together.wait(HANGS)
+        copies.read(url, "x", size, offset, min(4096, size - offset))
+
+
+def test_processes_fetch_a_piece_once(url, tmp_path, small_pieces):
+    """Processes that want the same piece at the same time, as workers in a window do, ask the store once."""
+    data = np.random.default_rng(2).bytes(200_000)
+    fsspec.filesystem("memory").pipe_file("/copies-test/once", data)
+    context = multiprocessing.get_context("fork")
+    together, requests = context.Barrier(3), context.Value("i", 0)
+    given = "memory://copies-test/once", tmp_path / "copies", len(data), together, requests
+    processes = [context.Process(target=_read_together, args=given) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(HANGS)
+    assert [0] * 3 == [process.exitcode for process in processes]
+    assert -(-len(data) // 4096) == requests.value
+
+
+def test_without_locks_everybody_fetches(url, tmp_path, monkeypatch):
+    """A directory whose file system has no locks serves as well."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    size = remote.size(f"{url}/shard-00000.skl")
+    expected = remote.read_range(f"{url}/shard-00000.skl", 100, 500)
+    assert expected == LocalCopies(tmp_path).read(f"{url}/shard-00000.skl", "x", size, 100, 500)
