@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sklformat.distill.kernels.loss_rows import LOWEST, bent, launch, unbent, zero_row
+from sklformat.distill.kernels.loss_rows import BELOW_ALL, LOWEST, bent, launch, unbent, zero_row
 
 
 @triton.jit
@@ -41,9 +41,9 @@ def _dense_rows(
         y_label = bent(tl.load(row + label).to(tl.float32), label, True, bias, scale, softcap, HAS_BIAS, HAS_CAP)
 
     # Both rows at once; the teacher's mean of (its logit - the student's) is summed against its maximum so far.
-    top = -float("inf")
+    top = BELOW_ALL
     sum_e = 0.0
-    teacher_top = -float("inf")
+    teacher_top = BELOW_ALL
     teacher_e = 0.0
     apart = 0.0
     for start in range(0, V, BLOCK):

@@ -26,6 +26,7 @@ METHODS = {name: number for number, names in enumerate(_NAMES) for name in names
 
 _NORMALISED, _SMOOTHING, _GHOST, _NAIVE = (tl.constexpr(number) for number in (1, 2, 3, 4))
 LOWEST = tl.constexpr(-1e30)  # stands for a logit of minus infinity where a product with 0 must be 0
+BELOW_ALL = tl.constexpr(-3.4028234663852886e38)  # a maximum so far that even of masked entries alone is a number
 _LEAST = tl.constexpr(2.0**-126)  # the least normal number
 _LOG_LEAST = tl.constexpr(-87.33654475)
 _LARGEST_BLOCK = 32768
@@ -86,7 +87,7 @@ def _sparse_rows(
     first, last = tl.load(offsets + number), tl.load(offsets + number + 1)
 
     # The logits of the records, before the row is written.
-    top = -float("inf")
+    top = BELOW_ALL
     total_t = 0.0
     for start in range(first, last, RECORDS):
         n = start + tl.arange(0, RECORDS)

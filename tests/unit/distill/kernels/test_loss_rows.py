@@ -203,6 +203,27 @@ def test_ids_that_are_masked(in_kernels, monkeypatch):
         )
 
 
+def test_a_whole_block_that_is_masked(in_kernels, monkeypatch):
+    """The first ids of a row are all taken out, as many as a program has in hand; the greatest is found later."""
+    hidden, weight, targets, labels = case(4, 40_000, 4, torch.float32)
+    bias = torch.zeros(40_000, device=DEVICE)
+    bias[: loss_rows.launch(40_000, has_room=True)["BLOCK"]] = -torch.inf
+    teacher = DenseTeacher(hidden.detach() * 1.5, OutputHead(weight.detach().flip(0), bias))
+    labels = torch.where(labels < 0, labels, 39_000)
+    check(
+        lambda h, w: linear_sparse_kl(h, OutputHead(w, bias.to(h)), teacher, method="full", labels_P=labels),
+        [hidden, weight],
+        monkeypatch,
+    )
+    none = Targets(targets.token_ids[:0], targets.probs[:0], 0 * targets.offsets)
+    check(
+        lambda h, w: linear_sparse_kl(h, OutputHead(w, bias.to(h)), none, method="naive_fix", labels_P=labels),
+        [hidden, weight],
+        monkeypatch,
+    )
+    assert len(in_kernels) == 2
+
+
 def test_nothing_counts(in_kernels):
     hidden, weight, targets, _ = case(3, 20, 4, torch.float32)
     offsets = torch.zeros(4, dtype=torch.int64, device=DEVICE)
