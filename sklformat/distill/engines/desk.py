@@ -7,6 +7,7 @@ A thread of its own, so that a worker never waits for what the driving process d
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from dataclasses import asdict
 from queue import Empty, SimpleQueue
@@ -168,7 +169,7 @@ class Desk:
         """Answer and keep until the worker ends, or says what is not understood: then it is hung up on."""
         try:
             with contextlib.suppress(OSError):
-                line.send(asdict(self._settings))
+                line.send({**asdict(self._settings), "driver": os.getpid()})
                 while (message := line.receive()) is not None:
                     said, arrays = message
                     if "ask" in said:

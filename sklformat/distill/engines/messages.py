@@ -3,8 +3,9 @@ What the driving process of a capture and a worker of its engine say to each oth
 
 A message is a JSON object with arrays behind it; nothing is pickled.  The worker asks ``{"ask": [sequences]}``, or
 ``{"ask": null}`` for the sequence that runs alone, and waits for the answer; it tells ``{"rows": …}`` with records,
-``{"tested": …}`` with log-probs, ``{"refused": reason}``.  It is told the settings first, and ``{"sync": number}``, to
-which it says ``{"synced": number}`` behind everything that it had to tell.
+``{"tested": …}`` with log-probs, ``{"refused": reason}``.  It is told the settings first, and the number of the
+``driver``'s process, and ``{"sync": number}``, to which it says ``{"synced": number}`` behind everything that it had to
+tell.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from queue import Full, Queue, SimpleQueue
@@ -66,10 +68,11 @@ class Worker:
         self._line = line
         self._answers: SimpleQueue[messages.Message | None] = SimpleQueue()
         self._queue: Queue[Callable[[], None]] = Queue(_WAITING)
-        self._lost = False
+        self._lost = self._is_apart = False
         for work in (self._listen, self._tell):
             Thread(target=work, name="sklformat", daemon=True).start()
         said, _ = self._answer()
+        self._is_apart = said.pop("driver") != os.getpid()
         self._settings = replace(Settings(**said), columns=tuple(said["columns"]))
         how: dict[str, Any] = {"rounds": self._settings.rounds, **self._settings.sampling}
         self._sampler = DeviceSampler(**how) if self._settings.on_device else None
@@ -206,8 +209,11 @@ class Worker:
                     else:
                         self._put(functools.partial(self._line.send, {"synced": number}))
         finally:
+            is_abandoned = self._is_apart and not self._lost
             self._hang_up()
             self._answers.put(None)
+            if is_abandoned:  # an engine that has nothing to do would wait for requests, and keep its device, for ever
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _hang_up(self) -> None:
         self._lost = True

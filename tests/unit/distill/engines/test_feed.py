@@ -1,5 +1,6 @@
 """Sequences through an engine that chunks, pre-empts, aborts and dies: each row's draws, exactly once."""
 
+import dataclasses
 import threading
 
 import engine_data
@@ -226,6 +227,25 @@ def test_a_worker_whose_driver_is_gone_ends():
     step = hooks.Step([hooks.Rows("0-x", 20, 5, 0, 40)], torch.zeros(5, 2), engine_data.head)
     with pytest.raises(CaptureError, match="capture is gone; the engine ends"):
         own.show(step)
+
+
+def test_an_idle_worker_whose_driver_is_gone_ends(monkeypatch):
+    """It is shown no row that it could refuse; so it ends its process, unless that is the driver's own."""
+    ended = threading.Event()
+    monkeypatch.setattr(worker.os, "kill", lambda process, number: ended.set())
+    before = set(threading.enumerate())
+    with connected():
+        engine_data.worker_here()
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    assert not ended.is_set()
+    with messages.listening() as (listener, path):
+        own = messages.dial(path)
+        line = messages.Line(listener.accept()[0])
+        line.send({**dataclasses.asdict(engine_data.settings()), "driver": 0})
+        worker.Worker(own)
+        line.close()
+    assert ended.wait(5)
 
 
 @pytest.mark.parametrize("on_device", [False, True])
