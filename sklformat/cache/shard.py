@@ -212,10 +212,12 @@ class Shard:
         starts[order[1:]] = np.cumsum(lengths[order])[:-1]
         memory = np.empty(int(lengths.sum()), np.uint8)
         cuts = np.flatnonzero(begins[order[:-1]] + lengths[order[:-1]] != begins[order[1:]]) + 1
-        for run in np.split(order, cuts):
-            first, last = run[0], run[-1]
-            with memory[int(starts[first]) : int(starts[last] + lengths[last])].data as out:
-                file.read_into(int(begins[first]), out)
+        runs = [(int(run[0]), int(run[-1])) for run in np.split(order, cuts)]
+        spans = [(int(begins[first]), int(begins[last] + lengths[last] - begins[first])) for first, last in runs]
+        file.prepare(spans)
+        for (first, _), (begin, length) in zip(runs, spans, strict=True):
+            with memory[int(starts[first]) : int(starts[first]) + length].data as out:
+                file.read_into(begin, out)
         del file
         self._check(numbers, memory.data, starts, lengths)
         return memory, starts + np.uint64(address_of(memory.data))

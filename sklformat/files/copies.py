@@ -11,7 +11,8 @@ import itertools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sklformat.checksums import checksum, fingerprint
@@ -22,6 +23,7 @@ PIECE = 1 << 20
 """Bytes that are fetched in one request: pieces begin at multiples of it."""
 
 _IN_MEMORY = 16  # pieces: those of a batch or two
+_AT_ONCE = 8  # of these, fetched side by side: a store answers slowly, and many requests as fast as one
 _SUM = 8  # bytes of the checksum behind a piece
 _LANES = 64  # of pieces: one piece of each is fetched at a time, whichever thread or process wants it
 _TRIES = 100
@@ -54,6 +56,10 @@ class LocalCopies:
         self._numbers = itertools.count()
         self._pid = os.getpid()  # last: another thread that sees it uses the rest
 
+    def _keep_own(self) -> None:
+        if self._pid != os.getpid():
+            self._forget()
+
     def __getstate__(self) -> tuple[Path, int]:
         return self.directory, self.max_bytes
 
@@ -76,7 +82,8 @@ class LocalCopies:
             FileNotFoundError, RemoteError: As ``remote.read_range``.
             OSError: The directory cannot be written.
         """
-        key = fingerprint(f"{url}\n{identity}\n{size}".encode())
+        self._keep_own()
+        key = _key(url, identity, size)
         parts = []
         for number in range(offset // PIECE, -(-(offset + length) // PIECE)):
             start = number * PIECE
@@ -84,16 +91,36 @@ class LocalCopies:
             parts.append(piece[max(offset - start, 0) : offset + length - start])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def prepare(self, url: str, identity: str, size: int, spans: Iterable[tuple[int, int]]) -> None:
+        """
+        Fetch what is missing of (offset, length) spans that are about to be read, side by side: sixteen pieces at most.
+
+        Args, errors: As ``read``.
+        """
+        self._keep_own()
+        key = _key(url, identity, size)
+        wanted = {n for start, length in spans for n in range(start // PIECE, -(-(start + length) // PIECE))}
+        missing = list(itertools.islice((n for n in sorted(wanted) if not self._is_here(key, n)), _IN_MEMORY))
+        if len(missing) > 1:
+            with ThreadPoolExecutor(min(len(missing), _AT_ONCE), thread_name_prefix="sklformat-fetch") as pool:
+                list(pool.map(lambda n: self._piece(url, key, n, min(PIECE, size - n * PIECE)), missing))
+
+    def _is_here(self, key: str, number: int) -> bool:
+        with self._lock:
+            in_memory = (key, number) in self._memory
+        return in_memory or self._path(key, number).exists()
+
+    def _path(self, key: str, number: int) -> Path:
+        return self.directory / key[:2] / key / str(number)
+
     def _piece(self, url: str, key: str, number: int, length: int) -> bytes:
-        if self._pid != os.getpid():
-            self._forget()
         lane = (int(key[:16], 16) + number) % _LANES  # the same in all processes
         with self._fetching[lane]:
             with self._lock:
                 if (found := self._memory.get((key, number))) is not None:
                     self._memory.move_to_end((key, number))
                     return found
-            path = self.directory / key[:2] / key / str(number)
+            path = self._path(key, number)
             seed = (int(key[:16], 16) + number) % (1 << 64)
             piece = self._kept(path, seed, length)
             if piece is None:
@@ -171,3 +198,8 @@ class LocalCopies:
                 place.parent.rmdir()
             except OSError:
                 continue  # not empty
+
+
+def _key(url: str, identity: str, size: int) -> str:
+    """Name of the folder of a file's pieces."""
+    return fingerprint(f"{url}\n{identity}\n{size}".encode())

@@ -7,6 +7,7 @@ the pages; a rename is durable once its directory is synced.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -206,11 +207,24 @@ def turn(path: Path) -> Iterator[None]:
     """
     with ExitStack() as held:
         with suppress(ImportError, OSError):
-            import fcntl  # noqa: PLC0415  as above
-
             path.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.lockf(_open_lock(path, held), fcntl.LOCK_EX)
+            fd = _open_lock(path, held)
+            while not _take_turn(fd):
+                time.sleep(_POLL_SECONDS)
         yield
+
+
+def _take_turn(fd: int) -> bool:
+    """False: processes seem to wait for each other; the system does not know that other threads hold the locks."""
+    import fcntl  # noqa: PLC0415  as above
+
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno == errno.EDEADLK:
+            return False
+        raise
+    return True
 
 
 def let_go(fd: int, path: Path) -> None:

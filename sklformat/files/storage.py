@@ -57,6 +57,10 @@ class OpenFile(Protocol):
         """Fill ``out`` with the bytes from ``offset`` on."""
         ...
 
+    def prepare(self, spans: list[tuple[int, int]]) -> None:
+        """Told of the (offset, length) spans that are read next, do what is quicker for all of them together."""
+        ...
+
 
 def empty(path: Place) -> TruncatedError:
     """That a file has no byte."""
@@ -82,6 +86,9 @@ class MappedFile:
 
     def read_into(self, offset: int, out: memoryview) -> None:
         out[:] = self._view[offset : offset + len(out)]
+
+    def prepare(self, spans: list[tuple[int, int]]) -> None:
+        """Nothing is quicker."""
 
 
 class ReadFile:
@@ -123,6 +130,9 @@ class ReadFile:
                 )
             done += count
 
+    def prepare(self, spans: list[tuple[int, int]]) -> None:
+        """Nothing is quicker."""
+
 
 class RemoteFile:
     """A file behind a URL, read by ranges through local copies."""
@@ -137,6 +147,9 @@ class RemoteFile:
 
     def read_into(self, offset: int, out: memoryview) -> None:
         out[:] = self.read(offset, len(out))
+
+    def prepare(self, spans: list[tuple[int, int]]) -> None:
+        self.copies.prepare(self.url, self.identity, self.size, spans)
 
 
 class StreamedFile:
@@ -162,6 +175,9 @@ class StreamedFile:
             part = self._piece(number)[skipped : skipped + len(out) - done]
             out[done : done + len(part)] = part
             done += len(part)
+
+    def prepare(self, spans: list[tuple[int, int]]) -> None:
+        """Nothing is quicker."""
 
     def _piece(self, number: int) -> bytes:
         if number not in self._pieces:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from sklformat.cache.contents import scan_directory
 from sklformat.cache.manifest import write_manifest
 from sklformat.distill import SparseLogitDataset
 from sklformat.files import copies as copies_module
-from sklformat.files import remote
+from sklformat.files import disk, remote
 from sklformat.files.copies import PIECE, LocalCopies
 
 fsspec = pytest.importorskip("fsspec")
@@ -296,6 +297,22 @@ def test_processes_fetch_a_piece_once(url, tmp_path, small_pieces):
     assert -(-len(data) // 4096) == requests.value
 
 
+def test_threads_that_seem_to_wait_for_each_other(tmp_path, monkeypatch):
+    """A process that the system believes to be in a deadlock, since it knows no threads, waits for its turn as well."""
+    fcntl = pytest.importorskip("fcntl")
+    refusals = [errno.EDEADLK, errno.EDEADLK]
+    plain = fcntl.lockf
+
+    def mistaken(fd, operation):
+        if refusals:
+            raise OSError(refusals.pop(), "Resource deadlock avoided")
+        plain(fd, operation)
+
+    monkeypatch.setattr(fcntl, "lockf", mistaken)
+    with disk.turn(tmp_path / "turns" / "1"):
+        assert [] == refusals
+
+
 def test_without_locks_everybody_fetches(url, tmp_path, monkeypatch):
     """A directory whose file system has no locks serves as well."""
     fcntl = pytest.importorskip("fcntl")
@@ -307,3 +324,28 @@ def test_without_locks_everybody_fetches(url, tmp_path, monkeypatch):
     size = remote.size(f"{url}/shard-00000.skl")
     expected = remote.read_range(f"{url}/shard-00000.skl", 100, 500)
     assert expected == LocalCopies(tmp_path).read(f"{url}/shard-00000.skl", "x", size, 100, 500)
+
+
+def test_pieces_are_fetched_side_by_side(url, tmp_path, small_pieces, monkeypatch):
+    """What a batch needs of a shard is asked for by several requests at the same time, each piece once."""
+    data = np.random.default_rng(3).bytes(40 * 4096)
+    fsspec.filesystem("memory").pipe_file("/copies-test/wide", data)
+    together, asked, plain = threading.Barrier(4), [], remote.read_range
+
+    def read_range(where, offset, length):
+        asked.append(offset // 4096)
+        if len(asked) <= 4:
+            together.wait(HANGS)  # four are under way at once
+        return plain(where, offset, length)
+
+    monkeypatch.setattr(remote, "read_range", read_range)
+    copies, place = LocalCopies(tmp_path / "copies"), ("memory://copies-test/wide", "x", len(data))
+    spans = [(4096 * number + 4000, 200) for number in (3, 9, 20)]
+    copies.prepare(*place, [*spans, (4096 * 30, 1)])
+    assert [3, 4, 9, 10, 20, 21, 30] == sorted(asked)
+    assert [data[start : start + 200] for start, _ in spans] == [copies.read(*place, *span) for span in spans]
+    assert 7 == len(asked)
+    copies.prepare(*place, [*spans, (0, 1)])  # one is missing, which the read will fetch
+    assert 7 == len(asked)
+    copies.prepare(*place, [(0, len(data))])
+    assert 7 + 16 == len(asked)
