@@ -69,7 +69,12 @@ class Shard:
             self._file = open_file(self.path, io)
         self._checked = np.zeros(0, np.bool_)
         try:
-            self._open(self._file)
+            try:
+                self._open(self._file)
+            except FormatError:
+                if not self._file.forget():
+                    raise
+                self._open(self._file)
         except FormatError as error:
             self.close()
             raise locate(error, path=self.path) from None
@@ -108,6 +113,14 @@ class Shard:
         """
         if not 0 <= number < len(self):
             raise no_sequence(self.path, number, len(self))
+        try:
+            return self._sequence(number)
+        except FormatError:
+            if not self._opened().forget():
+                raise
+        return self._sequence(number)
+
+    def _sequence(self, number: int) -> Sequence:
         file = self._opened()
         offset = int(self.index.offset[number])
         try:
@@ -214,12 +227,16 @@ class Shard:
         cuts = np.flatnonzero(begins[order[:-1]] + lengths[order[:-1]] != begins[order[1:]]) + 1
         runs = [(int(run[0]), int(run[-1])) for run in np.split(order, cuts)]
         spans = [(int(begins[first]), int(begins[last] + lengths[last] - begins[first])) for first, last in runs]
-        file.prepare(spans)
-        for (first, _), (begin, length) in zip(runs, spans, strict=True):
-            with memory[int(starts[first]) : int(starts[first]) + length].data as out:
-                file.read_into(begin, out)
+        places = [int(starts[first]) for first, _ in runs]
+        _fill(file, memory, places, spans)
         del file
-        self._check(numbers, memory.data, starts, lengths)
+        try:
+            self._check(numbers, memory.data, starts, lengths)
+        except FormatError:
+            if not self._opened().forget():
+                raise
+            _fill(self._opened(), memory, places, spans)
+            self._check(numbers, memory.data, starts, lengths)
         return memory, starts + np.uint64(address_of(memory.data))
 
     def _check(
@@ -275,6 +292,14 @@ def describe(shard: Shard) -> Entry:
 def no_sequence(path: Place, number: int, count: int) -> IndexError:
     """That a shard or cache of ``count`` sequences has none of this number."""
     return IndexError(f"{path}: sequence {number} of {count}")
+
+
+def _fill(file: OpenFile, memory: NDArray[np.uint8], places: list[int], spans: list[tuple[int, int]]) -> None:
+    """Read (offset, length) spans of a file to places in memory."""
+    file.prepare(spans)
+    for place, (offset, length) in zip(places, spans, strict=True):
+        with memory[place : place + length].data as out:
+            file.read_into(offset, out)
 
 
 def _bytes(file: OpenFile, offset: int, length: int) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -104,6 +105,15 @@ class LocalCopies:
         if len(missing) > 1:
             with ThreadPoolExecutor(min(len(missing), _AT_ONCE), thread_name_prefix="sklformat-fetch") as pool:
                 list(pool.map(lambda n: self._piece(url, key, n, min(PIECE, size - n * PIECE)), missing))
+
+    def forget(self, url: str, identity: str, size: int) -> None:
+        """Remove the pieces of a file, so that what is read next is what the store gives then."""
+        self._keep_own()
+        key = _key(url, identity, size)
+        with self._lock:
+            for kept in [kept for kept in self._memory if kept[0] == key]:
+                del self._memory[kept]
+        shutil.rmtree(self._path(key, 0).parent, ignore_errors=True)
 
     def _is_here(self, key: str, number: int) -> bool:
         with self._lock:

@@ -61,6 +61,10 @@ class OpenFile(Protocol):
         """Told of the (offset, length) spans that are read next, do what is quicker for all of them together."""
         ...
 
+    def forget(self) -> bool:
+        """Told that bytes are wrong, let go once of those that came over a network; True: others may come."""
+        ...
+
 
 def empty(path: Place) -> TruncatedError:
     """That a file has no byte."""
@@ -89,6 +93,9 @@ class MappedFile:
 
     def prepare(self, spans: list[tuple[int, int]]) -> None:
         """Nothing is quicker."""
+
+    def forget(self) -> bool:
+        return False
 
 
 class ReadFile:
@@ -133,6 +140,9 @@ class ReadFile:
     def prepare(self, spans: list[tuple[int, int]]) -> None:
         """Nothing is quicker."""
 
+    def forget(self) -> bool:
+        return False
+
 
 class RemoteFile:
     """A file behind a URL, read by ranges through local copies."""
@@ -141,6 +151,7 @@ class RemoteFile:
 
     def __init__(self, url: str, size: int, identity: str, copies: LocalCopies) -> None:
         self.url, self.size, self.identity, self.copies = url, size, identity, copies
+        self._doubted = False
 
     def read(self, offset: int, length: int) -> memoryview:
         return memoryview(self.copies.read(self.url, self.identity, self.size, offset, length))
@@ -150,6 +161,12 @@ class RemoteFile:
 
     def prepare(self, spans: list[tuple[int, int]]) -> None:
         self.copies.prepare(self.url, self.identity, self.size, spans)
+
+    def forget(self) -> bool:
+        if not self._doubted:  # where the store has them so, once is enough
+            self.copies.forget(self.url, self.identity, self.size)
+            self._doubted = True
+        return True
 
 
 class StreamedFile:
@@ -162,6 +179,7 @@ class StreamedFile:
             raise empty(url)
         self.url, self.size = url, size
         self._pieces: OrderedDict[int, bytes] = OrderedDict()
+        self._doubted = False
 
     def read(self, offset: int, length: int) -> memoryview:
         data = memoryview(bytearray(length))
@@ -178,6 +196,12 @@ class StreamedFile:
 
     def prepare(self, spans: list[tuple[int, int]]) -> None:
         """Nothing is quicker."""
+
+    def forget(self) -> bool:
+        if not self._doubted:
+            self._pieces.clear()
+            self._doubted = True
+        return True
 
     def _piece(self, number: int) -> bytes:
         if number not in self._pieces:

@@ -138,6 +138,36 @@ def test_damage_in_the_store_is_named(url, tmp_path):
         cache[0]
 
 
+@pytest.mark.parametrize("part", ["header", "index", "block"])
+def test_damage_on_the_way_is_no_damage(local, url, tmp_path, monkeypatch, part):
+    """Bytes that come wrong once are asked for again, before an error says that they are wrong, and are not kept."""
+    plain, place = remote.read_range, {"header": 8, "index": -90, "block": 4096 + 70}[part]
+    left = []
+
+    def read_range(where, offset, length):
+        data = bytearray(plain(where, offset, length))
+        if where.endswith("shard-00000.skl") and left:
+            data[place % remote.size(where) - offset] ^= left.pop()
+        return bytes(data)
+
+    monkeypatch.setattr(remote, "read_range", read_range)
+    with skl.open(local) as here:
+        expected = [s.targets for s in here]
+        payload = here.payloads(np.array([0])).decode(here.header).input_ids.tolist()
+    for read in (
+        lambda cache: [s.targets for s in cache] == expected,
+        lambda cache: cache.payloads(np.array([0])).decode(cache.header).input_ids.tolist() == payload,
+    ):
+        left[:] = [4]
+        with skl.open(url, copies=LocalCopies(tmp_path / "copies")) as cache:
+            assert read(cache)
+        assert [] == left
+        shutil.rmtree(tmp_path / "copies")
+    left[:] = [4]
+    assert [] == skl.verify(url)
+    assert [] == left
+
+
 def test_a_shard_replaced_in_the_store_is_not_taken_for_the_old_one(url, tmp_path):
     """Behind the same URL, another shard has local copies of its own; behind a manifest it is refused."""
     copies, shard = LocalCopies(tmp_path / "copies"), f"{url}/shard-00000.skl"
