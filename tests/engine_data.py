@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from system import HANGS
 
 from sklformat.distill.engines import hooks, messages
 from sklformat.distill.engines.desk import Desk
@@ -60,7 +61,7 @@ def try_layer_out():
     """What a layer of logits is asked for before the engine has started; whoever listens must answer meanwhile."""
     tried = threading.Thread(target=lambda: worker_here().show_layer(torch.zeros(3, WIDTH)), daemon=True)
     tried.start()
-    tried.join(10)
+    tried.join(HANGS)
     assert not tried.is_alive(), "nobody answers while the engine starts"
 
 

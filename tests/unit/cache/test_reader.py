@@ -14,6 +14,7 @@ import pytest
 import reference
 import strategies
 from strategies import make_cache, small_sequence, small_settings, small_shard
+from system import HANGS
 
 import sklformat as skl
 from sklformat.cache import reader
@@ -369,7 +370,7 @@ def test_fork(directory):
 
         process = multiprocessing.get_context("fork").Process(target=child)
         process.start()
-        process.join(30)
+        process.join(HANGS)
         assert process.exitcode == 0
         assert EXPECTED == tokens_of(cache)
 

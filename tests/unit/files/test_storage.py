@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import strategies
 from strategies import make_cache, small_sequence, small_shard
-from system import open_descriptors
+from system import HANGS, open_descriptors
 
 import sklformat as skl
 from sklformat.cache import reader
@@ -258,7 +258,7 @@ def test_threads_and_a_forked_child_read_on(directory):
             thread.start()
         for thread in threads:
             thread.join()
-        process.join(30)
+        process.join(HANGS)
         assert (0, []) == (process.exitcode, wrong)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine_data import FakeEngine, LayerEngine, connected, logits_of, tokens_of
+from system import HANGS
 
 import sklformat as skl
 from sklformat.distill.engines import hooks, messages, worker
@@ -64,7 +65,7 @@ def test_a_worker_that_is_not_understood_is_hung_up_on():
         line = messages.dial(path)
         assert line.receive() is not None
         line.send({"rows": 0, "first": 0, "columns": []})
-        assert desk.next(5.0) == Gone()
+        assert desk.next(HANGS) == Gone()
         assert line.receive() is None
         line.close()
     for thread in threading.enumerate():  # its error is this test's, not that of the next
@@ -83,7 +84,7 @@ def test_a_worker_that_does_not_take_its_answer(asked):
         line._socket.recv(1)  # the answer is on its way, and is more than a socket holds
         opened = threading.Thread(target=desk.open, args=(1, np.zeros(2, np.uint32), None), daemon=True)
         opened.start()
-        opened.join(5)
+        opened.join(HANGS)
         assert not opened.is_alive()
         line.close()
 
