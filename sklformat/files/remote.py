@@ -142,6 +142,7 @@ def upload(local: Path, url: str) -> None:
         try:
             _persistently(lambda: fs.put_file(str(local), path))
         except FileNotFoundError:  # a store with directories needs them made first; others have none
+            _check_root(fs, path, url)
             fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             _persistently(lambda: fs.put_file(str(local), path))
     for what, wanted, read_back in (
@@ -157,6 +158,13 @@ def upload(local: Path, url: str) -> None:
                 f"{url}: the upload of {local} was not kept: {what} {found} there, {wanted} here; "
                 f"{local} is kept, run the same command again"
             )
+
+
+def _check_root(fs: Any, path: str, url: str) -> None:
+    """The first folder of a path, which is the bucket of a store that has buckets, is not made by us."""
+    root = path[: path.find("/", 1)]
+    if not _persistently(lambda: fs.exists(root)):
+        raise RemoteError(f"{url}: there is no {root} in the store; make it, or correct the URL")
 
 
 def digest(url: str, num_bytes: int) -> str:

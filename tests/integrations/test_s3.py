@@ -148,6 +148,14 @@ def test_a_cache_in_the_store(store, url, tmp_path):
     assert "UnfinishedError" in [p.error for p in skl.verify(url)]
 
 
+def test_a_bucket_that_is_not_there(store, tmp_path):
+    """It is named, and not made."""
+    (tmp_path / "x").write_bytes(b"1234")
+    with pytest.raises(skl.RemoteError, match="there is no mistyped in the store; make it, or correct the URL"):
+        remote.upload(tmp_path / "x", "s3://mistyped/cache/x")
+    assert not s3fs.S3FileSystem().exists("mistyped")
+
+
 @pytest.mark.parametrize("fault", [None, *PASSING])
 def test_a_capture_that_is_killed(store, url, place, tmp_path, fault):
     """Killed half way and run again, while requests fail: the bytes of an undisturbed capture here."""

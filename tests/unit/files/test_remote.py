@@ -63,6 +63,13 @@ def test_what_is_uploaded_is_there(store, local, tmp_path, kind):
     assert b"other" == local.read_bytes()
 
 
+def test_no_bucket_is_made(local):
+    """An upload makes directories, but not the first of a path: a bucket whose name is mistyped is no new one."""
+    with pytest.raises(skl.RemoteError, match="there is no /no-such-bucket in the store; make it, or correct the URL"):
+        remote.upload(local, "file:///no-such-bucket/cache/x")
+    assert not Path("/no-such-bucket").exists()
+
+
 def test_what_is_not_there_is_named(store):
     """A missing file is FileNotFoundError with its URL, whatever is asked of it."""
     url = url_of(store, "none")
