@@ -12,7 +12,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,12 +139,7 @@ def upload(local: Path, url: str) -> None:
     local_size, local_digest = _local_facts(local)
     with _failures(url, "be written", f"{local} is kept; fix the cause, then run the same command again"):
         fs, path = _open(url)
-        try:
-            _persistently(lambda: fs.put_file(str(local), path))
-        except FileNotFoundError:  # a store with directories needs them made first; others have none
-            _check_root(fs, path, url)
-            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            _persistently(lambda: fs.put_file(str(local), path))
+        _put(fs, path, url, lambda: fs.put_file(str(local), path))
     for what, wanted, read_back in (
         ("bytes", local_size, size),
         ("XXH3-128", local_digest, lambda url: digest(url, local_size)),
@@ -158,6 +153,31 @@ def upload(local: Path, url: str) -> None:
                 f"{url}: the upload of {local} was not kept: {what} {found} there, {wanted} here; "
                 f"{local} is kept, run the same command again"
             )
+
+
+def check_writable(url: str) -> None:
+    """
+    Write an empty file and remove it, so that what cannot be written to is named before there is anything to upload.
+
+    A store in which nobody may remove keeps the file.
+
+    Raises:
+        RemoteError: The store failed.
+    """
+    with _failures(url, "be written"):
+        fs, path = _open(url)
+        _put(fs, path, url, lambda: fs.pipe_file(path, b""))
+    with suppress(RemoteError, FileNotFoundError), _failures(url, "be removed"):
+        fs.rm_file(path)
+
+
+def _put(fs: Any, path: str, url: str, put: Callable[[], None]) -> None:
+    try:
+        _persistently(put)
+    except FileNotFoundError:  # a store with directories needs them made first; others have none
+        _check_root(fs, path, url)
+        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        _persistently(put)
 
 
 def _check_root(fs: Any, path: str, url: str) -> None:

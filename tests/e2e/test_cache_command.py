@@ -331,6 +331,13 @@ def test_a_url_with_other_files_is_refused(cache, tmp_path):
     assert f"file://{tmp_path}/store is not empty and holds no cache (precious.txt is there)" in message
 
 
+def test_a_url_that_cannot_be_written_to_is_refused_at_once(cache, tmp_path):
+    """Before there is anything to upload."""
+    answer = cache(out="file:///no-such-bucket/cache", work_dir=tmp_path / "work")
+    assert "there is no /no-such-bucket in the store; make it, or correct the URL" in refusal(answer)
+    assert [] == list((tmp_path / "work").glob("*.skl*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_cleanly(place, tmp_path, number):
     """Ctrl-C and SIGTERM end in one line that says what is kept and how to go on, and status 130."""

@@ -45,6 +45,7 @@ from sklformat.distill.text.packing import Sequences
 from sklformat.errors import SettingsError
 from sklformat.files import remote
 from sklformat.files.directories import refuse_foreign
+from sklformat.files.places import url_of
 from sklformat.format.columns import RECORD_LOGPROB, STARTS
 from sklformat.format.header import Header
 from sklformat.format.records import SparseTargets
@@ -57,7 +58,7 @@ _SHARD = re.compile(r"shard-\d{5,}\.skl(\.partial)?")
 _BEFORE_SHARDS = re.compile(
     rf"\.((writer|turn|(rank|writer)-\d+)\.)?lock|\.?{re.escape(AGREEMENT_NAME)}(\.tmp)?|{re.escape(UNFINISHED_NAME)}|{TOKENS_NAME}(\.partial)?|\.?{re.escape(MANIFEST_NAME)}(\.tmp)?"
 )
-_PUBLISHED = re.compile(rf"{_SHARD.pattern}|{re.escape(MANIFEST_NAME)}")
+_PUBLISHED = re.compile(rf"{_SHARD.pattern}|{re.escape(MANIFEST_NAME)}|{re.escape(UNFINISHED_NAME)}")
 _DRAW_THREADS = 8  # at most; beside a GPU one core cannot keep up
 
 
@@ -353,7 +354,10 @@ def name_run(config: CacheConfig) -> str:
     if not any(_SHARD.fullmatch(name) for name in names):
         refuse_foreign(directory, names, "cache", _BEFORE_SHARDS)
     if config.url is not None:
-        refuse_foreign(config.url, remote.list_names(config.url), "cache", _PUBLISHED)
+        names = remote.list_names(config.url)
+        refuse_foreign(config.url, names, "cache", _PUBLISHED)
+        if not names:  # else the first shard would be the one to find out, when the teacher has worked for hours
+            remote.check_writable(url_of(config.url, UNFINISHED_NAME))
     return config.run or secrets.token_hex(8)
 
 

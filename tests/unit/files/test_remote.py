@@ -70,6 +70,27 @@ def test_no_bucket_is_made(local):
     assert not Path("/no-such-bucket").exists()
 
 
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_whether_a_directory_can_be_written_to(store, tmp_path, kind, monkeypatch):
+    """A file is written and removed; where it may not be removed it stays; where nothing may be written is named."""
+    where = store if kind == "memory" else f"file://{tmp_path}/new/cache"
+    url = url_of(where, "mark")
+    remote.check_writable(url)
+    assert [] == remote.list_names(where)
+    fs = type(fsspec.core.url_to_fs(url)[0])
+
+    def refuse(*_args, **_settings):
+        raise PermissionError("Access Denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "rm_file", refuse)
+        remote.check_writable(url)
+    assert ["mark"] == remote.list_names(where)
+    monkeypatch.setattr(fs, "pipe_file", refuse)
+    with pytest.raises(skl.RemoteError, match=r"mark: cannot be written \(Access Denied\); fix the cause"):
+        remote.check_writable(url)
+
+
 def test_what_is_not_there_is_named(store):
     """A missing file is FileNotFoundError with its URL, whatever is asked of it."""
     url = url_of(store, "none")
