@@ -97,9 +97,10 @@ class Evaluation:
         lines = [f"LM loss: {self.lm_loss:.4f} nats per token, {measured_on}"]
         if self.teacher_loss is not None:
             lines.append(f"LM loss of the teacher itself: {self.teacher_loss:.4f} nats per token")
+        side = "above" if self.confidence_gap > 0 else "below"
         lines.append(
-            f"calibration error (ECE): {self.calibration_error:.2%}; mean confidence less accuracy "
-            f"({self.accuracy:.2%}): {100 * self.confidence_gap:+.2f} points"
+            f"calibration error (ECE): {self.calibration_error:.2%}; accuracy {self.accuracy:.2%}, mean confidence "
+            f"{100 * abs(self.confidence_gap):.2f} points {side} it"
         )
         if self.kl is not None:
             lines.append(f"KL to the teacher: {self.kl:.4f} nats per position, over its whole distribution")

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import shutil
@@ -85,6 +86,13 @@ def test_figures_are_those_of_the_logits(place):
     assert float(agreement) == pytest.approx(found.top1_agreement, abs=1e-9)
     gap = (log_p.max(-1).values.exp() - (log_p.argmax(-1) == tokens[:, 1:]).double()).mean()
     assert float(gap) == pytest.approx(found.confidence_gap, abs=1e-6)
+
+
+@pytest.mark.parametrize(("gap", "said"), [(0.125, "12.50 points above it"), (-0.125, "12.50 points below it")])
+def test_whether_a_student_is_too_sure_is_said(place, gap, said):
+    """How far confidence is from accuracy is a distance and a direction."""
+    found = dataclasses.replace(run(place, num_sequences=4), accuracy=0.25, confidence_gap=gap)
+    assert f"; accuracy 25.00%, mean confidence {said}" in str(found)
 
 
 def test_a_model_agrees_with_itself(place):
