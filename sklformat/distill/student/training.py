@@ -139,6 +139,8 @@ def _train(
             learner = Learner(config, stream, student, teacher, process)
             training = _Training(config, stream, learner, run, process, held_out, stop)
             summary = training.write_again(lost, summary) if finished else training.run_to_end(report)
+        elif process.is_first and report is None:
+            say(f"train {config.method}: {config.out} has its {config.steps:,} steps already; nothing to do")
     return summary
 
 

@@ -224,6 +224,15 @@ def test_a_finished_run_is_not_trained_again(place, tmp_path):
     assert before == after
 
 
+def test_a_finished_run_says_that_there_is_nothing_to_do(place, tmp_path, capfd):
+    """The figures of a finished run are not taken for those of new training."""
+    train(config_of(place, tmp_path / "run", steps=2))
+    done = f"{tmp_path / 'run'} has its 2 steps already; nothing to do"
+    assert done not in capfd.readouterr().err
+    train(config_of(place, tmp_path / "run", steps=2))
+    assert done in capfd.readouterr().err
+
+
 def test_other_settings_are_refused_with_both_values(place, tmp_path):
     """A directory made with other settings is left alone; what does not change the model may differ."""
     train(config_of(place, tmp_path / "run", steps=2), report=silent)
