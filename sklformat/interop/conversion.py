@@ -71,7 +71,9 @@ class Converted:
     says: tuple[str, ...]
 
     def __str__(self) -> str:
-        head = f"{self.destination}: {self.sequences} sequences, {self.positions} positions, {self.records} records"
+        head = (
+            f"{self.destination}: {self.sequences:,} sequences, {self.positions:,} positions, {self.records:,} records"
+        )
         return "\n".join([head, *(f"  {sentence}" for sentence in self.says)])
 
 

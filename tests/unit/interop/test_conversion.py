@@ -18,10 +18,19 @@ from sklformat.format import layout
 from sklformat.interop import convert
 from sklformat.interop.checks import check_row
 from sklformat.interop.columns import Row
+from sklformat.interop.conversion import Converted
 from sklformat.settings.convert import ConvertConfig
 
 FILES = ("c.npz", "c.parquet", "c.jsonl")
 SEQ_LEN = 7
+
+
+def test_large_numbers_are_readable():
+    """Thousands are set apart, as every other verb does it."""
+    made = Converted(
+        destination=Path("c.npz"), sequences=1000, positions=47872, records=2025947, fingerprint=None, says=()
+    )
+    assert "c.npz: 1,000 sequences, 47,872 positions, 2,025,947 records" == str(made)
 
 
 def drawn(rng, positions, vocab_size, rounds):
