@@ -191,7 +191,7 @@ def test_tokens_come_from_beside_the_cache(place, tmp_path):
     capture(place, tmp_path / "bare", columns=COLUMNS, store_tokens=False)
     rescored(tmp_path, tmp_path / "one", str(place / "second"), "bare")
     (tmp_path / "bare" / "tokens").rename(tmp_path / "moved")
-    with pytest.raises(SettingsError, match="none lie beside it; give tokens, those that it was captured on"):
+    with pytest.raises(SettingsError, match="none lie beside it; give those that it was captured on"):
         rescored(tmp_path, tmp_path / "two", str(place / "second"), "bare")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SettingsError, match=r"empty is neither a \.npy array, nor"):

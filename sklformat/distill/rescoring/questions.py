@@ -100,7 +100,7 @@ class Questions:
                 f"{cache.path}: stores no tokens, and "
                 + (f"{given} is neither a .npy array, nor an mmap-ninja store, nor a token store" if given else "none")
                 + " lie beside it" * (given is None)
-                + "; give tokens, those that it was captured on"
+                + "; give those that it was captured on (--tokens)"
             )
         return Tokens(source)
 

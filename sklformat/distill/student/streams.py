@@ -381,7 +381,7 @@ def made_by(header: Header) -> MadeBy:
 def _tokenizer(made: Sequence[tuple[Path | str, MadeBy]], name: str | None, named: loading.Named | None) -> Any:
     """The student's tokenizer, sure to be the one that made each of the sources."""
     if name is None:
-        raise ValueError("a new student needs a tokenizer: give tokenizer, the path or name of one")
+        raise ValueError("a new student needs a tokenizer: give the path or name of one (--tokenizer)")
     loaded = loading.load_tokenizer(name, **(named or {}))
     for source, maker in made:
         conflict = maker.conflict(loaded)

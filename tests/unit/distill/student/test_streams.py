@@ -80,7 +80,7 @@ def test_labels_are_targets():
 
 def test_a_tokenizer_is_needed_and_must_be_the_right_one(place, tmp_path):
     """Without a tokenizer, or with another one, nothing is streamed."""
-    with pytest.raises(ValueError, match="needs a tokenizer"):
+    with pytest.raises(ValueError, match=r"needs a tokenizer: give the path or name of one \(--tokenizer\)$"):
         stream_of(place, tokenizer=None)
     tokenization.train_tokenizer(["other text entirely " * 20], 280).save_pretrained(tmp_path / "other")
     with pytest.raises(SettingsError, match="a different tokenizer"):
