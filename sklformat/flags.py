@@ -20,6 +20,7 @@ from typing import Annotated, Any, TypeVar
 from sklformat.deprecations import warn_of
 
 Config = TypeVar("Config")
+_BAD_VALUE = re.compile(r"^Error parsing (\S+): no type matching (.+) could be instantiated from \[(.*)\]$")
 
 
 class UsageError(Exception):
@@ -166,8 +167,9 @@ def _wrapped(text: str) -> str:
 
 
 def _one_line(box: str, config_name: str) -> str:
-    """What tyro says in a box, without the box, its title and the help below its first rule."""
+    """What tyro says in a box, without the box, its title and any help; what is missing by its name alone."""
     said: list[str] = []
+    indents: list[int] = []
     for line in box.splitlines()[1:]:
         text = line.strip("│┃|+╭╮╰╯ ")
         if set(text) <= set("─-"):
@@ -175,4 +177,9 @@ def _one_line(box: str, config_name: str) -> str:
                 continue
             break
         said.append(text)
-    return " ".join(said).replace(f"Error parsing {config_name}: ", "").rstrip(".") or "wrong usage"
+        indents.append(line.index(text))
+    if said and said[0].startswith("Missing from "):  # the help of each stands below its name, further in
+        names = [text.split()[0] for text, indent in zip(said[1:], indents[1:], strict=True) if indent == indents[1]]
+        return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
+    complaint = " ".join(said).replace(f"Error parsing {config_name}: ", "").rstrip(".")
+    return _BAD_VALUE.sub(r"\1 takes \2, got \3", complaint) or "wrong usage"

@@ -214,8 +214,9 @@ def test_convert(capfd, cache, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["convert", "a"], "DESTINATION"),
-        (["convert", "a", "b", "--rounds", "many"], "--rounds"),
+        (["convert", "a"], "sklformat convert: DESTINATION is missing; see sklformat convert --help"),
+        (["cache"], "sklformat cache: --teacher and --out are missing; see sklformat cache --help"),
+        (["convert", "a", "b", "--rounds", "many"], "sklformat convert: --rounds takes INT, got 'many'; see sklformat"),
         (["convert", "a", "b", "--rounds", "0"], "rounds must be >= 1, got 0; see sklformat convert --help"),
         (["convert", "a", "b", "--kind", "other"], "'other'"),
         (["verify", "a", "--nosuch"], "there is no flag --nosuch; see sklformat verify --help"),
@@ -231,8 +232,8 @@ def test_convert(capfd, cache, tmp_path):
         (["eval", "--student", "s", "--seq-len", "8", "--tokens", "x", "--field", "text"], "field belongs to text"),
         (["estimate", "--positions", "9", "--field", "y"], "field belongs to the text of a calibration run"),
         (["demo", "--field", "y"], "field belongs to text"),
-        (["verify"], "PATH"),
-        (["check", "a"], "--tokens"),
+        (["verify"], "sklformat verify: PATH is missing; see sklformat verify --help"),
+        (["check", "a"], "sklformat check: --tokens is missing; see sklformat check --help"),
         (["check", "--tokens", "a"], "PATH"),
     ],
 )
