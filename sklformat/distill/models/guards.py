@@ -22,6 +22,7 @@ FAILURES = (
     ValueError,
 )  # fmt: skip
 """What a broken config, a library that is missing, or code that came with a model, may end with."""
+_OF_A_MODEL = ("*config.json", "tokenizer*", "*.model", "*.safetensors", "model/config.json")
 _MOST_CHARACTERS = 300
 
 
@@ -98,6 +99,8 @@ def _reason(path: Path | str, not_asked: str, error: Exception) -> str:
         reason = f"{type(error).__name__}: {reason}"
     if not Path(path).exists():
         return f"; there is no such directory, and the Hugging Face hub does not give it ({reason})"
+    if Path(path).is_dir() and not any(any(Path(path).glob(name)) for name in _OF_A_MODEL):
+        return "; the directory holds neither a model nor a tokenizer (no config.json, no tokenizer.json)"
     inside = Path(path) / "model"  # of a directory that sklformat train made
     return (f"; did you mean {inside}?" if (inside / "config.json").exists() else "") + f" ({reason})"
 

@@ -130,6 +130,7 @@ def test_a_run_is_named_for_its_model(tokenizer, tmp_path):
 
 def test_a_reason_is_not_cut_at_its_colon(tmp_path, monkeypatch):
     """What the first line of a reason announces is said as well; further lines are not."""
+    (tmp_path / "tokenizer.json").touch()
 
     def fail(text):
         def from_pretrained(*_, **__):
@@ -154,6 +155,12 @@ def test_what_is_no_model_is_named(tmp_path):
             with pytest.raises(OSError, match=str(path)) as raised:
                 load(path)
             assert "\n" not in str(raised.value)
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / "a.txt").touch()
+        with pytest.raises(
+            OSError, match=r"text: cannot load a .*; the directory holds neither a model nor a tokenizer "
+        ):
+            load(tmp_path / "text")
 
 
 def test_devices_are_checked_before_use(monkeypatch):
