@@ -35,6 +35,7 @@ class Estimate:
         bytes: Of the whole cache.
         bytes_per_shard: Of one shard.
         disks: How many of ``disk_tb`` hold it.
+        disk_tb: Size of one, 10^12 bytes.
         positions_per_second: On one GPU.
         gpu_hours: Of all GPUs together.
         days: From beginning to end on ``gpus`` GPUs.
@@ -51,6 +52,7 @@ class Estimate:
     bytes: int
     bytes_per_shard: int
     disks: int
+    disk_tb: float
     positions_per_second: float | None
     gpu_hours: float | None
     days: float | None
@@ -63,7 +65,7 @@ class Estimate:
             f"records          {self.unique_tokens:.2f} per position, profile {self.profile}",
             f"size             {self.bytes / 1e12:,.3f} TB, {self.bytes_per_position:.1f} bytes per position",
             f"files            {self.shards:,} shards of {self.bytes_per_shard / 1e6:,.1f} MB",
-            f"disks            {self.disks:,}",
+            f"disks            {self.disks:,} of {self.disk_tb:g} TB",
         ]
         if self.gpu_hours is not None:
             speed = f"{self.positions_per_second:,.0f} positions/s"
@@ -86,7 +88,7 @@ def estimate(config: EstimateConfig) -> Estimate:
         raise ValueError("how many positions to capture is not known; say it")
     for name in ("vocab_size", "unique_tokens"):
         if getattr(config, name) is None:
-            raise ValueError(f"{name} is not known: give it, or teacher and text for a calibration run")
+            raise ValueError(f"{name} is not known: give it, or --teacher and --text for a calibration run")
     assert config.vocab_size is not None
     assert config.unique_tokens is not None
     is_counts = 1 <= config.rounds <= MAX_COUNT_ROUNDS and config.proposal_temperature == 1
@@ -118,6 +120,7 @@ def estimate(config: EstimateConfig) -> Estimate:
         bytes=size,
         bytes_per_shard=math.ceil(size / shards),
         disks=math.ceil(size / (config.disk_tb * 1e12)),
+        disk_tb=config.disk_tb,
         positions_per_second=speed,
         gpu_hours=hours,
         days=None if seconds is None else seconds / config.gpus / _DAY,

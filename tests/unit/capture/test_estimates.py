@@ -45,7 +45,7 @@ def test_the_papers_cache():
     assert told.days == pytest.approx(told.gpu_hours / 64 / 24)
     assert told.price == pytest.approx(2 * told.gpu_hours)
     assert told.bytes_per_second == pytest.approx(64 * 40_000 * told.bytes_per_position)
-    for words in ("40.2", "TB", "GPU hours", "disks"):
+    for words in ("40.2", "TB", "GPU hours", "disks            3 of 20 TB"):
         assert words in str(told)
     unknown = estimate(EstimateConfig(positions=1e6, vocab_size=128_256, unique_tokens=12))
     assert (None, None, None, None) == (unknown.gpu_hours, unknown.days, unknown.price, unknown.bytes_per_second)
@@ -59,7 +59,7 @@ def test_the_papers_cache():
         ({"positions": float("inf")}, "positions must be positive and finite, got inf"),
         ({"rounds": -1}, "rounds must be in 0..65535, got -1"),
         ({"unique_tokens": 60}, "unique_tokens 60 is more than the 50 rounds"),
-        ({"unique_tokens": None}, "unique_tokens is not known: give it, or teacher and text"),
+        ({"unique_tokens": None}, "unique_tokens is not known: give it, or --teacher and --text"),
         ({"vocab_size": None}, "vocab_size is not known"),
         ({"vocab_size": 1 << 25}, "vocab_size must be in"),
         ({"teacher": "t", "rounds": 0}, "rounds must be >= 1 with a teacher, got 0"),
