@@ -322,9 +322,11 @@ def choose(rows: Sequence[NoiseRow], noise: float) -> tuple[NoiseRow | None, lis
     ]
     may_do = next((row for row in smaller if _may_do(row, noise)), None)
     if may_do is not None and any(map(operator.gt, may_do.share_errors, may_do.shares)):
-        close.append(f"the share of {_name(may_do)} is not known: its error is larger; give more noise_sequences")
+        close.append(f"the share of {_name(may_do)} is not known: its error is larger; give more --noise-sequences")
     elif may_do is not None:
-        close.append(f"close: {_name(may_do)} may be enough, within a standard error; more noise_sequences would tell")
+        close.append(
+            f"close: {_name(may_do)} may be enough, within a standard error; more --noise-sequences would tell"
+        )
     return chosen, close
 
 

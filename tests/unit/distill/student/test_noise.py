@@ -240,7 +240,7 @@ def test_the_choice_and_how_sure_it_is():
     )
     assert (
         rows[2],
-        ["close: systematic with 8 rounds may be enough, within a standard error; more noise_sequences would tell"],
+        ["close: systematic with 8 rounds may be enough, within a standard error; more --noise-sequences would tell"],
     ) == choose(rows, 0.145)
     assert (None, []) == choose(rows, 0.01)
     assert "nothing here is surer" in choose(rows, 0.05)[1][0]
@@ -282,5 +282,5 @@ def test_a_plot_that_cannot_be_written_is_refused_before_a_read(place, tmp_path,
 def test_an_error_above_the_share_is_no_hope():
     """What is not known is not said to be enough, perhaps."""
     unknown = row("multinomial", 1, 13, 15, error=50)
-    said = "the share of multinomial with 1 round is not known: its error is larger; give more noise_sequences"
+    said = "the share of multinomial with 1 round is not known: its error is larger; give more --noise-sequences"
     assert (None, [said]) == choose([unknown], 0.1)
