@@ -268,7 +268,10 @@ def _run_view(name: str, arguments: list[str]) -> int:
         said = importlib.import_module("sklformat.distill.student.measures.showing").say(config, stretch)
     page = render(stretch, **said).encode()
     with opened(config, page) as (result, serve):
-        result |= {"sequences": len(stretch.numbers), "bytes": len(page)}
+        shown = len(stretch.numbers)
+        more = "; --positions shows more" if config.first + shown < stretch.available else ""
+        in_words = f"{shown:,} of {stretch.available:,}, from number {config.first:,}{more}"
+        result |= {"sequences": shown if as_json else in_words, "bytes": len(page) if as_json else f"{len(page):,}"}
         result["tokens"] = "as text" if said.get("texts") else "as ids; --tokenizer shows their text"
         (print_json if as_json else print_table)(result)
         sys.stdout.flush()

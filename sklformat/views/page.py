@@ -84,6 +84,7 @@ class Stretch:
     Attributes:
         caches: Names of the caches.
         headers: Of the caches.
+        available: Sequences of the first cache.
         numbers: Of the sequences, counted as in ``cache[i]``.
         tokens: Of each sequence, [T + 1]; None where no cache stores them.
         said: Of each sequence what each cache holds, or why it cannot be shown.
@@ -92,6 +93,7 @@ class Stretch:
 
     caches: list[str]
     headers: list[Header]
+    available: int
     numbers: list[int] = field(default_factory=list)
     tokens: list[NDArray[np.uint32] | None] = field(default_factory=list)
     said: list[list[records.Sequence | str]] = field(default_factory=list)
@@ -121,8 +123,10 @@ def read_stretch(config: ViewConfig) -> Stretch:
         if not len(caches[0]):
             raise ValueError(f"{config.caches[0]}: holds no sequence, so a page has nothing to show")
         if config.first >= len(caches[0]):
-            raise ValueError(f"{config.caches[0]}: first is sequence {config.first} of {len(caches[0])}; give less")
-        stretch = Stretch([str(path) for path in config.caches], [cache.header for cache in caches])
+            raise ValueError(
+                f"{config.caches[0]}: --first {config.first} is beyond its last sequence, {len(caches[0]) - 1}"
+            )
+        stretch = Stretch([str(path) for path in config.caches], [cache.header for cache in caches], len(caches[0]))
         shown = 0
         for number in range(config.first, len(caches[0])):
             said = _said(caches, number)

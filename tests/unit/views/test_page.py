@@ -193,8 +193,12 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert expected == json.loads(capsys.readouterr().out)
     assert 0 == main(["view", "a", "-o", "new/b.html"])
     assert "new/b.html" in capsys.readouterr().out
+    assert 0 == main(["view", "a", "--positions", "1"])
+    assert "sequences  1 of 4, from number 0; --positions shows more\n" in capsys.readouterr().out
+    assert 0 == main(["view", "a", "--first", "3"])
+    assert "sequences  1 of 4, from number 3\n" in capsys.readouterr().out
     for words, said in {
-        ("a", "--first", "4"): "a: first is sequence 4 of 4; give less",
+        ("a", "--first", "4"): "a: --first 4 is beyond its last sequence, 3",
         ("empty",): "empty: holds no sequence, so a page has nothing to show",
         ("a", "--port", "8000"): "port 8000 belongs to --serve, which is not given",
         ("a", "--serve", "--port", "65536"): "port must be <= 65535, got 65536",
