@@ -267,7 +267,8 @@ class _Training:
             self.loss_steps += 1
             if not math.isfinite(loss + self.norm):
                 raise self._diverged(
-                    f"the loss is no longer finite at step {step} (loss {loss}, gradient norm {self.norm})"
+                    f"loss or gradient is no longer finite at step {step} (loss {loss:.4f}, gradient norm "
+                    f"{self.norm:.4f})"
                 )
 
     def _diverged(self, what: str) -> ValueError:

@@ -169,8 +169,9 @@ def test_a_diverging_run_names_its_step_and_keeps_its_checkpoint(place, tmp_path
     """The message has the step and the last checkpoint, whose weights are numbers, and says what to do."""
     out = tmp_path / "run"
     message = (
-        r"run: the loss is no longer finite at step (\d+) \(loss .*, gradient norm .*\); the checkpoint of step (\d+) "
-        r"is sound, and the same command would come here again: train in another directory with a lower learning_rate"
+        r"run: loss or gradient is no longer finite at step (\d+) \(loss .*, gradient norm .*\); the checkpoint of "
+        r"step (\d+) is sound, and the same command would come here again: train in another directory with a lower "
+        "learning_rate"
     )
     with pytest.raises(ValueError, match=message) as caught:
         train(
