@@ -167,7 +167,7 @@ class CacheConfig(TextFiles):
 
     def __post_init__(self) -> None:
         if sum((bool(self.text), bool(self.dataset), self.tokens is not None)) != 1:
-            raise ValueError("give either text or tokens (a token store), or a dataset")
+            raise ValueError("give one of --text, --dataset and --tokens (a token store)")
         if self.tokens is not None and self.special_tokens != "text":
             raise ValueError("special_tokens belongs to text or a dataset; tokens are made already")
         TextFiles.__post_init__(self)

@@ -97,8 +97,10 @@ class EvalConfig(TextFiles):
 
     def __post_init__(self) -> None:
         if [bool(self.text), self.tokens is not None, self.cache is not None].count(True) != 1:
-            raise ValueError("give one of text, tokens (a token store) and cache")
-        check_least(self, 1, "bins", "batch_size", *(("seq_len",) if self.cache is None else ()))
+            raise ValueError("give one of --text, --tokens (a token store) and --cache")
+        if self.cache is None and not self.seq_len:
+            raise ValueError("text and tokens need seq_len, such as that which the student was trained with")
+        check_least(self, 1, "bins", "batch_size")
         check_least(self, 0, "num_sequences", "packing_seed", "hold_out", "seq_len")
         self._check_part()
         if self.tokens is not None and (self.bos, self.special_tokens) != ("auto", "text"):

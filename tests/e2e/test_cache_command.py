@@ -265,7 +265,7 @@ def test_bad_input_is_one_line(cache, place, tmp_path):
         ({"out": "s3://bucket/cache"}, "give --work-dir"),
         ({"work_dir": "here"}, "--work-dir belongs to an out that is a URL"),
         ({"out": "s3://bucket/cache", "work_dir": "s3://bucket/work"}, "must be a directory here"),
-        ({"tokens": "x", "text": "y"}, "give either text or tokens"),
+        ({"tokens": "x", "text": "y"}, "give one of --text, --dataset and --tokens"),
     ],
 )
 def test_wrong_usage_is_one_line(cache, flags, message):

@@ -25,7 +25,7 @@ TOKENS = {"cache": None, "tokens": Path("store"), "seq_len": 8}
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        (CACHE, {"dataset": "d"}, r"give either text or tokens \(a token store\), or a dataset"),
+        (CACHE, {"dataset": "d"}, r"give one of --text, --dataset and --tokens \(a token store\)"),
         (
             CACHE,
             {"text": (), "tokens": Path("s"), "special_tokens": "special"},
@@ -115,8 +115,8 @@ TOKENS = {"cache": None, "tokens": Path("store"), "seq_len": 8}
         (ESTIMATE, {"teacher": "t", "dataset": ("d",), "text": (Path("x"),)}, "either text or a dataset"),
         (ESTIMATE, {"dataset_split": "all"}, "dataset_split belongs to the text of a calibration run"),
         (EVAL, {"bins": 0}, "^bins must be >= 1, got 0"),
-        (EVAL, {"tokens": Path("s")}, r"give one of text, tokens \(a token store\) and cache"),
-        (EVAL, {"cache": "c"}, r"give one of text, tokens \(a token store\) and cache"),
+        (EVAL, {"tokens": Path("s")}, r"give one of --text, --tokens \(a token store\) and --cache"),
+        (EVAL, {"cache": "c"}, r"give one of --text, --tokens \(a token store\) and --cache"),
         (EVAL, {"hold_out": 3}, "hold_out and sequences choose a part of a cache, which is not given"),
         (EVAL, RECORDS | {"packing": "single"}, "packing belongs to text or tokens; a cache says it itself"),
         (EVAL, RECORDS | {"hold_out": -1}, "^hold_out must be >= 0, got -1"),

@@ -217,7 +217,7 @@ def test_a_narrow_model_is_refused(place, tmp_path):
             {"num_sequences": 10_000},
             "the held-out text gives .* sequences of 16 positions, asked for are 10000; give fewer",
         ),
-        ({"seq_len": 0}, "seq_len must be >= 1"),
+        ({"seq_len": 0}, "text and tokens need seq_len, such as that which the student was trained with"),
         ({"batch_size": 0}, "batch_size must be >= 1"),
         ({"ce_loss": 1.0}, "belong together"),
     ],
