@@ -48,7 +48,7 @@ class CacheConfig(TextFiles):
     """With a URL: local directory for the shards that are not uploaded yet."""
 
     text: tuple[Path, ...] = ()
-    """Text to run over: plain text, .jsonl, .json, .parquet, .arrow, also packed (.gz, .zst), and directories of them."""  # noqa: E501
+    """Text to run over: plain text, .jsonl, .json, .parquet, .arrow, also compressed (.gz, .zst), and directories of them."""  # noqa: E501
 
     dataset: tuple[str, ...] = dataclasses.field(default=(), metadata={"once": True})
     """Hugging Face dataset to run over instead: name and, where it has several, configuration; or a directory: one that save_to_disk wrote, or of data files."""  # noqa: E501
@@ -124,7 +124,7 @@ class CacheConfig(TextFiles):
     """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one. Each process takes a GPU of its own, which draws counts itself."""  # noqa: E501
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What runs the teacher; vllm: any model that vLLM serves, sooner, but no other run repeats the bytes (docs/engines.md)."""  # noqa: E501
+    """What runs the teacher; vllm: any model that vLLM serves, faster, but no other run repeats the bytes (docs/engines.md)."""  # noqa: E501
 
     tensor_parallel: int = 1
     """Parts that one teacher is divided into: on as many processes of torchrun; with engine vllm on as many devices."""
@@ -139,7 +139,7 @@ class CacheConfig(TextFiles):
     """Run the code that came with the teacher. Look at it first."""
 
     adapter_base: str | None = None
-    """Where it is an adapter (peft): the model that it belongs to; none: as the adapter says."""
+    """If the teacher is an adapter (peft): the model that it belongs to; none: as the adapter says."""
 
     store_tokens: bool = True
     """Whether the cache holds the tokens as well (2 or 3 bytes per position), so that training needs no text."""

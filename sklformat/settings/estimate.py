@@ -70,7 +70,7 @@ class EstimateConfig(TextFiles):
     """Teacher of the calibration run: a directory, or a Hugging Face name."""
 
     text: tuple[Path, ...] = ()
-    """Text of the calibration run: plain text, .jsonl, .json, .parquet, .arrow, also packed (.gz, .zst), and directories of them."""  # noqa: E501
+    """Text of the calibration run: plain text, .jsonl, .json, .parquet, .arrow, also compressed (.gz, .zst), and directories of them."""  # noqa: E501
 
     dataset: tuple[str, ...] = dataclasses.field(default=(), metadata={"once": True})
     """Hugging Face dataset of the calibration run, instead of text, as sklformat cache has it."""

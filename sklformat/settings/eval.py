@@ -30,7 +30,7 @@ class EvalConfig(TextFiles):
     """With text or tokens: positions per sequence; take what the student was trained with. A cache knows its own."""
 
     text: tuple[Path, ...] = ()
-    """Held-out text: plain text, .jsonl, .json, .parquet, .arrow, also packed (.gz, .zst), and directories of them."""
+    """Held-out text: plain text, .jsonl, .json, .parquet, .arrow, also compressed (.gz, .zst), and directories of them."""  # noqa: E501
 
     tokens: Path | None = None
     """Token store of the held-out text, instead of the text."""
@@ -39,7 +39,7 @@ class EvalConfig(TextFiles):
     """Cache to measure on instead, its text and its records, a directory or a URL; see --hold-out."""
 
     hold_out: int = 0
-    """With --cache: as many sequences at its end; 0: those that the student's run held out, all of another cache."""
+    """With --cache: this many sequences at its end; 0: those that the student's run held out, all of another cache."""
 
     sequences: str = ""
     """With --cache: the sequences A:B, from A to before B, instead of those at its end."""

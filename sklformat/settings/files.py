@@ -31,10 +31,10 @@ class TextFiles:
     """Encoding of plain text, .jsonl and .json, such as latin-1, cp1252, utf-16."""
 
     include: tuple[str, ...] = ()
-    """Of these files only those that match one of these globs: of the name, or with a slash of the path. None: all."""
+    """Only the files that match one of these globs, by name, or by path where a glob has a slash. None: all."""
 
     exclude: tuple[str, ...] = ()
-    """None of the files that match one of these globs."""
+    """Leave out the files that match one of these globs."""
 
     on_bad_file: OnBadFile = "refuse"
     """skip: leave files out that cannot be read, and name them at the end; each is read twice then."""

@@ -55,7 +55,7 @@ class RescoreConfig:
     """Where it runs: cpu, cuda, cuda:1, …; auto: the GPU if there is one."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What runs the teacher; vllm: any model that vLLM serves, sooner, but no other run repeats the bytes (docs/engines.md)."""  # noqa: E501
+    """What runs the teacher; vllm: any model that vLLM serves, faster, but no other run repeats the bytes (docs/engines.md)."""  # noqa: E501
 
     tensor_parallel: int = 1
     """With engine vllm: devices that one teacher is divided between."""
@@ -70,7 +70,7 @@ class RescoreConfig:
     """Run the code that came with the teacher. Look at it first."""
 
     adapter_base: str | None = None
-    """Where it is an adapter (peft): the model that it belongs to; none: as the adapter says."""
+    """If the teacher is an adapter (peft): the model that it belongs to; none: as the adapter says."""
 
     def __post_init__(self) -> None:
         names = {name for given in self.columns for name in given.split(",")}

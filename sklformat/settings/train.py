@@ -172,7 +172,7 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
 
     report_to: tuple[Tracker, ...] = ()
-    """Where else they go; the default: tensorboard, if it is installed."""
+    """Where else the lines of metrics.jsonl go; the default: tensorboard, if it is installed."""
 
     keep_checkpoint: bool = True
     """Keep the checkpoint when the run is finished, so that --steps may grow: three times the size of the weights."""
