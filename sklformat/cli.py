@@ -22,7 +22,7 @@ from typing import Any
 
 from sklformat import SklError, UnfinishedError, __version__, progress, recover, verify
 from sklformat.cache.contents import UNFINISHED_NAME, partial_files
-from sklformat.errors import WriteError, is_memory_short
+from sklformat.errors import CorruptError, WriteError, is_memory_short
 from sklformat.files.disk import refuse_held
 from sklformat.flags import UsageError, in_flags, parse
 from sklformat.format.layout import PARTIAL_SUFFIX, VERSION_MAJOR, VERSION_MINOR
@@ -106,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(name, _of_system(error), 1)
     except (SklError, ValueError) as error:
-        return _fail(name, verb.in_flags(error), 1)
+        said = verb.in_flags(error)
+        if isinstance(error, CorruptError) and error.section == "block" and "sklformat verify" not in said:
+            said += "; sklformat verify lists all that is damaged, and says how to fix it"
+        return _fail(name, said, 1)
     except (RuntimeError, MemoryError) as error:
         if not is_memory_short(error):
             raise

@@ -207,7 +207,9 @@ def test_damage_is_named(tmp_path, capsys):
     data[HEADER_SIZE + 64] ^= 1
     shard.write_bytes(data)
     assert 1 == main(["stats", str(path)])
-    assert f"{shard}: block 0: byte {HEADER_SIZE}: payload checksum" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{shard}: block 0: byte {HEADER_SIZE}: payload checksum" in said
+    assert said.endswith("; sklformat verify lists all that is damaged, and says how to fix it\n")
 
 
 def test_behind_a_url(tmp_path):
