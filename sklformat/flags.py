@@ -131,7 +131,7 @@ def _check_names(
         if argument.startswith("--") and name not in known:
             now = [f.name for f in own if f.metadata.get("was") == name]
             meant = now or difflib.get_close_matches(name, known, n=1)
-            raise UsageError(f"there is no flag --{name}" + (f"; did you mean --{meant[0]}?" if meant else ""))
+            raise UsageError(f"there is no flag --{name}" + (f" (did you mean --{meant[0]}?)" if meant else ""))
 
 
 def _joined(arguments: list[str], own: tuple[dataclasses.Field[Any], ...], hints: dict[str, Any]) -> list[str]:
