@@ -23,11 +23,15 @@ def check_together(caches: Sequence[Cache]) -> None:
     Refuse caches that no student can learn from at once.
 
     Raises:
-        SettingsError: Two of them differ in vocabulary or tokenizer, in whether documents are isolated, or in whether
-            their records leave out part of the teacher's distribution; says both values.
+        SettingsError: Two of them are the same, or differ in vocabulary or tokenizer, in whether documents are
+            isolated, or in whether their records leave out part of the teacher's distribution; says both values.
     """
     for one, other in itertools.combinations(caches, 2):
-        _refuse(one, other, _vocabularies(one, other) or _samplers(one, other) or _documents(one, other))
+        _refuse(
+            one,
+            other,
+            _copies(one, other) or _vocabularies(one, other) or _samplers(one, other) or _documents(one, other),
+        )
 
 
 def check_same_ids(one: Cache, other: Cache) -> None:
@@ -57,6 +61,15 @@ def check_borders(cache: Cache) -> None:
             f"{cache.path}: made with isolated documents, but without the column {STARTS}, which says where they "
             "begin; capture it with --isolate-documents, which stores the column"
         )
+
+
+def _copies(one: Cache, other: Cache) -> str:
+    if one.fingerprint != other.fingerprint:
+        return ""
+    return (
+        f"they are the same cache, fingerprint {one.fingerprint}, and would count twice; give it once, and a weight if "
+        "it is to count more"
+    )
 
 
 def _vocabularies(one: Cache, other: Cache) -> str:

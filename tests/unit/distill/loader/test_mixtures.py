@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -236,6 +237,15 @@ def test_caches_of_unlike_layouts(tmp_path, other, tail):
         elif lengths:
             assert max(lengths) == width
     assert seen == (46 if tail == "pad" else 49)
+
+
+def test_a_cache_that_is_given_twice(tmp_path):
+    """Its sequences would count twice, which a weight says; a copy is the same cache."""
+    write_cache(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    for other in ("a", "copy"):
+        with pytest.raises(skl.SettingsError, match=r"they are the same cache, fingerprint \w+, and"):
+            SparseLogitDataset([tmp_path / "a", tmp_path / other])
 
 
 def test_scales_of_weights_may_differ(tmp_path):

@@ -326,7 +326,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, cuda, monkeypatch):
     for source, why in (
         (tmp_path / "ratios.skl", "kind 'ratios'"),
         ([tmp_path / "a", tmp_path / "b"], "another layout"),
-        (Teachers([tmp_path / "a", tmp_path / "a"]), "several teachers"),
+        (Teachers([tmp_path / "a", tmp_path / "b"]), "several teachers"),
     ):
         with pytest.raises(ValueError, match=f'decode="cuda" does not fit .*{why}.*; use decode="cpu"') as refused:
             SparseLogitDataset(source, decode="cuda")

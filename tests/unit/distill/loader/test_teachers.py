@@ -220,7 +220,8 @@ def test_teachers_that_do_not_go_together(teachers, tmp_path):
 
 def test_empty_rows_and_positions_without_records(tmp_path):
     """A padded tail and teachers that say nothing at all give empty targets, not an error."""
-    silent = [write_teacher(tmp_path / name, seed, skip=range(7)) for seed, name in enumerate("ab")]
+    named = enumerate("ab")
+    silent = [write_teacher(tmp_path / name, seed, skip=range(7), capture={"of": name}) for seed, name in named]
     for batch in SparseLogitDataset(Teachers(silent), batch_size=4, tail="pad"):
         assert 0 == batch.targets.token_ids.numel() == int(batch.targets.offsets.max())
         assert 4 * POSITIONS + 1 == batch.targets.offsets.numel()
