@@ -430,8 +430,8 @@ def test_bad_input_is_named_before_the_teacher_runs(config, tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         cache_teacher(config(teacher=str(tmp_path / "nowhere")))
     for change, message in (
-        ({"tokens": tmp_path}, "either text or tokens"),
-        ({"text": ()}, "either text or tokens"),
+        ({"tokens": tmp_path}, "give one of --text, --dataset and --tokens"),
+        ({"text": ()}, "give one of --text, --dataset and --tokens"),
         ({"rounds": 0}, "rounds must be >= 1"),
         ({"batch_size": 0}, "batch_size must be >= 1"),
         ({"sampler": "topk"}, "needs k"),
