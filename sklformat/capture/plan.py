@@ -138,14 +138,15 @@ def sealed_entries(target: Target, header: Header, num_sequences: int, sequences
 
 def unsealed(target: Target, num_sequences: int, sequences_per_shard: int) -> list[int]:
     """
-    Numbers of the shards that are not in their final place, by names alone, up to the first of them by more than that.
+    Numbers of the shards that are not in their final place, by the names of all files there.
+
+    A store's listing may lack the last ones: what it lacks is asked for by its name, until one is missing.
 
     Raises:
         RemoteError: The store failed.
     """
     there = set(target.names())
     names = {place.number: _name_of(place) for place in places_of(num_sequences, sequences_per_shard)}
-    # A listing may lack the last ones.  If all are there, each of those is found.
     return list(itertools.dropwhile(lambda n: target.has(names[n]), (n for n in names if names[n] not in there)))
 
 

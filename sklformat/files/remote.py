@@ -182,7 +182,8 @@ def _put(fs: Any, path: str, url: str, put: Callable[[], None]) -> None:
 
 def _check_root(fs: Any, path: str, url: str) -> None:
     """The first folder of a path, which is the bucket of a store that has buckets, is not made by us."""
-    root = path[: path.find("/", 1)]
+    slash = path[: len(path) - len(path.lstrip("/"))]  # of some stores paths begin with one
+    root = slash + path.lstrip("/").partition("/")[0]
     if not _persistently(lambda: fs.exists(root)):
         raise RemoteError(f"{url}: there is no {root} in the store; make it, or correct the URL")
 

@@ -12,9 +12,10 @@ import mmap
 import os
 import re
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from sklformat.errors import TruncatedError
 from sklformat.files import remote
@@ -37,7 +38,7 @@ _LOCAL = {
 }
 
 
-class OpenFile(Protocol):
+class OpenFile(ABC):
     """
     A file open for reading; it is closed, or unmapped, when nobody refers to it any more, and so never while in use.
 
@@ -47,23 +48,24 @@ class OpenFile(Protocol):
     """
 
     size: int
-    address: int | None
+    address: int | None = None
 
     def read(self, offset: int, length: int) -> memoryview:
         """Some bytes, to be released by the caller; of a mapped file a view into the mapping, cut at its end."""
-        ...
+        data = memoryview(bytearray(length))
+        self.read_into(offset, data)
+        return data
 
+    @abstractmethod
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``offset`` on."""
-        ...
 
-    def prepare(self, spans: list[tuple[int, int]]) -> None:
+    def prepare(self, spans: list[tuple[int, int]]) -> None:  # noqa: B027  most files have nothing to prepare
         """Told of the (offset, length) spans that are read next, do what is quicker for all of them together."""
-        ...
 
     def forget(self) -> bool:
         """Told that bytes are wrong, let go once of those that came over a network; True: others may come."""
-        ...
+        return False
 
 
 def empty(path: Place) -> TruncatedError:
@@ -71,7 +73,7 @@ def empty(path: Place) -> TruncatedError:
     return TruncatedError("the file is empty", path=path)
 
 
-class MappedFile:
+class MappedFile(OpenFile):
     """A file mapped read-only; damage of the medium, or a file cut short by another process, kills the process."""
 
     def __init__(self, path: Path) -> None:
@@ -91,17 +93,9 @@ class MappedFile:
     def read_into(self, offset: int, out: memoryview) -> None:
         out[:] = self._view[offset : offset + len(out)]
 
-    def prepare(self, spans: list[tuple[int, int]]) -> None:
-        """Nothing is quicker."""
 
-    def forget(self) -> bool:
-        return False
-
-
-class ReadFile:
+class ReadFile(OpenFile):
     """A file that is read piece by piece; whatever happens to it is an error of the read that meets it."""
-
-    address: int | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -115,11 +109,6 @@ class ReadFile:
     def fileno(self) -> int:
         """Its descriptor, open for as long as this object is there."""
         return self._fd
-
-    def read(self, offset: int, length: int) -> memoryview:
-        data = memoryview(bytearray(length))
-        self.read_into(offset, data)
-        return data
 
     def read_into(self, offset: int, out: memoryview) -> None:
         done = 0
@@ -137,17 +126,9 @@ class ReadFile:
                 )
             done += count
 
-    def prepare(self, spans: list[tuple[int, int]]) -> None:
-        """Nothing is quicker."""
 
-    def forget(self) -> bool:
-        return False
-
-
-class RemoteFile:
+class RemoteFile(OpenFile):
     """A file behind a URL, read by ranges through local copies."""
-
-    address: int | None = None
 
     def __init__(self, url: str, size: int, identity: str, copies: LocalCopies) -> None:
         self.url, self.size, self.identity, self.copies = url, size, identity, copies
@@ -169,10 +150,8 @@ class RemoteFile:
         return True
 
 
-class StreamedFile:
+class StreamedFile(OpenFile):
     """A file behind a URL that is read once: the store's own bytes, no local copies, a few pieces of it in memory."""
-
-    address: int | None = None
 
     def __init__(self, url: str, size: int) -> None:
         if size == 0:
@@ -181,11 +160,6 @@ class StreamedFile:
         self._pieces: OrderedDict[int, bytes] = OrderedDict()
         self._doubted = False
 
-    def read(self, offset: int, length: int) -> memoryview:
-        data = memoryview(bytearray(length))
-        self.read_into(offset, data)
-        return data
-
     def read_into(self, offset: int, out: memoryview) -> None:
         done = 0
         while done < len(out):
@@ -193,9 +167,6 @@ class StreamedFile:
             part = self._piece(number)[skipped : skipped + len(out) - done]
             out[done : done + len(part)] = part
             done += len(part)
-
-    def prepare(self, spans: list[tuple[int, int]]) -> None:
-        """Nothing is quicker."""
 
     def forget(self) -> bool:
         if not self._doubted:

@@ -1,26 +1,22 @@
 """The recipe that measures speculative decoding: drafts are accepted as often as sum_v min(p, q) says."""
 
 import math
-import sys
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 import transformers
 
-RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
+RECIPE = Path(__file__).parents[2] / "docs" / "recipes" / "speculative.py"
 VOCAB, PROMPTS, NEW_TOKENS, DRAFTED = 24, 12, 64, 3
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def speculative():
-    sys.path.insert(0, str(RECIPES))
-    try:
-        import speculative
-    finally:
-        sys.path.remove(str(RECIPES))
-    return speculative
+    return SimpleNamespace(**runpy.run_path(str(RECIPE)))
 
 
 def model(seed):
