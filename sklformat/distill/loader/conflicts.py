@@ -27,11 +27,8 @@ def check_together(caches: Sequence[Cache]) -> None:
             isolated, or in whether their records leave out part of the teacher's distribution; says both values.
     """
     for one, other in itertools.combinations(caches, 2):
-        _refuse(
-            one,
-            other,
-            _copies(one, other) or _vocabularies(one, other) or _samplers(one, other) or _documents(one, other),
-        )
+        for fault_of in (_copies, _vocabularies, _samplers, _documents):
+            _refuse(one, other, fault_of(one, other))
 
 
 def check_same_ids(one: Cache, other: Cache) -> None:
